@@ -1,0 +1,92 @@
+"""What every reader yields and every later room consumes: media to encode, samples to learn from.
+
+A sample names its media by key and never holds pixels; frames are decoded and encoded once, elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+ABSENT = -1.0
+"""Both coordinates of a point that is not in the frame (PiTe section 4.2)."""
+
+
+class RecordError(ValueError):
+    """A malformed record: the message starts with file, line and field."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """One thing to encode: a video, a clip of one, or a still image.
+
+    key    unique name of its feature record
+    path   file to decode
+    kind   "video" (N frames) or "image" (one frame)
+    split  (start, end) in seconds of the clip inside the file; None for the whole file
+    """
+
+    key: str
+    path: Path
+    kind: Literal["video", "image"] = "video"
+    split: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A noun phrase of an answer and where its object is.
+
+    start, end  character span in the answer, end exclusive
+    trajectory  (P, N, 2) float32, x and y in [0, 1] from the top left; (-1, -1) where absent
+    """
+
+    start: int
+    end: int
+    trajectory: np.ndarray
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer, as plain text: no `<video>`, no marks, no `</s>`."""
+
+    question: str
+    answer: str
+    mentions: tuple[Mention, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training example: a conversation about one piece of media."""
+
+    id: str
+    media: str
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class TokenizedSample:
+    """A sample as the packed batch wants it; positions count from 0 within the sample.
+
+    token_ids             (n,) int64, 0 where a frame sits
+    frame_start           position of the first frame; the frames fill frame_start .. frame_start + num_frames
+    target_positions      (L,) int64, positions of supervised tokens (each predicted by the row before it)
+    trajectory_positions  (M,) int64, supervised positions whose token has a trajectory
+    trajectory            (M, P, N, 2) float32
+    """
+
+    id: str
+    media: str
+    token_ids: np.ndarray
+    frame_start: int
+    num_frames: int
+    target_positions: np.ndarray
+    trajectory_positions: np.ndarray
+    trajectory: np.ndarray
+
+    @property
+    def num_coordinates(self) -> int:
+        """Present coordinates (two per present point), the L1 normaliser's share of this sample."""
+        return int((self.trajectory != ABSENT).all(-1).sum()) * 2
