@@ -1,0 +1,113 @@
+"""Loss curves of one or more stages as one PNG: `python -m engine.plots RUN/stage1 RUN/stage2 --output curves.png`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+# No window: training machines have no display.
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+CURVES = (
+    ("loss", "loss"),
+    ("ce", "cross-entropy per token"),
+    ("l1", "L1 per coordinate"),
+    ("tokens_per_second", "useful tokens / s"),
+)
+
+
+def read_metrics(path: Path) -> dict[str, np.ndarray]:
+    """Metrics JSONL -> one float64 array per numeric field, NaN where a line lacks it, in order of step.
+
+    A step logged again after a resume replaces the earlier line. Raises ValueError naming file and line.
+    """
+    lines: dict[int, dict[str, float]] = {}
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(text)
+            lines[int(record["step"])] = {
+                name: value for name, value in record.items() if isinstance(value, int | float)
+            }
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{path}:{number}: not a JSON object with a step") from None
+    if not lines:
+        raise ValueError(f"{path}: holds no step")
+    rows = [lines[step] for step in sorted(lines)]
+    names = sorted({name for row in rows for name in row})
+    return {name: np.array([row.get(name, np.nan) for row in rows], dtype=np.float64) for name in names}
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred running mean over `window` steps, NaNs left out, narrower at both ends."""
+    known = np.isfinite(values)
+    kernel = np.ones(window)
+    total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
+    count = np.convolve(known.astype(np.float64), kernel, mode="same")
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0.5)
+
+
+def plot_losses(stages: dict[str, Path], output: Path) -> None:
+    """Write a PNG with one column per stage and one row per curve; raw values pale, their running mean strong.
+
+    stages  title -> metrics JSONL with the fields step, loss, ce, l1, tokens_per_second
+    """
+    metrics = {title: read_metrics(path) for title, path in stages.items()}
+    curves = [curve for curve in CURVES if any(np.isfinite(m.get(curve[0], np.nan)).any() for m in metrics.values())]
+    if not curves:
+        raise ValueError(f"none of {', '.join(map(str, stages.values()))} holds a loss")
+    figure, axes = plt.subplots(
+        len(curves), len(metrics), figsize=(4.6 * len(metrics), 2.5 * len(curves)), squeeze=False, sharex="col"
+    )
+    for column, (title, values) in enumerate(metrics.items()):
+        axes[0, column].set_title(title, fontsize=11, fontweight="bold")
+        axes[-1, column].set_xlabel("optimizer step")
+        for row, (name, label) in enumerate(curves):
+            axes[row, 0].set_ylabel(label)
+            _draw(axes[row, column], values["step"], values.get(name), f"C{row}")
+    figure.tight_layout()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=130, format="png")
+    plt.close(figure)
+
+
+def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray | None, color: str) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if values is None or not np.isfinite(values).any():
+        axes.text(0.5, 0.5, "none in this stage", transform=axes.transAxes, ha="center", color="0.5")
+        axes.set_yticks([])
+        return
+    mean = smooth(values, max(len(values) // 30, 1))
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+    axes.plot(steps, mean, color=color, linewidth=1.8)
+    axes.annotate(f"{mean[np.isfinite(mean)][-1]:.4g}", (1, 0.94), xycoords="axes fraction", ha="right", color=color)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status, 2 after a one-sentence error."""
+    parser = argparse.ArgumentParser(prog="python -m engine.plots", description=__doc__, allow_abbrev=False)
+    parser.add_argument("stages", type=Path, nargs="+", help="stage outputs, or their metrics.jsonl")
+    parser.add_argument("--output", type=Path, default=Path("losses.png"))
+    arguments = parser.parse_args(argv)
+    paths = [path / "metrics.jsonl" if path.is_dir() else path for path in arguments.stages]
+    try:
+        plot_losses({path.parent.name: path for path in paths}, arguments.output)
+    except ValueError as error:
+        print(f"engine.plots: {error}", file=sys.stderr)
+        return 2
+    print(arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
