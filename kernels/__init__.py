@@ -1,0 +1,25 @@
+"""Fused losses, packed attention and LoRA layers for video-language models. Needs torch; Triton on CUDA.
+
+docs/kernels.md shows how another model adopts them; `kernels.reference` has every op in plain PyTorch.
+"""
+
+from kernels.attention import packed_attention
+from kernels.cross_entropy import FusedLinearCrossEntropyLoss, linear_cross_entropy
+from kernels.elementwise import apply_rope, rms_norm, rope_tables, swiglu
+from kernels.lora import lora_linear
+from kernels.trajectory import FusedTrajectoryL1Loss, trajectory_l1
+from kernels.two_head import two_head_loss
+
+__all__ = [
+    "FusedLinearCrossEntropyLoss",
+    "FusedTrajectoryL1Loss",
+    "apply_rope",
+    "linear_cross_entropy",
+    "lora_linear",
+    "packed_attention",
+    "rms_norm",
+    "rope_tables",
+    "swiglu",
+    "trajectory_l1",
+    "two_head_loss",
+]

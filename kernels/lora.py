@@ -1,0 +1,145 @@
+"""Low-rank adaptation of frozen linear layers, several layers that share an input in one call.
+
+y_i = x W_i' + scale (x A_i') B_i', with W (all parts stacked) multiplied in one GEMM and the low-rank term accumulated
+into its output. Saved for backward: x and the (T, parts * r) product x A'. dW is never formed: the weight is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.trajectory import NAMESPACE
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    *,
+    scale: float = 1.0,
+    splits: Sequence[int] | None = None,
+) -> Tensor:
+    """Frozen linear layers with LoRA (Hu et al. 2021), fused along their outputs.
+
+    x       (..., d_in)
+    weight  (sum(splits), d_in)     frozen; q, k, v or gate, up stacked, or one layer
+    lora_a  (len(splits) * r, d_in) the parts' A stacked; None with lora_b None: a plain linear layer
+    lora_b  (sum(splits), r)        the parts' B stacked
+    scale   alpha / r
+    splits  outputs of each part; None: one part
+    Returns (..., sum(splits)): part i is x W_i' + scale (x A_i') B_i', in x's dtype; A and B may be float32 beside a
+    half-precision x. Raises ValueError on shapes that do not fit and on a weight that wants a gradient.
+    """
+    if lora_a is None or lora_b is None:
+        if lora_a is not lora_b:
+            raise ValueError("lora_linear: give both lora_a and lora_b, or neither")
+        return F.linear(x, weight)
+    sizes = [weight.shape[0]] if splits is None else list(splits)
+    rank, d_in = lora_b.shape[-1], x.shape[-1]
+    expected = [(sum(sizes), d_in), (len(sizes) * rank, d_in), (sum(sizes), rank)]
+    if [tuple(weight.shape), tuple(lora_a.shape), tuple(lora_b.shape)] != expected:
+        raise ValueError(
+            f"lora_linear: weight {tuple(weight.shape)}, lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} "
+            f"do not fit x {tuple(x.shape)} and splits {sizes}"
+        )
+    if weight.requires_grad:
+        raise ValueError("lora_linear: the weight must be frozen (requires_grad False); its gradient is never formed")
+    y, _ = lora_forward(x.reshape(-1, d_in), weight, lora_a, lora_b, scale, sizes)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::lora_linear", mutates_args=())
+def lora_forward(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Returns (y (T, d_out), x A' (T, parts * r))."""
+    low = torch.mm(x, lora_a.to(x.dtype).t())
+    y = torch.mm(x, weight.t())
+    rank = lora_b.shape[1]
+    b = lora_b.to(x.dtype)
+    for i, (part, b_i) in enumerate(zip(y.split(splits, 1), b.split(splits))):
+        part.addmm_(low[:, i * rank : (i + 1) * rank], b_i.t(), alpha=scale)
+    return y, low
+
+
+@lora_forward.register_fake
+def _(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::lora_linear_backward", mutates_args=())
+def lora_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    low: Tensor,
+    scale: float,
+    splits: list[int],
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX, dA, dB); an empty tensor stands for one that is not needed."""
+    rank = lora_b.shape[1]
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    parts = grad.split(splits, 1)
+    grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    if need_x or need_a:
+        grad_low = torch.cat([torch.mm(g, b_i) for g, b_i in zip(parts, b.split(splits))], 1).mul_(scale)
+        if need_x:
+            grad_x = torch.mm(grad, weight).addmm_(grad_low, a)
+        if need_a:
+            grad_a = torch.mm(grad_low.t(), x).to(lora_a.dtype)
+    if need_b:
+        low_scaled = low * scale
+        columns = [torch.mm(g.t(), low_scaled[:, i * rank : (i + 1) * rank]) for i, g in enumerate(parts)]
+        grad_b = torch.cat(columns).to(lora_b.dtype)
+    return grad_x, grad_a, grad_b
+
+
+@lora_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    low: Tensor,
+    scale: float,
+    splits: list[int],
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        lora_a.new_empty(lora_a.shape if need_a else 0),
+        lora_b.new_empty(lora_b.shape if need_b else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, lora_a, lora_b, ctx.scale, ctx.splits = inputs
+    _, low = output
+    ctx.mark_non_differentiable(low)
+    ctx.save_for_backward(x, weight, lora_a, lora_b, low)
+
+
+def _backward(ctx, grad, _grad_low):  # type: ignore[no-untyped-def]
+    x, weight, lora_a, lora_b, low = ctx.saved_tensors
+    needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]
+    grads = lora_backward(grad, x, weight, lora_a, lora_b, low, ctx.scale, ctx.splits, *needs)
+    grad_x, grad_a, grad_b = (g if need else None for g, need in zip(grads, needs))
+    return grad_x, None, grad_a, grad_b, None, None
+
+
+lora_forward.register_autograd(_backward, setup_context=_setup_context)

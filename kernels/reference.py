@@ -1,0 +1,163 @@
+"""Every op in plain PyTorch: the truth the tests measure against, in any floating dtype up to float64.
+
+Nothing here is fused or clever: full logits, full predictions, one attention call per document. Autograd does the
+backward passes. Functions take the arguments of their fast namesakes and return float32 losses (float64 from float64).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are made in: float64 for float64 inputs, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reciprocal(normalizer: Tensor) -> Tensor:
+    """1 / normalizer, and 0 where the normalizer is 0: a batch without targets has loss 0, not NaN."""
+    return torch.where(normalizer == 0, torch.zeros_like(normalizer), normalizer.reciprocal())
+
+
+def trajectory_l1(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor,
+    *,
+    normalizer: Tensor | None = None,
+    absent: str = "skip",
+) -> Tensor:
+    dtype = accumulator(hidden.dtype)
+    targets = targets.to(dtype)
+    predictions = F.linear(hidden[rows], weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    distance = (predictions.view_as(targets).to(dtype) - targets).abs()
+    counted = torch.ones_like(targets) if absent == "regress" else _present(targets).to(dtype)
+    count = counted.sum() if normalizer is None else normalizer.to(dtype)
+    return torch.where(counted > 0, distance, 0).sum() * reciprocal(count)
+
+
+def _present(targets: Tensor) -> Tensor:
+    return (targets != -1).any(-1, keepdim=True).expand_as(targets)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    rows: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    normalizer: Tensor | None = None,
+) -> Tensor:
+    dtype = accumulator(hidden.dtype)
+    selected = hidden if rows is None else hidden[rows]
+    logits = F.linear(selected, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)).to(dtype)
+    total = F.cross_entropy(
+        logits, target_ids, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+    )
+    count = (target_ids != ignore_index).sum() if normalizer is None else normalizer
+    return total * reciprocal(count.to(dtype))
+
+
+def two_head_loss(
+    hidden: Tensor,
+    lm_weight: Tensor,
+    target_ids: Tensor,
+    target_rows: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    targets: Tensor,
+    trajectory_rows: Tensor,
+    *,
+    label_smoothing: float,
+    weight: float,
+    normalizers: tuple[Tensor | None, Tensor | None],
+    absent: str = "skip",
+) -> tuple[Tensor, Tensor, Tensor]:
+    ce = linear_cross_entropy(
+        hidden, lm_weight, target_ids, target_rows, label_smoothing=label_smoothing, normalizer=normalizers[0]
+    )
+    l1 = trajectory_l1(
+        hidden, head_weight, head_bias, targets, trajectory_rows, normalizer=normalizers[1], absent=absent
+    )
+    return ce + weight * l1, ce, l1
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    bounds = cu_seqlens.tolist()
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    documents = [
+        F.scaled_dot_product_attention(
+            q[a:b].transpose(0, 1), k[a:b].transpose(0, 1), v[a:b].transpose(0, 1), is_causal=causal, scale=scale
+        ).transpose(0, 1)
+        for a, b in itertools.pairwise(bounds)
+        if b > a
+    ]
+    return torch.cat(documents) if documents else torch.zeros_like(q)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    *,
+    scale: float = 1.0,
+    splits: Sequence[int] | None = None,
+) -> Tensor:
+    y = F.linear(x, weight)
+    if lora_a is None or lora_b is None:
+        return y
+    sizes = [weight.shape[0]] if splits is None else list(splits)
+    delta = [F.linear(F.linear(x, a), b) for a, b in zip(lora_a.chunk(len(sizes)), lora_b.split(sizes))]
+    return y + scale * torch.cat(delta, -1)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    wide = total.to(accumulator(x.dtype))
+    normed = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return normed if residual is None else (normed, total)
+
+
+def rope_tables(
+    position_ids: Tensor, head_dim: int, *, theta: float = 10000.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    wide = accumulator(dtype)
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=wide) / head_dim
+    angles = position_ids.to(wide)[:, None] * theta**-exponents
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(x: Tensor) -> Tensor:
+        left, right = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None]
+
+    return rotate(q), rotate(k)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
