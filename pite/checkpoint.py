@@ -1,0 +1,256 @@
+"""A PiTe model on disk, in two layouts.
+
+whole   config.json + weights under published names (`model.vision_adapter.weight`, `model.layers.0...`): what
+        `save_pretrained` writes, what the authors' code reads, and, without PiTe's own tensors, any Hugging Face Llama.
+stage   what a training stage leaves: a PEFT adapter, `pite.safetensors` (adapter and heads) and `lineage.json`, which
+        names the language model and the earlier stages' adapters that are merged underneath, with checksums.
+
+Only safetensors, JSON and `torch.load(weights_only=True)` are read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dataloaders.files import directory_written_atomically, sha256, write_atomically
+from pite import names
+from pite.config import PiTeConfig
+
+if TYPE_CHECKING:
+    from pite.model import PiTe
+
+SHARD_BYTES = 5 * 2**30
+LINEAGE, HEADS_FILE, ADAPTER_FILE = "lineage.json", "pite.safetensors", "adapter_model.safetensors"
+
+
+def resolve(path_or_name: str | Path) -> Path:
+    """The local directory of a model given by path or by Hugging Face name. Raises ValueError when there is none."""
+    path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        return path
+    if str(path_or_name).count("/") != 1 or str(path_or_name).startswith((".", "/", "~")):
+        raise ValueError(f"{path_or_name} is neither a directory nor a Hugging Face model name (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "pytorch_model*.bin"]
+    try:
+        return Path(snapshot_download(str(path_or_name), allow_patterns=patterns))
+    except Exception as error:
+        raise ValueError(
+            f"model {path_or_name} could not be had from the Hugging Face hub ({type(error).__name__}): "
+            "give the path of a local copy"
+        ) from error
+
+
+def load(directory: Path, *, dtype: torch.dtype, device: str = "cpu") -> PiTe:
+    """Load either layout; a stage's own LoRA stays separate (trainable, exportable), earlier ones are merged.
+
+    Raises ValueError naming the file and tensor when something is missing, of the wrong shape, or altered since the
+    lineage was written.
+    """
+    if (directory / LINEAGE).exists():
+        return _load_stage(directory, dtype, device)
+    return load_language_model(directory, PiTeConfig.load(directory), dtype=dtype, device=device)
+
+
+def load_language_model(directory: Path, config: PiTeConfig, *, dtype: torch.dtype, device: str = "cpu") -> PiTe:
+    """Load a whole-layout or plain Llama directory; PiTe's tensors that it lacks are initialised, the same each time."""
+    model = empty(config, dtype, device)
+    initialize_heads(model, seed=0)
+    copy_into(
+        {**names.language_model_tensors(model), **names.head_tensors(model)},
+        weights(directory),
+        directory,
+        optional=names.HEADS,
+    )
+    return model
+
+
+def random_model(config: PiTeConfig, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> PiTe:
+    """A model of the right shape with random weights, for throughput runs and tests."""
+    model = empty(config, dtype, device)
+    initialize_heads(model, seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, tensor in names.language_model_tensors(model).items():
+        if name.endswith("norm.weight"):
+            tensor.fill_(1)
+        else:
+            tensor.normal_(0, config.llm.initializer_range, generator=generator)
+    return model
+
+
+def empty(config: PiTeConfig, dtype: torch.dtype, device: str) -> PiTe:
+    """An uninitialised model; on device "meta" it takes no memory at all."""
+    from pite.model import PiTe
+
+    with torch.device("meta"):
+        model = PiTe(config, dtype)
+    return model if device == "meta" else model.to_empty(device=device)
+
+
+@torch.no_grad()
+def initialize_heads(model: PiTe, seed: int) -> None:
+    """Adapter and heads as `nn.Linear` starts them, drawn on the CPU so that every device gets the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in names.HEADS:
+        linear: nn.Linear = getattr(model, name)
+        bound = 1 / math.sqrt(linear.in_features)
+        for parameter in (linear.weight, linear.bias):
+            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+
+
+def save_merged(model: PiTe, directory: Path) -> None:
+    """Write the whole layout, LoRA merged into a copy of each weight; shards of at most 5 GiB."""
+    tensors = {**names.merged_tensors(model), **names.head_tensors(model)}
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    with directory_written_atomically(directory) as beside:
+        model.config.save(beside)
+        index: dict[str, str] = {}
+        for i, shard in enumerate(shards):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            save_file({k: v.contiguous().cpu() for k, v in shard.items()}, beside / file, {"format": "pt"})
+            index |= dict.fromkeys(shard, file)
+        if len(shards) > 1:
+            content = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": index}
+            (beside / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+
+
+def save_stage(model: PiTe, directory: Path, lineage: dict[str, Any]) -> None:
+    """Write a stage's files into an existing directory: PEFT adapter, heads, config and lineage with checksums.
+
+    lineage  {"stage", "language_model", "merged": [directories of earlier stages, in order]}; checksums are added
+    """
+    from peft import LoraConfig
+
+    _, linear, _ = next(names.linear_layers(model))
+    assert linear.lora_b is not None, "a stage trains a LoRA"
+    rank = linear.lora_b.shape[1]
+    model.config.save(directory)
+    save_file(_contiguous(names.lora_tensors(model)), directory / ADAPTER_FILE, {"format": "pt"})
+    save_file(_contiguous(names.head_tensors(model)), directory / HEADS_FILE, {"format": "pt"})
+    LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(lineage["language_model"]),
+        r=rank,
+        lora_alpha=linear.scale * rank,
+        lora_dropout=0.0,
+        target_modules=sorted(part.split(".")[1] for parts in names.PROJECTIONS.values() for part in parts),
+        inference_mode=True,
+    ).save_pretrained(str(directory))
+    # The directory is renamed into place later, to a sibling: paths relative to its parent stay true.
+    merged = [
+        {"path": os.path.relpath(path, directory.parent), "sha256": sha256(Path(path) / ADAPTER_FILE)}
+        for path in lineage["merged"]
+    ]
+    own = {file: sha256(directory / file) for file in (ADAPTER_FILE, HEADS_FILE)}
+    write_atomically(directory / LINEAGE, json.dumps({**lineage, "merged": merged, "files": own}, indent=1) + "\n")
+
+
+def read_lineage(directory: Path) -> dict[str, Any]:
+    """The lineage of a stage directory, its files checked against their checksums; paths in `merged` made absolute."""
+    try:
+        lineage = json.loads((directory / LINEAGE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory / LINEAGE} cannot be read: {error}") from None
+    for file, checksum in lineage["files"].items():
+        check(directory / file, checksum)
+    for entry in lineage["merged"]:
+        entry["path"] = str((directory.parent / entry["path"]).resolve())
+        check(Path(entry["path"]) / ADAPTER_FILE, entry["sha256"])
+    return lineage
+
+
+def check(file: Path, checksum: str) -> None:
+    if not file.exists():
+        raise ValueError(f"{file} is missing, though the lineage names it")
+    if sha256(file) != checksum:
+        raise ValueError(
+            f"{file} was altered since the lineage was written: its SHA-256 is no longer {checksum[:12]}..."
+        )
+
+
+def _load_stage(directory: Path, dtype: torch.dtype, device: str) -> PiTe:
+    lineage = read_lineage(directory)
+    base = resolve(lineage["language_model"])
+    model = load_language_model(base, PiTeConfig.load(directory), dtype=dtype, device=device)
+    for entry in lineage["merged"]:
+        load_lora(model, Path(entry["path"]))
+        model.merge_lora()
+    load_lora(model, directory)
+    load_heads(model, directory)
+    return model
+
+
+def load_lora(model: PiTe, directory: Path) -> None:
+    """Attach a PEFT adapter of plain LoRA on all seven projections. Raises ValueError for any other kind."""
+    path = directory / "adapter_config.json"
+    if not path.exists():
+        raise ValueError(f"{directory} holds no adapter_config.json: it is no PEFT adapter")
+    config = json.loads(path.read_text())
+    for flag in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
+        if config.get(flag):
+            raise ValueError(f"{path}: {flag} is not supported, only plain LoRA is")
+    model.add_lora(config["r"], config["lora_alpha"])
+    copy_into(names.lora_tensors(model), weights(directory, stem="adapter_model"), directory)
+
+
+def load_heads(model: PiTe, directory: Path) -> None:
+    copy_into(names.head_tensors(model), iter(load_file(directory / HEADS_FILE).items()), directory)
+
+
+def weights(directory: Path, stem: str = "model") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a directory's safetensors (preferred) or torch files, read lazily from mapped memory."""
+    files = sorted(directory.glob(f"{stem}*.safetensors"))
+    if files:
+        for file in files:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    yield name, shard.get_tensor(name)
+        return
+    files = sorted(directory.glob(f"{stem}*.bin") or ()) or sorted(directory.glob(f"pytorch_{stem}*.bin"))
+    if not files:
+        raise ValueError(f"{directory} holds no {stem}*.safetensors and no *.bin weights")
+    for file in files:
+        yield from torch.load(file, map_location="cpu", mmap=True, weights_only=True).items()
+
+
+@torch.no_grad()
+def copy_into(
+    destinations: dict[str, Tensor], source: Iterator[tuple[str, Tensor]], where: Path, optional: tuple[str, ...] = ()
+) -> None:
+    """Copy named tensors into their views. `optional` names modules that may be absent as a whole."""
+    missing = set(destinations)
+    for name, tensor in source:
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in destinations):
+            continue
+        if name not in destinations:
+            raise ValueError(f"{where}: unexpected tensor {name}")
+        if tensor.shape != destinations[name].shape:
+            expected = tuple(destinations[name].shape)
+            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, the configuration asks for {expected}")
+        destinations[name].copy_(tensor)
+        missing.discard(name)
+    missing = {name for name in missing if name.split(".")[1] not in optional}
+    if missing:
+        raise ValueError(f"{where}: {len(missing)} tensors are missing, {min(missing)} among them")
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

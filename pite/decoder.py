@@ -1,0 +1,124 @@
+"""The packed Llama decoder: T tokens of many documents in one row, LoRA built in.
+
+Projections that share an input are one weight (q,k,v and gate,up), so a layer is four large GEMMs; on disk they carry
+Hugging Face's separate names (`pite.names`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from kernels import apply_rope, lora_linear, packed_attention, rms_norm, swiglu
+from pite.config import PiTeConfig
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer of one or more projections of the same input, each with its own LoRA (Hu et al. 2021).
+
+    weight  (sum(splits), in_features) frozen
+    lora_a  (len(splits) * r, in_features) and lora_b (sum(splits), r) float32, once `add_lora` was called
+    """
+
+    lora_a: nn.Parameter | None
+    lora_b: nn.Parameter | None
+
+    def __init__(self, in_features: int, splits: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.splits = splits
+        self.weight = nn.Parameter(torch.empty(sum(splits), in_features, dtype=dtype), requires_grad=False)
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
+        self.scale = 1.0
+
+    def add_lora(self, rank: int, alpha: float, generator: torch.Generator | None) -> None:
+        """Start a new LoRA: A uniform in +-1/sqrt(in_features) as PEFT initialises it, B zero."""
+        assert self.lora_a is None, "merge the previous LoRA first"
+        device, in_features = self.weight.device, self.weight.shape[1]
+        a = torch.empty(len(self.splits) * rank, in_features)
+        if not self.weight.is_meta:
+            bound = 1 / math.sqrt(in_features)
+            a.uniform_(-bound, bound, generator=generator)
+        self.lora_a = nn.Parameter(a.to(device))
+        self.lora_b = nn.Parameter(torch.zeros(sum(self.splits), rank, device=device))
+        self.scale = alpha / rank
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """weight + scale * B A of every part, summed in float32; the weight itself when there is no LoRA."""
+        if self.lora_a is None or self.lora_b is None:
+            return self.weight.data
+        updates = [
+            b.float() @ a.float() for a, b in zip(self.lora_a.chunk(len(self.splits)), self.lora_b.split(self.splits))
+        ]
+        return (self.weight.float() + self.scale * torch.cat(updates)).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def merge_lora(self) -> None:
+        """Fold the LoRA into the weight and drop it."""
+        self.weight.copy_(self.merged())
+        self.lora_a = self.lora_b = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lora_linear(x, self.weight, self.lora_a, self.lora_b, scale=self.scale, splits=self.splits)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and SwiGLU MLP, (T, d) to (T, d)."""
+
+    def __init__(self, config: PiTeConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        llm = config.llm
+        self.eps = llm.rms_norm_eps
+        self.head_dim = config.head_dim
+        queries = llm.num_attention_heads * config.head_dim
+        keys = llm.num_key_value_heads * config.head_dim
+        self.input_norm = nn.Parameter(torch.empty(llm.hidden_size, dtype=dtype), requires_grad=False)
+        self.post_attention_norm = nn.Parameter(torch.empty(llm.hidden_size, dtype=dtype), requires_grad=False)
+        self.qkv = LoRALinear(llm.hidden_size, (queries, keys, keys), dtype)
+        self.o = LoRALinear(queries, (llm.hidden_size,), dtype)
+        self.gate_up = LoRALinear(llm.hidden_size, (llm.intermediate_size, llm.intermediate_size), dtype)
+        self.down = LoRALinear(llm.intermediate_size, (llm.hidden_size,), dtype)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        q, k, v = self.qkv(rms_norm(x, self.input_norm, eps=self.eps)).split(self.qkv.splits, dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        q, k = apply_rope(q, k, cos, sin)
+        x = x + self.o(packed_attention(q, k, v, cu_seqlens, max_seqlen).flatten(-2))
+        return x + self.down(swiglu(self.gate_up(rms_norm(x, self.post_attention_norm, eps=self.eps))))
+
+
+class Decoder(nn.Module):
+    """Embedding table, layers and final norm of a Llama-architecture language model."""
+
+    def __init__(self, config: PiTeConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        llm = config.llm
+        self.eps = llm.rms_norm_eps
+        self.embed_tokens = nn.Parameter(torch.empty(llm.vocab_size, llm.hidden_size, dtype=dtype), requires_grad=False)
+        self.layers = nn.ModuleList(DecoderLayer(config, dtype) for _ in range(llm.num_hidden_layers))
+        self.norm = nn.Parameter(torch.empty(llm.hidden_size, dtype=dtype), requires_grad=False)
+        # transformers' own module knows every frequency scaling that a Llama config can name; it holds no weights.
+        with torch.device("cpu"):
+            self._rotary = [LlamaRotaryEmbedding(llm)]
+
+    @property
+    def rotary_embedding(self) -> LlamaRotaryEmbedding:
+        return self._rotary[0]
+
+    def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (T, head_dim) of the rotary embedding at the given positions."""
+        rotary = self.rotary_embedding.to(position_ids.device)
+        like = torch.empty(0, dtype=dtype, device=position_ids.device)
+        cos, sin = rotary(like, position_ids[None])
+        return cos[0], sin[0]
+
+    def forward(self, x: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Final-norm hidden states (T, d) of the packed input embeddings x (T, d)."""
+        cos, sin = self.rotary(position_ids, x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cu_seqlens, max_seqlen)
+        return rms_norm(x, self.norm, eps=self.eps)

@@ -1,0 +1,120 @@
+"""Answers: KV-cached decoding by transformers' `generate`, on the very weights the packed decoder trains.
+
+Training never needs a cache and `generate` never needs packing, so neither is taught the other's trick: the LoRA is
+merged and the Llama module is assembled around the merged tensors without copying those no LoRA touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from dataloaders.batch import collate
+from dataloaders.prompts import prompt_ids
+from dataloaders.records import TokenizedSample
+from pite import names
+from pite.model import PiTe
+
+
+def language_model(model: PiTe) -> LlamaForCausalLM:
+    """transformers' LlamaForCausalLM with the model's weights, LoRA merged, in evaluation mode."""
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(model.config.llm)
+    tensors = names.merged_tensors(model)
+    tied = model.lm_head is None
+    llama.load_state_dict(tensors, strict=not tied, assign=True)
+    if tied:
+        llama.lm_head.weight = llama.model.embed_tokens.weight
+    llama.model.rotary_emb = model.decoder.rotary_embedding.to(model.device)
+    return llama.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer: its text and its tokens, without `</s>`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class Generator:
+    """Batched question answering about encoded videos.
+
+    model       PiTe; its LoRA may be merged or not
+    tokenizer   a fast tokenizer with BOS and EOS
+    """
+
+    def __init__(self, model: PiTe, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.llama = language_model(model)
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        questions: Sequence[str],
+        features: Sequence[np.ndarray],
+        *,
+        max_new_tokens: int = 1024,
+        temperature: float = 0.0,
+    ) -> list[Answer]:
+        """Answer one question per feature record (num_frames, C); greedy at temperature 0.
+
+        Prompts are padded on the left, so that a batch gives each question the answer it gets alone.
+        """
+        embeddings = [self._embed(question, record) for question, record in zip(questions, features, strict=True)]
+        longest = max(len(e) for e in embeddings)
+        inputs = torch.zeros(len(embeddings), longest, self.model.config.llm.hidden_size, dtype=self.model.dtype)
+        inputs = inputs.to(self.model.device)
+        mask = torch.zeros(len(embeddings), longest, dtype=torch.long, device=self.model.device)
+        for i, embedding in enumerate(embeddings):
+            inputs[i, longest - len(embedding) :] = embedding
+            mask[i, longest - len(embedding) :] = 1
+        end = self.tokenizer.eos_token_id
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=end,
+            pad_token_id=end,
+            use_cache=True,
+            **sampling,
+        )
+        generated = self.llama.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=settings)
+        answers = []
+        for ids in generated.tolist():
+            ids = ids[: ids.index(end)] if end in ids else ids
+            answers.append(Answer(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), tuple(ids)))
+        return answers
+
+    @torch.inference_mode()
+    def trajectories(self, question: str, record: np.ndarray, answer: Answer) -> Tensor:
+        """Where the trajectory head sees each token of an answer: (L, P, N, 2) on the CPU."""
+        prompt, frame_start = prompt_ids(question, self.tokenizer, len(record))
+        ids = np.concatenate([prompt, np.array(answer.token_ids, dtype=np.int64)])
+        none = np.zeros(0, dtype=np.int64)
+        config = self.model.config
+        sample = TokenizedSample(
+            id="answer",
+            media="",
+            token_ids=ids,
+            frame_start=frame_start,
+            num_frames=len(record),
+            target_positions=np.arange(len(prompt), len(ids)),
+            trajectory_positions=none,
+            trajectory=np.zeros((0, config.num_points, config.num_frames, 2), dtype=np.float32),
+        )
+        batch = collate([sample], [record]).to(self.model.device)
+        hidden = self.model.hidden_states(batch)[batch.target_rows]
+        return self.model.predict(hidden, "trajectory").cpu()
+
+    def _embed(self, question: str, record: np.ndarray) -> Tensor:
+        ids, frame_start = prompt_ids(question, self.tokenizer, len(record))
+        device = self.model.device
+        rows = torch.arange(frame_start, frame_start + len(record), device=device)
+        return self.model.embed(torch.from_numpy(ids).to(device), torch.from_numpy(record).to(device), rows)

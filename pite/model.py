@@ -1,0 +1,178 @@
+"""PiTe: frame features -> adapter -> packed decoder -> vocabulary, localization and trajectory heads (paper section 4.1).
+
+The model's public face: build it (`from_pretrained`, `from_language_model`), run it on a packed batch, and move LoRA
+in and out. Everything on disk is `pite.checkpoint`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataloaders.batch import PackedBatch
+from kernels import linear_cross_entropy, two_head_loss
+from pite import checkpoint, names
+from pite.config import PiTeConfig
+from pite.decoder import Decoder
+
+Head = Literal["localization", "trajectory"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Float32 scalars of one batch, each already divided by its global normalizer: total = ce + weight * l1."""
+
+    total: Tensor
+    ce: Tensor
+    l1: Tensor
+
+
+class PiTe(nn.Module):
+    """A PiTe model on one device.
+
+    The language model's weights are frozen and of `dtype`; adapter, heads and LoRA are float32 and cast on use, so
+    that small updates are not lost. Which of them learn is `set_trainable`'s choice.
+    """
+
+    def __init__(self, config: PiTeConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        hidden, llm = config.llm.hidden_size, config.llm
+        self.config = config
+        self.decoder = Decoder(config, dtype)
+        self.lm_head: nn.Parameter | None
+        if llm.tie_word_embeddings:
+            self.register_parameter("lm_head", None)
+        else:
+            self.lm_head = nn.Parameter(torch.empty(llm.vocab_size, hidden, dtype=dtype), requires_grad=False)
+        self.vision_adapter = nn.Linear(config.vision_feature_size, hidden)
+        self.localization_projector = nn.Linear(hidden, 2)
+        self.trajectory_projector = nn.Linear(hidden, config.num_points * config.num_frames * 2)
+        self.set_trainable(())
+
+    @staticmethod
+    def from_pretrained(directory: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PiTe:
+        """Load a stage's output, a published-layout directory or a plain Llama's; see `pite.checkpoint.load`."""
+        return checkpoint.load(Path(directory), dtype=dtype, device=device)
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """Write the whole model, LoRA merged, under published names; `from_pretrained` reads it back."""
+        checkpoint.save_merged(self, Path(directory))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.embed_tokens.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed_tokens.device
+
+    @property
+    def output_embedding(self) -> nn.Parameter:
+        """The vocabulary head's weight (V, d): `lm_head`, or the embedding table where the two are tied."""
+        return self.decoder.embed_tokens if self.lm_head is None else self.lm_head
+
+    # -- what learns ---------------------------------------------------------------------------------------------
+
+    def add_lora(self, rank: int, alpha: float, seed: int = 0) -> None:
+        """Start a new LoRA on q, k, v, o, gate, up and down; the same seed gives the same A on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        for _, linear, _ in names.linear_layers(self):
+            linear.add_lora(rank, alpha, generator)
+
+    def merge_lora(self) -> None:
+        """Fold the LoRA into the frozen weights and drop it."""
+        for _, linear, _ in names.linear_layers(self):
+            linear.merge_lora()
+
+    def set_trainable(self, modules: tuple[str, ...]) -> None:
+        """Let the named modules ("vision_adapter", "localization_projector", "trajectory_projector") and any LoRA learn."""
+        for head in names.HEADS:
+            getattr(self, head).requires_grad_(head in modules)
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    @torch.no_grad()
+    def initialize_trajectory_head(self) -> None:
+        """Repeat the localization head P * N times: the trajectory head starts from stage 1's (paper eq. 9)."""
+        copies = self.config.num_points * self.config.num_frames
+        self.trajectory_projector.weight.copy_(self.localization_projector.weight.repeat(copies, 1))
+        self.trajectory_projector.bias.copy_(self.localization_projector.bias.repeat(copies))
+
+    # -- what it computes ----------------------------------------------------------------------------------------
+
+    def embed(self, token_ids: Tensor, features: Tensor, feature_rows: Tensor) -> Tensor:
+        """Input embeddings (T, d): token embeddings with adapted frame features (F, C) at `feature_rows`."""
+        adapter = self.vision_adapter
+        frames = F.linear(features.to(self.dtype), adapter.weight.to(self.dtype), adapter.bias.to(self.dtype))
+        return F.embedding(token_ids, self.decoder.embed_tokens).index_copy(0, feature_rows, frames)
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Final-norm hidden states (T, d) of a packed batch."""
+        x = self.embed(batch.token_ids, batch.features, batch.feature_rows)
+        return cast(Tensor, self.decoder(x, batch.position_ids, batch.cu_seqlens, batch.max_seqlen))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (..., V) of hidden states (..., d)."""
+        return F.linear(hidden, self.output_embedding)
+
+    def predict(self, hidden: Tensor, head: Head) -> Tensor:
+        """Coordinates predicted from hidden states (M, d): (M, P, N, 2) trajectories or (M, 1, 1, 2) locations."""
+        projector = self._projector(head)
+        flat = F.linear(hidden.float(), projector.weight, projector.bias)
+        shape = (self.config.num_points, self.config.num_frames) if head == "trajectory" else (1, 1)
+        return flat.view(-1, *shape, 2)
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        head: Head | None = None,
+        label_smoothing: float = 0.0,
+        trajectory_weight: float = 1.0,
+        absent: Literal["skip", "regress"] = "skip",
+    ) -> Losses:
+        """Losses of one packed batch (paper eqs. 6, 8 and 10).
+
+        head               which head's L1 is added; None is cross-entropy alone (stage 3)
+        label_smoothing    eps, spread as eps / V over the vocabulary
+        trajectory_weight  lambda
+        absent             whether (-1, -1) coordinates carry no loss or are targets themselves
+        """
+        hidden = self.hidden_states(batch)
+        tokens, coordinates = batch.normalizers.unbind()
+        if head is None:
+            ce = linear_cross_entropy(
+                hidden,
+                self.output_embedding,
+                batch.target_ids,
+                batch.target_rows,
+                label_smoothing=label_smoothing,
+                normalizer=tokens,
+            )
+            return Losses(ce, ce.detach(), torch.zeros_like(ce, requires_grad=False))
+        projector = self._projector(head)
+        total, ce, l1 = two_head_loss(
+            hidden,
+            self.output_embedding,
+            batch.target_ids,
+            batch.target_rows,
+            projector.weight,
+            projector.bias,
+            batch.trajectory,
+            batch.trajectory_rows,
+            label_smoothing=label_smoothing,
+            weight=trajectory_weight,
+            normalizers=(tokens, coordinates),
+            absent=absent,
+        )
+        return Losses(total, ce.detach(), l1.detach())
+
+    def _projector(self, head: Head) -> nn.Linear:
+        return self.trajectory_projector if head == "trajectory" else self.localization_projector

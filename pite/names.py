@@ -1,0 +1,86 @@
+"""Names on disk: every published or PEFT tensor name, as a view into the packed model's parameters.
+
+The decoder keeps q,k,v and gate,up as one weight each; Hugging Face, PEFT and the published PiTe code keep them apart.
+These maps are the only place that knows. Reading copies into the views, writing copies out of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from pite.decoder import LoRALinear
+    from pite.model import PiTe
+
+PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""Fused layer of the decoder -> Hugging Face's modules, in the order they are stacked."""
+
+HEADS = ("vision_adapter", "localization_projector", "trajectory_projector")
+
+
+def linear_layers(model: PiTe) -> Iterator[tuple[str, LoRALinear, tuple[str, ...]]]:
+    """Each fused linear layer with its prefix (`model.layers.3.`) and the names of its parts."""
+    for i, layer in enumerate(model.decoder.layers):
+        for attribute, parts in PROJECTIONS.items():
+            yield f"model.layers.{i}.", getattr(layer, attribute), parts
+
+
+def values(parameter: nn.Parameter) -> Tensor:
+    return parameter.data
+
+
+def language_model_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = values) -> dict[str, Tensor]:
+    """Hugging Face LlamaForCausalLM names -> views of the weights (or of what `of` takes from them), without any LoRA."""
+    tensors: dict[str, Tensor] = {
+        "model.embed_tokens.weight": of(model.decoder.embed_tokens),
+        "model.norm.weight": of(model.decoder.norm),
+    }
+    if model.lm_head is not None:
+        tensors["lm_head.weight"] = of(model.lm_head)
+    for i, layer in enumerate(model.decoder.layers):
+        tensors[f"model.layers.{i}.input_layernorm.weight"] = of(layer.input_norm)
+        tensors[f"model.layers.{i}.post_attention_layernorm.weight"] = of(layer.post_attention_norm)
+    for prefix, linear, parts in linear_layers(model):
+        for name, view in zip(parts, of(linear.weight).split(linear.splits)):
+            tensors[f"{prefix}{name}.weight"] = view
+    return tensors
+
+
+def head_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = values) -> dict[str, Tensor]:
+    """Published names -> the adapter's and heads' weights and biases (or what `of` takes from them)."""
+    return {
+        f"model.{head}.{kind}": of(getattr(getattr(model, head), kind)) for head in HEADS for kind in ("weight", "bias")
+    }
+
+
+@torch.no_grad()
+def merged_tensors(model: PiTe) -> dict[str, Tensor]:
+    """Hugging Face names -> weights with the LoRA folded in; those a LoRA touches are copies, the rest views."""
+    tensors = language_model_tensors(model)
+    for prefix, linear, parts in linear_layers(model):
+        if linear.lora_a is not None:
+            for name, part in zip(parts, linear.merged().split(linear.splits)):
+                tensors[f"{prefix}{name}.weight"] = part
+    return tensors
+
+
+def lora_tensors(model: PiTe) -> dict[str, Tensor]:
+    """PEFT names -> views of the LoRA matrices, A (r, in) and B (out, r). Empty when the model has no LoRA."""
+    tensors: dict[str, Tensor] = {}
+    for prefix, linear, parts in linear_layers(model):
+        if linear.lora_a is None or linear.lora_b is None:
+            continue
+        halves = zip(parts, linear.lora_a.data.chunk(len(parts)), linear.lora_b.data.split(linear.splits))
+        for name, a, b in halves:
+            tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = a
+            tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = b
+    return tensors
