@@ -1,0 +1,86 @@
+"""Which objects a generated answer names, by a rule small enough to know where it fails.
+
+Training data brings its noun phrases from a constituency parser; a chat must not need one. So: a phrase is a
+determiner and the words that follow it, up to `MAX_WORDS`, ending before punctuation, before a function word, and
+before any word but the first that ends like a verb (-s, -ed, -ing). "From 04 to 20, a red circle moves right." names
+"a red circle". Nouns without a determiner are missed, plurals after an adjective are cut short.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from pite.metrics import Interval, parse_interval
+
+MAX_WORDS = 3
+_DETERMINER = re.compile(
+    "a|an|the|this|that|these|those|some|another|each|both|two|three|four|five|six|his|her|its|their|our|my|your"
+)
+_FUNCTION_WORD = re.compile(
+    "and|or|but|of|in|on|at|to|from|with|without|by|for|as|into|onto|over|under|near|between|behind|through|then|while|"
+    "when|where|who|which|that|is|are|was|were|be|has|have|had|can|could|will|would|may|might|not|it|he|she|they|"
+    "there|before|after|during|until|up|down|left|right|first|last|next"
+)
+_WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
+_SENTENCE = re.compile(r"[^.!?]+")
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A noun phrase at characters `start` to `end` (exclusive) of an answer, and the interval its sentence gives."""
+
+    text: str
+    start: int
+    end: int
+    interval: Interval | None
+
+
+def find_phrases(answer: str, num_frames: int) -> list[Phrase]:
+    """Noun phrases of an answer in order, each with its sentence's `a to b` as fractions of the video, if it has one."""
+    phrases = []
+    for sentence in _SENTENCE.finditer(answer):
+        interval = parse_interval(sentence[0], num_frames)
+        words = list(_WORD.finditer(sentence[0]))
+        position = 0
+        while position < len(words):
+            length = _phrase_length(sentence[0], words[position:])
+            if length:
+                start, end = words[position].start(), words[position + length].end()
+                offset = sentence.start()
+                phrases.append(Phrase(sentence[0][start:end], offset + start, offset + end, interval))
+            position += length + 1
+    return phrases
+
+
+def _phrase_length(text: str, words: Sequence[re.Match[str]]) -> int:
+    """How many words after the first belong to the phrase it opens; 0 where it opens none."""
+    if not _DETERMINER.fullmatch(words[0][0].lower()):
+        return 0
+    length = 0
+    for before, word in pairwise(words[: MAX_WORDS + 1]):
+        lowered = word[0].lower()
+        interrupted = text[before.end() : word.start()].strip() != ""
+        outside = _FUNCTION_WORD.fullmatch(lowered) or _DETERMINER.fullmatch(lowered)
+        if interrupted or outside or (length and _like_a_verb(lowered)):
+            break
+        length += 1
+    return length
+
+
+def _like_a_verb(word: str) -> bool:
+    return word.endswith(("ed", "ing")) or (word.endswith("s") and not word.endswith(("ss", "us", "is")))
+
+
+def find_named(answer: str, names: Sequence[str], num_frames: int) -> list[Phrase]:
+    """Every place where the answer says one of `names`, whatever the case; for phrases that the rule cannot find."""
+    phrases = []
+    for sentence in _SENTENCE.finditer(answer):
+        interval = parse_interval(sentence[0], num_frames)
+        for name in names:
+            for match in re.finditer(re.escape(name), sentence[0], flags=re.IGNORECASE):
+                offset = sentence.start()
+                phrases.append(Phrase(match[0], offset + match.start(), offset + match.end(), interval))
+    return sorted(phrases, key=lambda phrase: phrase.start)

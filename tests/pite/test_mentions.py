@@ -1,0 +1,40 @@
+"""Which words of an answer are drawn."""
+
+from __future__ import annotations
+
+import pytest
+
+from pite.mentions import find_named, find_phrases
+
+
+@pytest.mark.parametrize(
+    ("answer", "phrases"),
+    [
+        ("From 04 to 20, a red circle moves right.", ["a red circle"]),
+        ("a red circle moves right, from 04 to 20. The blue square is still.", ["a red circle", "The blue square"]),
+        ("A man wearing a hat jumps over two low walls.", ["A man", "a hat", "two low"]),
+        ("The dogs ran after an old bus.", ["The dogs ran", "an old bus"]),
+        ("A large, brown dog.", ["A large"]),
+        ("It can be seen from 05 to 31.", []),
+        ("the", []),
+        ("", []),
+    ],
+)
+def test_noun_phrases(answer: str, phrases: list[str]) -> None:
+    found = find_phrases(answer, 32)
+    assert [phrase.text for phrase in found] == phrases
+    assert [answer[phrase.start : phrase.end] for phrase in found] == phrases
+
+
+def test_a_phrase_has_the_interval_of_its_own_sentence() -> None:
+    answer = "From 04 to 08, a dog runs. A cat sleeps. A bird sings, from 16 to 24."
+    assert [phrase.interval for phrase in find_phrases(answer, 32)] == [(0.125, 0.25), None, (0.5, 0.75)]
+
+
+def test_named_phrases_are_found_wherever_they_are_said() -> None:
+    found = find_named("From 04 to 08, dogs run. Later the Dogs (two) rest.", ["dogs"], 32)
+    assert [(phrase.text, phrase.start, phrase.interval) for phrase in found] == [
+        ("dogs", 15, (0.125, 0.25)),
+        ("Dogs", 35, None),
+    ]
+    assert find_named("From 04 to 08, dogs run.", ["a cat"], 32) == []
