@@ -1,0 +1,188 @@
+"""Is this engine PiTe? Compare it with numbers that the published model gave, in float32 on the CPU.
+
+A reference directory holds `config.json`, `model.safetensors` under published names, `cases.safetensors` (padded
+batches with the frames' place marked by -200, final-norm hidden states, last logits, one greedy decoding) and
+`expected.json` (losses and gradient norms of each case).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from dataloaders.batch import PackedBatch, collate
+from dataloaders.records import TokenizedSample
+from pite import names
+from pite.generate import language_model
+from pite.model import Head, PiTe
+
+TOLERANCE = 1e-4
+FRAMES_HERE = -200
+IGNORED = -100
+HEADS: dict[int, Head] = {1: "localization", 2: "trajectory"}
+"""Which head learns in which stage; stage 3 learns text alone."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number compared: `error` is relative, or the count of wrong tokens where `limit` is 0."""
+
+    name: str
+    error: float
+    limit: float = TOLERANCE
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit
+
+
+def run(directory: Path) -> Iterator[Check]:
+    """Every comparison that the reference directory allows, as it is made. Raises ValueError on a missing file."""
+    for name in ("config.json", "model.safetensors", "cases.safetensors", "expected.json"):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory / name}: no such file; a reference has it")
+    cases = load_file(directory / "cases.safetensors")
+    expected = json.loads((directory / "expected.json").read_text())
+    model = load_model(directory, cases, expected)
+    for case, numbers in expected.items():
+        yield from _check_case(model, case, cases, numbers)
+    if "greedy.sequences" in cases:
+        yield _check_greedy(model, cases)
+
+
+def load_model(directory: Path, cases: dict[str, Tensor], expected: dict[str, Any]) -> PiTe:
+    """The reference's model. Where its config names no head count, the one that its first hidden states agree with."""
+    config = json.loads((directory / "config.json").read_text())
+    if isinstance(config.get("num_attention_heads"), int):
+        return PiTe.from_pretrained(directory)
+    with safe_open(directory / "model.safetensors", framework="pt") as weights:
+        queries, keys = (
+            weights.get_slice(f"model.layers.0.self_attn.{name}_proj.weight").get_shape()[0] for name in "qk"
+        )
+    # Rotary embedding turns pairs of channels, so a head has an even number of them.
+    sizes = [size for size in range(2, keys + 1, 2) if keys % size == 0 and queries % size == 0]
+    case, numbers = next(iter(expected.items()))
+    models = [_with_heads(directory, config, queries // size, keys // size) for size in sizes]
+    return min(models, key=lambda model: _hidden_error(model, case, cases, numbers))
+
+
+def _with_heads(directory: Path, config: dict[str, Any], queries: int, keys: int) -> PiTe:
+    with tempfile.TemporaryDirectory() as completed:
+        heads = {"num_attention_heads": queries, "num_key_value_heads": keys}
+        Path(completed, "config.json").write_text(json.dumps(config | heads))
+        Path(completed, "model.safetensors").symlink_to((directory / "model.safetensors").resolve())
+        return PiTe.from_pretrained(completed)
+
+
+def _check_case(model: PiTe, case: str, cases: dict[str, Tensor], numbers: dict[str, Any]) -> Iterator[Check]:
+    batch = pack(case, cases, numbers)
+    head = HEADS.get(numbers["stage"])
+    hidden = model.hidden_states(batch)
+    yield Check(f"{case}: hidden states", _hidden_error(model, case, cases, numbers))
+    last = model.logits(hidden[batch.cu_seqlens[1:].long() - 1])
+    yield Check(f"{case}: last logits", _relative(last, cases[f"{case}.logits_last"]))
+
+    model.requires_grad_(True)
+    model.zero_grad()
+    losses = model(batch, head=head)
+    smoothed = model(batch, head=head, label_smoothing=0.1)
+    yield Check(f"{case}: cross-entropy", _relative(losses.ce, numbers["ce_mean"]))
+    yield Check(
+        f"{case}: cross-entropy smoothed by 0.1", _relative(smoothed.ce, numbers["ce_mean_label_smoothing_0.1"])
+    )
+    if head is not None:
+        yield Check(f"{case}: L1", _relative(losses.l1, numbers[f"{head}_l1_valid_mean"]))
+    yield Check(f"{case}: loss", _relative(losses.total, numbers["loss_valid_mean"]))
+    losses.total.backward()
+    gradients = gradient_norms(model)
+    for name, norm in numbers["grad_norm"].items():
+        yield Check(f"{case}: gradient of {name}", _relative(gradients[name], norm))
+    model.requires_grad_(False)
+
+
+@torch.inference_mode()
+def _check_greedy(model: PiTe, cases: dict[str, Tensor]) -> Check:
+    prompt, sequence = cases["greedy.input_ids"][0].numpy(), cases["greedy.sequences"][0].tolist()
+    features = cases["greedy.videos"][0]
+    token_ids, frame_start = _splice(prompt, len(features))
+    rows = torch.arange(frame_start, frame_start + len(features))
+    inputs = model.embed(torch.from_numpy(token_ids), features, rows)[None]
+    answer = sequence[len(prompt) :]
+    # The reference did not stop at </s>.
+    settings = GenerationConfig(max_new_tokens=len(answer), do_sample=False, use_cache=True, eos_token_id=None)
+    said = language_model(model).generate(inputs_embeds=inputs, generation_config=settings)[0].tolist()
+    wrong = sum(a != b for a, b in zip(said, answer, strict=True))
+    return Check(f"greedy decoding of {len(answer)} tokens: wrong ones", wrong, limit=0)
+
+
+def pack(case: str, cases: dict[str, Tensor], numbers: dict[str, Any]) -> PackedBatch:
+    """A padded case as one packed row."""
+    key = f"{case}.{HEADS.get(numbers['stage'], 'none')}"
+    samples, features = [], []
+    for i, length in enumerate(numbers["lens"]):
+        token_ids, frame_start = _splice(cases[f"{case}.input_ids"][i, :length].numpy(), numbers["frames"])
+        answer = np.flatnonzero(cases[f"{case}.labels"][i, :length].numpy() != IGNORED)
+        trajectory = np.zeros((length, 1, 1, 2), dtype=np.float32) - 1
+        if key in cases:
+            # A location is a trajectory of one point in one frame.
+            trajectory = cases[key][i, :length].numpy()
+            trajectory = trajectory.reshape(length, *(trajectory.shape[1:-1] or (1, 1)), 2)
+        tracked = np.flatnonzero((trajectory != -1).any((1, 2, 3)))
+        samples.append(
+            TokenizedSample(
+                id=f"{case}.{i}",
+                media=f"{case}.{i}",
+                token_ids=token_ids,
+                frame_start=frame_start,
+                num_frames=numbers["frames"],
+                target_positions=answer + numbers["frames"] - 1,
+                trajectory_positions=tracked + numbers["frames"] - 1,
+                trajectory=trajectory[tracked],
+            )
+        )
+        features.append(cases[f"{case}.videos"][i].numpy())
+        assert answer.min() > frame_start, "the frames stand before the answer"
+    return collate(samples, features)
+
+
+def _splice(token_ids: np.ndarray, num_frames: int) -> tuple[np.ndarray, int]:
+    """Token ids with the frame mark widened to one 0 per frame, and where the frames start."""
+    (place,) = np.flatnonzero(token_ids == FRAMES_HERE)
+    return np.concatenate([token_ids[:place], np.zeros(num_frames, np.int64), token_ids[place + 1 :]]), int(place)
+
+
+def gradient_norms(model: PiTe) -> dict[str, float]:
+    """L2 norm of each published tensor's gradient."""
+    gradients = {"lm_head.weight": model.lm_head.grad}
+    for head in names.HEADS:
+        gradients[f"model.{head}.weight"] = getattr(model, head).weight.grad
+    for prefix, linear, parts in names.linear_layers(model):
+        assert linear.weight.grad is not None
+        for name, gradient in zip(parts, linear.weight.grad.split(linear.splits)):
+            gradients[f"{prefix}{name}.weight"] = gradient
+    return {name: gradient.norm().item() for name, gradient in gradients.items() if gradient is not None}
+
+
+@torch.no_grad()
+def _hidden_error(model: PiTe, case: str, cases: dict[str, Tensor], numbers: dict[str, Any]) -> float:
+    """Largest relative error of any sample's hidden states."""
+    batch = pack(case, cases, numbers)
+    samples = model.hidden_states(batch).split(batch.cu_seqlens.diff().tolist())
+    return max(_relative(hidden, cases[f"{case}.hidden.{i}"]) for i, hidden in enumerate(samples))
+
+
+def _relative(value: Tensor | float, expected: Tensor | float) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    value, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (value, expected))
+    return ((value - expected).norm() / expected.norm()).item()
