@@ -1,0 +1,52 @@
+"""Draw scenes and write them as H.264 MP4 or JPEG files, the same bytes on every run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from dataloaders.synthetic.scene import COLOURS, FRAMES_PER_SECOND, Scene, signed_distance
+
+OCCLUDER_GREY = 140
+# One thread: x264 splits its rate control by thread, and the world's own processes already fill the cores.
+_CODEC_OPTIONS = {"preset": "ultrafast", "crf": "18", "threads": "1"}
+
+
+def draw(scene: Scene, size: int) -> np.ndarray:
+    """Return the frames of a scene, (num_frames, size, size, 3) uint8 RGB, with anti-aliased edges."""
+    frames = np.full((scene.num_frames, size, size, 3), scene.background, np.float32)
+    centres = ((np.arange(size) + 0.5) / size).astype(np.float32)
+    grid = np.stack(np.meshgrid(centres, centres), -1)
+    for thing in scene.things:
+        inside = signed_distance(thing.shape, grid[None] - thing.path[:, None, None].astype(np.float32))
+        coverage = np.clip(inside * size + 0.5, 0, 1)[..., None]
+        shown = frames[thing.first : thing.last + 1]
+        shown += coverage * (np.asarray(COLOURS[thing.colour], np.float32) - shown)
+    if scene.occluder is not None:
+        left, top, right, bottom = (round(edge * size) for edge in scene.occluder)
+        frames[:, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = OCCLUDER_GREY
+    return (frames + 0.5).astype(np.uint8)
+
+
+def write_mp4(path: Path, frames: np.ndarray) -> None:
+    """Encode frames (T, H, W, 3) uint8 RGB as H.264 in MP4. A kill leaves no partial file under `path`."""
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
+    with av.open(str(beside), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=_CODEC_OPTIONS)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    beside.replace(path)
+
+
+def write_jpeg(path: Path, image: np.ndarray) -> None:
+    """Write an image (H, W, 3) uint8 RGB as JPEG. A kill leaves no partial file under `path`."""
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
+    Image.fromarray(image).save(beside, format="JPEG", quality=92)
+    beside.replace(path)

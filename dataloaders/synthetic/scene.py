@@ -1,0 +1,158 @@
+"""What happens in a synthetic video: shapes that appear, move and vanish, and where their key points are.
+
+Geometry is in fractions of the (square) frame, from the top left; time is the index of a source frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+COLOURS = {
+    "red": (230, 40, 40),
+    "green": (40, 200, 60),
+    "blue": (50, 80, 240),
+    "yellow": (240, 220, 50),
+    "magenta": (220, 50, 210),
+    "cyan": (40, 210, 220),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "down": (0.0, 1.0), "up": (0.0, -1.0)}
+RADIUS = 0.13
+FRAMES_PER_SECOND = 10
+KEY_POINTS = np.array([(0.0, 0.0), (-0.45, 0.3), (0.45, 0.3)])
+"""(P, 2) offsets from a shape's centre in radii; all of them lie inside each shape."""
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One coloured shape, visible from source frame `first` to `last`, both included.
+
+    path   (last - first + 1, 2) centre of the shape in each of those frames
+    """
+
+    colour: str
+    shape: str
+    direction: str
+    first: int
+    last: int
+    path: np.ndarray
+
+    @property
+    def phrase(self) -> str:
+        return f"a {self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A video before it is drawn. Later things are drawn over earlier ones, the occluder over all of them.
+
+    num_frames  source frames
+    background  grey level, 0 to 255
+    occluder    (left, top, right, bottom) of an opaque block, or None
+    """
+
+    num_frames: int
+    background: int
+    things: tuple[Thing, ...]
+    occluder: Box | None = None
+
+    @property
+    def duration(self) -> float:
+        """Seconds, as the container reports them: every frame lasts as long as the next."""
+        return self.num_frames / FRAMES_PER_SECOND
+
+    def seconds(self, frame: int) -> float:
+        """Time of a source frame on the clock of the records: the last frame stands at `duration`."""
+        return round(frame / max(self.num_frames - 1, 1) * self.duration, 6)
+
+
+def signed_distance(shape: str, offset: np.ndarray) -> np.ndarray:
+    """How far inside a shape each offset (..., 2) from its centre lies; negative outside. In fractions of the frame."""
+    x, y = offset[..., 0], offset[..., 1]
+    if shape == "circle":
+        return RADIUS - np.hypot(x, y)
+    if shape == "square":
+        return 0.88 * RADIUS - np.maximum(np.abs(x), np.abs(y))
+    # An upward triangle: base at 0.8 r, apex at -1.1 r, half base r.
+    slope = np.hypot(1.0, 1.9)
+    return np.minimum(0.8 * RADIUS - y, (y + 1.1 * RADIUS - 1.9 * np.abs(x)) / slope)
+
+
+def key_point_tracks(scene: Scene, index: int) -> np.ndarray:
+    """Where the key points of thing `index` are while its event lasts.
+
+    Returns (P, K, 2) float64, K = last - first + 1, rounded to 1e-4; (-1, -1) where a point is outside the frame, behind
+    the occluder, or under a thing drawn later.
+    """
+    thing = scene.things[index]
+    points = thing.path[None] + RADIUS * KEY_POINTS[:, None]
+    visible = np.asarray(((points >= 0) & (points <= 1)).all(-1))
+    if scene.occluder is not None:
+        left, top, right, bottom = scene.occluder
+        x, y = points[..., 0], points[..., 1]
+        visible &= ~((left <= x) & (x <= right) & (top <= y) & (y <= bottom))
+    for other in scene.things[index + 1 :]:
+        begin, end = max(thing.first, other.first), min(thing.last, other.last) + 1
+        if begin < end:
+            offset = (
+                points[:, begin - thing.first : end - thing.first] - other.path[begin - other.first : end - other.first]
+            )
+            visible[:, begin - thing.first : end - thing.first] &= signed_distance(other.shape, offset) < 0
+    return np.where(visible[..., None], points.round(4), -1.0)
+
+
+def _straight_or_bowed(rng: np.random.Generator, direction: str, length: int) -> np.ndarray:
+    """A path (length, 2) across the frame; half of them bow sideways, one straight path in six leaves the frame."""
+    progress = np.linspace(0, 1, length)
+    bow = rng.choice([-1, 1]) * rng.uniform(0.1, 0.22) if rng.random() < 0.5 else 0.0
+    leaves = bow == 0 and rng.random() < 1 / 6
+    begin, end = rng.uniform(0.14, 0.42), 1 + 0.8 * RADIUS if leaves else rng.uniform(0.58, 0.86)
+    along = begin + (end - begin) * progress
+    aside = rng.uniform(0.14 + max(0, -bow), 0.86 - max(0, bow)) + bow * np.sin(np.pi * progress)
+    if direction in ("left", "up"):
+        along = 1 - along
+    return np.stack((along, aside) if direction in ("left", "right") else (aside, along), -1)
+
+
+def _distinct(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
+    """`count` (colour, shape) pairs of distinct colours."""
+    return [(str(colour), str(rng.choice(SHAPES))) for colour in rng.permutation(list(COLOURS))[:count]]
+
+
+def sample_video(rng: np.random.Generator) -> Scene:
+    """A scene of 48 to 96 source frames with 1 to 3 events of 0.15 to 0.45 of its length each, in order of start."""
+    num_frames = int(rng.integers(48, 97))
+    things = []
+    for colour, shape in _distinct(rng, int(rng.choice([1, 2, 3], p=[0.2, 0.4, 0.4]))):
+        length = max(2, int(rng.uniform(0.15, 0.45) * num_frames))
+        first = int(rng.integers(0, num_frames - length + 1))
+        direction = str(rng.choice(list(DIRECTIONS)))
+        path = _straight_or_bowed(rng, direction, length)
+        things.append(Thing(colour, shape, direction, first, first + length - 1, path))
+    things.sort(key=lambda thing: thing.first)
+    scene = Scene(num_frames, int(rng.integers(20, 60)), tuple(things))
+    if rng.random() < 0.3:
+        behind = things[int(rng.integers(len(things)))].path
+        x, y = behind[len(behind) // 2]
+        half = rng.uniform((0.06, 0.06), (0.11, 0.11))
+        hidden = replace(scene, occluder=(x - half[0], y - half[1], x + half[0], y + half[1]))
+        # A thing that is mostly hidden would make its event invisible, and then nothing could be learned from it.
+        if all((key_point_tracks(hidden, i)[0, :, 0] >= 0).mean() > 0.5 for i in range(len(things))):
+            return hidden
+    return scene
+
+
+def sample_still(rng: np.random.Generator, things: list[tuple[str, str]] | None = None) -> Scene:
+    """A scene of one frame with 1 to 3 things, or the given (colour, shape) pairs, that do not cover each other's centre."""
+    pairs = _distinct(rng, int(rng.integers(1, 4))) if things is None else things
+    centres: list[np.ndarray] = []
+    while len(centres) < len(pairs):
+        centre = rng.uniform(0.1, 0.9, 2)
+        if all(np.hypot(*(centre - other)) > 1.5 * RADIUS for other in centres):
+            centres.append(centre)
+    placed = (Thing(*pair, direction="", first=0, last=0, path=c[None]) for pair, c in zip(pairs, centres))
+    return Scene(1, int(rng.integers(20, 60)), tuple(placed))

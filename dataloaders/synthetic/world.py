@@ -1,0 +1,169 @@
+"""Write a whole data folder: four parts, each in the layout and formats that the readers expect of the real ones.
+
+Every video and still is a pure function of (seed, part, number), so the bytes do not depend on how many processes
+share the work, and a run that was killed only makes what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataloaders.files import write_atomically
+from dataloaders.synthetic import language, scene
+from dataloaders.synthetic.render import draw, write_jpeg, write_mp4
+
+VERSION = 1
+"""Of the world's rules: a folder made by others is refused rather than mixed."""
+
+Progress = Callable[[str, int, int], None]
+_STILL, _TRAINING, _HELD_OUT = range(3)
+_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """What a world holds; the same configuration always gives the same bytes.
+
+    videos      training videos, shared by stages 2 and 3
+    evaluation  held-out videos
+    images      narrated stills of stage 1
+    frames      N, the frames that the two-digit indices of stage 3's answers count
+    size        width and height in pixels
+    seed        of everything
+    """
+
+    videos: int = 3400
+    evaluation: int = 400
+    images: int = 3400
+    frames: int = 32
+    size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("videos", "evaluation", "images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if not 2 <= self.frames <= 100:
+            raise ValueError(f"--frames must be 2 to 100 (indices have two digits), not {self.frames}")
+        if self.size < 16 or self.size % 2:
+            raise ValueError(f"--size must be an even number of at least 16 pixels (H.264 needs even), not {self.size}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, not {self.seed}")
+
+
+def _generator(seed: int, part: int, number: int) -> np.random.Generator:
+    return np.random.default_rng([seed, part, number])
+
+
+def _write_still(directory: Path, config: WorldConfig, number: int) -> dict[str, Any]:
+    rng = _generator(config.seed, _STILL, number)
+    still, name = scene.sample_still(rng), f"i{number:06d}"
+    path = directory / f"{name}.jpg"
+    if not path.exists():
+        write_jpeg(path, draw(still, config.size)[0])
+    return language.narrative_record(name, still, rng)
+
+
+def _write_video(directory: Path, config: WorldConfig, part: int, number: int) -> dict[str, Any]:
+    rng = _generator(config.seed, part, number)
+    video, name = scene.sample_video(rng), f"{'e' if part == _HELD_OUT else 'v'}{number:06d}"
+    path = directory / f"{name}.mp4"
+    if not path.exists():
+        write_mp4(path, draw(video, config.size))
+    return {
+        "id": name,
+        "pite": language.pite_record(name, video, rng),
+        "activitynet": language.activitynet_record(video),
+        "valley": language.valley_records(name, video, config.frames, rng),
+        "instruct": language.instruct_record(name, video, rng),
+    }
+
+
+@contextmanager
+def _mapper(processes: int) -> Iterator[Callable[..., Iterable[dict[str, Any]]]]:
+    """The built-in map, or one over a pool of processes; both keep the order."""
+    if processes == 1:
+        yield map
+        return
+    # A forked child of a process with threads may hang; spawned ones cost half a second.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield partial(pool.map, chunksize=_CHUNK)
+
+
+def _lines(records: Iterable[dict[str, Any]]) -> str:
+    return "".join(f"{json.dumps(record, separators=(',', ':'))}\n" for record in records)
+
+
+def _array(records: list[dict[str, Any]]) -> str:
+    return f"[\n{_lines(records).rstrip().replace(chr(10), f',{chr(10)}')}\n]\n"
+
+
+def make_world(output: Path, config: WorldConfig, processes: int = 2, progress: Progress = lambda *_: None) -> bool:
+    """Write the data folder `output`; False when it was there already, whole.
+
+    progress  called with (part, done, total) as files are written
+    Raises ValueError when `output` holds a world of another configuration, or something else.
+    """
+    manifest_path = output / "world.json"
+    wanted = {"version": VERSION, **asdict(config)}
+    if manifest_path.exists():
+        manifest = json.loads(manifest_path.read_text())
+        complete = manifest.pop("complete", False)
+        if manifest != wanted:
+            raise ValueError(
+                f"{output} holds another synthetic world ({manifest}, not {wanted}); choose another folder"
+            )
+        if complete:
+            return False
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is no synthetic world; choose an empty or new folder")
+
+    images, videos, held_out = (output / part for part in ("stage1/images", "stage2/videos", "evaluation/videos"))
+    for directory in (images, videos, held_out, output / "stage3"):
+        directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(manifest_path, json.dumps(wanted | {"complete": False}, indent=1))
+    shared = output / "stage3/videos"
+    if not shared.is_symlink():
+        # Stages 2 and 3 learn from the same videos, which are then encoded once.
+        shared.symlink_to("../stage2/videos")
+
+    with _mapper(processes) as mapper:
+
+        def run(part: str, write: Callable[[int], dict[str, Any]], total: int) -> list[dict[str, Any]]:
+            records = []
+            for record in mapper(write, range(total)):
+                records.append(record)
+                progress(part, len(records), total)
+            return records
+
+        told = run("narrated stills", partial(_write_still, images, config), config.images)
+        training = run("training videos", partial(_write_video, videos, config, _TRAINING), config.videos)
+        test = run("held-out videos", partial(_write_video, held_out, config, _HELD_OUT), config.evaluation)
+
+    write_atomically(output / "stage1/localized_narratives.jsonl", _lines(told))
+    write_atomically(output / "stage2/pite_143k.jsonl", _lines(video["pite"] for video in training))
+    write_atomically(
+        output / "stage3/valley.json", _array([record for video in training for record in video["valley"]])
+    )
+    write_atomically(output / "stage3/video_instruct.json", _array([video["instruct"] for video in training]))
+    write_atomically(output / "evaluation/pite_143k.jsonl", _lines(video["pite"] for video in test))
+    captions = {video["id"]: video["activitynet"] for video in test}
+    write_atomically(output / "evaluation/activitynet_captions.json", json.dumps(captions, indent=1))
+    write_atomically(manifest_path, json.dumps(wanted | {"complete": True}, indent=1))
+    return True
+
+
+def default_processes() -> int:
+    """One per core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
