@@ -83,7 +83,8 @@ def plot_losses(stages: dict[str, Path], output: Path) -> None:
 def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray | None, color: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if values is None or not np.isfinite(values).any():
+    # A stage without the loss logs zeros.
+    if values is None or not np.nan_to_num(values).any():
         axes.text(0.5, 0.5, "none in this stage", transform=axes.transAxes, ha="center", color="0.5")
         axes.set_yticks([])
         return

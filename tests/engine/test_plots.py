@@ -36,7 +36,7 @@ def test_running_mean_leaves_gaps_out() -> None:
 
 def test_one_column_per_stage_and_one_row_per_curve(tmp_path: Path) -> None:
     first = write(tmp_path / "stage1" / "metrics.jsonl", [{"step": i, "ce": 1 / i, "l1": 0.1} for i in range(1, 9)])
-    last = write(tmp_path / "stage3" / "metrics.jsonl", [{"step": i, "ce": 1 / i, "l1": None} for i in range(1, 9)])
+    last = write(tmp_path / "stage3" / "metrics.jsonl", [{"step": i, "ce": 1 / i, "l1": 0.0} for i in range(1, 9)])
     plot_losses({"one": first}, tmp_path / "one.png")
     assert main([str(tmp_path / "stage1"), str(last), "--output", str(tmp_path / "new" / "two.png")]) == 0
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "new" / "two.png") as two:

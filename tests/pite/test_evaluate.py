@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pite import metrics
-from pite.evaluate import Prediction, main, read_ground_truth, read_predictions, write_predictions
+from pite.evaluate import main
+from pite.grounding import Prediction, read_ground_truth, read_predictions, write_predictions
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "evaluation"
 
