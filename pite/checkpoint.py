@@ -63,10 +63,12 @@ def load(directory: Path, *, dtype: torch.dtype, device: str = "cpu") -> PiTe:
     return load_language_model(directory, PiTeConfig.load(directory), dtype=dtype, device=device)
 
 
-def load_language_model(directory: Path, config: PiTeConfig, *, dtype: torch.dtype, device: str = "cpu") -> PiTe:
+def load_language_model(
+    directory: Path, config: PiTeConfig, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> PiTe:
     """Load a whole-layout or plain Llama directory; PiTe's tensors that it lacks are initialised, the same each time."""
     model = empty(config, dtype, device)
-    initialize_heads(model, seed=0)
+    initialize_heads(model, seed)
     copy_into(
         {**names.language_model_tensors(model), **names.head_tensors(model)},
         weights(directory),

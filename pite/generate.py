@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from dataloaders.prompts import prompt_ids
 from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dataloaders.batch import collate
-from dataloaders.prompts import prompt_ids
 from dataloaders.records import TokenizedSample
 from pite import names
 from pite.model import PiTe

@@ -1,0 +1,79 @@
+"""The model at the start of a stage: the language model, earlier stages merged into it, a new LoRA on top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataloaders.files import sha256
+from dataloaders.store import FeatureStore
+from engine.recipes import Recipe, Stage
+from pite import checkpoint
+from pite.config import PiTeConfig
+from pite.model import PiTe
+
+
+def model_config(llm: Path, store: Path, num_points: int) -> PiTeConfig:
+    """The language model's shape, the stored video features' frames and channels, and P."""
+    manifest = FeatureStore(store / "videos").manifest
+    return PiTeConfig.load(
+        llm, num_frames=manifest.tokens, num_points=num_points, vision_feature_size=manifest.channels
+    )
+
+
+def build_model(
+    stage: Stage,
+    recipe: Recipe,
+    config: PiTeConfig,
+    *,
+    llm: Path,
+    start: Path | None,
+    store: FeatureStore,
+    seed: int,
+    head_init: bool,
+    dtype: torch.dtype,
+    device: str,
+) -> tuple[PiTe, list[str]]:
+    """Build a stage's model and say which adapters are merged in it (directories of earlier stages, in order).
+
+    start  output of an earlier stage; None starts from the language model itself
+    Raises ValueError when `start` is no stage's output.
+    """
+    if start is None:
+        model = checkpoint.load_language_model(llm, config, dtype=dtype, device=device, seed=seed)
+        merged: list[str] = []
+        if recipe.standardize_adapter:
+            standardize_adapter(model, store, seed)
+    else:
+        if not (start / checkpoint.LINEAGE).exists():
+            raise ValueError(f"stage {stage} starts from an earlier stage's output and {start} is none: train that first")
+        merged = [entry["path"] for entry in checkpoint.read_lineage(start)["merged"]] + [str(start.resolve())]
+        model = PiTe.from_pretrained(start, dtype=dtype, device=device)
+        model.merge_lora()
+    if stage == 2 and head_init:
+        model.initialize_trajectory_head()
+    model.add_lora(recipe.lora_rank, recipe.lora_alpha, seed=seed + stage)
+    model.set_trainable(recipe.learns)
+    return model, merged
+
+
+@torch.no_grad()
+def standardize_adapter(model: PiTe, store: FeatureStore, seed: int) -> None:
+    """Start the adapter so that features arrive with zero mean and the token embeddings' spread, in random directions."""
+    keys = sorted(store.keys)[:4096]
+    features = torch.from_numpy(np.concatenate([store.read(key) for key in keys])).float()
+    mean, spread = features.mean(0), features.std(0).clamp_min(1e-6)
+    adapter = model.vision_adapter
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(adapter.weight.shape, generator=generator) / adapter.in_features**0.5
+    weight = directions * (model.decoder.embed_tokens.float().std().cpu() / spread)
+    adapter.weight.copy_(weight)
+    adapter.bias.copy_(-(weight @ mean))
+
+
+def language_model_checksum(directory: Path) -> str:
+    """SHA-256 of a model directory's weight files, shortened, in order of their names."""
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    return " ".join(sha256(file)[:16] for file in files)

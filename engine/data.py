@@ -1,0 +1,98 @@
+"""From step number to packed micro-batches: the plan picks samples, the store gives features, the collator packs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from dataloaders.batch import PackedBatch, collate
+from dataloaders.dataset import StageDataset
+from dataloaders.plan import BatchPlan, split_batch
+from dataloaders.records import ABSENT, TokenizedSample
+from dataloaders.store import FeatureStore
+
+Absent = Literal["skip", "regress"]
+Normalizer = Literal["present", "paper"]
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """One rank's share of an optimizer step; tokens and samples are those of the whole global batch."""
+
+    micro_batches: tuple[PackedBatch, ...]
+    tokens: int
+    samples: int
+
+
+class StepSource:
+    """The micro-batches of any step, for one rank.
+
+    token_budget  most tokens in a micro-batch
+    absent        "skip": (-1, -1) carries no loss; "regress": every answer token has a trajectory, -1 where none is
+                  known, as the paper's text says
+    normalizer    "present": the L1 sum is divided by the coordinates that carry loss; "paper" (eq. 8): by P * N for
+                  each supervised token
+    """
+
+    def __init__(
+        self,
+        dataset: StageDataset,
+        plan: BatchPlan,
+        store: FeatureStore,
+        *,
+        token_budget: int,
+        rank: int = 0,
+        ranks: int = 1,
+        absent: Absent = "skip",
+        normalizer: Normalizer = "present",
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.plan, self.store = dataset, plan, store
+        self.token_budget, self.rank, self.ranks = token_budget, rank, ranks
+        self.absent, self.normalizer, self.pin_memory = absent, normalizer, pin_memory
+
+    def steps(self, start: int, stop: int) -> Iterator[StepBatches]:
+        return (self.step(step) for step in range(start, stop))
+
+    def step(self, step: int) -> StepBatches:
+        chosen = self.plan.samples(step)
+        lengths = self.dataset.tokens[chosen]
+        normalizers = self.normalizers(chosen)
+        bins = split_batch(lengths, self.ranks, self.token_budget)[self.rank]
+        micro = tuple(self._pack([int(chosen[i]) for i in members], normalizers) for members in bins if members)
+        return StepBatches(micro, int(lengths.sum()), len(chosen))
+
+    def singles(self, step: int) -> Iterator[PackedBatch]:
+        """This rank's samples of a step one at a time, to find the one that went wrong."""
+        for batch in self.step(step).micro_batches:
+            by_id = {self.dataset.ids[i]: int(i) for i in self.plan.samples(step)}
+            for sample_id in batch.sample_ids:
+                yield self._pack([by_id[sample_id]], tuple(batch.normalizers.tolist()))
+
+    def normalizers(self, chosen: np.ndarray) -> tuple[float, float]:
+        """Divisors of the summed cross-entropy and L1 over the whole global batch, known before any sample is read."""
+        targets = int(self.dataset.targets[chosen].sum())
+        points = self.dataset.num_points * self.dataset.num_frames
+        if self.normalizer == "paper":
+            return targets, targets * points
+        if self.absent == "regress":
+            return targets, targets * points * 2
+        return targets, int(self.dataset.coordinates[chosen].sum())
+
+    def _pack(self, members: list[int], normalizers: tuple[float, ...]) -> PackedBatch:
+        samples = [self.dataset[i] for i in members]
+        if self.absent == "regress":
+            samples = [with_absent_trajectories(s) for s in samples]
+        features = [self.store.read(s.media) for s in samples]
+        batch = collate(samples, features, normalizers=(normalizers[0], normalizers[1]))
+        return batch.pin_memory() if self.pin_memory else batch
+
+
+def with_absent_trajectories(sample: TokenizedSample) -> TokenizedSample:
+    """The sample with a trajectory for every supervised token, absent throughout where it had none."""
+    full = np.full((len(sample.target_positions), *sample.trajectory.shape[1:]), ABSENT, dtype=np.float32)
+    full[np.searchsorted(sample.target_positions, sample.trajectory_positions)] = sample.trajectory
+    return replace(sample, trajectory=full, trajectory_positions=sample.target_positions)

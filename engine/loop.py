@@ -1,0 +1,161 @@
+"""The training loop, and nothing else.
+
+One optimizer step is: micro-batches forward and backward, gradients summed over ranks, clip, update, report. Losses
+arrive already divided by the global batch's normalizers, so that micro-batches and ranks are summed, never averaged.
+A step's numbers are read one step late, when the device has long had them; an update with a non-finite loss or
+gradient is withheld on the device itself, and so are all that follow until the host has seen it and stops.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.data import Absent, StepBatches
+from engine.metrics import Metrics
+from engine.parallel import World
+from engine.recipes import Recipe
+from pite.model import Losses, PiTe
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is NaN or infinite: the run stopped before it touched a parameter."""
+
+
+def learning_rate(step: int, total: int, recipe: Recipe) -> float:
+    """Linear warm-up to the peak, then a cosine to 0; `step` counts from 0."""
+    warmup = math.ceil(total * recipe.warmup_ratio)
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def make_optimizer(model: PiTe, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW over what learns; fused, so that one launch updates everything and a non-finite step can be withheld."""
+    parameters = [p for _, p in model.trainable()]
+    return torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """Numbers of a step that the device may still be computing: [loss, ce, l1, gradient norm, bad]."""
+
+    step: int
+    numbers: Tensor
+    ready: torch.cuda.Event | None
+    tokens: int
+    learning_rate: float
+    data_wait: float
+
+
+def compute_losses(model: PiTe, batch, recipe: Recipe, absent: Absent) -> Losses:  # type: ignore[no-untyped-def]
+    losses: Losses = model(
+        batch,
+        head=recipe.head,
+        label_smoothing=recipe.label_smoothing,
+        trajectory_weight=recipe.trajectory_weight,
+        absent=absent,
+    )
+    return losses
+
+
+def train(
+    model: PiTe,
+    optimizer: torch.optim.AdamW,
+    batches: Iterator[StepBatches],
+    recipe: Recipe,
+    world: World,
+    metrics: Metrics,
+    *,
+    start: int,
+    stop: int,
+    total: int,
+    absent: Absent,
+    after_step: Callable[[int, Callable[[], None]], bool],
+    blame: Callable[[int], list[str]],
+    efficiency: Callable[[int, float], dict[str, float]],
+) -> int:
+    """Run optimizer steps `start` .. `stop`; returns the number of steps done.
+
+    total       steps of the whole learning-rate schedule
+    after_step  called with the steps done and a function that waits for their numbers; True ends the run early
+    blame       names the samples of a step whose loss or gradient is not finite
+    efficiency  further numbers from a step's tokens and seconds
+    Raises NonFiniteError.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    device = parameters[0].device
+    bad = torch.zeros((), device=device)
+    optimizer.found_inf = bad  # type: ignore[attr-defined]
+    pending: _Pending | None = None
+    clock = time.perf_counter()
+
+    def finish() -> None:
+        nonlocal pending, clock
+        if pending is None:
+            return
+        done, pending = pending, None
+        if done.ready is not None:
+            done.ready.synchronize()
+        loss, ce, l1, norm, failed = done.numbers.tolist()
+        if failed:
+            names = blame(done.step)
+            raise NonFiniteError(
+                f"step {done.step + 1}, rank {world.rank}: the loss or gradient of {', '.join(names) or 'another rank'} is "
+                f"not finite (loss {loss}, gradient norm {norm}); nothing was updated"
+            )
+        now = time.perf_counter()
+        seconds, clock = now - clock, now
+        metrics.log(
+            done.step + 1,
+            {
+                "loss": loss,
+                "ce": ce,
+                "l1": l1,
+                "gradient_norm": norm,
+                "learning_rate": done.learning_rate,
+                "tokens": done.tokens,
+                "seconds": seconds,
+                "tokens_per_second": done.tokens / seconds,
+                "data_wait": done.data_wait / seconds,
+                **efficiency(done.tokens, seconds),
+            },
+        )
+
+    for step in range(start, stop):
+        asked = time.perf_counter()
+        current = next(batches)
+        data_wait = time.perf_counter() - asked
+        rate = learning_rate(step, total, recipe)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        sums = torch.zeros(3, device=device)
+        for batch in current.micro_batches:
+            losses = compute_losses(model, batch.to(device), recipe, absent)
+            losses.total.backward()
+            sums += torch.stack([losses.total.detach(), losses.ce, losses.l1]).float()
+        world.sum_gradients(parameters, sums)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
+        bad.copy_(torch.maximum(bad, (~torch.isfinite(norm + sums[0])).float()))
+        optimizer.step()
+        optimizer.zero_grad()
+
+        finish()
+        numbers = torch.cat([sums, norm.float()[None], bad[None]])
+        ready = None
+        if device.type == "cuda":
+            numbers = numbers.to("cpu", non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        pending = _Pending(step, numbers, ready, current.tokens, rate, data_wait)
+        if after_step(step + 1, finish):
+            finish()
+            return step + 1
+    finish()
+    return stop

@@ -1,0 +1,60 @@
+"""What each stage learns and how: the paper's table, and the same three stages for the miniature of the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pite.model import Head
+
+Stage = Literal[1, 2, 3]
+Size = Literal["tiny", "7b", "13b"]
+
+LANGUAGE_MODELS: dict[str, str] = {"7b": "lmsys/vicuna-7b-v1.5", "13b": "lmsys/vicuna-13b-v1.5"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of one stage. Defaults are the paper's (section 4.3, table 2) where it names them.
+
+    learns             modules that learn beside the LoRA
+    head               the head whose L1 joins the cross-entropy; None for cross-entropy alone
+    max_grad_norm      global gradient norm is clipped to this; 0 for never (the paper is silent; its predecessors' 1)
+    warmup_ratio       share of the steps over which the learning rate rises linearly; then a cosine to 0
+    group_media        keep questions about one video in one batch: they then differ by the question alone
+    standardize_adapter  start the adapter so that features arrive with the token embeddings' scale (stage 1)
+    """
+
+    learns: tuple[str, ...]
+    head: Head | None
+    epochs: int
+    learning_rate: float = 1e-4
+    warmup_ratio: float = 0.03
+    global_batch: int = 256
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lora_rank: int = 64
+    lora_alpha: float = 128.0
+    label_smoothing: float = 0.1
+    trajectory_weight: float = 1.0
+    group_media: bool = False
+    standardize_adapter: bool = False
+
+
+PAPER: dict[Stage, Recipe] = {
+    1: Recipe(learns=("vision_adapter", "localization_projector"), head="localization", epochs=1),
+    2: Recipe(learns=("trajectory_projector",), head="trajectory", epochs=2),
+    3: Recipe(learns=(), head=None, epochs=2),
+}
+
+# A model of a million weights wants a hundred times the learning rate of one of seven billion.
+_TINY = {"learning_rate": 2e-3, "lora_rank": 32, "lora_alpha": 32.0, "global_batch": 32, "trajectory_weight": 5.0}
+TINY: dict[Stage, Recipe] = {
+    1: replace(PAPER[1], **_TINY, epochs=2, standardize_adapter=True),
+    2: replace(PAPER[2], **_TINY, epochs=6),
+    3: replace(PAPER[3], **_TINY, epochs=2, group_media=True),
+}
+
+
+def recipe(size: Size, stage: Stage) -> Recipe:
+    return (TINY if size == "tiny" else PAPER)[stage]

@@ -1,0 +1,107 @@
+"""Training checkpoints: everything a resumed run needs to continue bit for bit, and nothing that is frozen.
+
+A checkpoint is a directory `step-00000100` of one safetensors file (trainable parameters and AdamW's moments) and one
+JSON file. It is written beside and renamed, so a kill or a full disk leaves the previous one whole. The data need no
+state: the batch plan is a function of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dataloaders.files import directory_written_atomically, sha256
+
+TENSORS, STATE = "state.safetensors", "state.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class ResumeError(ValueError):
+    """A checkpoint that does not belong to the run that was asked for."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk: `step` optimizer steps are in it."""
+
+    path: Path
+    step: int
+
+
+def save(
+    directory: Path,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    fingerprint: dict[str, Any],
+    keep: int,
+) -> Checkpoint:
+    """Write `step-XXXXXXXX` under `directory` and remove all but the newest `keep`.
+
+    Raises OSError when the disk is full; what was there before is untouched then.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        tensors[f"parameter/{name}"] = parameter.detach()
+        for moment in _MOMENTS:
+            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+    target = directory / f"step-{step:08d}"
+    with directory_written_atomically(target) as beside:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, beside / TENSORS)
+        content = {"step": step, "fingerprint": fingerprint, "sha256": sha256(beside / TENSORS)}
+        (beside / STATE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    for old in _complete(directory)[:-keep]:
+        shutil.rmtree(old)
+    return Checkpoint(target, step)
+
+
+def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and a sentence for each newer one that is not."""
+    complaints = []
+    for path in reversed(_complete(directory)):
+        try:
+            content = json.loads((path / STATE).read_text())
+            if sha256(path / TENSORS) != content["sha256"]:
+                raise ValueError("its tensors do not match their checksum")
+            return Checkpoint(path, content["step"]), complaints
+        except (OSError, ValueError, KeyError) as error:
+            complaints.append(f"checkpoint {path} is damaged ({error}): falling back to the one before")
+    return None, complaints
+
+
+def restore(
+    checkpoint: Checkpoint,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    fingerprint: dict[str, Any],
+) -> None:
+    """Put a checkpoint's numbers into the parameters and the optimizer.
+
+    Raises ResumeError naming the first difference when it was made by a run with another fingerprint.
+    """
+    saved = json.loads((checkpoint.path / STATE).read_text())["fingerprint"]
+    for key in sorted({*saved, *fingerprint}):
+        if saved.get(key) != fingerprint.get(key):
+            raise ResumeError(
+                f"cannot resume from {checkpoint.path}: {key} was {saved.get(key)} there and is {fingerprint.get(key)} "
+                "now; change it back, or start afresh in another --output"
+            )
+    tensors = load_file(checkpoint.path / TENSORS)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+            moments = {moment: tensors[f"{moment}/{name}"] for moment in _MOMENTS}
+            optimizer.state[parameter] = {m: t if m == "step" else t.to(parameter.device) for m, t in moments.items()}
+            if parameter.is_cuda:
+                optimizer.state[parameter]["step"] = moments["step"].to(parameter.device)
+
+
+def _complete(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.glob("step-*") if p.is_dir())
