@@ -36,7 +36,7 @@ def trajectory_l1(
     absent      "skip": an absent pair carries no loss; "regress": -1 is a target like any other
     Returns a 0-dim loss, float32 (float64 from float64 inputs); 0 with zero gradients where the normalizer is 0.
     Gradients come back in each input's dtype, accumulated in float32. Raises ValueError on a shape or dtype that does
-    not fit and, on the CPU, on NaN targets, half-absent pairs and rows out of range; on CUDA those trip a device-side
+    not fit and, on the CPU, on non-finite targets, half-absent pairs and rows out of range; on CUDA those trip a device-side
     assert, because looking at them would make the host wait.
     """
     check_trajectory(hidden, weight, bias, targets, rows, normalizer, absent)
@@ -115,15 +115,19 @@ def trajectory_forward(
     skip_absent: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (loss, sign (M, P * N * 2) int8, scale = 1 / normalizer)."""
-    validate_targets(targets, skip_absent)
     validate_rows("trajectory_l1", rows, hidden.shape[0])
     dtype = accumulator(hidden.dtype)
     flat = targets.reshape(rows.numel(), -1).to(dtype).contiguous()
     bias = bias if bias is None else bias.to(dtype)
     native = cpp(hidden)
     if native is not None:
-        total, count, sign = native.trajectory_forward(hidden, weight.float(), bias, flat, rows, skip_absent)
+        total, count, bad, sign = native.trajectory_forward(
+            hidden, weight.float().contiguous(), bias, flat, rows, skip_absent
+        )
+        if bad:
+            refuse_targets(targets, skip_absent)
     else:
+        refuse_targets(targets, skip_absent)
         predictions = project(hidden.index_select(0, rows), weight, bias)
         distance = predictions.sub_(flat)
         if skip_absent:
@@ -172,11 +176,9 @@ def trajectory_backward(
     coefficient  0-dim: the upstream gradient times the forward's scale
     The bias' gradient comes in the accumulator dtype.
     """
-    grad_hidden = (
-        torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
-    )
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     if need_hidden:
-        accumulate_trajectory_grad(grad_hidden, coefficient, weight, sign, rows)
+        write_trajectory_grad(grad_hidden, coefficient, weight, sign, rows, accumulate=False)
     grad_weight, grad_bias = trajectory_parameter_grads(coefficient, hidden, weight, sign, rows, need_weight, need_bias)
     return grad_hidden, grad_weight, grad_bias
 
@@ -202,17 +204,19 @@ def _(
     return grad_hidden, grad_weight, grad_bias
 
 
-def accumulate_trajectory_grad(
-    grad_hidden: Tensor, coefficient: Tensor, weight: Tensor, sign: Tensor, rows: Tensor
+def write_trajectory_grad(
+    grad_hidden: Tensor, coefficient: Tensor, weight: Tensor, sign: Tensor, rows: Tensor, *, accumulate: bool
 ) -> None:
-    """grad_hidden[rows] += coefficient * sign W, on the CPU, in the order of `rows`."""
+    """grad_hidden[rows] += coefficient * sign W, in the order of `rows`; unless `accumulate`, from zero."""
     native = cpp(grad_hidden)
     if native is not None:
-        native.trajectory_grad_hidden(grad_hidden, coefficient, weight.float(), sign, rows)
+        weight = weight.float().contiguous()
+        native.trajectory_grad_hidden(grad_hidden, coefficient, weight, sign, rows, accumulate)
         return
-    dtype = grad_hidden.dtype
-    compact = torch.mm(sign.to(dtype), weight.to(dtype)) * coefficient.to(dtype)
-    grad_hidden.index_add_(0, rows, compact)
+    if not accumulate:
+        grad_hidden.zero_()
+    compact = torch.mm(sign.to(grad_hidden.dtype), weight.to(grad_hidden.dtype)).to(coefficient.dtype) * coefficient
+    grad_hidden.index_add_(0, rows, compact.to(grad_hidden.dtype))
 
 
 def trajectory_parameter_grads(
@@ -260,18 +264,18 @@ def _backward(ctx, grad_loss, _grad_sign, _grad_scale):  # type: ignore[no-untyp
 trajectory_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def validate_targets(targets: Tensor, skip_absent: bool) -> None:
-    """Refuse NaN and, where absence has a meaning, pairs with one coordinate at -1; names the first bad target."""
-    bad = targets.isnan().any(-1)
-    if skip_absent:
-        bad |= (targets == -1).sum(-1) == 1
-    if bool(bad.any()):
-        m, p, n = (int(i) for i in bad.nonzero()[0])
-        x, y = targets[m, p, n].tolist()
-        raise ValueError(
-            f"trajectory_l1: target of row index {m} (point {p}, frame {n}) is ({x}, {y}); give two coordinates, "
-            "or (-1, -1) for absent"
-        )
+def refuse_targets(targets: Tensor, skip_absent: bool) -> None:
+    """Refuse non-finite targets and, where absence has a meaning, pairs with one coordinate at -1; names the first."""
+    x, y = targets.unbind(-1)
+    half_absent = (x == -1) != (y == -1) if skip_absent else torch.zeros_like(x, dtype=torch.bool)
+    if bool(targets.sum().isfinite()) and not bool(half_absent.any()):
+        return
+    bad = half_absent | ~(x.isfinite() & y.isfinite())
+    m, p, n = (int(i) for i in bad.nonzero()[0])
+    raise ValueError(
+        f"trajectory_l1: target {m} (point {p}, frame {n}) is ({float(x[m, p, n])}, {float(y[m, p, n])}); "
+        "give two coordinates, or (-1, -1) for absent"
+    )
 
 
 def validate_rows(op: str, rows: Tensor, count: int) -> None:

@@ -13,10 +13,10 @@ from kernels.cross_entropy import check_cross_entropy, cross_entropy_forward, sc
 from kernels.reference import accumulator
 from kernels.trajectory import (
     NAMESPACE,
-    accumulate_trajectory_grad,
     check_trajectory,
     trajectory_forward,
     trajectory_parameter_grads,
+    write_trajectory_grad,
 )
 
 
@@ -148,7 +148,7 @@ def two_head_backward(
     grad_hidden = hidden.new_empty(0)
     if need_hidden:
         grad_hidden = scatter_rows(dx, target_rows, ce_coefficient, hidden.shape[0])
-        accumulate_trajectory_grad(grad_hidden, l1_coefficient, head_weight, sign, trajectory_rows)
+        write_trajectory_grad(grad_hidden, l1_coefficient, head_weight, sign, trajectory_rows, accumulate=True)
     grad_weight, grad_bias = trajectory_parameter_grads(
         l1_coefficient, hidden, head_weight, sign, trajectory_rows, need_weight, need_bias
     )

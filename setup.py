@@ -1,0 +1,79 @@
+"""Packages and the optional C++ operators: `pip install -e . --no-build-isolation` or `python setup.py build_ext --inplace`.
+
+torch is needed beforehand for the operators only. Without it, without CMake or a C++20 compiler, or when the build
+fails, one notice says so and the same functions run in PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class BuildError(Exception):
+    """Why the C++ operators cannot be built, in one sentence."""
+
+
+class CMakeBuild(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        # Not a Python module: torch loads it, whatever the interpreter's version.
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            built = build_operators(Path(self.build_temp).resolve())
+        except BuildError as error:
+            print(f"kernels: {error} The C++ operators are left out; PyTorch serves instead.", file=sys.stderr)
+            return
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(built, target)
+
+
+def build_operators(folder: Path) -> Path:
+    """Configure and build CMakeLists.txt in `folder`; returns the library. Raises BuildError."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError("torch is not installed in this environment (with pip, add --no-build-isolation).")
+    torch = Path(spec.origin).parent
+    beside_python = Path(sys.executable).parent
+    cmake = shutil.which("cmake", path=os.pathsep.join([str(beside_python), os.environ.get("PATH", "")]))
+    if cmake is None:
+        raise BuildError("cmake is not installed.")
+    configure = [
+        cmake,
+        *("-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"),
+        f"-DTORCH_INCLUDE_DIR={torch / 'include'}",
+        f"-DTORCH_LIBRARY_DIR={torch / 'lib'}",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    for command in (configure, [cmake, "--build", str(folder), "--parallel"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            log = folder / "build.log"
+            log.write_text(done.stdout + done.stderr)
+            step = "build" if "--build" in command else "configuration"
+            raise BuildError(f"the CMake {step} failed; its output is in {log}.")
+    return folder / "_C.so"
+
+
+setup(
+    name="pite-engine",
+    version="0.1.0",
+    description="Training engine for the PiTe video-language model",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["kernels*", "dataloaders*", "pite*", "engine*"]),
+    install_requires=["torch>=2.11"],
+    ext_modules=[Extension("kernels._C", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+)
