@@ -1,0 +1,102 @@
+"""Typed access to the fields of a record; every refusal names place and field."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+from dataloaders.formats.stream import Record, Where
+from dataloaders.records import RecordError
+
+TIME_TOLERANCE = 0.1
+"""Seconds by which a timestamp may leave its video: annotations are rounded, and containers report rounded lengths."""
+
+Place = Where | str
+"""Where a record stands, as `file:line`."""
+
+_MEDIA_TAG = r"<(?:video|image)>"
+_TAG_AT_START = re.compile(rf"\A\s*{_MEDIA_TAG}\s*")
+_TAG_AT_END = re.compile(rf"\s*{_MEDIA_TAG}\s*\Z")
+SENTENCE_MARK = re.compile(r"</?s>")
+
+
+def field(record: Record, name: str, kind: type | tuple[type, ...], where: Place) -> Any:
+    """record[name], which must exist and be of `kind`. Raises RecordError."""
+    if name not in record:
+        raise RecordError(f"{where}: field {name!r} is missing")
+    value = record[name]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise RecordError(f"{where}: field {name!r} must be {kinds}, not {type(value).__name__}")
+    return value
+
+
+def identifier(record: Record, name: str, where: Place) -> str:
+    """An id that becomes part of a file name: not empty, and not leading out of its folder."""
+    value = str(field(record, name, (str, int), where))
+    path = PurePosixPath(value)
+    if not value.strip() or path.is_absolute() or ".." in path.parts:
+        raise RecordError(f"{where}: field {name!r} holds {value!r}, which cannot name a media file")
+    return value
+
+
+def seconds(value: Any, name: str, where: Place, duration: float = math.inf) -> float:
+    """A finite time in [0, duration]; up to TIME_TOLERANCE outside it is clipped. Raises RecordError beyond."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RecordError(f"{where}: field {name!r} must be a finite number of seconds, not {value!r}")
+    if not -TIME_TOLERANCE <= value <= duration + TIME_TOLERANCE:
+        raise RecordError(f"{where}: field {name!r}: {value} s is outside the video's 0 to {duration} s")
+    return min(max(float(value), 0.0), duration)
+
+
+def interval(value: Any, name: str, where: Place, duration: float = math.inf) -> tuple[float, float]:
+    """A pair start <= end of times in [0, duration]."""
+    if not isinstance(value, list) or len(value) != 2:
+        raise RecordError(f"{where}: field {name!r} must be [start, end] in seconds, not {value!r}")
+    start, end = (seconds(v, name, where, duration) for v in value)
+    if start > end:
+        raise RecordError(f"{where}: field {name!r}: start {start} s comes after end {end} s")
+    return start, end
+
+
+def duration_of(record: Record, where: Place, name: str = "duration") -> float:
+    """A video's length in seconds, finite and positive."""
+    value = seconds(field(record, name, (int, float), where), name, where)
+    if value <= 0:
+        raise RecordError(f"{where}: field {name!r} must be positive, not {value}")
+    return value
+
+
+def question_of(text: str, name: str, where: Place) -> str:
+    """A question without its media tag, which may stand at the start or at the end, and without `</s>`."""
+    text = SENTENCE_MARK.sub("", _TAG_AT_END.sub("", _TAG_AT_START.sub("", text))).strip()
+    if re.search(_MEDIA_TAG, text):
+        raise RecordError(f"{where}: field {name!r}: a media tag may stand at the start or end only, as in {text!r}")
+    return text
+
+
+def answer_of(text: str, name: str, where: Place) -> str:
+    """An answer without stray `</s>`. Raises RecordError where nothing remains."""
+    text = SENTENCE_MARK.sub("", text).strip()
+    if not text:
+        raise RecordError(f"{where}: field {name!r}: the answer is empty")
+    return text
+
+
+def conversation(record: Record, where: Place) -> list[tuple[str, str]]:
+    """(question, answer) pairs of `conversations`, as written. Raises RecordError unless human and gpt alternate."""
+    messages = field(record, "conversations", list, where)
+    if not messages or len(messages) % 2:
+        raise RecordError(f"{where}: field 'conversations' must hold pairs of a question and an answer")
+    values = []
+    for i, message in enumerate(messages):
+        name = f"conversations[{i}]"
+        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
+            raise RecordError(f"{where}: field '{name}' must hold 'from' and 'value' texts")
+        speaker = ("human", "gpt")[i % 2]
+        if message.get("from") != speaker:
+            raise RecordError(f"{where}: field '{name}.from' must be {speaker!r}, not {message.get('from')!r}")
+        values.append(message["value"])
+    return list(zip(values[::2], values[1::2]))

@@ -1,0 +1,130 @@
+"""PiTe-143k: clips of longer videos, answers with timed events, and tracks of the objects they mention.
+
+The authors never published their schema; ours extends the record of VTimeLLM's stage 2 by `trajectories`:
+
+    {"source": "internvid", "id": "v000001",
+     "conversations": [{"from": "human", "value": "<video>\\nDescribe the video in detail."},
+                       {"from": "gpt", "value": "From <s0> to <e0>, a red circle moves right."}],
+     "meta": {"split": [129.8, 184.0], "duration": 54.2, "token": {"<s0>": 0.0, "<e0>": 9.4}},
+     "trajectories": [{"turn": 0, "phrase": "a red circle", "start": 19, "times": [0.0, 9.4],
+                       "points": [[[0.31, 0.40], [0.33, 0.41], [-1, -1]]]}]}
+
+`turn` counts answers; `start` is the phrase's offset in that answer as written, marks included; all times are seconds
+within the clip.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dataloaders.formats.fields import (
+    Place,
+    conversation,
+    duration_of,
+    field,
+    identifier,
+    interval,
+    question_of,
+    seconds,
+)
+from dataloaders.formats.stream import Record
+from dataloaders.prompts import time_to_index
+from dataloaders.records import Media, Mention, RecordError, Sample, Turn
+from dataloaders.tracks import TrackError, place_tracks, validate_tracks
+
+_MARK = re.compile(r"\A(?:\s|</?s>)+|(?:\s|</?s>)+\Z|</?s>|<[se]\d+>")
+
+
+def pite_media(record: Record, where: Place, folder: Path) -> Media:
+    """The clip: `folder`/videos/{id}.mp4 between the two times of `meta.split`, or all of it where that is null."""
+    name = identifier(record, "id", where)
+    meta = field(record, "meta", dict, where)
+    split = None
+    if meta.get("split") is not None:
+        split = interval(meta["split"], "meta.split", where)
+        if split[0] == split[1]:
+            raise RecordError(f"{where}: field 'meta.split' is empty: it starts and ends at {split[0]} s")
+    return Media(f"{folder.name}/{name}", folder / "videos" / f"{name}.mp4", split=split)
+
+
+def read_pite(record: Record, where: Place, folder: Path, *, num_frames: int, num_points: int) -> Sample:
+    """All turns, with marks replaced by two-digit frame indices and tracks placed on `num_frames` frames.
+
+    Tracks beyond the first `num_points` are not used. Raises RecordError naming place and field for marks without a
+    time, times outside the clip, phrases that are not where `start` says, and points that are no tracks.
+    """
+    meta = field(record, "meta", dict, where)
+    duration = duration_of(meta, where)
+    indices = _indices(field(meta, "token", dict, where), duration, num_frames, where)
+    pairs = conversation(record, where)
+    answers = [
+        _Marked(answer, indices, f"{where}: field 'conversations[{2 * i + 1}]'") for i, (_, answer) in enumerate(pairs)
+    ]
+    mentions: list[list[Mention]] = [[] for _ in pairs]
+    for i, trajectory in enumerate(record.get("trajectories") or []):
+        name = f"trajectories[{i}]"
+        if not isinstance(trajectory, dict):
+            raise RecordError(f"{where}: field '{name}' must be an object")
+        turn = field(trajectory, "turn", int, f"{where}: {name}")
+        if not 0 <= turn < len(pairs):
+            raise RecordError(f"{where}: field '{name}.turn' is {turn}, but there are {len(pairs)} answers")
+        mentions[turn].append(_mention(trajectory, f"{where}: {name}", answers[turn], duration, num_frames, num_points))
+    turns = tuple(
+        Turn(question_of(question, f"conversations[{2 * i}]", where), answers[i].text, tuple(mentions[i]))
+        for i, (question, _) in enumerate(pairs)
+    )
+    return Sample(identifier(record, "id", where), pite_media(record, where, folder).key, turns)
+
+
+def _indices(tokens: Record, duration: float, num_frames: int, where: Place) -> dict[str, str]:
+    times = {mark: seconds(value, f"meta.token.{mark}", where, duration) for mark, value in tokens.items()}
+    for mark, start in times.items():
+        end = times.get(f"<e{mark[2:]}", start) if mark.startswith("<s") else start
+        if start > end:
+            raise RecordError(f"{where}: field 'meta.token.{mark}': start {start} s comes after end {end} s")
+    return {mark: f"{time_to_index(t, duration, num_frames):02d}" for mark, t in times.items()}
+
+
+def _mention(
+    trajectory: Record, where: str, answer: _Marked, duration: float, num_frames: int, num_points: int
+) -> Mention:
+    phrase = field(trajectory, "phrase", str, where)
+    start = field(trajectory, "start", int, where)
+    if not phrase.strip() or start < 0 or answer.written[start : start + len(phrase)] != phrase:
+        raise RecordError(f"{where}: phrase {phrase!r} is not at character {start} of its answer {answer.written!r}")
+    where = f"{where}: phrase {phrase!r}"
+    times = interval(field(trajectory, "times", list, where), "times", where, duration)
+    try:
+        tracks = validate_tracks(field(trajectory, "points", list, where), num_points)
+    except TrackError as error:
+        raise RecordError(f"{where}: {error}") from None
+    placed = place_tracks(tracks, times, duration, num_frames)
+    return Mention(answer.offset(start), answer.offset(start + len(phrase)), placed)
+
+
+class _Marked:
+    """An answer as written and as taught, and the way from an offset in the one to that in the other."""
+
+    def __init__(self, written: str, indices: dict[str, str], where: str) -> None:
+        self.written = written
+        self._edits: list[tuple[int, int]] = []  # (end in the written text, growth up to there)
+        parts, end, growth = [], 0, 0
+        for match in _MARK.finditer(written):
+            mark = match[0]
+            is_time = mark[1:2] in "se" and mark[-2:-1].isdigit()
+            if is_time and mark not in indices:
+                raise RecordError(f"{where}: mark {mark} has no time in 'meta.token'")
+            replacement = indices[mark] if is_time else ""
+            parts += [written[end : match.start()], replacement]
+            end = match.end()
+            growth += len(replacement) - len(mark)
+            self._edits.append((end, growth))
+        self.text = "".join(parts) + written[end:]
+        if not self.text:
+            raise RecordError(f"{where}: the answer is empty")
+
+    def offset(self, written_offset: int) -> int:
+        """Offset in `text` of a character of `written`; what was cut away stands where it was cut."""
+        growth = max((edit for edit in self._edits if edit[0] <= written_offset), default=(0, 0))[1]
+        return min(max(written_offset + growth, 0), len(self.text))

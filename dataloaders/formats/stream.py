@@ -1,0 +1,126 @@
+"""JSON files of any size, one record at a time, and any record again by its bytes.
+
+A record is found by a regular expression over the mapped file that knows strings and brackets and nothing else, then
+parsed alone; so a gigabyte of JSON array costs the memory of one record, and training later reads records by offset.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataloaders.records import RecordError
+
+Record = dict[str, Any]
+
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Place of a record, printed as `file:line`, or `file:line:column` where it does not start its line.
+
+    Lines are counted only when a message needs them.
+    """
+
+    path: Path
+    offset: int
+
+    def __str__(self) -> str:
+        with self.path.open("rb") as file:
+            before = file.read(self.offset)
+        line = before.count(b"\n") + 1
+        column = self.offset - (before.rfind(b"\n") + 1) + 1
+        return f"{self.path}:{line}" + (f":{column}" if column > 1 else "")
+
+
+def iter_json(path: Path) -> Iterator[tuple[int, int, Record]]:
+    """Yield (offset, length in bytes, record) of every object in a file, in order.
+
+    `.jsonl` holds one object per line; any other file one array of objects, or one object of objects
+    `{key: {...}, ...}`, whose records get their key as field `id`. Raises RecordError naming file and line where the
+    file is not that, and ValueError where there is no file.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    with file:
+        if path.suffix == ".jsonl":
+            yield from _iter_lines(path, file)
+            return
+        try:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise RecordError(f"{path}:1: the file is empty") from None
+        with mapped:
+            for offset, length in _find_records(path, mapped):
+                yield offset, length, _parse(mapped[offset : offset + length], Where(path, offset))
+
+
+def load_json(path: Path, offset: int, length: int) -> Record:
+    """Read one record again, by the numbers that `iter_json` gave for it."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return _parse(file.read(length), Where(path, offset))
+
+
+def _iter_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, int, Record]]:
+    offset = 0
+    for line in lines:
+        if not line.isspace():
+            yield offset, len(line), _parse(line, Where(path, offset))
+        offset += len(line)
+
+
+def _find_records(path: Path, mapped: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """Byte spans of the records of an array, or of the `"key": {...}` entries of an object."""
+    outer, depth, start, end, key = b"", 0, 0, 0, None
+    for token in _TOKEN.finditer(mapped):
+        kind = mapped[token.start() : token.start() + 1]
+        if depth == 0:
+            if outer or kind not in b"[{" or mapped[: token.start()].strip():
+                raise RecordError(f"{Where(path, token.start())}: expected one JSON array or object of objects")
+            outer, depth, end = kind, 1, token.end()
+        elif kind == b'"':
+            if depth == 1 and key is None:
+                key = token
+        elif kind in b"[{":
+            if depth == 1:
+                if kind == b"[" or (key is None) != (outer == b"["):
+                    raise RecordError(f"{Where(path, token.start())}: expected an object, one per record")
+                start = token.start() if key is None else key.start()
+                _check_separator(path, mapped, end, start, first=end == 0 or mapped[end - 1 : end] in b"[{")
+            depth += 1
+        else:
+            depth -= 1
+            if depth == 1:
+                end, key = token.end(), None
+                yield start, end - start
+            elif depth == 0 and mapped[end : token.start()].strip():
+                raise RecordError(f"{Where(path, end)}: expected an object, one per record")
+    if depth or not outer:
+        raise RecordError(f"{Where(path, len(mapped))}: the file ends before its closing bracket; was it cut off?")
+
+
+def _check_separator(path: Path, mapped: mmap.mmap, end: int, start: int, *, first: bool) -> None:
+    if mapped[end:start].strip() != (b"" if first else b","):
+        raise RecordError(f"{Where(path, end)}: expected objects separated by commas")
+
+
+def _parse(text: bytes, where: Where) -> Record:
+    keyed = text.startswith(b'"')
+    try:
+        value = json.loads(b"{" + text + b"}" if keyed else text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"{where}: not valid JSON ({error})") from None
+    if keyed:
+        ((key, value),) = value.items()
+    if not isinstance(value, dict):
+        raise RecordError(f"{where}: expected a JSON object, not {type(value).__name__}")
+    return {**value, "id": key} if keyed else value

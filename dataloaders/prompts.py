@@ -1,0 +1,108 @@
+"""Conversations to tokens: the Vicuna v1 prompt, what is supervised, and which tokens have a trajectory.
+
+    A chat between ... questions. USER: <video>\\n{question} ASSISTANT: {answer}</s>USER: ...
+
+The text around the frames is tokenized piece by piece, as LLaVA and its descendants do at inference, so that a prompt
+is always a prefix of the sample that taught it. Each turn is one piece; where it ends, `</s>` is put by id.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dataloaders.records import Sample, TokenizedSample
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_BEFORE_FRAMES = f"{SYSTEM} USER: "
+_FIRST_TURN = "\n{question} ASSISTANT:"
+_LATER_TURN = "USER: {question} ASSISTANT:"
+
+
+def time_to_index(seconds: float, duration: float, num_frames: int) -> int:
+    """Index of the frame that stands for a time: min(round(seconds / duration * N), N - 1)."""
+    return min(round(seconds / duration * num_frames), num_frames - 1)
+
+
+def prompt_ids(question: str, tokenizer: PreTrainedTokenizerBase, num_frames: int) -> tuple[np.ndarray, int]:
+    """Prompt of a question about `num_frames` frames, ready for its answer to be generated.
+
+    Returns token ids (n,) int64, 0 where a frame sits, and the position of the first frame.
+    """
+    head = _head(tokenizer)
+    tail, _ = _encode(tokenizer, _FIRST_TURN.format(question=question))
+    return np.array([*head, *[0] * num_frames, *tail], dtype=np.int64), len(head)
+
+
+def tokenize(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, *, num_frames: int, num_points: int
+) -> TokenizedSample:
+    """Tokenize a sample about `num_frames` frames.
+
+    Supervised are the tokens after each `ASSISTANT:` and the `</s>` that ends the answer. A mention's trajectory, of
+    shape (num_points, num_frames, 2), belongs to every token that overlaps its characters; of two mentions that claim
+    one token the later wins. Raises ValueError for a tokenizer that cannot say which characters a token covers.
+    """
+    head = _head(tokenizer)
+    ids = [*head, *[0] * num_frames]
+    targets: list[int] = []
+    trajectory_positions: list[int] = []
+    trajectories: list[np.ndarray] = []
+    for i, turn in enumerate(sample.turns):
+        prompt = (_LATER_TURN if i else _FIRST_TURN).format(question=turn.question)
+        tokens, offsets = _encode(tokenizer, f"{prompt} {turn.answer}")
+        starts, ends = offsets.T
+        # The space before the answer is the model's to say: at inference the prompt ends with the colon.
+        first = int(np.searchsorted(ends, len(prompt), side="right"))
+        if first < len(tokens) and starts[first] < len(prompt):
+            raise ValueError(
+                f"the tokenizer merges the end of {prompt[-10:]!r} with the answer after it, so no prompt can end there"
+            )
+        owner = np.full(len(tokens), -1)
+        for m, mention in enumerate(turn.mentions):
+            shape = mention.trajectory.shape
+            if shape != (num_points, num_frames, 2):
+                raise ValueError(
+                    f"sample {sample.id}: a trajectory of shape {shape}, not {(num_points, num_frames, 2)}"
+                )
+            begin = len(prompt) + 1 + mention.start
+            overlaps = (starts < begin + mention.end - mention.start) & (ends > begin)
+            owner[overlaps] = m
+        owned = np.flatnonzero(owner >= 0)
+        trajectory_positions += (owned + len(ids)).tolist()
+        trajectories += [turn.mentions[m].trajectory for m in owner[owned]]
+        targets += range(len(ids) + first, len(ids) + len(tokens) + 1)
+        ids += [*tokens, tokenizer.eos_token_id]
+    return TokenizedSample(
+        id=sample.id,
+        media=sample.media,
+        token_ids=np.array(ids, dtype=np.int64),
+        frame_start=len(head),
+        num_frames=num_frames,
+        target_positions=np.array(targets, dtype=np.int64),
+        trajectory_positions=np.array(trajectory_positions, dtype=np.int64),
+        trajectory=np.array(trajectories, dtype=np.float32).reshape(-1, num_points, num_frames, 2),
+    )
+
+
+@lru_cache(maxsize=4)
+def _head(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Everything before the frames, which no sample changes. Checks the tokenizer, once."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell which characters a token covers; use a fast tokenizer"
+        )
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise ValueError(f"{type(tokenizer).__name__} lacks a token for the beginning or the end of a text")
+    return (tokenizer.bos_token_id, *_encode(tokenizer, _BEFORE_FRAMES)[0])
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], np.ndarray]:
+    """Token ids, and the span of characters (n, 2) that each covers."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return encoding["input_ids"], np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
