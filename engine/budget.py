@@ -136,7 +136,9 @@ def report(config: TrainConfig) -> str:
         tokens = samples * corpus.tokens
         flops = step_flops(pite_config, count.linear, tokens, samples * corpus.targets, corpus.tokens)
         needed = memory(pite_config, count, config.token_budget)
-        hours = "  ".join(f"8x{name} {flops / (8 * peak * ASSUMED_MFU) / 3600:.2f} h" for name, peak in PEAK_BF16.items())
+        hours = "  ".join(
+            f"8x{name} {flops / (8 * peak * ASSUMED_MFU) / 3600:.2f} h" for name, peak in PEAK_BF16.items()
+        )
         lines += [
             f"stage {stage}, {config.model} ({shape_origin})",
             f"  parameters      {count.total / 1e6:,.1f} M, of which trained: LoRA {count.lora / 1e6:,.1f} M"
@@ -168,8 +170,9 @@ def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
 
 def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpus:
     """A stage's training set as it is on disk, or the assumed one when it is not there."""
-    from dataloaders.dataset import StageDataset
     from transformers import AutoTokenizer
+
+    from dataloaders.dataset import StageDataset
 
     if not (config.data / f"stage{stage}").is_dir():
         return ASSUMED_CORPORA[stage]
@@ -179,7 +182,13 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
         return ASSUMED_CORPORA[stage]
     frames, points = (1, 1) if stage == 1 else (pite_config.num_frames, pite_config.num_points)
     data = StageDataset(
-        config.data, stage, tokenizer, num_frames=frames, num_points=points, max_length=config.max_length, available=None
+        config.data,
+        stage,
+        tokenizer,
+        num_frames=frames,
+        num_points=points,
+        max_length=config.max_length,
+        available=None,
     )
     return Corpus(
         len(data),

@@ -48,7 +48,9 @@ def build_model(
             standardize_adapter(model, store, seed)
     else:
         if not (start / checkpoint.LINEAGE).exists():
-            raise ValueError(f"stage {stage} starts from an earlier stage's output and {start} is none: train that first")
+            raise ValueError(
+                f"stage {stage} starts from an earlier stage's output and {start} is none: train that first"
+            )
         merged = [entry["path"] for entry in checkpoint.read_lineage(start)["merged"]] + [str(start.resolve())]
         model = PiTe.from_pretrained(start, dtype=dtype, device=device)
         model.merge_lora()

@@ -59,18 +59,21 @@ class StepSource:
 
     def step(self, step: int) -> StepBatches:
         chosen = self.plan.samples(step)
-        lengths = self.dataset.tokens[chosen]
         normalizers = self.normalizers(chosen)
-        bins = split_batch(lengths, self.ranks, self.token_budget)[self.rank]
-        micro = tuple(self._pack([int(chosen[i]) for i in members], normalizers) for members in bins if members)
-        return StepBatches(micro, int(lengths.sum()), len(chosen))
+        micro = tuple(self._pack(members, normalizers) for members in self._members(chosen))
+        return StepBatches(micro, int(self.dataset.tokens[chosen].sum()), len(chosen))
 
     def singles(self, step: int) -> Iterator[PackedBatch]:
         """This rank's samples of a step one at a time, to find the one that went wrong."""
-        for batch in self.step(step).micro_batches:
-            by_id = {self.dataset.ids[i]: int(i) for i in self.plan.samples(step)}
-            for sample_id in batch.sample_ids:
-                yield self._pack([by_id[sample_id]], tuple(batch.normalizers.tolist()))
+        chosen = self.plan.samples(step)
+        for members in self._members(chosen):
+            for member in members:
+                yield self._pack([member], self.normalizers(chosen))
+
+    def _members(self, chosen: np.ndarray) -> list[list[int]]:
+        """The samples of each of this rank's micro-batches."""
+        bins = split_batch(self.dataset.tokens[chosen], self.ranks, self.token_budget)[self.rank]
+        return [[int(chosen[i]) for i in members] for members in bins if members]
 
     def normalizers(self, chosen: np.ndarray) -> tuple[float, float]:
         """Divisors of the summed cross-entropy and L1 over the whole global batch, known before any sample is read."""
@@ -82,12 +85,12 @@ class StepSource:
             return targets, targets * points * 2
         return targets, int(self.dataset.coordinates[chosen].sum())
 
-    def _pack(self, members: list[int], normalizers: tuple[float, ...]) -> PackedBatch:
+    def _pack(self, members: list[int], normalizers: tuple[float, float]) -> PackedBatch:
         samples = [self.dataset[i] for i in members]
         if self.absent == "regress":
             samples = [with_absent_trajectories(s) for s in samples]
         features = [self.store.read(s.media) for s in samples]
-        batch = collate(samples, features, normalizers=(normalizers[0], normalizers[1]))
+        batch = collate(samples, features, normalizers=normalizers)
         return batch.pin_memory() if self.pin_memory else batch
 
 

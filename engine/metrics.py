@@ -23,7 +23,13 @@ class Metrics:
 
         self._silent = directory is None
         self._bar = tqdm(
-            total=total, initial=start, desc=title, unit="step", dynamic_ncols=True, file=sys.stderr, disable=self._silent
+            total=total,
+            initial=start,
+            desc=title,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            disable=self._silent,
         )
         if directory is None:
             return
@@ -54,7 +60,9 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()
         if self._silent:
             return

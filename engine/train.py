@@ -259,10 +259,14 @@ def run(
             except OSError as error:
                 whole, _ = state.newest(checkpoints)
                 kept = f"the last whole one is {whole.path}" if whole else "there is none yet"
-                raise ValueError(f"checkpoint of step {done} could not be written ({error.strerror}); {kept}") from error
+                raise ValueError(
+                    f"checkpoint of step {done} could not be written ({error.strerror}); {kept}"
+                ) from error
 
         def blame(step: int) -> list[str]:
-            return [batch.sample_ids[0] for batch in source.singles(step) if not finite(model, batch, recipe, config.absent)]
+            return [
+                batch.sample_ids[0] for batch in source.singles(step) if not finite(model, batch, recipe, config.absent)
+            ]
 
         gc.collect()
         gc.freeze()

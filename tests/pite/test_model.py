@@ -1,5 +1,7 @@
 """The packed model against transformers and peft, and against itself cut up in other ways."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ def hf_logits(llama: LlamaForCausalLM, model: PiTe, batch) -> torch.Tensor:
     """transformers' logits, one document at a time."""
     embedded = model.embed(batch.token_ids, batch.features, batch.feature_rows)
     bounds = batch.cu_seqlens.tolist()
-    return torch.cat([llama(inputs_embeds=embedded[None, a:b]).logits[0] for a, b in zip(bounds, bounds[1:])])
+    return torch.cat([llama(inputs_embeds=embedded[None, a:b]).logits[0] for a, b in pairwise(bounds)])
 
 
 @pytest.mark.parametrize("kv_heads, tied", [(4, False), (2, False), (1, True)])
