@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dataloaders.records import ABSENT
 
@@ -34,16 +35,16 @@ def validate_tracks(points: Any, num_points: int, tolerance: float = TRACK_TOLER
     if len(tracks) < num_points:
         raise TrackError(f"{len(tracks)} tracks where {num_points} are needed")
     tracks = tracks[:num_points]
-    absent = np.equal(tracks, ABSENT)
+    absent = tracks == ABSENT
     inside = (tracks >= -tolerance) & (tracks <= 1 + tolerance)
-    _refuse(absent[..., 0] != absent[..., 1], tracks, "half absent")
+    _refuse(absent.any(-1) & ~absent.all(-1), tracks, "half absent")
     _refuse(~np.isfinite(tracks).all(-1), tracks, "not a finite number")
     _refuse(~(inside | absent).all(-1), tracks, "outside the frame")
     return np.where(absent, ABSENT, tracks.clip(0.0, 1.0))
 
 
-def _refuse(bad: np.ndarray, tracks: np.ndarray, reason: str) -> None:
-    if bad.any():
+def _refuse(bad: ArrayLike, tracks: np.ndarray, reason: str) -> None:
+    if np.any(bad):
         track, sample = np.argwhere(bad)[0]
         x, y = tracks[track, sample]
         raise TrackError(f"points[{track}][{sample}] = [{x:g}, {y:g}] is {reason}")
