@@ -21,6 +21,8 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "down": (0.0, 1.0), "up": (0.0, -1.0)}
 RADIUS = 0.13
 FRAMES_PER_SECOND = 10
+OCCLUDED = 0.3
+"""Share of scenes with an opaque grey block in them."""
 KEY_POINTS = np.array([(0.0, 0.0), (-0.45, 0.3), (0.45, 0.3)])
 """(P, 2) offsets from a shape's centre in radii; all of them lie inside each shape."""
 
@@ -135,7 +137,7 @@ def sample_video(rng: np.random.Generator) -> Scene:
         things.append(Thing(colour, shape, direction, first, first + length - 1, path))
     things.sort(key=lambda thing: thing.first)
     scene = Scene(num_frames, int(rng.integers(20, 60)), tuple(things))
-    if rng.random() < 0.3:
+    if rng.random() < OCCLUDED:
         behind = things[int(rng.integers(len(things)))].path
         x, y = behind[len(behind) // 2]
         half = rng.uniform((0.06, 0.06), (0.11, 0.11))
@@ -154,5 +156,15 @@ def sample_still(rng: np.random.Generator, things: list[tuple[str, str]] | None 
         centre = rng.uniform(0.1, 0.9, 2)
         if all(np.hypot(*(centre - other)) > 1.5 * RADIUS for other in centres):
             centres.append(centre)
-    placed = (Thing(*pair, direction="", first=0, last=0, path=c[None]) for pair, c in zip(pairs, centres))
-    return Scene(1, int(rng.integers(20, 60)), tuple(placed))
+    placed = tuple(Thing(*pair, direction="", first=0, last=0, path=c[None]) for pair, c in zip(pairs, centres))
+    still = Scene(1, int(rng.integers(20, 60)), placed)
+    if rng.random() < OCCLUDED:
+        centre, half = rng.uniform(0.1, 0.9, 2), rng.uniform(0.06, 0.11, 2)
+        if all((np.abs(centre - other) > half).any() for other in centres):
+            return replace(still, occluder=(*(centre - half), *(centre + half)))
+    return still
+
+
+def sample_things(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Up to three (colour, shape) pairs of distinct colours; none at all in one case of four."""
+    return _distinct(rng, int(rng.integers(0, 4)))
