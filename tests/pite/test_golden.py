@@ -26,7 +26,7 @@ def test_a_changed_weight_is_noticed(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "reference" / "model.safetensors")
     failed = [check.name for check in run(tmp_path / "reference") if not check.passed]
     assert "stage2_video: hidden states" in failed
-    assert "stage2_video: gradient of lm_head.weight" in failed
+    assert "stage2_video: gradient of model.layers.1.mlp.down_proj.weight" in failed
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
