@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kernels.dispatch import uses_triton, with_unit_stride
 from kernels.reference import accumulator, reciprocal
 from kernels.trajectory import NAMESPACE, check_hidden, check_normalizer, validate_rows
 
@@ -42,6 +43,7 @@ def linear_cross_entropy(
     CUDA those trip a device-side assert.
     """
     check_cross_entropy(hidden, weight, target_ids, rows, bias, label_smoothing, normalizer)
+    hidden = with_unit_stride(hidden)
     track = torch.is_grad_enabled()
     needs = [track and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     outputs = cross_entropy_forward(
@@ -107,7 +109,7 @@ def check_cross_entropy(
     check_normalizer("linear_cross_entropy", normalizer)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", mutates_args=())
 def cross_entropy_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -126,6 +128,22 @@ def cross_entropy_forward(
     The gradients are those of hidden's supervised rows (L, d) in its dtype, of the weight and of the bias in the
     accumulator dtype; an empty tensor stands for one that is not needed.
     """
+    if uses_triton(hidden):
+        from kernels.gpu import cross_entropy as gpu
+
+        return gpu.forward(
+            hidden,
+            weight,
+            bias,
+            target_ids,
+            rows,
+            normalizer,
+            label_smoothing,
+            ignore_index,
+            need_hidden,
+            need_weight,
+            need_bias,
+        )
     dtype = accumulator(hidden.dtype)
     vocabulary, depth = weight.shape
     supervised = target_ids != ignore_index
@@ -135,7 +153,7 @@ def cross_entropy_forward(
         validate_rows("linear_cross_entropy", rows, hidden.shape[0])
     slots = supervised.nonzero().flatten()
     selected = slots if rows is None else rows[slots]
-    total = torch.zeros((), dtype=dtype)
+    total = hidden.new_zeros((), dtype=dtype)
     grad_hidden = hidden.new_zeros((target_ids.shape[0], depth) if need_hidden else 0)
     grad_weight = hidden.new_zeros((vocabulary, depth) if need_weight else 0, dtype=dtype)
     grad_bias = hidden.new_zeros(vocabulary if need_bias else 0, dtype=dtype)
@@ -199,9 +217,13 @@ def _(
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::scatter_rows", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::scatter_rows", mutates_args=())
 def scatter_rows(source: Tensor, rows: Tensor | None, coefficient: Tensor, count: int) -> Tensor:
     """(count, d) with coefficient * source[i] added into row rows[i]; the same bits on every call."""
+    if uses_triton(source):
+        from kernels.gpu import cross_entropy as gpu
+
+        return gpu.scatter_rows(source, rows, coefficient, count)
     # In the accumulator dtype: 1 / normalizer is far below float16's smallest normal number.
     scaled = (source.to(coefficient.dtype) * coefficient).to(source.dtype)
     return scaled if rows is None else source.new_zeros(count, source.shape[1]).index_add_(0, rows, scaled)

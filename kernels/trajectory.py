@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.extension import cpp
+from kernels.dispatch import cpp, uses_triton, with_unit_stride
 from kernels.reference import accumulator, reciprocal
 
 NAMESPACE = "pite_kernels"
@@ -40,6 +40,7 @@ def trajectory_l1(
     assert, because looking at them would make the host wait.
     """
     check_trajectory(hidden, weight, bias, targets, rows, normalizer, absent)
+    hidden = with_unit_stride(hidden)
     loss, _, _ = trajectory_forward(hidden, weight, bias, targets, rows, normalizer, absent == "skip")
     return loss
 
@@ -104,7 +105,7 @@ def check_normalizer(op: str, normalizer: Tensor | None) -> None:
         raise ValueError(f"{op}: normalizer must be a 0-dim floating tensor, not {tuple(normalizer.shape)}")
 
 
-@torch.library.custom_op(f"{NAMESPACE}::trajectory_l1", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::trajectory_l1", mutates_args=())
 def trajectory_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -115,6 +116,10 @@ def trajectory_forward(
     skip_absent: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (loss, sign (M, P * N * 2) int8, scale = 1 / normalizer)."""
+    if uses_triton(hidden):
+        from kernels.gpu import trajectory as gpu
+
+        return gpu.forward(hidden, weight, bias, targets, rows, normalizer, skip_absent)
     validate_rows("trajectory_l1", rows, hidden.shape[0])
     dtype = accumulator(hidden.dtype)
     flat = targets.reshape(rows.numel(), -1).to(dtype).contiguous()
@@ -134,7 +139,7 @@ def trajectory_forward(
             distance.masked_fill_(flat == -1, 0)
         sign = distance.sign().to(torch.int8)
         total = distance.abs_().sum()
-        count = (flat != -1).sum() if skip_absent else torch.tensor(flat.numel())
+        count = (flat != -1).sum() if skip_absent else hidden.new_tensor(flat.numel())
     scale = reciprocal((count if normalizer is None else normalizer).to(dtype))
     return total * scale, sign, scale
 
@@ -160,7 +165,7 @@ def _(
     return hidden.new_empty((), dtype=dtype), sign, hidden.new_empty((), dtype=dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::trajectory_l1_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::trajectory_l1_backward", mutates_args=())
 def trajectory_backward(
     coefficient: Tensor,
     hidden: Tensor,
@@ -207,7 +212,12 @@ def _(
 def write_trajectory_grad(
     grad_hidden: Tensor, coefficient: Tensor, weight: Tensor, sign: Tensor, rows: Tensor, *, accumulate: bool
 ) -> None:
-    """grad_hidden[rows] += coefficient * sign W, in the order of `rows`; unless `accumulate`, from zero."""
+    """grad_hidden[rows] += coefficient * sign W, the same bits on every call; unless `accumulate`, from zero."""
+    if uses_triton(grad_hidden):
+        from kernels.gpu import trajectory as gpu
+
+        gpu.write_grad_hidden(grad_hidden, coefficient, weight, sign, rows, accumulate)
+        return
     native = cpp(grad_hidden)
     if native is not None:
         weight = weight.float().contiguous()
@@ -228,18 +238,21 @@ def trajectory_parameter_grads(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(coefficient * sign' X in the weight's dtype, coefficient * the column sums of sign), on the CPU."""
+    """(coefficient * sign' X in the weight's dtype, coefficient * the column sums of sign)."""
     dtype = accumulator(hidden.dtype)
     grad_weight, grad_bias = weight.new_empty(0), hidden.new_empty(0, dtype=dtype)
     if need_bias:
-        grad_bias = sign.sum(0, dtype=torch.int64).to(dtype) * coefficient
-    if need_weight:
-        native = cpp(hidden)
-        if native is not None:
-            grad_weight = native.trajectory_grad_weight(coefficient, hidden, sign, rows).to(weight.dtype)
-        else:
-            selected = hidden.index_select(0, rows).to(dtype)
-            grad_weight = (torch.mm(sign.t().to(dtype), selected) * coefficient).to(weight.dtype)
+        # Float32 counts exactly up to 2^24 rows, and is what CUDA sums fastest.
+        grad_bias = sign.sum(0, dtype=dtype) * coefficient
+    if need_weight and uses_triton(hidden):
+        from kernels.gpu import trajectory as gpu
+
+        grad_weight = gpu.grad_weight(coefficient, hidden, weight, sign, rows)
+    elif need_weight and (native := cpp(hidden)) is not None:
+        grad_weight = native.trajectory_grad_weight(coefficient, hidden, sign, rows).to(weight.dtype)
+    elif need_weight:
+        selected = hidden.index_select(0, rows).to(dtype)
+        grad_weight = (torch.mm(sign.t().to(dtype), selected) * coefficient).to(weight.dtype)
     return grad_weight, grad_bias
 
 

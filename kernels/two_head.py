@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import check_cross_entropy, cross_entropy_forward, scatter_rows
+from kernels.dispatch import with_unit_stride
 from kernels.reference import accumulator
 from kernels.trajectory import (
     NAMESPACE,
@@ -45,6 +46,7 @@ def two_head_loss(
     """
     check_cross_entropy(hidden, lm_weight, target_ids, target_rows, None, label_smoothing, normalizers[0])
     check_trajectory(hidden, head_weight, head_bias, targets, trajectory_rows, normalizers[1], absent)
+    hidden = with_unit_stride(hidden)
     track = torch.is_grad_enabled()
     outputs = two_head_forward(
         hidden,

@@ -1,4 +1,4 @@
-"""The optional C++ library kernels/_C*.so: loaded once, and only missed where it would have been faster."""
+"""Who serves a tensor: Triton on CUDA, the optional C++ library on the CPU, PyTorch everywhere else."""
 
 from __future__ import annotations
 
@@ -35,3 +35,13 @@ def cpp(tensor: Tensor) -> Any | None:
     if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.stride(-1) != 1:
         return None
     return _library()
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether kernels.gpu serves `tensor`; float64 stays with PyTorch."""
+    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def with_unit_stride(hidden: Tensor) -> Tensor:
+    """`hidden` itself where its last dimension is dense, else a contiguous copy."""
+    return hidden if hidden.stride(-1) == 1 else hidden.contiguous()

@@ -1,0 +1,78 @@
+"""Small kernels both heads use: the final reduction of a loss, and zeroing chosen rows."""
+
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Fusing a multiply and an add changes bits; the setting's default has changed between Triton releases.
+FUSION = {"enable_fp_fusion": True}
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 1 for the interpreter's CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit
+def finish_loss_kernel(partial_ptr, normalizer_ptr, loss_ptr, scale_ptr, ok_ptr, count, BLOCK: tl.constexpr):
+    """Sum the three rows of partial (loss, counted, refused), each `count` long, in a fixed order."""
+    total = tl.zeros([BLOCK], tl.float32)
+    counted = tl.zeros([BLOCK], tl.int64)
+    refused = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        keep = at < count
+        total += tl.load(partial_ptr + at, mask=keep, other=0.0)
+        counted += tl.load(partial_ptr + count + at, mask=keep, other=0.0).to(tl.int64)
+        refused += tl.load(partial_ptr + 2 * count + at, mask=keep, other=0.0)
+    normalizer = tl.sum(counted).to(tl.float32)
+    if normalizer_ptr is not None:
+        normalizer = tl.load(normalizer_ptr).to(tl.float32)
+    scale = tl.where(normalizer == 0.0, 0.0, 1.0 / normalizer)
+    tl.store(scale_ptr, scale)
+    tl.store(loss_ptr, tl.sum(total) * scale)
+    tl.store(ok_ptr, (tl.sum(refused) == 0.0).to(tl.int32))
+
+
+def finish_loss(partial: Tensor, normalizer: Tensor | None, refusal: str) -> tuple[Tensor, Tensor]:
+    """(loss, scale = 1 / normalizer) from partial (3, n) float32: losses, numbers counted, numbers refused.
+
+    Whatever was refused trips a device-side assert with the message `refusal`.
+    """
+    loss, scale = partial.new_empty(()), partial.new_empty(())
+    ok = partial.new_empty((), dtype=torch.int32)
+    finish_loss_kernel[(1,)](partial, normalizer, loss, scale, ok, partial.shape[1], BLOCK=1024, num_warps=4, **FUSION)
+    torch._assert_async(ok, refusal)
+    return loss, scale
+
+
+@triton.jit
+def zero_rows_kernel(out_ptr, key_ptr, key, depth, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    width = tl.where(tl.load(key_ptr + row) == key, depth, 0)
+    zeros = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * depth + column, zeros, mask=column < width)
+
+
+def zero_rows(out: Tensor, keys: Tensor, key: int) -> None:
+    """Zero the rows of a contiguous (n, d) tensor whose entry in `keys` (n,) equals `key`."""
+    rows, depth = out.shape
+    if rows:
+        zero_rows_kernel[(rows, triton.cdiv(depth, 2048))](out, keys, key, depth, BLOCK=2048, num_warps=4, **FUSION)
+
+
+def tile_of(width: int, largest: int) -> int:
+    """The power of two in [16, largest] that covers `width` best."""
+    return max(16, min(largest, triton.next_power_of_2(width)))
+
+
+Launch = dict[str, Any]
