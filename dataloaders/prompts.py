@@ -9,11 +9,15 @@ is always a prefix of the sample that taught it. Each turn is one piece; where i
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from dataloaders.records import Sample, TokenizedSample
+
+if TYPE_CHECKING:
+    # Decoding workers import the readers, which need an index rule from here and none of transformers' weight.
+    from transformers import PreTrainedTokenizerBase
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
