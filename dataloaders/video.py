@@ -45,7 +45,8 @@ def decode_video(path: Path, num_frames: int, split: Clip = None, transform: Tra
     _check_readable(path)
     try:
         total, origin = _count_packets(path, split)
-        seen, frames = -1, {}
+        seen = -1
+        frames: dict[int, np.ndarray] = {}
         if origin is not None:
             seen, frames = _decode(path, _indices(total, num_frames), split, transform, origin)
         if seen != total:
