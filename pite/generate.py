@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from dataloaders.prompts import prompt_ids
 from torch import Tensor
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dataloaders.batch import collate
+from dataloaders.prompts import prompt_ids
 from dataloaders.records import TokenizedSample
 from pite import names
 from pite.model import PiTe
@@ -53,6 +54,19 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.llama = language_model(model)
+
+    @staticmethod
+    def from_pretrained(directory: Path, device: str = "cpu") -> Generator:
+        """Load a model and its tokenizer from one directory; bfloat16 on CUDA, float32 on the CPU.
+
+        Raises ValueError naming what is missing.
+        """
+        model = PiTe.from_pretrained(directory, torch.bfloat16 if device == "cuda" else torch.float32, device)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        except (OSError, ValueError):
+            raise ValueError(f"{directory} holds no tokenizer: copy that of its language model there") from None
+        return Generator(model, tokenizer)
 
     @torch.inference_mode()
     def answer(
