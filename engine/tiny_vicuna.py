@@ -7,6 +7,7 @@ have to teach the model to see, and not also to speak.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dataloaders.formats.narratives import QUESTION as STILL_QUESTION
+from dataloaders.prompts import tokenize
+from dataloaders.records import Sample, Turn
 from dataloaders.synthetic.language import (
     GROUNDING_QUESTION,
     instruct_record,
@@ -25,12 +29,15 @@ from dataloaders.synthetic.language import (
 )
 from dataloaders.synthetic.scene import Scene, sample_still, sample_video
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 BATCH = 32
-Dialogue = tuple[str, list[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A log of what is seen, and questions about it with their answers."""
+
+    log: str
+    turns: tuple[Turn, ...]
 
 
 def build(vocabulary: int) -> LlamaForCausalLM:
@@ -71,53 +78,49 @@ def frame_log(scene: Scene, num_frames: int, rng: np.random.Generator) -> str:
 
 
 def sample_dialogue(rng: np.random.Generator, num_frames: int) -> Dialogue:
-    """A log and questions about it with their answers: a description, some events' times, or a still's."""
+    """A description, the times of each event and one more question, or the narrative of a still."""
     kind = rng.choice(["description", "questions", "still"], p=[0.4, 0.5, 0.1])
     if kind == "still":
         still = sample_still(rng)
         seen = " ".join(f"{thing.colour} {thing.shape} {place(*thing.path[0])}" for thing in still.things)
-        return seen, [("Describe the image in detail.", narrative_record("", still, rng)["caption"])]
+        return Dialogue(seen, (Turn(STILL_QUESTION, narrative_record("", still, rng)["caption"]),))
     video = sample_video(rng)
     log = frame_log(video, num_frames, rng)
+    intervals = [interval(video, thing, num_frames) for thing in video.things]
     if kind == "description":
         record = pite_record("", video, rng)
         question, answer = (turn["value"].removeprefix("<video>\n") for turn in record["conversations"])
-        for i, thing in enumerate(video.things):
-            begin, end = interval(video, thing, num_frames).split(" to ")
-            answer = answer.replace(f"<s{i}>", begin).replace(f"<e{i}>", end)
-        return log, [(question, answer)]
+        for i, written in enumerate(intervals):
+            answer = answer.replace(f"<s{i}> to <e{i}>", written)
+        return Dialogue(log, (Turn(question, answer),))
     turns = [
-        (GROUNDING_QUESTION.format(sentence(video.things[i])), f"From {interval(video, video.things[i], num_frames)}.")
+        Turn(GROUNDING_QUESTION.format(sentence(video.things[i])), f"From {intervals[i]}.")
         for i in rng.permutation(len(video.things))
     ]
     other = instruct_record("", video, rng)
-    turns.insert(int(rng.integers(len(turns) + 1)), (other["q"], other["a"]))
-    return log, turns
+    turns.insert(int(rng.integers(len(turns) + 1)), Turn(other["q"], other["a"]))
+    return Dialogue(log, tuple(turns))
 
 
-def dialogue_ids(dialogue: Dialogue, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """Token ids of a dialogue in the Vicuna v1 prompt, and labels: the answers and their `</s>`, else -100."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    log, turns = dialogue
-    ids = [tokenizer.bos_token_id, *encode(f"{SYSTEM} USER: "), *encode(log)]
-    labels = [-100] * len(ids)
-    for i, (question, answer) in enumerate(turns):
-        asked = encode(f"\n{question} ASSISTANT:" if i == 0 else f"USER: {question} ASSISTANT:")
-        answered = [*encode(answer), tokenizer.eos_token_id]
-        ids += asked + answered
-        labels += [-100] * len(asked) + answered
+def dialogue_ids(dialogue: Dialogue, tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids (n,) of a dialogue, its log where a video's frames would stand, and labels: -100 but for the answers."""
+    log = tokenizer.encode(dialogue.log, add_special_tokens=False)
+    sample = tokenize(Sample("", "", dialogue.turns), tokenizer, num_frames=len(log), num_points=1)
+    ids = sample.token_ids.copy()
+    ids[sample.frame_start : sample.frame_start + len(log)] = log
+    labels = np.full_like(ids, -100)
+    labels[sample.target_positions] = ids[sample.target_positions]
     return ids, labels
 
 
 def _batch(tokenizer: PreTrainedTokenizerFast, num_frames: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Token ids and labels, each (BATCH, longest); padding stands right of everything that is learned."""
     rows = [dialogue_ids(sample_dialogue(rng, num_frames), tokenizer) for _ in range(BATCH)]
-    length = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in rows])
-    return ids, torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
+    ids, labels = (
+        torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[part]) for row in rows], True, fill)
+        for part, fill in enumerate((0, -100))
+    )
+    return ids, labels
 
 
 def answer_loss(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def key_point_tracks(scene: Scene, index: int) -> np.ndarray:
     if scene.occluder is not None:
         left, top, right, bottom = scene.occluder
         x, y = points[..., 0], points[..., 1]
-        visible &= ~((left <= x) & (x <= right) & (top <= y) & (y <= bottom))
+        visible &= ~((left <= x) & (x < right) & (top <= y) & (y < bottom))
     for other in scene.things[index + 1 :]:
         begin, end = max(thing.first, other.first), min(thing.last, other.last) + 1
         if begin < end:
@@ -125,6 +125,15 @@ def _distinct(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
     return [(str(colour), str(rng.choice(SHAPES))) for colour in rng.permutation(list(COLOURS))[:count]]
 
 
+def _block(rng: np.random.Generator, centre: np.ndarray) -> Box:
+    """An occluder around a point, its edges on a grid of 1/32 so that they fall between pixels."""
+    half = rng.uniform(0.06, 0.11, 2)
+    left, top, right, bottom = (
+        float(edge) for edge in np.round(np.concatenate((centre - half, centre + half)) * 32) / 32
+    )
+    return left, top, right, bottom
+
+
 def sample_video(rng: np.random.Generator) -> Scene:
     """A scene of 48 to 96 source frames with 1 to 3 events of 0.15 to 0.45 of its length each, in order of start."""
     num_frames = int(rng.integers(48, 97))
@@ -139,9 +148,7 @@ def sample_video(rng: np.random.Generator) -> Scene:
     scene = Scene(num_frames, int(rng.integers(20, 60)), tuple(things))
     if rng.random() < OCCLUDED:
         behind = things[int(rng.integers(len(things)))].path
-        x, y = behind[len(behind) // 2]
-        half = rng.uniform((0.06, 0.06), (0.11, 0.11))
-        hidden = replace(scene, occluder=(x - half[0], y - half[1], x + half[0], y + half[1]))
+        hidden = replace(scene, occluder=_block(rng, behind[len(behind) // 2]))
         # A thing that is mostly hidden would make its event invisible, and then nothing could be learned from it.
         if all((key_point_tracks(hidden, i)[0, :, 0] >= 0).mean() > 0.5 for i in range(len(things))):
             return hidden
@@ -159,9 +166,9 @@ def sample_still(rng: np.random.Generator, things: list[tuple[str, str]] | None 
     placed = tuple(Thing(*pair, direction="", first=0, last=0, path=c[None]) for pair, c in zip(pairs, centres))
     still = Scene(1, int(rng.integers(20, 60)), placed)
     if rng.random() < OCCLUDED:
-        centre, half = rng.uniform(0.1, 0.9, 2), rng.uniform(0.06, 0.11, 2)
-        if all((np.abs(centre - other) > half).any() for other in centres):
-            return replace(still, occluder=(*(centre - half), *(centre + half)))
+        left, top, right, bottom = block = _block(rng, rng.uniform(0.1, 0.9, 2))
+        if not any(left <= x < right and top <= y < bottom for x, y in centres):
+            return replace(still, occluder=block)
     return still
 
 
