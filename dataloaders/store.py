@@ -132,6 +132,10 @@ class FeatureStore:
         return self._shards[shard][row - self._ends[shard]]
 
 
+class NonFiniteError(ValueError):
+    """Features that half precision cannot hold; the message names the record."""
+
+
 class FeatureWriter:
     """Appends records to a store under one rank's name; a context manager that writes the last shard at its end.
 
@@ -155,11 +159,11 @@ class FeatureWriter:
         self._number = max(written, default=-1) + 1
 
     def add(self, records: Mapping[str, np.ndarray]) -> None:
-        """Append records (tokens, channels), kept in memory until a shard is full. Raises ValueError on NaN or infinity."""
+        """Append records (tokens, channels), kept in memory until a shard is full. Raises NonFiniteError."""
         for key, record in records.items():
             assert record.shape == (self.manifest.tokens, self.manifest.channels)
             if not np.isfinite(half := record.astype(np.float16)).all():
-                raise ValueError(f"features of {key!r} are not finite in half precision")
+                raise NonFiniteError(f"features of {key!r} are not finite in half precision")
             self._records[key] = half
         if len(self._records) >= self.shard_records:
             self.flush()

@@ -44,6 +44,7 @@ __all__ = [
     "iter_media",
     "load_json",
     "present_formats",
+    "present_rooms",
     "read_activitynet",
     "read_narrative",
     "read_pite",
@@ -86,6 +87,14 @@ def present_formats(data: Path, room: Room) -> tuple[Format, ...]:
     if not present:
         raise ValueError(f"{data / room} holds none of {', '.join(f.file for f in ROOMS[room])}")
     return present
+
+
+def present_rooms(data: Path) -> tuple[Room, ...]:
+    """The rooms of a data folder that hold annotations. Raises ValueError where none does."""
+    rooms = tuple(room for room in ROOMS if any((data / room / f.file).is_file() for f in ROOMS[room]))
+    if not rooms:
+        raise ValueError(f"{data} is no data folder: none of {', '.join(ROOMS)} in it holds a known annotation file")
+    return rooms
 
 
 def iter_media(data: Path, rooms: Iterable[Room]) -> Iterator[Media]:

@@ -1,0 +1,184 @@
+"""python -m engine.encode --data DIR --store DIR: every video and image of a data folder through CLIP, once.
+
+Frames are decoded and cropped in processes of their own while CLIP works on earlier ones. A forward pass always has
+the same shape, filled up with black where a batch is short, so that a feature does not depend on what was encoded
+beside it: a run that was killed and resumed stores the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from dataloaders.decode import Decoded, DecodePool, decode_cropped
+from dataloaders.formats import iter_media, present_rooms
+from dataloaders.ledger import Failure, Ledger
+from dataloaders.records import Media
+from dataloaders.store import FeatureStore, FeatureWriter, Manifest, NonFiniteError
+from engine.config import parse
+
+if TYPE_CHECKING:
+    from pite.clip import ClipEncoder
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Decode and encode all media that the annotations of a data folder name.
+
+    Runs again where it was stopped. Files that cannot be decoded are written to STORE/failures.jsonl and tried again by
+    the next run.
+    """
+
+    data: Path
+    """data folder (layout: docs/data.md)"""
+    store: Path
+    """where features go: STORE/images and STORE/videos"""
+    clip: str = "openai/clip-vit-large-patch14"
+    """CLIP in Hugging Face format, a folder or a name on the hub"""
+    num_frames: int = 100
+    """frames per video"""
+    batch_size: int = 200
+    """frames per forward pass"""
+    workers: int | None = None
+    """decoding processes; none for one per core, 0 to decode in this process"""
+    failure_budget: float = 0.01
+    """share of media that may fail before the run stops"""
+    shard_records: int = 1024
+    """records per shard, the most that a kill can cost"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where CLIP runs"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "batch_size", "shard_records"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"--workers must be 0 or more, not {self.workers}")
+        if not 0 <= self.failure_budget <= 1:
+            raise ValueError(f"--failure-budget is a share between 0 and 1, not {self.failure_budget}")
+
+
+def encode(config: EncodeConfig) -> tuple[int, int]:
+    """Bring both stores up to date. Returns media encoded by this run, and media that failed.
+
+    Raises ValueError for a data folder, CLIP or store that cannot be used, and when failures exceed the budget; what
+    was encoded until then is kept.
+    """
+    # Decoding processes import this module, and need neither torch nor transformers.
+    import torch
+
+    from pite.clip import ClipEncoder
+
+    media = list(iter_media(config.data, present_rooms(config.data)))
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here")
+    encoder = ClipEncoder(config.clip, device)
+    stores = {
+        "image": FeatureStore.create_or_open(config.store / "images", _manifest(encoder, 1, "still")),
+        "video": FeatureStore.create_or_open(
+            config.store / "videos", _manifest(encoder, config.num_frames, "linspace truncated")
+        ),
+    }
+    ledger = Ledger(config.store / "failures.jsonl", len(media), config.failure_budget)
+    encoded = sum(
+        _encode_kind([m for m in media if m.kind == kind], store, encoder, ledger, config)
+        for kind, store in stores.items()
+    )
+    return encoded, ledger.count
+
+
+def _manifest(encoder: ClipEncoder, num_frames: int, sampling: str) -> Manifest:
+    return Manifest(
+        encoder=encoder.checksum,
+        num_frames=num_frames,
+        sampling=sampling,
+        preprocess=encoder.preprocess.describe(),
+        tokens=num_frames,
+        channels=encoder.channels,
+    )
+
+
+def _encode_kind(
+    media: Sequence[Media], store: FeatureStore, encoder: ClipEncoder, ledger: Ledger, config: EncodeConfig
+) -> int:
+    """Encode the media that a store lacks; returns how many were encoded."""
+    todo = [m for m in media if m.key not in store]
+    if not todo:
+        return 0
+    num_frames = store.manifest.num_frames
+    decode = partial(decode_cropped, num_frames=num_frames, preprocess=encoder.preprocess)
+    workers = min(len(todo), os.cpu_count() or 1 if config.workers is None else config.workers)
+    encoded, waited, started = 0, 0.0, time.perf_counter()
+    with (
+        DecodePool(decode, workers) as pool,
+        FeatureWriter(store, shard_records=config.shard_records) as writer,
+        tqdm(total=len(media), initial=len(media) - len(todo), unit=f" {todo[0].kind}", smoothing=0.05) as bar,
+    ):
+        results = pool.map(todo)
+        while True:
+            before = time.perf_counter()
+            batch = list(islice(results, max(1, config.batch_size // num_frames)))
+            waited += time.perf_counter() - before
+            if not batch:
+                return encoded
+            for result, features in _features(batch, encoder, num_frames, config.batch_size):
+                try:
+                    if features is None:
+                        ledger.add(Failure(result.media.key, str(result.media.path), "decode", result.reason))
+                    else:
+                        writer.add({result.media.key: features})
+                        encoded += 1
+                except NonFiniteError as error:
+                    ledger.add(Failure(result.media.key, str(result.media.path), "encode", str(error)))
+            elapsed = time.perf_counter() - started
+            bar.set_postfix_str(
+                f"{encoded * num_frames / elapsed:,.0f} frames/s, {waited / elapsed:.0%} waiting for decode",
+                refresh=False,
+            )
+            bar.update(len(batch))
+
+
+def _features(
+    batch: Sequence[Decoded], encoder: ClipEncoder, num_frames: int, batch_size: int
+) -> Iterator[tuple[Decoded, np.ndarray | None]]:
+    """Features (num_frames, channels) of each decoded file of a batch; None for those without frames."""
+    good = [result.frames for result in batch if result.frames is not None]
+    rows = max(1, batch_size // num_frames) * num_frames if num_frames <= batch_size else batch_size
+    features = iter(())
+    if good:
+        frames = np.concatenate(good)
+        padded = np.zeros((-(-len(frames) // rows) * rows, *frames.shape[1:]), dtype=np.uint8)
+        padded[: len(frames)] = frames
+        encoded = [encoder.encode(padded[i : i + rows]).cpu().numpy() for i in range(0, len(padded), rows)]
+        features = iter(np.concatenate(encoded)[: len(frames)].reshape(len(good), num_frames, -1))
+    for result in batch:
+        yield result, None if result.frames is None else next(features)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status, 1 after a one-sentence error."""
+    config = parse(EncodeConfig, argv, prog="python -m engine.encode")
+    try:
+        encoded, failed = encode(config)
+    except (ValueError, OSError) as error:
+        print(f"engine.encode: {error}", file=sys.stderr)
+        return 1
+    print(f"{encoded:,} media encoded into {config.store}" + f", {failed:,} failed: see failures.jsonl" * bool(failed))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The frozen eye: CLIP's image embedding of each frame, computed once and stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers.utils import logging as transformers_logging
+
+from dataloaders.preprocess import Preprocess
+
+
+class ClipEncoder:
+    """A CLIP vision tower in evaluation mode; bfloat16 on CUDA, float32 on the CPU.
+
+    The feature is `image_embeds`: the CLS token after the post-layernorm and the visual projection, not normalised
+    (768 channels for ViT-L/14, PiTe section 4.1).
+
+    path    directory in Hugging Face's format, or a name on its hub such as openai/clip-vit-large-patch14
+    device  "cpu" or "cuda"
+    Raises ValueError where there is no such model.
+    """
+
+    def __init__(self, path: str, device: str = "cpu") -> None:
+        directory = _resolve(path)
+        self.preprocess = Preprocess.load(directory)
+        self.device = torch.device(device)
+        with _quiet():
+            model = _load(directory)
+        if model.config.image_size != self.preprocess.crop:
+            raise ValueError(
+                f"{path}: its model sees {model.config.image_size} pixels, but its preprocessor_config.json crops "
+                f"{self.preprocess.crop}"
+            )
+        self.checksum = _checksum(model)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.model = model.eval().requires_grad_(False)
+        nn.Module.to(self.model, self.device, dtype)
+
+    @property
+    def channels(self) -> int:
+        return int(self.model.config.projection_dim)
+
+    @torch.inference_mode()
+    def encode(self, frames: np.ndarray) -> Tensor:
+        """Cropped frames (n, S, S, 3) uint8 -> features (n, channels) float32 on the encoder's device."""
+        pixels = self.preprocess.normalized(torch.from_numpy(frames).to(self.device, non_blocking=True))
+        embeddings: Tensor = self.model(pixel_values=pixels.to(self.model.dtype)).image_embeds
+        return embeddings.float()
+
+
+def _resolve(path: str) -> Path:
+    """A local directory as it is, a hub name as the snapshot of it, downloaded where it is not cached."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        patterns = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{path} is neither a folder nor a model that the Hugging Face hub gave: {_first_line(error)}"
+        ) from None
+
+
+def _load(directory: Path) -> CLIPVisionModelWithProjection:
+    """The vision tower of a whole CLIP, or one saved alone, in float32."""
+    try:
+        values = json.loads((directory / "config.json").read_text())
+        config = CLIPVisionConfig.from_pretrained(directory)
+        # The width of the shared space is the whole model's, and its vision part need not repeat it.
+        config.projection_dim = values.get("projection_dim", config.projection_dim)
+        loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
+            directory,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory} holds no CLIP in safetensors files: {_first_line(error)}") from None
+    model, report = loaded
+    if report["missing_keys"]:
+        # transformers would have filled them with random numbers.
+        raise ValueError(f"{directory} holds no CLIP vision tower: it lacks {min(report['missing_keys'])}")
+    assert isinstance(model, CLIPVisionModelWithProjection)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No report on the text tower that is left out, no bar for a load of a second."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _checksum(model: CLIPVisionModelWithProjection) -> str:
+    """SHA-256 over what decides a feature: every weight by name, and the numbers in the config that no weight shows.
+
+    Independent of how many files hold the weights and of a text tower beside them.
+    """
+    digest = hashlib.sha256()
+    config = model.config
+    digest.update(f"{config.hidden_act} {config.layer_norm_eps} {config.num_attention_heads}\n".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
