@@ -1,44 +1,146 @@
-"""Scores a model or its predictions: `python -m pite.evaluate grounding --predictions P.jsonl --ground-truth G.json`."""
+"""Scores, of a prediction file or of a model.
+
+python -m pite.evaluate grounding --predictions P.jsonl --ground-truth G.json
+python -m pite.evaluate grounding --model DIR --data DIR --store DIR
+python -m pite.evaluate trajectories --model DIR --data DIR --store DIR
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pite.grounding import ious, read_ground_truth, read_predictions
-from pite.metrics import GroundingScores, grounding_scores
+import numpy as np
+import torch
+from tqdm import tqdm
 
+from dataloaders.store import FeatureStore
+from pite.generate import Generator
+from pite.grounding import (
+    QUESTION,
+    Events,
+    answer_questions,
+    ious,
+    read_ground_truth,
+    read_predictions,
+    write_predictions,
+)
+from pite.metrics import best_constant_l1, best_fixed_interval, grounding_scores, query_blind_bound, trajectory_l1
+from pite.trajectories import predict_trajectories, read_samples
 
-def _report(scores: GroundingScores, num_events: int) -> str:
-    lines = [f"{name:<8} {value:6.2f}" for name, value in scores.as_dict().items()]
-    lines.append(f"over {scores.count} answers; the ground truth has {num_events} events")
-    return "\n".join(lines)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pite.evaluate", description=__doc__, allow_abbrev=False)
-    tasks = parser.add_subparsers(dest="task", required=True)
-    grounding = tasks.add_parser("grounding", help="when in the video is this sentence?", allow_abbrev=False)
-    grounding.add_argument("--predictions", type=Path, metavar="P.jsonl", required=True)
-    grounding.add_argument("--ground-truth", type=Path, metavar="G.json", required=True)
-    grounding.add_argument("--num-frames", type=int, default=100, help="frames that the answers' indices count")
-    return parser
+ROOM = "evaluation"
+"""Folder of the held-out annotations and videos in a data folder, and the first part of their features' keys."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status, 2 after a one-sentence error."""
     arguments = _parser().parse_args(argv)
     try:
-        truth = read_ground_truth(arguments.ground_truth)
-        predictions = read_predictions(arguments.predictions, truth)
-        scores = grounding_scores(ious(predictions, truth, arguments.num_frames))
+        print(arguments.run(arguments))
     except ValueError as error:
         print(f"pite.evaluate: {error}", file=sys.stderr)
         return 2
-    print(_report(scores, sum(len(events.sentences) for events in truth.values())))
     return 0
+
+
+def _grounding(arguments: argparse.Namespace) -> str:
+    if arguments.model is None:
+        if arguments.predictions is None or arguments.ground_truth is None:
+            raise ValueError("grounding needs --predictions and --ground-truth, or --model, --data and --store")
+        truth = read_ground_truth(arguments.ground_truth)
+        predictions = read_predictions(arguments.predictions, truth)
+        num_frames = arguments.num_frames
+    else:
+        data, read_features = _data_and_store(arguments)
+        truth = read_ground_truth(arguments.ground_truth or data / "activitynet_captions.json")
+        generator = _generator(arguments)
+        num_frames = generator.model.config.num_frames
+        answers = answer_questions(
+            generator,
+            truth,
+            lambda video: read_features(f"{ROOM}/{video}"),
+            question=arguments.question,
+            batch_size=arguments.batch_size,
+        )
+        predictions = list(tqdm(answers, "answers", _num_events(truth), unit="event", file=sys.stderr))
+        if arguments.predictions is not None:
+            write_predictions(arguments.predictions, predictions)
+    scores = grounding_scores(ious(predictions, truth, num_frames))
+    asked = {prediction.video for prediction in predictions}
+    intervals = [truth[video].intervals for video in truth if video in asked]
+    fixed = best_fixed_interval([interval for those in intervals for interval in those], num_frames)[1]
+    lines = [f"{name:<8} {value:6.2f}" for name, value in scores.as_dict().items()]
+    lines.append(
+        f"mIoU of the best fixed interval {fixed * 100:.2f}, of the best interval per video "
+        f"{query_blind_bound(intervals, num_frames) * 100:.2f}"
+    )
+    lines.append(f"over {scores.count} answers; the ground truth has {_num_events(truth)} events")
+    return "\n".join(lines)
+
+
+def _trajectories(arguments: argparse.Namespace) -> str:
+    data, read_features = _data_and_store(arguments)
+    generator = _generator(arguments)
+    samples = list(read_samples(data / "pite_143k.jsonl", generator.model, generator.tokenizer))
+    predicted, true = predict_trajectories(generator.model, samples, read_features)
+    return (
+        f"L1       {trajectory_l1(predicted, true):.4f}\n"
+        f"constant {best_constant_l1(true):.4f}\n"
+        f"over {len(true)} tokens of {len(samples)} answers"
+    )
+
+
+def _num_events(truth: dict[str, Events]) -> int:
+    return sum(len(events.sentences) for events in truth.values())
+
+
+def _data_and_store(arguments: argparse.Namespace) -> tuple[Path, Callable[[str], np.ndarray]]:
+    if arguments.data is None or arguments.store is None:
+        raise ValueError("--model needs --data and --store: the held-out annotations and their frames' features")
+    return arguments.data / ROOM, FeatureStore(arguments.store / "videos").read
+
+
+def _generator(arguments: argparse.Namespace) -> Generator:
+    return Generator.from_pretrained(arguments.model, device=arguments.device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pite.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    tasks = parser.add_subparsers(dest="task", required=True)
+    grounding = tasks.add_parser("grounding", help="when in the video is this sentence?", allow_abbrev=False)
+    grounding.set_defaults(run=_grounding)
+    grounding.add_argument("--predictions", type=Path, metavar="P.jsonl", help="read, or with --model written")
+    grounding.add_argument(
+        "--ground-truth",
+        type=Path,
+        metavar="G.json",
+        help="ActivityNet Captions; with --model DATA/evaluation/activitynet_captions.json unless given",
+    )
+    grounding.add_argument(
+        "--num-frames",
+        type=int,
+        default=100,
+        help="frames that the indices in --predictions count (default: %(default)s); with --model the model's own",
+    )
+    grounding.add_argument("--question", default=QUESTION, help="{} stands for the sentence (default: %(default)s)")
+    grounding.add_argument("--batch-size", type=int, default=32, help="questions per batch (default: %(default)s)")
+    trajectories = tasks.add_parser("trajectories", help="where are the mentioned objects?", allow_abbrev=False)
+    trajectories.set_defaults(run=_trajectories)
+    for task in (grounding, trajectories):
+        task.add_argument("--model", type=Path, metavar="DIR", required=task is trajectories, help="a stage's output")
+        task.add_argument("--data", type=Path, metavar="DIR", help="data folder with evaluation/")
+        task.add_argument("--store", type=Path, metavar="DIR", help="features that engine.encode made of it")
+        task.add_argument(
+            "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+        )
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Temporal grounding files and their scores: ground truth, prediction log, IoU of each answer.
+"""Temporal grounding: ground truth, questions put to a model, prediction log, IoU of each answer.
 
 Predictions are one JSON object per line, the log that the predecessor's evaluation writes, so its files can be scored
 here and ours there: {"video_id", "task": "grounding", "query_id", "answer", "info": {"sentence_id"}}. Lines of
@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from pite.generate import Generator
 from pite.metrics import Interval, interval_iou, parse_interval
+
+QUESTION = "During which frames can we see {}?"
+"""The predecessor's (VTimeLLM's) grounding question."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,39 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def answer_questions(
+    generator: Generator,
+    truth: dict[str, Events],
+    read_features: Callable[[str], np.ndarray],
+    *,
+    question: str = QUESTION,
+    batch_size: int = 32,
+    max_new_tokens: int = 64,
+) -> Iterator[Prediction]:
+    """Ask the model when each event can be seen, `batch_size` questions at a time, greedily.
+
+    read_features  video id -> (num_frames, C)
+    question       `{}` stands for the sentence, lower-cased and without its full stop
+    """
+    if question.count("{}") != 1:
+        raise ValueError(f"the question must hold {{}} once, where the sentence goes: {question!r}")
+    events = [(video, i) for video, those in truth.items() for i in range(len(those.sentences))]
+    for start in range(0, len(events), batch_size):
+        asked = events[start : start + batch_size]
+        # Stored features are read-only views, which torch does not take.
+        features = {video: np.array(read_features(video)) for video, _ in asked}
+        answers = generator.answer(
+            [question.replace("{}", _as_asked(truth[video].sentences[i])) for video, i in asked],
+            [features[video] for video, _ in asked],
+            max_new_tokens=max_new_tokens,
+        )
+        yield from (Prediction(video, i, answer.text) for (video, i), answer in zip(asked, answers, strict=True))
+
+
+def _as_asked(sentence: str) -> str:
+    return sentence.strip().lower().removesuffix(".")
 
 
 def ious(predictions: Sequence[Prediction], truth: dict[str, Events], num_frames: int = 100) -> list[float]:

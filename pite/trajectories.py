@@ -1,0 +1,64 @@
+"""Trajectories that a model predicts for the objects of held-out answers, beside the true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dataloaders.batch import collate
+from dataloaders.formats import Where, iter_json, read_pite
+from dataloaders.prompts import tokenize
+from dataloaders.records import TokenizedSample
+from pite.model import PiTe
+
+
+def read_samples(path: Path, model: PiTe, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedSample]:
+    """PiTe-143k records that have a trajectory, tokenized for `model`. Raises ValueError where there is no such file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    shape = {"num_frames": model.config.num_frames, "num_points": model.config.num_points}
+    for offset, _, record in iter_json(path):
+        sample = tokenize(read_pite(record, Where(path, offset), path.parent, **shape), tokenizer, **shape)
+        if len(sample.trajectory):
+            yield sample
+
+
+@torch.inference_mode()
+def predict_trajectories(
+    model: PiTe,
+    samples: Sequence[TokenizedSample],
+    read_features: Callable[[str], np.ndarray],
+    *,
+    token_budget: int = 8192,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and true trajectories (M, P, N, 2) of every answer token that has one, in the order of the samples.
+
+    The answers are the true ones, as in training: what is measured is the head, not the text.
+    read_features  media key -> (num_frames, C)
+    """
+    predicted, true = [], []
+    for batch in _batches(samples, token_budget):
+        packed = collate(batch, [read_features(sample.media) for sample in batch]).to(model.device)
+        hidden = model.hidden_states(packed)[packed.trajectory_rows]
+        predicted.append(model.predict(hidden, "trajectory").cpu().numpy())
+        true.append(packed.trajectory.cpu().numpy())
+    if not predicted:
+        raise ValueError("there is no trajectory to predict")
+    return np.concatenate(predicted), np.concatenate(true)
+
+
+def _batches(samples: Sequence[TokenizedSample], token_budget: int) -> Iterator[list[TokenizedSample]]:
+    batch: list[TokenizedSample] = []
+    tokens = 0
+    for sample in samples:
+        if batch and tokens + len(sample.token_ids) > token_budget:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(sample)
+        tokens += len(sample.token_ids)
+    if batch:
+        yield batch

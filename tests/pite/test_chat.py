@@ -1,0 +1,195 @@
+"""From a video file to a printed answer and a drawn trajectory, on random weights; and evaluation of such a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from dataloaders.store import FeatureStore, FeatureWriter, Manifest
+from dataloaders.synthetic.world import WorldConfig, make_world
+from engine.tiny_tokenizer import build_tokenizer
+from pite import chat, evaluate
+from pite.generate import Answer, Generator
+from pite.mentions import find_phrases
+from tests.samples import tiny_model
+
+CHANNELS, FRAMES = 16, 8
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/, store/, clip/ and model/, all of it tiny and random."""
+    root = tmp_path_factory.mktemp("made")
+    make_world(root / "data", WorldConfig(videos=1, evaluation=4, images=1, frames=FRAMES), processes=1)
+    tokenizer = build_tokenizer()
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(root / "model")
+    tokenizer.save_pretrained(str(root / "model"))
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+        projection_dim=CHANNELS,
+    )
+    CLIPVisionModelWithProjection(vision).save_pretrained(root / "clip")
+    (root / "clip" / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}})
+    )
+    manifest = Manifest("random", FRAMES, "none", "none", FRAMES, CHANNELS)
+    rng = np.random.default_rng(0)
+    store = FeatureStore.create_or_open(root / "store" / "videos", manifest)
+    with FeatureWriter(store) as writer:
+        for video in json.loads((root / "data/evaluation/activitynet_captions.json").read_text()):
+            writer.add({f"evaluation/{video}": rng.standard_normal((FRAMES, CHANNELS))})
+    return root
+
+
+def ask(made: Path, *more: str, video: str = "data/evaluation/videos/e000000.mp4", clip: str = "clip") -> int:
+    """Chat about a video with the random model; the exit status."""
+    where = ["--model", f"{made}/model", "--video", f"{made}/{video}", "--clip", f"{made}/{clip}"]
+    return chat.main([*where, "--query", "What happens?", "--max-new-tokens", "12", *more])
+
+
+def test_an_answer_is_printed_and_is_the_same_each_time(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(made) == 0
+    first = capsys.readouterr().out
+    assert first.strip()
+    assert ask(made) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_the_named_objects_are_drawn_on_every_frame(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(made) == 0
+    word = capsys.readouterr().out.split()[0]
+    assert ask(made, "--trajectory", f"{tmp_path}/overlay.mp4", "--phrase", word) == 0
+    assert word in capsys.readouterr().err
+    with av.open(f"{tmp_path}/overlay.mp4") as container:
+        assert sum(1 for _ in container.decode(video=0)) == FRAMES
+
+
+def test_an_answer_without_the_phrase_draws_nothing(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(made, "--trajectory", f"{tmp_path}/overlay.mp4", "--phrase", "a flying saucer") == 2
+    assert "the answer does not say 'a flying saucer'" in capsys.readouterr().err
+    assert not (tmp_path / "overlay.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"video": "data/none.mp4"}, "none.mp4"),
+        ({"video": "clip/config.json"}, "config.json"),
+        ({"clip": "none"}, "none"),
+        ({"clip": "model"}, "preprocessor_config.json"),
+    ],
+)
+def test_what_cannot_be_used_is_named_in_one_sentence(
+    made: Path, changed: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(made, **changed) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("pite.chat: ")
+    assert message in said[0]
+
+
+def test_another_clip_than_the_models_is_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vision = CLIPVisionConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16, projection_dim=24
+    )
+    CLIPVisionModelWithProjection(vision).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text((made / "clip" / "preprocessor_config.json").read_text())
+    where = ["--model", f"{made}/model", "--video", f"{made}/data/evaluation/videos/e000000.mp4"]
+    assert chat.main([*where, "--query", "What?", "--clip", str(tmp_path)]) == 2
+    assert "gives 24 numbers per frame" in capsys.readouterr().err
+
+
+def answer_of(generator: Generator, text: str) -> Answer:
+    return Answer(text, tuple(generator.tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def test_generated_tokens_are_laid_over_the_characters_they_gave(made: Path) -> None:
+    generator = Generator.from_pretrained(made / "model")
+    text = "From 04 to 20, a red circle moves right. A zebrafish too."
+    answer = answer_of(generator, text)
+    spans = chat.token_spans(generator, answer)
+    assert spans[0, 0] == 0
+    assert spans[-1, 1] == len(text)
+    np.testing.assert_array_equal(spans[1:, 0], spans[:-1, 1])
+    pieces = [text[start:end] for start, end in spans]
+    assert "".join(pieces) == text
+    assert " circle" in pieces
+
+
+def test_a_phrase_is_drawn_from_its_own_tokens_during_its_own_sentence(made: Path) -> None:
+    generator = Generator.from_pretrained(made / "model")
+    text = "From 02 to 05, a red circle moves right. A blue square moves up."
+    answer = answer_of(generator, text)
+    features = np.random.default_rng(0).standard_normal((FRAMES, CHANNELS)).astype(np.float16)
+    circle, square = chat.named_tracks(generator, "What happens?", features, answer)
+    assert (circle.label, circle.span) == ("a red circle", (2, 5))
+    assert (square.label, square.span) == ("A blue square", None)
+    every = generator.trajectories("What happens?", features, answer).numpy()
+    tokens = [generator.tokenizer.decode([token]).strip() for token in answer.token_ids]
+    where = tokens.index("red")
+    np.testing.assert_allclose(circle.predicted, every[where - 1 : where + 2].mean(0), rtol=1e-5)
+    assert circle.predicted.shape == (3, FRAMES, 2)
+    assert [phrase.text for phrase in find_phrases(text, FRAMES)] == ["a red circle", "A blue square"]
+
+
+def evaluated(made: Path, *more: str) -> int:
+    return evaluate.main(
+        [*more, "--model", f"{made}/model", "--data", f"{made}/data", "--store", f"{made}/store", "--device", "cpu"]
+    )
+
+
+def test_a_models_answers_are_scored_as_its_prediction_file_is(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluated(made, "grounding", "--predictions", f"{tmp_path}/p.jsonl", "--batch-size", "3") == 0
+    printed = capsys.readouterr().out
+    truth = f"{made}/data/evaluation/activitynet_captions.json"
+    files = ["--predictions", f"{tmp_path}/p.jsonl", "--ground-truth", truth, "--num-frames", str(FRAMES)]
+    assert evaluate.main(["grounding", *files]) == 0
+    assert capsys.readouterr().out == printed
+    assert evaluated(made, "grounding", "--predictions", f"{tmp_path}/one.jsonl", "--batch-size", "1") == 0
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "p.jsonl").read_text()
+
+
+def test_trajectories_are_measured_on_held_out_answers(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluated(made, "trajectories") == 0
+    lines = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[:2])
+    assert float(lines["L1"]) > float(lines["constant"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["grounding"], "grounding needs --predictions and --ground-truth"),
+        (["grounding", "--model", "m"], "--model needs --data and --store"),
+        (["grounding", "--model", "m", "--data", "d", "--store", "s"], "s/videos is no feature store"),
+        (["trajectories", "--model", "m", "--data", "d", "--store", "s"], "s/videos is no feature store"),
+    ],
+)
+def test_missing_flags_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_question_without_a_place_for_the_sentence_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluated(made, "grounding", "--question", "When?") == 2
+    assert "the question must hold {} once" in capsys.readouterr().err
