@@ -122,7 +122,7 @@ def trajectory_forward(
         return gpu.forward(hidden, weight, bias, targets, rows, normalizer, skip_absent)
     validate_rows("trajectory_l1", rows, hidden.shape[0])
     dtype = accumulator(hidden.dtype)
-    flat = targets.reshape(rows.numel(), -1).to(dtype).contiguous()
+    flat = targets.reshape(rows.numel(), weight.shape[0]).to(dtype).contiguous()
     bias = bias if bias is None else bias.to(dtype)
     native = cpp(hidden)
     if native is not None:

@@ -49,6 +49,19 @@ def forward_kernel(
     row = tl.load(rows_ptr + m, mask=m < count, other=0)
     inside = (row >= 0) & (row < num_rows)
     row = tl.where(inside, row, 0)
+    keep = (m < count)[:, None] & (n < outputs)[None, :]
+    at = m[:, None].to(tl.int64) * outputs + n[None, :]
+    # The targets are judged before the product, while registers are free, and read again after it.
+    target = tl.load(target_ptr + at, mask=keep, other=0.0).to(tl.float32)
+    # x - x is 0 for finite numbers only.
+    refused = tl.sum((keep & ((target - target != 0.0) | (inside == 0)[:, None])).to(tl.float32))
+    counted = tl.sum(keep.to(tl.float32))
+    if SKIP_ABSENT:
+        absent = keep & (target == -1.0)
+        counted -= tl.sum(absent.to(tl.float32))
+        # Neighbouring columns 2i and 2i + 1 are a pair.
+        pairs = tl.sum(tl.reshape(absent.to(tl.int32), [BLOCK_M, BLOCK_N // 2, 2]), 2)
+        refused += tl.sum((pairs == 1).to(tl.float32))
     x_ptr = hidden_ptr + row[:, None] * stride + k[None, :]
     w_ptr = weight_ptr + tl.where(n < outputs, n, 0)[None, :].to(tl.int64) * depth + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -64,26 +77,17 @@ def forward_kernel(
         w_ptr += BLOCK_K
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    keep = (m < count)[:, None] & (n < outputs)[None, :]
-    at = m[:, None].to(tl.int64) * outputs + n[None, :]
     target = tl.load(target_ptr + at, mask=keep, other=0.0).to(tl.float32)
-    # x - x is 0 for finite numbers only.
-    refused = keep & ((target - target != 0.0) | (inside == 0)[:, None])
-    present = keep
+    distance = tl.where(keep, acc - target, 0.0)
     if SKIP_ABSENT:
-        absent = target == -1.0
-        # Coordinates 2i and 2i + 1 are a pair; the partner's value is one load away, in the same cache line.
-        partner = tl.load(target_ptr + (at ^ 1), mask=keep, other=0.0).to(tl.float32)
-        refused |= keep & (absent != (partner == -1.0))
-        present = keep & (absent == 0)
-    distance = tl.where(present, acc - target, 0.0)
+        distance = tl.where(target == -1.0, 0.0, distance)
     sign = (distance > 0).to(tl.int8) - (distance < 0).to(tl.int8)
     tl.store(sign_ptr + at, sign, mask=keep)
     tile = partial_ptr + tl.program_id(0)
     tiles = tl.num_programs(0)
     tl.store(tile, tl.sum(tl.abs(distance)))
-    tl.store(tile + tiles, tl.sum(present.to(tl.float32)))
-    tl.store(tile + 2 * tiles, tl.sum(refused.to(tl.float32)))
+    tl.store(tile + tiles, counted)
+    tl.store(tile + 2 * tiles, refused)
 
 
 @triton.jit
@@ -117,10 +121,8 @@ def grad_hidden_kernel(
     m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    row = tl.load(rows_ptr + m, mask=m < count, other=-1)
-    inside = (row >= 0) & (row < num_rows)
-    owner = inside & (tl.load(head_ptr + row, mask=inside, other=-1) == m)
-    link = tl.load(next_ptr + m, mask=owner, other=-1)
+    inside_tile = m < count
+    link = tl.load(next_ptr + m, mask=inside_tile, other=-1)
     s_ptr = sign_ptr + m[:, None].to(tl.int64) * outputs + k[None, :]
     w_ptr = weight_ptr + k[:, None].to(tl.int64) * depth + n[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -128,14 +130,14 @@ def grad_hidden_kernel(
     if tl.max(link) < 0:
         for start in range(0, outputs, BLOCK_K):
             w = tl.load(w_ptr, mask=(k[:, None] < outputs - start) & (n < depth)[None, :], other=0.0)
-            s = tl.load(s_ptr, mask=owner[:, None] & (k[None, :] < outputs - start), other=0)
+            s = tl.load(s_ptr, mask=inside_tile[:, None] & (k[None, :] < outputs - start), other=0)
             acc = tl.dot(s.to(dtype), w, acc, input_precision="ieee")
             s_ptr += BLOCK_K
             w_ptr += BLOCK_K * depth
     else:
         for start in range(0, outputs, BLOCK_K):
             w = tl.load(w_ptr, mask=(k[:, None] < outputs - start) & (n < depth)[None, :], other=0.0)
-            s = tl.load(s_ptr, mask=owner[:, None] & (k[None, :] < outputs - start), other=0).to(tl.int32)
+            s = tl.load(s_ptr, mask=inside_tile[:, None] & (k[None, :] < outputs - start), other=0).to(tl.int32)
             at = link
             while tl.max(at) >= 0:
                 also_ptr = sign_ptr + at[:, None].to(tl.int64) * outputs + start + k[None, :]
@@ -145,6 +147,9 @@ def grad_hidden_kernel(
             s_ptr += BLOCK_K
             w_ptr += BLOCK_K * depth
     acc *= tl.load(coefficient_ptr)
+    row = tl.load(rows_ptr + m, mask=inside_tile, other=-1)
+    inside = (row >= 0) & (row < num_rows)
+    owner = inside & (tl.load(head_ptr + row, mask=inside, other=-1) == m)
     keep = owner[:, None] & (n < depth)[None, :]
     out_ptr = grad_ptr + row[:, None] * depth + n[None, :]
     if ACCUMULATE:

@@ -1,0 +1,28 @@
+"""Every kernel test runs with deterministic algorithms demanded and fresh memory filled with NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kernels import dispatch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpp", "pytorch"])
+def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs twice: with the C++ operators and without them."""
+    if request.param == "pytorch":
+        monkeypatch.setattr(dispatch, "_library", lambda: None)
+    elif dispatch._library() is None:
+        pytest.skip("the C++ operators are not built")
+    return request.param

@@ -1,0 +1,114 @@
+"""The Triton kernels compile to machine code for A100, H100/H200 and B200 without spilling a register. No GPU is needed."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+import triton.backends.nvidia  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kernels.gpu import cross_entropy, shared, trajectory  # noqa: E402
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one block may use
+PTXAS = Path(triton.backends.nvidia.__file__).parent / "bin"
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+
+def forward(dtype, count, outputs, skip_absent=True, even=True):
+    x = TYPES[dtype]
+    tiles = trajectory.forward_tiles(dtype, count, outputs, 132)
+    pointers = [x, x, x, "*fp32", "*i64", "*i8", "*fp32"]
+    options = {"SKIP_ABSENT": skip_absent, "EVEN_K": even}
+    return trajectory.forward_kernel, [*pointers, "i32", "i32", "i32", "i32", "i32"], options | tiles
+
+
+def grad_hidden(dtype, accumulate):
+    x = TYPES[dtype]
+    signature = [x, "*fp32", x, "*i8", "*i64", "*i32", "*i32", "i32", "i32", "i32", "i32"]
+    return trajectory.grad_hidden_kernel, signature, {"ACCUMULATE": accumulate} | trajectory.backward_tiles(dtype)
+
+
+def grad_weight(dtype):
+    signature = ["*fp32", TYPES[dtype], "*i8", "*i64", "i32", "i32", "i32", "i32", "i32", "i32"]
+    return trajectory.grad_weight_kernel, signature, trajectory.backward_tiles(dtype)
+
+
+def softmax(dtype):
+    signature = [TYPES[dtype], "*i64", "*fp32", "i32", "i32", "fp32", "i32"]
+    return cross_entropy.softmax_kernel, signature, {"GRADIENT": True, "BLOCK": 4096, "num_warps": 8}
+
+
+def scatter(dtype, rows):
+    pointer = "*i64" if rows else None
+    signature = [TYPES[dtype], TYPES[dtype], pointer, pointer, "*fp32", "i32", "i32", "i32"]
+    return cross_entropy.scatter_kernel, signature, {"BLOCK": 1024, "num_warps": 4}
+
+
+VARIANTS = {
+    **{f"trajectory forward {d} 600 outputs": forward(d, 16384, 600) for d in TYPES},
+    "trajectory forward bfloat16, few rows": forward(torch.bfloat16, 1638, 600),
+    "trajectory forward bfloat16, one point": forward(torch.bfloat16, 16384, 2),
+    "trajectory forward bfloat16, ragged width, regress": forward(torch.bfloat16, 16384, 600, False, False),
+    **{f"trajectory dX {d}, accumulating": grad_hidden(d, True) for d in TYPES},
+    "trajectory dX bfloat16, from zero": grad_hidden(torch.bfloat16, False),
+    **{f"trajectory dW {d}": grad_weight(d) for d in TYPES},
+    "trajectory link": (
+        trajectory.link_kernel,
+        ["*i64", "*i32", "*i32", "i32", "i32"],
+        {"BLOCK": 256, "num_warps": 4},
+    ),
+    "trajectory sum of dW": (
+        trajectory.sum_partials_kernel,
+        ["*fp32", "*fp32", "*bf16", "i32", "i32"],
+        {"BLOCK": 2048, "num_warps": 4},
+    ),
+    **{f"softmax {d}": softmax(d) for d in TYPES},
+    **{f"scatter bfloat16, rows {rows}": scatter(torch.bfloat16, rows) for rows in (True, False)},
+    "finish loss": (
+        shared.finish_loss_kernel,
+        ["*fp32", "*fp32", "*fp32", "*fp32", "*i32", "i32"],
+        {"BLOCK": 1024, "num_warps": 4},
+    ),
+    "zero rows": (shared.zero_rows_kernel, ["*bf16", "*i32", "i32", "i32"], {"BLOCK": 2048, "num_warps": 4}),
+}
+
+
+def compile_kernel(kernel, types, options, capability):
+    """The compiled kernel, its pointers and integers 16-divisible as torch's allocator and the real shapes make them."""
+    options = dict(options)
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    arguments = list(zip(kernel.arg_names, types))
+    constants = options | {name: None for name, kind in arguments if kind is None}
+    signature = {name: kind or "constexpr" for name, kind in arguments} | dict.fromkeys(options, "constexpr")
+    divisible = {(i,): [["tt.divisibility", 16]] for i, (_, kind) in enumerate(arguments) if kind and kind != "fp32"}
+    source = ASTSource(kernel, signature, constants, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch | shared.FUSION)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_no_spills(capability, tmp_path, capsys):
+    assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
+    lines = []
+    for name, (kernel, types, options) in VARIANTS.items():
+        compiled = compile_kernel(kernel, types, options, capability)
+        ptx = tmp_path / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        architecture = re.search(r"\.target (\w+)", compiled.asm["ptx"]).group(1)
+        assembler = PTXAS / ("ptxas-blackwell" if capability == 100 else "ptxas")
+        command = [assembler, "-v", f"-arch={architecture}", ptx, "-o", tmp_path / "kernel.cubin"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        registers = int(re.search(r"Used (\d+) registers", report).group(1))
+        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+        lines.append(
+            f"sm_{capability} {name}: {registers} registers, {compiled.metadata.shared} bytes shared, {spilled} spilled"
+        )
+        assert spilled == 0, lines[-1]
+        assert compiled.metadata.shared <= SHARED_MEMORY[capability], lines[-1]
+    with capsys.disabled():
+        print("", *lines, sep="\n")

@@ -1,0 +1,228 @@
+"""The trajectory head on the CPU: accuracy, edges, refusals, and its manners towards autograd and the compiler."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels import FusedTrajectoryL1Loss, reference, trajectory_l1
+from kernels.trajectory import trajectory_backward, trajectory_forward
+from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads, run
+
+pytestmark = pytest.mark.usefixtures("cpu_path")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def loss_of(heads: Heads, function=trajectory_l1, **options):
+    return lambda: function(heads.hidden, heads.weight, heads.bias, heads.targets, heads.rows, **options)
+
+
+def learned(heads: Heads):
+    return heads.hidden, heads.weight, heads.bias
+
+
+def compare(heads: Heads, **options) -> list[torch.Tensor]:
+    ours = run(loss_of(heads, **options), learned(heads))
+    plain_heads, exact = heads.to(heads.hidden.dtype), heads.to(torch.float64)
+    plain = run(loss_of(plain_heads, reference.trajectory_l1, **options), learned(plain_heads))
+    truth = run(loss_of(exact, reference.trajectory_l1, **options), learned(exact))
+    assert_as_accurate(ours, plain, truth)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("absent", ["skip", "regress"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"points": 1, "frames": 1},
+        {"points": 5, "frames": 17, "depth": 48},
+        {"tokens": 1300, "count": 2100, "depth": 16},
+        {"absent": 0.0},
+    ],
+)
+def test_against_float64(dtype, absent, shape):
+    compare(make_heads(dtype, **shape), absent=absent)
+
+
+def test_absent_points_carry_nothing():
+    heads = make_heads(absent=0.0)
+    heads.targets[4, 1, 2] = -1
+    one_absent = compare(heads)
+    hand = (heads.hidden[heads.rows] @ heads.weight.T + heads.bias).view_as(heads.targets) - heads.targets
+    hand = torch.where(heads.targets == -1, 0, hand).abs().sum() / (heads.targets.numel() - 2)
+    torch.testing.assert_close(one_absent[0], hand.detach())
+
+
+@pytest.mark.parametrize("shape", [{"count": 0}, {"count": 0, "tokens": 0}, {"absent": 1.0}])
+def test_nothing_to_learn_from_is_zero_not_nan(shape):
+    heads = make_heads(**shape)
+    for result in run(loss_of(heads), learned(heads)):
+        assert torch.count_nonzero(result) == 0
+
+
+def test_normalizer_zero_is_zero_not_nan():
+    heads = make_heads()
+    for result in run(loss_of(heads, normalizer=torch.tensor(0.0)), learned(heads)):
+        assert torch.count_nonzero(result) == 0
+
+
+def test_normalizer_of_the_global_batch():
+    heads = make_heads()
+    count = (heads.targets != -1).sum().float()
+    own, twice = (run(loss_of(heads, normalizer=n), learned(heads)) for n in (None, 2 * count))
+    for a, b in zip(own, twice):
+        torch.testing.assert_close(a, 2 * b)
+
+
+@pytest.mark.parametrize("rows", [[5] * 11, list(range(11)), list(range(20, 9, -1))])
+def test_rows_repeated_consecutive_descending(rows):
+    compare(replace(make_heads(), rows=torch.tensor(rows)))
+
+
+def test_any_strides():
+    heads = make_heads(depth=32)
+    wide = torch.randn(37, 48)[:, 8:40].detach().requires_grad_()
+    compare(replace(heads, hidden=wide))
+    turned = torch.randn(32, 37).t().detach().requires_grad_()
+    strided = torch.randn(64, 30).t()[:, ::2].detach().requires_grad_()
+    compare(replace(heads, hidden=turned, weight=strided))
+
+
+def test_more_than_two_to_the_31_elements():
+    torch.use_deterministic_algorithms(False)  # or all 8 GB would be filled, not just the pages that are read
+    stride = 2**30 + 5
+    far = torch.empty(2 * stride + 32).as_strided((3, 32), (stride, 1))
+    near = torch.randn(3, 32)
+    far.copy_(near)
+    heads = make_heads(tokens=3)
+    expected, got = (
+        run(loss_of(h), learned(h)) for h in (replace(heads, hidden=x.requires_grad_()) for x in (near, far))
+    )
+    assert_bitwise(expected, got)
+
+
+def test_mixed_dtypes_keep_each_gradient_in_its_own():
+    heads = make_heads(torch.bfloat16)
+    weight, bias = (t.detach().float().requires_grad_() for t in (heads.weight, heads.bias))
+    mixed = replace(heads, weight=weight, bias=bias)
+    results = run(loss_of(mixed), learned(mixed))
+    assert [r.dtype for r in results] == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    exact = heads.to(torch.float64)
+    truth = run(loss_of(exact, reference.trajectory_l1), learned(exact))
+    plain_heads = heads.to(torch.bfloat16)
+    plain = run(loss_of(plain_heads, reference.trajectory_l1), learned(plain_heads))
+    assert_as_accurate(results, plain, truth)
+
+
+def test_no_bias_and_frozen_parts():
+    heads = make_heads()
+    frozen = heads.weight.detach()
+    loss = trajectory_l1(heads.hidden, frozen, None, heads.targets, heads.rows)
+    expected = reference.trajectory_l1(heads.hidden, frozen, None, heads.targets, heads.rows)
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(torch.autograd.grad(loss, heads.hidden), torch.autograd.grad(expected, heads.hidden)):
+        torch.testing.assert_close(a, b)
+    head_only = trajectory_l1(heads.hidden.detach(), heads.weight, heads.bias, heads.targets, heads.rows)
+    head_only.backward()
+    assert heads.hidden.grad is None
+    assert heads.weight.grad is not None
+
+
+def test_accumulates_and_keeps_the_graph():
+    heads = make_heads()
+    loss = loss_of(heads)()
+    once = torch.autograd.grad(loss, learned(heads), retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for leaf, gradient in zip(learned(heads), once):
+        torch.testing.assert_close(leaf.grad, 2 * gradient, rtol=0, atol=0)
+
+
+def test_the_same_bits_every_time():
+    heads = make_heads(tokens=600, count=1500, depth=64)
+    runs = [run(loss_of(heads), learned(heads)) for _ in range(3)]
+    assert_bitwise(runs[0], runs[1])
+    assert_bitwise(runs[0], runs[2])
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ((-1.0, 0.5), "-1.0, 0.5"),
+        ((0.5, -1.0), "0.5, -1.0"),
+        ((float("nan"), 0.5), "nan"),
+        ((0.5, float("inf")), "inf"),
+    ],
+)
+def test_bad_targets_are_named(target, message):
+    heads = make_heads()
+    heads.targets[7, 2, 3] = torch.tensor(target)
+    with pytest.raises(ValueError, match=rf"target 7 \(point 2, frame 3\).*{message}"):
+        loss_of(heads)()
+
+
+def test_regress_allows_one_coordinate_at_minus_one():
+    heads = make_heads()
+    heads.targets[7, 2, 3] = torch.tensor([-1.0, 0.5])
+    compare(heads, absent="regress")
+
+
+@pytest.mark.parametrize("row", [-1, 37])
+def test_row_out_of_range_is_named(row):
+    heads = make_heads()
+    heads.rows[3] = row
+    with pytest.raises(ValueError, match=rf"rows\[3\] = {row}"):
+        loss_of(heads)()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight": torch.randn(29, 32)},
+        {"weight": torch.randn(30, 31)},
+        {"bias": torch.randn(29)},
+        {"rows": torch.zeros(10, dtype=torch.int64)},
+        {"rows": torch.zeros(11, dtype=torch.int32)},
+        {"targets": torch.rand(11, 15, 2)},
+    ],
+)
+def test_shapes_that_do_not_fit(change):
+    with pytest.raises(ValueError, match="trajectory_l1"):
+        loss_of(replace(make_heads(), **change))()
+
+
+def test_options_that_do_not_exist():
+    with pytest.raises(ValueError, match="absent"):
+        loss_of(make_heads(), absent="drop")()
+    with pytest.raises(ValueError, match="absent"):
+        FusedTrajectoryL1Loss("drop")
+    with pytest.raises(ValueError, match="normalizer"):
+        loss_of(make_heads(), normalizer=torch.ones(1))()
+
+
+def test_module_is_the_function():
+    heads = make_heads()
+    loss = FusedTrajectoryL1Loss("regress")(heads.hidden, heads.weight, heads.bias, heads.targets, heads.rows)
+    assert torch.equal(loss, loss_of(heads, absent="regress")())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(bias):
+    heads = make_heads()
+    arguments = (heads.hidden, heads.weight, heads.bias if bias else None, heads.targets, heads.rows, None, True)
+    torch.library.opcheck(trajectory_forward, arguments)
+    _, sign, scale = trajectory_forward(*arguments)
+    detached = heads.hidden.detach(), heads.weight.detach()
+    torch.library.opcheck(trajectory_backward, (scale, *detached, sign, heads.rows, True, bias, True))
+
+
+def test_compiled_equals_eager_bitwise():
+    heads = make_heads()
+    compiled = torch.compile(trajectory_l1, fullgraph=True, backend="aot_eager")
+    assert_bitwise(
+        run(loss_of(heads), learned(heads), upstream=1.0), run(loss_of(heads, compiled), learned(heads), upstream=1.0)
+    )
