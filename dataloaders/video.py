@@ -14,6 +14,7 @@ import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -124,13 +125,15 @@ def _decode(
 ) -> tuple[int, dict[int, np.ndarray]]:
     """Decode once: how many frames there are, and those at the `chosen` indices."""
     wanted = set(chosen.tolist())
+    # One for all frames: making its scaler anew costs more than decoding a small frame.
+    reformatter = VideoReformatter()
     frames: dict[int, np.ndarray] = {}
     seen = 0
     for frame in _frames(path, split, origin):
         if seen in wanted:
             if frame.is_corrupt:
                 raise DecodeError(f"{path}: frame {seen} is damaged")
-            array = _upright(frame)
+            array = _upright(reformatter.reformat(frame, format="rgb24"), frame.rotation)
             frames[seen] = array if transform is None else transform(array)
         seen += 1
     return seen, frames
@@ -168,7 +171,8 @@ def _inside(seconds: float, split: Clip) -> bool:
     return split is None or split[0] <= seconds < split[1]
 
 
-def _upright(frame: VideoFrame) -> np.ndarray:
-    array = frame.to_ndarray(format="rgb24")
-    quarter_turns = round(frame.rotation / 90) % 4
+def _upright(frame: VideoFrame, degrees: int) -> np.ndarray:
+    """An RGB frame (H, W, 3), turned counter-clockwise as its display matrix says."""
+    array = frame.to_ndarray()
+    quarter_turns = round(degrees / 90) % 4
     return np.ascontiguousarray(np.rot90(array, quarter_turns)) if quarter_turns else array

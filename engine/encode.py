@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -116,56 +116,62 @@ def _encode_kind(
 ) -> int:
     """Encode the media that a store lacks; returns how many were encoded."""
     todo = [m for m in media if m.key not in store]
-    if not todo:
+    # Two rooms may link to one folder of videos: a file is encoded once and stored under each of its keys.
+    twins: dict[object, list[Media]] = {}
+    for m in todo:
+        twins.setdefault((m.path.resolve(), m.split), []).append(m)
+    groups = list(twins.values())
+    if not groups:
         return 0
     num_frames = store.manifest.num_frames
     decode = partial(decode_cropped, num_frames=num_frames, preprocess=encoder.preprocess)
-    workers = min(len(todo), os.cpu_count() or 1 if config.workers is None else config.workers)
-    encoded, waited, started = 0, 0.0, time.perf_counter()
+    workers = min(len(groups), os.cpu_count() or 1 if config.workers is None else config.workers)
+    encoded, frames, waited, started = 0, 0, 0.0, time.perf_counter()
     with (
         DecodePool(decode, workers) as pool,
         FeatureWriter(store, shard_records=config.shard_records) as writer,
-        tqdm(total=len(media), initial=len(media) - len(todo), unit=f" {todo[0].kind}", smoothing=0.05) as bar,
+        tqdm(total=len(media), initial=len(media) - len(todo), unit=f" {todo[0].kind}s", smoothing=0.05) as bar,
     ):
-        results = pool.map(todo)
+        results = zip(groups, pool.map(group[0] for group in groups))
         while True:
             before = time.perf_counter()
             batch = list(islice(results, max(1, config.batch_size // num_frames)))
             waited += time.perf_counter() - before
             if not batch:
                 return encoded
-            for result, features in _features(batch, encoder, num_frames, config.batch_size):
-                try:
-                    if features is None:
-                        ledger.add(Failure(result.media.key, str(result.media.path), "decode", result.reason))
-                    else:
-                        writer.add({result.media.key: features})
-                        encoded += 1
-                except NonFiniteError as error:
-                    ledger.add(Failure(result.media.key, str(result.media.path), "encode", str(error)))
+            features = _features([decoded for _, decoded in batch], encoder, num_frames, config.batch_size)
+            for (group, decoded), record in zip(batch, features):
+                stage, reason = "decode", decoded.reason
+                if record is not None:
+                    try:
+                        writer.add({m.key: record for m in group})
+                        encoded += len(group)
+                        frames += num_frames
+                        continue
+                    except NonFiniteError as error:
+                        stage, reason = "encode", str(error)
+                for m in group:
+                    ledger.add(Failure(m.key, str(m.path), stage, reason))
             elapsed = time.perf_counter() - started
-            bar.set_postfix_str(
-                f"{encoded * num_frames / elapsed:,.0f} frames/s, {waited / elapsed:.0%} waiting for decode",
-                refresh=False,
-            )
-            bar.update(len(batch))
+            rate = f"{frames / elapsed:,.0f} frames/s, {waited / elapsed:.0%} waiting for decode"
+            bar.set_postfix_str(rate, refresh=False)
+            bar.update(sum(len(group) for group, _ in batch))
 
 
 def _features(
     batch: Sequence[Decoded], encoder: ClipEncoder, num_frames: int, batch_size: int
-) -> Iterator[tuple[Decoded, np.ndarray | None]]:
+) -> list[np.ndarray | None]:
     """Features (num_frames, channels) of each decoded file of a batch; None for those without frames."""
-    good = [result.frames for result in batch if result.frames is not None]
-    rows = max(1, batch_size // num_frames) * num_frames if num_frames <= batch_size else batch_size
-    features = iter(())
-    if good:
-        frames = np.concatenate(good)
-        padded = np.zeros((-(-len(frames) // rows) * rows, *frames.shape[1:]), dtype=np.uint8)
-        padded[: len(frames)] = frames
-        encoded = [encoder.encode(padded[i : i + rows]).cpu().numpy() for i in range(0, len(padded), rows)]
-        features = iter(np.concatenate(encoded)[: len(frames)].reshape(len(good), num_frames, -1))
-    for result in batch:
-        yield result, None if result.frames is None else next(features)
+    good = [decoded.frames for decoded in batch if decoded.frames is not None]
+    if not good:
+        return [None] * len(batch)
+    rows = batch_size // num_frames * num_frames or batch_size
+    frames = np.concatenate(good)
+    padded = np.zeros((-(-len(frames) // rows) * rows, *frames.shape[1:]), dtype=np.uint8)
+    padded[: len(frames)] = frames
+    encoded = [encoder.encode(padded[i : i + rows]).cpu().numpy() for i in range(0, len(padded), rows)]
+    records = iter(np.concatenate(encoded)[: len(frames)].reshape(len(good), num_frames, -1))
+    return [None if decoded.frames is None else next(records) for decoded in batch]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
