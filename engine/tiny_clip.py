@@ -60,7 +60,9 @@ def caption_ids(scene: Scene) -> list[int]:
 
 def build() -> CLIPModel:
     """The untrained model; its weights follow torch's global seed."""
+    # transformers reads the projection's width from a tower's own settings when it loads that tower alone.
     tower = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+    tower |= {"projection_dim": 64}
     text = tower | {"num_hidden_layers": 1, "max_position_embeddings": _CAPTION_LENGTH, "vocab_size": len(_WORDS) + 4}
     text |= {"pad_token_id": _PAD, "bos_token_id": _BOS, "eos_token_id": _EOS}
     vision = tower | {"image_size": SIZE, "patch_size": 16}

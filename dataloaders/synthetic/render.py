@@ -9,7 +9,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from dataloaders.synthetic.scene import COLOURS, FRAMES_PER_SECOND, Scene, signed_distance
+from dataloaders.synthetic.scene import COLOURS, FRAMES_PER_SECOND, RADIUS, Scene, signed_distance
 
 OCCLUDER_GREY = 140
 # One thread: x264 splits its rate control by thread, and the world's own processes already fill the cores.
@@ -22,9 +22,12 @@ def draw(scene: Scene, size: int) -> np.ndarray:
     centres = ((np.arange(size) + 0.5) / size).astype(np.float32)
     grid = np.stack(np.meshgrid(centres, centres), -1)
     for thing in scene.things:
-        inside = signed_distance(thing.shape, grid[None] - thing.path[:, None, None].astype(np.float32))
-        coverage = np.clip(inside * size + 0.5, 0, 1)[..., None]
-        shown = frames[thing.first : thing.last + 1]
+        # Only the part of the frame that the thing ever touches is worth computing.
+        left, top = np.floor((thing.path.min(0) - 1.2 * RADIUS) * size).astype(int).clip(0, size)
+        right, bottom = np.ceil((thing.path.max(0) + 1.2 * RADIUS) * size).astype(int).clip(0, size)
+        offset = grid[None, top:bottom, left:right] - thing.path[:, None, None].astype(np.float32)
+        coverage = np.clip(signed_distance(thing.shape, offset) * size + 0.5, 0, 1)[..., None]
+        shown = frames[thing.first : thing.last + 1, top:bottom, left:right]
         shown += coverage * (np.asarray(COLOURS[thing.colour], np.float32) - shown)
     if scene.occluder is not None:
         left, top, right, bottom = (round(edge * size) for edge in scene.occluder)
