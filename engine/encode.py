@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dataloaders.decode import Decoded, DecodePool, decode_cropped
 from dataloaders.formats import iter_media, present_rooms
-from dataloaders.ledger import Failure, Ledger
+from dataloaders.ledger import LEDGER, Failure, Ledger
 from dataloaders.records import Media
 from dataloaders.store import FeatureStore, FeatureWriter, Manifest, NonFiniteError
 from engine.config import parse
@@ -50,7 +50,7 @@ class EncodeConfig:
     batch_size: int = 200
     """frames per forward pass"""
     workers: int | None = None
-    """decoding processes; none for one per core, 0 to decode in this process"""
+    """decoding processes, 0 to decode in this one; none for one per core, or per two cores where CLIP runs on the CPU"""
     failure_budget: float = 0.01
     """share of media that may fail before the run stops"""
     shard_records: int = 1024
@@ -85,6 +85,9 @@ def encode(config: EncodeConfig) -> tuple[int, int]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here")
+    if device == "cpu":
+        # Threads that wait for a core spin on it, and would take it from the decoders.
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), _cores() - _workers(config, device))))
     encoder = ClipEncoder(config.clip, device)
     stores = {
         "image": FeatureStore.create_or_open(config.store / "images", _manifest(encoder, 1, "still")),
@@ -92,7 +95,7 @@ def encode(config: EncodeConfig) -> tuple[int, int]:
             config.store / "videos", _manifest(encoder, config.num_frames, "linspace truncated")
         ),
     }
-    ledger = Ledger(config.store / "failures.jsonl", len(media), config.failure_budget)
+    ledger = Ledger(config.store / LEDGER, len(media), config.failure_budget)
     encoded = sum(
         _encode_kind([m for m in media if m.kind == kind], store, encoder, ledger, config)
         for kind, store in stores.items()
@@ -125,7 +128,7 @@ def _encode_kind(
         return 0
     num_frames = store.manifest.num_frames
     decode = partial(decode_cropped, num_frames=num_frames, preprocess=encoder.preprocess)
-    workers = min(len(groups), os.cpu_count() or 1 if config.workers is None else config.workers)
+    workers = min(len(groups), _workers(config, encoder.device.type))
     encoded, frames, waited, started = 0, 0, 0.0, time.perf_counter()
     with (
         DecodePool(decode, workers) as pool,
@@ -156,6 +159,16 @@ def _encode_kind(
             rate = f"{frames / elapsed:,.0f} frames/s, {waited / elapsed:.0%} waiting for decode"
             bar.set_postfix_str(rate, refresh=False)
             bar.update(sum(len(group) for group, _ in batch))
+
+
+def _workers(config: EncodeConfig, device: str) -> int:
+    if config.workers is not None:
+        return config.workers
+    return _cores() if device == "cuda" else max(1, _cores() // 2)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _features(
