@@ -38,7 +38,7 @@ class StageDataset:
     data, stage   folder in the layout of `dataloaders.formats`; 1, 2 or 3
     num_frames, num_points  N and P of the trajectories (1 and 1 in stage 1)
     max_length    tokens; longer samples are left out and counted in `over_length`, never cut
-    available     keys of encoded media; samples about others are left out and counted in `not_encoded`. None for all
+    available     keys of encoded media; samples about others are left out, their keys in `not_encoded`. None for all
 
     tokens, targets, coordinates  (n,) int32 per sample: length, supervised tokens, present coordinates
     Raises ValueError for a folder without data or a malformed record, which it names by file, line and field.
@@ -72,7 +72,7 @@ class StageDataset:
             for offset, nbytes, record in iter_json(source.path):
                 sample = source.sample(record, offset)
                 if available is not None and sample.media not in available:
-                    self.not_encoded.append(sample.id)
+                    self.not_encoded.append(sample.media)
                     continue
                 tokenized = self._tokenize(sample)
                 if len(tokenized.token_ids) > max_length:

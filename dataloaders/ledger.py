@@ -9,6 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
+LEDGER = "failures.jsonl"
+"""Name of the ledger in a folder of feature stores."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """One media item that gave no features.

@@ -23,6 +23,18 @@ def model_config(llm: Path, store: Path, num_points: int) -> PiTeConfig:
     )
 
 
+def merged_stages(stage: Stage, start: Path | None) -> list[str]:
+    """Directories whose LoRA is merged when a stage starts from `start` (an earlier stage's output), in order.
+
+    Raises ValueError when `start` is no stage's output.
+    """
+    if start is None:
+        return []
+    if not (start / checkpoint.LINEAGE).exists():
+        raise ValueError(f"stage {stage} starts from an earlier stage's output and {start} is none: train that first")
+    return [entry["path"] for entry in checkpoint.read_lineage(start)["merged"]] + [str(start.resolve())]
+
+
 def build_model(
     stage: Stage,
     recipe: Recipe,
@@ -35,30 +47,20 @@ def build_model(
     head_init: bool,
     dtype: torch.dtype,
     device: str,
-) -> tuple[PiTe, list[str]]:
-    """Build a stage's model and say which adapters are merged in it (directories of earlier stages, in order).
-
-    start  output of an earlier stage; None starts from the language model itself
-    Raises ValueError when `start` is no stage's output.
-    """
+) -> PiTe:
+    """A stage's model before its first step; `start` is None for the language model itself."""
     if start is None:
         model = checkpoint.load_language_model(llm, config, dtype=dtype, device=device, seed=seed)
-        merged: list[str] = []
         if recipe.standardize_adapter:
             standardize_adapter(model, store, seed)
     else:
-        if not (start / checkpoint.LINEAGE).exists():
-            raise ValueError(
-                f"stage {stage} starts from an earlier stage's output and {start} is none: train that first"
-            )
-        merged = [entry["path"] for entry in checkpoint.read_lineage(start)["merged"]] + [str(start.resolve())]
         model = PiTe.from_pretrained(start, dtype=dtype, device=device)
         model.merge_lora()
     if stage == 2 and head_init:
         model.initialize_trajectory_head()
     model.add_lora(recipe.lora_rank, recipe.lora_alpha, seed=seed + stage)
     model.set_trainable(recipe.learns)
-    return model, merged
+    return model
 
 
 @torch.no_grad()

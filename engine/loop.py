@@ -146,7 +146,8 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
 
-        finish()
+        if device.type == "cuda":
+            finish()
         numbers = torch.cat([sums, norm.float()[None], bad[None]])
         ready = None
         if device.type == "cuda":
@@ -154,6 +155,8 @@ def train(
             ready = torch.cuda.Event()
             ready.record()
         pending = _Pending(step, numbers, ready, current.tokens, rate, data_wait)
+        if device.type == "cpu":
+            finish()
         if after_step(step + 1, finish):
             finish()
             return step + 1

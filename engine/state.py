@@ -76,6 +76,16 @@ def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, complaints
 
 
+def compare(saved: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> None:
+    """Raise ResumeError naming the first difference between what made `path` and what is asked for."""
+    for key in sorted({*saved, *fingerprint}):
+        if saved.get(key) != fingerprint.get(key):
+            raise ResumeError(
+                f"cannot resume from {path}: {key} was {saved.get(key)} there and is {fingerprint.get(key)} now; "
+                "change it back, or start afresh in another --output"
+            )
+
+
 def restore(
     checkpoint: Checkpoint,
     parameters: dict[str, nn.Parameter],
@@ -86,13 +96,7 @@ def restore(
 
     Raises ResumeError naming the first difference when it was made by a run with another fingerprint.
     """
-    saved = json.loads((checkpoint.path / STATE).read_text())["fingerprint"]
-    for key in sorted({*saved, *fingerprint}):
-        if saved.get(key) != fingerprint.get(key):
-            raise ResumeError(
-                f"cannot resume from {checkpoint.path}: {key} was {saved.get(key)} there and is {fingerprint.get(key)} "
-                "now; change it back, or start afresh in another --output"
-            )
+    compare(json.loads((checkpoint.path / STATE).read_text())["fingerprint"], fingerprint, checkpoint.path)
     tensors = load_file(checkpoint.path / TENSORS)
     with torch.no_grad():
         for name, parameter in parameters.items():

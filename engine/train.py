@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,11 +20,12 @@ from transformers import AutoTokenizer
 
 from dataloaders.dataset import StageDataset
 from dataloaders.files import directory_written_atomically, sha256
+from dataloaders.ledger import LEDGER, read_failures
 from dataloaders.plan import BatchPlan
 from dataloaders.prefetch import prefetch
 from dataloaders.store import FeatureStore
 from engine import budget, state
-from engine.build import build_model, language_model_checksum, model_config
+from engine.build import build_model, language_model_checksum, merged_stages, model_config
 from engine.config import parse
 from engine.data import Absent, Normalizer, StepSource
 from engine.loop import NonFiniteError, compute_losses, make_optimizer, train
@@ -131,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         for stage in config.stages:
             if not train_stage(config, stage, world):
                 return 0
-    except (ValueError, NonFiniteError) as error:
+    except (ValueError, OSError, NonFiniteError) as error:
         print(f"engine.train: {error}", file=sys.stderr)
         return 1
     return 0
@@ -141,10 +143,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     """Train one stage to its end; False when it was asked to stop early and can be continued."""
     directory = config.output / f"stage{stage}"
     final = directory / "final"
-    if (final / checkpoint.LINEAGE).exists():
-        print(f"stage {stage} is done: {final}", file=sys.stderr)
-        return True
-    plan_of_stage = config.recipe(stage)
+    recipe = config.recipe(stage)
     llm = checkpoint.resolve(config.llm or LANGUAGE_MODELS[config.model])
     tokenizer = AutoTokenizer.from_pretrained(str(llm))
     store = FeatureStore(config.store / ("images" if stage == 1 else "videos"))
@@ -156,25 +155,34 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         num_frames=pite_config.num_frames if stage > 1 else 1,
         num_points=pite_config.num_points if stage > 1 else 1,
         max_length=config.max_length,
-        available=store.keys,
+        available=store,
     )
-    print(f"stage {stage}: {dataset.summary()}", file=sys.stderr)
-    plan = BatchPlan(
-        len(dataset), plan_of_stage.global_batch, config.seed, dataset.groups() if plan_of_stage.group_media else None
-    )
-    model, merged = build_model(
-        stage,
-        plan_of_stage,
-        pite_config,
-        llm=llm,
-        start=config.init or (None if stage == 1 else config.output / f"stage{stage - 1}" / "final"),
-        store=store,
-        seed=config.seed,
-        head_init=config.head_init,
-        dtype=config.torch_dtype(world.device),
-        device=str(world.device),
-    )
-    optimizer = make_optimizer(model, plan_of_stage)
+    start = config.init or (None if stage == 1 else config.output / f"stage{stage - 1}" / "final")
+    merged = merged_stages(stage, start)
+    dtype = config.torch_dtype(world.device)
+    fingerprint = {
+        "data": dataset.fingerprint(),
+        "language model": language_model_checksum(llm),
+        "earlier stages": [sha256(Path(path) / checkpoint.ADAPTER_FILE) for path in merged],
+        "frames and points": [pite_config.num_frames, pite_config.num_points],
+        "seed": config.seed,
+        "absent": config.absent,
+        "trajectory normalizer": config.trajectory_normalizer,
+        "head initialisation": config.head_init,
+        "dtype": str(dtype),
+        **{name.replace("_", " "): getattr(recipe, name) for name in _RECIPE_FIELDS},
+    }
+    if (final / checkpoint.LINEAGE).exists():
+        state.compare(checkpoint.read_lineage(final)["made_of"], fingerprint, final)
+        say(world, f"stage {stage} is done: {final}")
+        return True
+    say(world, f"stage {stage}: {dataset.summary()}")
+    check_encoded(dataset, config.store)
+    plan = BatchPlan(len(dataset), recipe.global_batch, config.seed, dataset.groups() if recipe.group_media else None)
+    model = build_model(
+        stage, recipe, pite_config, llm=llm, start=start, store=store, seed=config.seed, head_init=config.head_init,
+        dtype=dtype, device=str(world.device),
+    )  # fmt: skip
     source = StepSource(
         dataset,
         plan,
@@ -186,30 +194,34 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         normalizer=config.trajectory_normalizer,
         pin_memory=world.device.type == "cuda",
     )
-    total = plan.steps_per_epoch * plan_of_stage.epochs
-    fingerprint = {
-        "data": dataset.fingerprint(),
-        "language model": language_model_checksum(llm),
-        "start": [sha256(Path(p) / checkpoint.ADAPTER_FILE) for p in merged],
-        "model": f"{pite_config.num_frames} frames, {pite_config.num_points} points",
-        "seed": config.seed,
-        "absent": config.absent,
-        "trajectory normalizer": config.trajectory_normalizer,
-        "head initialisation": config.head_init,
-        "dtype": str(model.dtype),
-        **{k.replace("_", " "): getattr(plan_of_stage, k) for k in _RECIPE_FIELDS},
-    }
-    done = run(config, plan_of_stage, model, optimizer, source, world, directory, total, fingerprint)
-    if done < total and done != config.max_steps:
+    total = plan.steps_per_epoch * recipe.epochs
+    done = run(config, recipe, model, source, world, directory, total, fingerprint)
+    if done < min(total, config.max_steps or total):
         return False
     if world.is_main:
         lineage = {"stage": stage, "language_model": str(llm), "merged": merged, "steps": done, "made_of": fingerprint}
         with directory_written_atomically(final) as beside:
             tokenizer.save_pretrained(str(beside))
             checkpoint.save_stage(model, beside, lineage)
-        print(f"stage {stage} is done: {final}", file=sys.stderr)
+    say(world, f"stage {stage} is done: {final}")
     world.barrier()
     return True
+
+
+def say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, file=sys.stderr)
+
+
+def check_encoded(dataset: StageDataset, store: Path) -> None:
+    """Raise ValueError when media are missing from the store though their encoding did not fail."""
+    failed = {failure.id for failure in read_failures(store / LEDGER)}
+    forgotten = sorted(set(dataset.not_encoded) - failed)
+    if forgotten:
+        raise ValueError(
+            f"{len(forgotten):,} media, {forgotten[0]!r} among them, are neither in the feature store {store} nor in its "
+            "ledger of failures; run engine.encode first"
+        )
 
 
 _RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name not in ("learns", "head"))
@@ -219,7 +231,6 @@ def run(
     config: TrainConfig,
     recipe: Recipe,
     model: PiTe,
-    optimizer: torch.optim.AdamW,
     source: StepSource,
     world: World,
     directory: Path,
@@ -228,6 +239,7 @@ def run(
 ) -> int:
     """Resume, train and checkpoint one stage; returns the steps done."""
     parameters = dict(model.trainable())
+    optimizer = make_optimizer(model, recipe)
     checkpoints = directory / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     newest, complaints = state.newest(checkpoints)
@@ -236,15 +248,17 @@ def run(
         state.restore(newest, parameters, optimizer, fingerprint)
         start = newest.step
     stop = min(total, config.max_steps or total)
-    interrupted = InterruptFlag()
-    with Metrics(directory if world.is_main else None, start=start, total=stop, title=directory.name) as metrics:
+    with (
+        InterruptFlag() as interrupted,
+        Metrics(directory if world.is_main else None, start=start, total=stop, title=directory.name) as metrics,
+    ):
         for text in complaints:
             metrics.say(text)
         if start:
             metrics.say(f"continuing after step {start} of {stop}")
 
         def after_step(done: int, finish: Callable[[], None]) -> bool:
-            stopping = bool(interrupted)
+            stopping = interrupted.set
             if stopping or done % config.checkpoint_every == 0 or done == stop:
                 finish()
                 if world.is_main:
@@ -268,23 +282,33 @@ def run(
                 batch.sample_ids[0] for batch in source.singles(step) if not finite(model, batch, recipe, config.absent)
             ]
 
-        gc.collect()
-        gc.freeze()
-        return train(
-            model,
-            optimizer,
-            prefetch(source.steps(start, stop)),
-            recipe,
-            world,
-            metrics,
-            start=start,
-            stop=stop,
-            total=total,
-            absent=config.absent,
-            after_step=after_step,
-            blame=blame,
-            efficiency=budget.efficiency(model.config, recipe, world),
-        )
+        with collector_frozen():
+            return train(
+                model,
+                optimizer,
+                prefetch(source.steps(start, stop)),
+                recipe,
+                world,
+                metrics,
+                start=start,
+                stop=stop,
+                total=total,
+                absent=config.absent,
+                after_step=after_step,
+                blame=blame,
+                efficiency=budget.efficiency(model.config, recipe, world),
+            )
+
+
+@contextmanager
+def collector_frozen() -> Iterator[None]:
+    """Keep Python's garbage collector from scanning everything that lives as long as the run anyway."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def finite(model: PiTe, batch: Any, recipe: Recipe, absent: Absent) -> bool:
@@ -296,20 +320,23 @@ def finite(model: PiTe, batch: Any, recipe: Recipe, absent: Absent) -> bool:
 
 
 class InterruptFlag:
-    """Set by SIGTERM (preemption) or SIGINT, so that the loop can save and leave in good order."""
+    """Within its block SIGTERM (preemption) and a first Ctrl-C set the flag instead of ending the process."""
 
     def __init__(self) -> None:
-        self._set = False
-        signal.signal(signal.SIGTERM, self._raise)
-        signal.signal(signal.SIGINT, self._raise)
+        self.set = False
 
     def _raise(self, *_: object) -> None:
-        if self._set:
+        if self.set:
             raise KeyboardInterrupt
-        self._set = True
+        self.set = True
 
-    def __bool__(self) -> bool:
-        return self._set
+    def __enter__(self) -> InterruptFlag:
+        self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

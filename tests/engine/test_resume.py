@@ -1,0 +1,188 @@
+"""Killed at any moment and started again, a run ends where the uninterrupted one does, bit for bit."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dataloaders import files
+from engine import metrics, state
+from engine.train import main
+from tests.engine.workspace import train_arguments
+
+ROOT = Path(__file__).parents[2]
+NUMBERS = ("loss", "ce", "l1", "gradient_norm", "learning_rate", "tokens")
+
+
+def start(arguments: list[str], code: str = "from engine.train import main") -> subprocess.Popen[bytes]:
+    program = f"import sys; {code}; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, stderr=subprocess.PIPE)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def numbers(output: Path) -> list[tuple[float, ...]]:
+    return [tuple(line[name] for name in NUMBERS) for line in metrics.read(output / "stage1" / "metrics.jsonl")]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    final = output / "stage1" / "final"
+    return load_file(final / "adapter_model.safetensors") | load_file(final / "pite.safetensors")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted")
+    assert main(train_arguments(workspace, output, "1")) == 0
+    return output
+
+
+def assert_equal_runs(output: Path, reference: Path) -> None:
+    assert numbers(output) == numbers(reference)
+    expected = weights(reference)
+    for name, tensor in weights(output).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+# Each program kills itself at a moment that a signal from outside would hardly hit.
+MOMENTS = {
+    "while the tensors of a checkpoint are written": """
+from engine import state
+save = state.save_file
+def killing(tensors, path):
+    save(tensors, path)
+    if "00000004" in str(path):
+        with open(path, "r+b") as file: file.truncate(1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+state.save_file = killing""",
+    "between a checkpoint's tensors and its rename": """
+from dataloaders import files
+sync = files.sync
+def killing(path):
+    sync(path)
+    if path.name == ".step-00000004.tmp": os.kill(os.getpid(), signal.SIGKILL)
+files.sync = killing""",
+    "between a step and its checkpoint": """
+from engine import state
+save = state.save
+def killing(directory, step, *rest):
+    if step == 4: os.kill(os.getpid(), signal.SIGKILL)
+    return save(directory, step, *rest)
+state.save = killing""",
+    "in the middle of a backward pass": """
+from engine import loop
+step = torch.optim.AdamW.step
+count = [0]
+def killing(self, *rest):
+    count[0] += 1
+    if count[0] == 4: os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *rest)
+torch.optim.AdamW.step = killing""",
+    "while the finished stage is exported": """
+from pite import checkpoint
+save = checkpoint.save_stage
+def killing(model, directory, lineage):
+    save(model, directory, lineage)
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save_stage = killing""",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_a_chosen_moment(workspace: Path, tmp_path: Path, uninterrupted: Path, moment: str):
+    lines = f"import os, signal, torch{MOMENTS[moment]}\nfrom engine.train import main"
+    code = f"exec({lines!r})"
+    process = start(train_arguments(workspace, tmp_path, "1"), code)
+    assert process.wait(120) == -signal.SIGKILL, process.stderr.read().decode()
+    assert not (tmp_path / "stage1" / "final").exists()
+    assert main(train_arguments(workspace, tmp_path, "1")) == 0
+    assert_equal_runs(tmp_path, uninterrupted)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_killed_from_outside(workspace: Path, tmp_path: Path, uninterrupted: Path, step: int):
+    process = start(train_arguments(workspace, tmp_path, "1"))
+    wait_until(lambda: len(numbers(tmp_path)) >= step or process.poll() == 0, process)
+    process.kill()
+    process.wait()
+    assert main(train_arguments(workspace, tmp_path, "1")) == 0
+    assert_equal_runs(tmp_path, uninterrupted)
+
+
+def test_preemption_saves_and_leaves_in_good_order(workspace: Path, tmp_path: Path, uninterrupted: Path):
+    process = start(train_arguments(workspace, tmp_path, "1", checkpoint_every=1000), "from engine.train import main")
+    wait_until(lambda: len(numbers(tmp_path)) >= 1, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    said = process.stderr.read().decode()
+    assert "the same command continues" in said or (tmp_path / "stage1" / "final").exists()
+    assert main(train_arguments(workspace, tmp_path, "1", checkpoint_every=1000)) == 0
+    assert_equal_runs(tmp_path, uninterrupted)
+
+
+def test_a_damaged_newest_checkpoint_falls_back(workspace: Path, tmp_path: Path, uninterrupted: Path, capsys):
+    assert main(train_arguments(workspace, tmp_path, "1")) == 0
+    shutil.rmtree(tmp_path / "stage1" / "final")
+    newest = tmp_path / "stage1" / "checkpoints" / "step-00000006" / state.TENSORS
+    newest.write_bytes(newest.read_bytes()[:-7])
+    assert main(train_arguments(workspace, tmp_path, "1")) == 0
+    error = capsys.readouterr().err
+    assert "step-00000006 is damaged" in error
+    assert "continuing after step 4" in error
+    assert_equal_runs(tmp_path, uninterrupted)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(workspace: Path, tmp_path: Path, uninterrupted: Path, capsys):
+    """On a real file system of 3 MB, where the machine lets us mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    try:
+        assert main(train_arguments(workspace, disk, "1", max_steps=2)) == 0
+            shutil.rmtree(disk / "stage1" / "final")
+        free = shutil.disk_usage(disk).free
+        (disk / "ballast").write_bytes(bytes(free - 100_000))
+        capsys.readouterr()
+        assert main(train_arguments(workspace, disk, "1")) == 1
+        error = capsys.readouterr().err
+        assert "checkpoint of step 4 could not be written (No space left on device)" in error
+        assert "the last whole one is" in error
+        assert [p.name for p in (disk / "stage1" / "checkpoints").iterdir()] == ["step-00000002"]
+        (disk / "ballast").unlink()
+        assert main(train_arguments(workspace, disk, "1")) == 0
+        assert_equal_runs(disk, uninterrupted)
+    finally:
+        # Lazily: mapped files of this process may still be open.
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_write_that_fails_leaves_no_trace(tmp_path: Path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "old").write_text("whole")
+
+    def write() -> None:
+        with files.directory_written_atomically(tmp_path / "target") as beside:
+            (beside / "new").write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write()
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+    assert (tmp_path / "target" / "old").read_text() == "whole"

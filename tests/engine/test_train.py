@@ -1,0 +1,177 @@
+"""engine.train from the command line's arguments: three stages, refusals, and what it says when something is wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from dataloaders.store import FeatureStore
+from engine import metrics
+from engine.train import main
+from pite.model import PiTe
+from tests.engine.workspace import train_arguments
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained")
+    assert main(train_arguments(workspace, output)) == 0
+    return output
+
+
+def test_three_stages_leave_models_metrics_and_lineage(trained: Path):
+    for stage, steps in ((1, 6), (2, 6), (3, 16)):
+        lines = metrics.read(trained / f"stage{stage}" / "metrics.jsonl")
+        assert [line["step"] for line in lines] == list(range(1, steps + 1))
+        assert all(np.isfinite(list(line.values())).all() for line in lines)
+        assert (lines[0]["l1"] > 0) == (stage < 3)
+        model = PiTe.from_pretrained(trained / f"stage{stage}" / "final")
+        assert AutoTokenizer.from_pretrained(trained / f"stage{stage}" / "final").eos_token_id == 2
+        assert model.config.num_frames == 8
+    lineage = json.loads((trained / "stage3" / "final" / "lineage.json").read_text())
+    assert [Path(entry["path"]).parent.name for entry in lineage["merged"]] == ["stage1", "stage2"]
+    assert all(len(entry["sha256"]) == 64 for entry in lineage["merged"])
+
+
+def test_what_a_stage_may_not_touch_it_did_not_touch(trained: Path):
+    heads = [load_file(trained / f"stage{s}" / "final" / "pite.safetensors") for s in (1, 2, 3)]
+    for name in ("model.vision_adapter.weight", "model.localization_projector.weight"):
+        assert torch.equal(heads[0][name], heads[1][name])
+    assert not torch.equal(heads[0]["model.trajectory_projector.weight"], heads[1]["model.trajectory_projector.weight"])
+    assert all(torch.equal(heads[1][name], heads[2][name]) for name in heads[1])
+
+
+def test_a_trained_chain_of_adapters_loads_in_peft(trained: Path, workspace: Path):
+    """What a user of transformers + peft does with our output: base, then each stage merged in turn."""
+    llama = LlamaForCausalLM.from_pretrained(workspace / "llm")
+    for stage in (1, 2, 3):
+        llama = PeftModel.from_pretrained(llama, str(trained / f"stage{stage}" / "final")).merge_and_unload()
+    ours = PiTe.from_pretrained(trained / "stage3" / "final")
+    ids = torch.arange(3, 40)
+    with torch.no_grad():
+        x = torch.nn.functional.embedding(ids, ours.decoder.embed_tokens)
+        bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
+        hidden = ours.decoder(x, torch.arange(len(ids), dtype=torch.int32), bounds, len(ids))
+        torch.testing.assert_close(ours.logits(hidden), llama(input_ids=ids[None]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_repeating_a_finished_run_changes_nothing(trained: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()}
+    assert main(train_arguments(workspace, trained)) == 0
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()} == before
+    assert capsys.readouterr().err.count("is done") == 3
+
+
+@pytest.mark.parametrize(
+    "flag, named",
+    [({"seed": 1}, "seed was 0"), ({"global_batch": 4}, "global batch was 8"), ({"lora_rank": 4}, "lora rank was 32")],
+)
+def test_a_finished_stage_of_another_run_is_refused(trained: Path, workspace: Path, capsys, flag, named):
+    assert main(train_arguments(workspace, trained, "1", **flag)) == 1
+    assert named in capsys.readouterr().err
+
+
+def test_an_interrupted_run_refuses_other_data(workspace: Path, tmp_path: Path, capsys):
+    import shutil
+
+    assert main(train_arguments(workspace, tmp_path, "2", init=tmp_path, max_steps=2)) == 1
+    assert "train that first" in capsys.readouterr().err
+    data = tmp_path / "data"
+    shutil.copytree(workspace / "data", data, symlinks=True)
+    assert main(train_arguments(workspace, tmp_path, "1", data=data, max_steps=2)) == 0
+    shutil.rmtree(tmp_path / "stage1" / "final")
+    lines = (data / "stage1" / "localized_narratives.jsonl").read_text().splitlines(keepends=True)
+    (data / "stage1" / "localized_narratives.jsonl").write_text("".join(lines[:-1]))
+    assert main(train_arguments(workspace, tmp_path, "1", data=data)) == 1
+    assert "data was 24 samples" in capsys.readouterr().err
+
+
+def test_media_that_were_never_encoded_stop_the_run(workspace: Path, tmp_path: Path, capsys):
+    features = tmp_path / "features"
+    for folder in ("images", "videos"):
+        FeatureStore.create_or_open(features / folder, FeatureStore(workspace / "features" / folder).manifest)
+    from dataloaders.store import FeatureWriter
+
+    full = FeatureStore(workspace / "features" / "images")
+    keys = sorted(full.keys)
+    with FeatureWriter(FeatureStore(features / "images")) as writer:
+        writer.add({key: full.read(key) for key in keys[1:]})
+    assert main(train_arguments(workspace, tmp_path / "out", "1", store=features)) == 1
+    error = capsys.readouterr().err
+    assert repr(keys[0]) in error
+    assert "run engine.encode" in error
+
+
+def test_samples_over_length_are_counted(workspace: Path, tmp_path: Path, capsys):
+    assert main(train_arguments(workspace, tmp_path, "1", max_length=60, global_batch=2, max_steps=1)) == 0
+    assert "left out for more than 60 tokens" in capsys.readouterr().err
+
+
+def test_a_feature_that_is_not_a_number_is_named_before_any_update(
+    trained: Path, workspace: Path, tmp_path: Path, capsys, monkeypatch
+):
+    read = FeatureStore.read
+
+    def poisoned(self: FeatureStore, key: str) -> np.ndarray:
+        record = read(self, key)
+        return np.full_like(record, np.nan) if key == "stage2/v000003" else record
+
+    monkeypatch.setattr(FeatureStore, "read", poisoned)
+    assert main(train_arguments(workspace, tmp_path, "2", init=trained / "stage1/final", checkpoint_every=1)) == 1
+    error = capsys.readouterr().err
+    assert "the loss or gradient of v000003 is not finite" in error
+    assert "rank 0" in error
+    failed = int(error.split("engine.train: step ")[1].split(",")[0])
+    saved = sorted(p.name for p in (tmp_path / "stage2" / "checkpoints").iterdir())
+    assert saved[-1:] == ([f"step-{failed - 1:08d}"] if failed > 1 else [])
+    assert all(
+        torch.isfinite(t).all()
+        for p in saved
+        for t in load_file(tmp_path / "stage2/checkpoints" / p / "state.safetensors").values()
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ({"model": "tiny", "llm": "none"}, "--model tiny needs --llm"),
+        ({"max_length": 0}, "--max-length must be at least 1"),
+        ({"stage": "4"}, "--stage"),
+        ({"learning_rat": 1}, "--learning-rate"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(workspace: Path, tmp_path: Path, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as exit:
+        main(train_arguments(workspace, tmp_path, **{"stage": "1", **flags}))
+    assert exit.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert sentence in error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize("missing", ["data", "store", "llm"])
+def test_a_missing_path_is_one_sentence(workspace: Path, tmp_path: Path, capsys, missing):
+    assert main(train_arguments(workspace, tmp_path, "1", **{missing: tmp_path / "nowhere"})) == 1
+    error = capsys.readouterr().err.strip()
+    assert str(tmp_path / "nowhere") in error
+    assert "\n" not in error
+
+
+def test_a_batch_larger_than_the_data_is_refused(workspace: Path, tmp_path: Path, capsys):
+    assert main(train_arguments(workspace, tmp_path, "1", global_batch=100)) == 1
+    assert "24 samples do not fill one global batch of 100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("absent, normalizer", [("regress", "present"), ("skip", "paper"), ("regress", "paper")])
+def test_the_papers_other_readings_train(workspace: Path, tmp_path: Path, absent, normalizer):
+    flags = {"absent": absent, "trajectory_normalizer": normalizer, "max_steps": 2}
+    assert main(train_arguments(workspace, tmp_path, "1", **flags)) == 0
+    lines = metrics.read(tmp_path / "stage1" / "metrics.jsonl")
+    plain = metrics.read(tmp_path / "stage1" / "metrics.jsonl")
+    assert lines[0]["l1"] > 0
+    assert plain[0]["loss"] == pytest.approx(lines[0]["ce"] + 5 * lines[0]["l1"], rel=1e-5)

@@ -1,0 +1,48 @@
+"""A whole training workspace in a second: a small synthetic world, a random tiny Llama, random features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dataloaders.formats import iter_media
+from dataloaders.store import FeatureStore, FeatureWriter, Manifest
+from dataloaders.synthetic.world import WorldConfig, make_world
+from engine.tiny_tokenizer import build_tokenizer
+
+FRAMES, CHANNELS = 8, 16
+
+
+def make_workspace(root: Path) -> Path:
+    """ROOT/data, ROOT/features and ROOT/llm; 24 videos and 24 stills."""
+    make_world(root / "data", WorldConfig(videos=24, evaluation=2, images=24, frames=FRAMES), processes=1)
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(root / "llm")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer))).save_pretrained(root / "llm")
+    rng = np.random.default_rng(0)
+    for folder, tokens, kind in (("images", 1, "image"), ("videos", FRAMES, "video")):
+        manifest = Manifest("none", tokens, "linspace", "none", tokens, CHANNELS)
+        store = FeatureStore.create_or_open(root / "features" / folder, manifest)
+        media = [m for m in iter_media(root / "data", ("stage1", "stage2", "stage3")) if m.kind == kind]
+        with FeatureWriter(store) as writer:
+            writer.add({m.key: rng.standard_normal((tokens, CHANNELS)) for m in media})
+    return root
+
+
+def train_arguments(workspace: Path, output: Path, stage: str = "all", **flags: object) -> list[str]:
+    """A command line of engine.train; flags in Python spelling."""
+    flags = {"global_batch": 8, "epochs": 2, "token_budget": 600, "checkpoint_every": 2, "device": "cpu", **flags}
+    paths = {"data": workspace / "data", "store": workspace / "features", "llm": workspace / "llm", "output": output}
+    values = {**paths, "stage": stage, "model": "tiny", **flags}
+    arguments = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        arguments += (
+            [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        )
+    return arguments
