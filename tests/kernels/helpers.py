@@ -91,8 +91,8 @@ def run(loss: Callable[[], Tensor], inputs: Sequence[Tensor], upstream: float = 
 def assert_as_accurate(ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
     """Each result is within twice the error that plain PyTorch makes in the same dtype, both against float64.
 
-    ours, plain and truth are (loss, gradient of the hidden states, ...). The floor is one rounding to the hidden
-    states' dtype (an eighth of it for the loss, a mean of many), for where plain PyTorch is exact by chance.
+    ours, plain and truth are (value, gradient of the first input, ...). The floor is one rounding to that input's
+    dtype (half of it for the value), for where plain PyTorch is exact by chance.
     """
     assert len(ours) == len(plain) == len(truth)
     rounding = ROUNDING[ours[1].dtype]
@@ -102,7 +102,7 @@ def assert_as_accurate(ours: Sequence[Tensor], plain: Sequence[Tensor], truth: S
         if exact.numel() == 0:
             continue
         error, plain_error = ((t.double() - exact).abs().max().item() for t in (a, b))
-        floor = rounding * exact.abs().max().item() * (1 if index else 0.125)
+        floor = rounding * exact.abs().max().item() * (1 if index else 0.5)
         assert error <= 2 * plain_error + floor, f"result {index}: error {error:.3g}, PyTorch's {plain_error:.3g}"
 
 

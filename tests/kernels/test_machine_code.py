@@ -2,21 +2,20 @@
 
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-import triton.backends.nvidia  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.gpu import cross_entropy, shared, trajectory  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one block may use
-PTXAS = Path(triton.backends.nvidia.__file__).parent / "bin"
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
@@ -50,6 +49,7 @@ def scatter(dtype, rows):
     return cross_entropy.scatter_kernel, signature, {"BLOCK": 1024, "num_warps": 4}
 
 
+GEMMS = {trajectory.forward_kernel, trajectory.grad_hidden_kernel, trajectory.grad_weight_kernel}
 VARIANTS = {
     **{f"trajectory forward {d} 600 outputs": forward(d, 16384, 600) for d in TYPES},
     "trajectory forward bfloat16, few rows": forward(torch.bfloat16, 1638, 600),
@@ -100,8 +100,7 @@ def test_no_spills(capability, tmp_path, capsys):
         ptx = tmp_path / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
         architecture = re.search(r"\.target (\w+)", compiled.asm["ptx"]).group(1)
-        assembler = PTXAS / ("ptxas-blackwell" if capability == 100 else "ptxas")
-        command = [assembler, "-v", f"-arch={architecture}", ptx, "-o", tmp_path / "kernel.cubin"]
+        command = [get_ptxas(capability).path, "-v", f"-arch={architecture}", ptx, "-o", tmp_path / "kernel.cubin"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         registers = int(re.search(r"Used (\d+) registers", report).group(1))
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
@@ -110,5 +109,9 @@ def test_no_spills(capability, tmp_path, capsys):
         )
         assert spilled == 0, lines[-1]
         assert compiled.metadata.shared <= SHARED_MEMORY[capability], lines[-1]
+        if "bfloat16" in name and kernel in GEMMS:
+            assert TENSOR_CORES[capability] in compiled.asm["ptx"], (
+                f"sm_{capability} {name} does not reach tensor cores"
+            )
     with capsys.disabled():
         print("", *lines, sep="\n")

@@ -1,0 +1,189 @@
+"""The vocabulary head on the CPU: accuracy, smoothing, ignored ids, refusals, autograd and the compiler."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import FusedLinearCrossEntropyLoss, cross_entropy, linear_cross_entropy, reference
+from kernels.cross_entropy import cross_entropy_forward, scatter_rows
+from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads, run
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def loss_of(heads: Heads, function=linear_cross_entropy, **options):
+    return lambda: function(heads.hidden, heads.lm_weight, heads.target_ids, heads.target_rows, **options)
+
+
+def learned(heads: Heads):
+    return heads.hidden, heads.lm_weight
+
+
+def compare(heads: Heads, **options) -> list[torch.Tensor]:
+    ours = run(loss_of(heads, **options), learned(heads))
+    plain_heads, exact = heads.to(heads.hidden.dtype), heads.to(torch.float64)
+    plain = run(loss_of(plain_heads, reference.linear_cross_entropy, **options), learned(plain_heads))
+    truth = run(loss_of(exact, reference.linear_cross_entropy, **options), learned(exact))
+    assert_as_accurate(ours, plain, truth)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"supervised": 1}, {"supervised": 300, "vocabulary": 1000}, {"tokens": 9, "supervised": 40, "depth": 48}],
+)
+def test_against_float64(dtype, smoothing, shape):
+    compare(make_heads(dtype, **shape), label_smoothing=smoothing)
+
+
+def test_chunks_add_up(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_LOGITS_PER_CHUNK", 1)
+    compare(make_heads(tokens=200, supervised=150), label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("with_rows", [True, False])
+def test_ignored_ids_equal_leaving_them_out(with_rows):
+    heads = make_heads(supervised=37)
+    rows = heads.target_rows if with_rows else torch.arange(37)
+    kept = torch.arange(37) % 3 != 1
+    short = replace(heads, target_ids=heads.target_ids[kept], target_rows=rows[kept])
+    ids = heads.target_ids.where(kept, -7)
+
+    def ignoring():
+        return linear_cross_entropy(
+            heads.hidden, heads.lm_weight, ids, rows if with_rows else None, label_smoothing=0.1, ignore_index=-7
+        )
+
+    expected = run(loss_of(short, label_smoothing=0.1), learned(short))
+    for a, b in zip(run(ignoring, learned(heads)), expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_all_ignored_and_none_given_are_zero_not_nan():
+    for heads in (make_heads(supervised=0), replace(make_heads(), target_ids=torch.full((13,), -100))):
+        for result in run(loss_of(heads, label_smoothing=0.1), learned(heads)):
+            assert torch.count_nonzero(result) == 0
+
+
+def test_normalizer():
+    heads = make_heads()
+    for result in run(loss_of(heads, normalizer=torch.tensor(0.0)), learned(heads)):
+        assert torch.count_nonzero(result) == 0
+    own, twice = (run(loss_of(heads, normalizer=n), learned(heads)) for n in (None, torch.tensor(26.0)))
+    for a, b in zip(own, twice):
+        torch.testing.assert_close(a, 2 * b)
+
+
+def test_bias_and_its_gradient():
+    heads = make_heads()
+    bias = torch.randn(50, requires_grad=True)
+    ours = run(loss_of(heads, bias=bias, label_smoothing=0.1), (*learned(heads), bias))
+    plain = run(loss_of(heads, reference.linear_cross_entropy, bias=bias, label_smoothing=0.1), (*learned(heads), bias))
+    for a, b in zip(ours, plain):
+        torch.testing.assert_close(a, b)
+
+
+def test_frozen_head_makes_no_weight_gradient():
+    heads = make_heads()
+    frozen = heads.lm_weight.detach()
+    outputs = cross_entropy_forward(
+        heads.hidden, frozen, None, heads.target_ids, heads.target_rows, None, 0.1, -100, True, False, False
+    )
+    assert outputs[3].numel() == outputs[4].numel() == 0
+    loss = linear_cross_entropy(heads.hidden, frozen, heads.target_ids, heads.target_rows, label_smoothing=0.1)
+    (gradient,) = torch.autograd.grad(loss, heads.hidden)
+    torch.testing.assert_close(gradient, compare(heads, label_smoothing=0.1)[1] / 1.7)
+
+
+def test_without_gradients_only_the_loss_is_made():
+    heads = make_heads()
+    with torch.no_grad():
+        loss = loss_of(heads)()
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, loss_of(heads)().detach())
+
+
+def test_any_strides_and_repeated_rows():
+    heads = make_heads()
+    wide = torch.randn(37, 48)[:, 8:40].detach().requires_grad_()
+    turned = torch.randn(32, 37).t().detach().requires_grad_()
+    head = torch.randn(32, 50).t().detach().requires_grad_()
+    compare(replace(heads, hidden=wide, target_rows=torch.zeros(13, dtype=torch.int64)), label_smoothing=0.1)
+    compare(replace(heads, hidden=turned, lm_weight=head), label_smoothing=0.1)
+
+
+def test_extreme_logits_stay_finite():
+    heads = make_heads()
+    huge = replace(heads, hidden=(heads.hidden.detach() * 1e4).requires_grad_())
+    compare(huge, label_smoothing=0.1)
+
+
+def test_accumulates_keeps_the_graph_and_repeats_bitwise():
+    heads = make_heads(tokens=400, supervised=500, vocabulary=300)
+    loss = loss_of(heads, label_smoothing=0.1)()
+    once = torch.autograd.grad(loss, learned(heads), retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_bitwise([leaf.grad for leaf in learned(heads)], [2 * g for g in once])
+    assert_bitwise(once, torch.autograd.grad(loss_of(heads, label_smoothing=0.1)(), learned(heads)))
+
+
+@pytest.mark.parametrize("bad", [-1, 50])
+def test_id_out_of_vocabulary_is_named(bad):
+    heads = make_heads()
+    heads.target_ids[5] = bad
+    with pytest.raises(ValueError, match=f"target id {bad} is not in the vocabulary of 50"):
+        loss_of(heads)()
+
+
+def test_what_does_not_fit_is_refused():
+    heads = make_heads()
+    with pytest.raises(ValueError, match=r"rows\[2\] = 37"):
+        loss_of(replace(heads, target_rows=heads.target_rows.index_fill(0, torch.tensor(2), 37)))()
+    for change in (
+        {"target_ids": heads.target_ids[:5]},
+        {"target_ids": heads.target_ids.int()},
+        {"target_rows": heads.target_rows.int()},
+        {"lm_weight": torch.randn(50, 31)},
+    ):
+        with pytest.raises(ValueError, match="linear_cross_entropy"):
+            loss_of(replace(heads, **change))()
+    for smoothing in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="label_smoothing"):
+            loss_of(heads, label_smoothing=smoothing)()
+        with pytest.raises(ValueError, match="label_smoothing"):
+            FusedLinearCrossEntropyLoss(smoothing)
+
+
+def test_module_is_what_torch_computes():
+    heads = make_heads(supervised=37)
+    loss = FusedLinearCrossEntropyLoss(label_smoothing=0.1)(heads.hidden, heads.lm_weight, heads.target_ids)
+    expected = F.cross_entropy(heads.hidden @ heads.lm_weight.T, heads.target_ids, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("with_rows", [True, False])
+def test_opcheck(with_rows):
+    heads = make_heads(supervised=37)
+    rows = heads.target_rows if with_rows else None
+    arguments = (heads.hidden, heads.lm_weight, None, heads.target_ids, rows, None, 0.1, -100, True, True, False)
+    torch.library.opcheck(cross_entropy_forward, arguments)
+    torch.library.opcheck(scatter_rows, (torch.randn(37, 32), rows, torch.tensor(0.5), 37))
+
+
+def test_compiled_equals_eager_bitwise():
+    heads = make_heads()
+    ids = heads.target_ids.clone()
+    ids[3] = -100
+    ignored = replace(heads, target_ids=ids)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    eager, graph = (
+        run(loss_of(ignored, f, label_smoothing=0.1), learned(ignored), 1.0) for f in (linear_cross_entropy, compiled)
+    )
+    assert_bitwise(eager, graph)

@@ -1,0 +1,47 @@
+"""RMSNorm, rotary embedding and SwiGLU equal transformers' Llama, packed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from kernels import apply_rope, reference, rms_norm, rope_tables, swiglu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_llamas(dtype):
+    norm = LlamaRMSNorm(24, eps=1e-5).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(7, 24, dtype=dtype)
+    torch.testing.assert_close(rms_norm(x, norm.weight, eps=1e-5), norm(x))
+
+
+def test_rms_norm_with_residual():
+    x, residual, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 8), (5, 8), (8,)))
+    normed, total = rms_norm(x, weight, eps=1e-6, residual=residual)
+    torch.testing.assert_close(total, x + residual)
+    torch.testing.assert_close(normed, reference.rms_norm(x + residual, weight, eps=1e-6))
+    assert torch.autograd.gradcheck(lambda *t: rms_norm(t[0], t[1], residual=t[2]), (x, weight, residual))
+
+
+def test_rope_is_llamas_with_positions_that_restart():
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
+    )
+    positions = torch.tensor([0, 1, 2, 0, 1, 0, 1, 2, 3])
+    q, k = torch.randn(9, 4, 16), torch.randn(9, 2, 16)
+    cos, sin = LlamaRotaryEmbedding(config)(q, positions[None])
+    expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
+    ours = apply_rope(q, k, *rope_tables(positions.int(), 16, theta=500.0))
+    for a, b in zip(ours, expected):
+        torch.testing.assert_close(a, b[0].transpose(0, 1))
+    with pytest.raises(ValueError, match="even"):
+        rope_tables(positions, 15)
+
+
+def test_swiglu_from_two_tensors_or_one():
+    gate, up = torch.randn(6, 10), torch.randn(6, 10)
+    torch.testing.assert_close(swiglu(gate, up), torch.nn.functional.silu(gate) * up)
+    torch.testing.assert_close(swiglu(torch.cat([gate, up], -1)), swiglu(gate, up))

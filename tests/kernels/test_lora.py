@@ -1,0 +1,100 @@
+"""LoRA layers: equal to the textbook form for one, two and three parts, without a gradient for the frozen weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import lora_linear, reference
+from kernels.lora import lora_backward, lora_forward
+from tests.kernels.helpers import assert_as_accurate, assert_bitwise, run
+
+SPLITS = [None, [24, 24], [32, 8, 8]]
+
+
+def make(dtype=torch.float32, splits=None, lead=(3, 7), d_in=40, rank=4, lora_dtype=None):
+    g = torch.Generator().manual_seed(1)
+    parts = 1 if splits is None else len(splits)
+    d_out = 48
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g) * shape[-1] ** -0.5
+
+    x = torch.randn(*lead, d_in, generator=g).to(dtype).requires_grad_()
+    a, b = (t.to(lora_dtype or dtype).requires_grad_() for t in (normal(parts * rank, d_in), normal(d_out, rank)))
+    return x, normal(d_out, d_in).to(dtype), a, b
+
+
+def results(x, weight, a, b, splits, function=lora_linear):
+    y = function(x, weight, a, b, scale=2.0, splits=splits)
+    upstream = torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, (x, a, b), upstream)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("lead", [(3, 7), (64,), (0,)])
+def test_against_float64(dtype, splits, lead):
+    x, weight, a, b = make(dtype, splits, lead)
+    exact = [t.detach().double() for t in (x, weight, a, b)]
+    for t in (exact[0], *exact[2:]):
+        t.requires_grad_()
+    plain = results(x, weight, a, b, splits, reference.lora_linear)
+    assert_as_accurate(results(x, weight, a, b, splits), plain, results(*exact, splits, reference.lora_linear))
+
+
+def test_float32_adapters_on_bfloat16_layers():
+    x, weight, a, b = make(torch.bfloat16, [24, 24], lora_dtype=torch.float32)
+    y, grad_x, grad_a, grad_b = results(x, weight, a, b, [24, 24])
+    assert [t.dtype for t in (grad_x, grad_a, grad_b, y)] == [
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+    ]
+
+
+def test_without_adapters_it_is_linear():
+    x, weight, a, _ = make()
+    assert torch.equal(lora_linear(x, weight, None, None), torch.nn.functional.linear(x, weight))
+    with pytest.raises(ValueError, match="both"):
+        lora_linear(x, weight, a, None)
+
+
+def test_only_what_learns_gets_a_gradient():
+    x, weight, a, b = make()
+    y = lora_linear(x.detach(), weight, a, b.detach(), scale=2.0)
+    y.sum().backward()
+    assert x.grad is None and b.grad is None and weight.grad is None
+    assert a.grad is not None
+
+
+def test_refusals():
+    x, weight, a, b = make()
+    with pytest.raises(ValueError, match="frozen"):
+        lora_linear(x, weight.requires_grad_(), a, b)
+    with pytest.raises(ValueError, match="do not fit"):
+        lora_linear(x, weight.detach(), a, b, splits=[24, 24])
+    with pytest.raises(ValueError, match="do not fit"):
+        lora_linear(x[..., :39], weight.detach(), a, b)
+
+
+def test_repeats_bitwise_accumulates_and_compiles():
+    x, weight, a, b = make(splits=SPLITS[2])
+    first = results(x, weight, a, b, SPLITS[2])
+    assert_bitwise(first, results(x, weight, a, b, SPLITS[2]))
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
+    assert_bitwise(first, results(x, weight, a, b, SPLITS[2], compiled))
+    once = run(lambda: lora_linear(x, weight, a, b, splits=SPLITS[2]).sum(), (x, a, b), 1.0)[1:]
+    y = lora_linear(x, weight, a, b, splits=SPLITS[2]).sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    assert_bitwise([t.grad for t in (x, a, b)], [2 * g for g in once])
+
+
+def test_opcheck():
+    x, weight, a, b = make(splits=[24, 24], lead=(9,))
+    torch.library.opcheck(lora_forward, (x, weight, a, b, 2.0, [24, 24]))
+    detached = [t.detach() for t in (x, weight, a, b)]
+    y, low = lora_forward(*detached, 2.0, [24, 24])
+    torch.library.opcheck(lora_backward, (torch.randn_like(y), *detached, low, 2.0, [24, 24], True, True, True))

@@ -1,0 +1,23 @@
+"""Runs `triton_checks.py`: on a GPU as it is, elsewhere under Triton's interpreter, which must be chosen before import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CHECKS = Path(__file__).with_name("triton_checks.py")
+
+
+def test_triton_kernels():
+    pytest.importorskip("triton", reason="Triton has no build for this platform")
+    environment = dict(os.environ) if torch.cuda.is_available() else os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CHECKS)]
+    root = CHECKS.parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,199 @@
+"""The Triton kernels against float64, on a GPU or under Triton's interpreter; `test_triton.py` runs this file.
+
+bfloat16 needs the GPU: the interpreter multiplies its raw bits.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.gpu import cross_entropy, shared, trajectory
+from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+
+
+def trajectory_results(heads: Heads, skip: bool = True, normalizer=None, base=None) -> list[torch.Tensor]:
+    """Loss and gradients from the kernels; `base` is a gradient to accumulate into."""
+    loss, sign, scale = trajectory.forward(
+        heads.hidden, heads.weight, heads.bias, heads.targets, heads.rows, normalizer, skip
+    )
+    grad_hidden = torch.full_like(heads.hidden, float("nan")) if base is None else base.clone()
+    trajectory.write_grad_hidden(grad_hidden, scale, heads.weight, sign, heads.rows, base is not None)
+    grad_weight = trajectory.grad_weight(scale, heads.hidden, heads.weight, sign, heads.rows)
+    return [loss, grad_hidden, grad_weight]
+
+
+def cross_entropy_results(heads: Heads, smoothing: float, with_rows: bool = True, ignore_index: int = -100, bias=None):
+    rows = heads.target_rows if with_rows else None
+    loss, scale, dx, dw, db = cross_entropy.forward(
+        heads.hidden, heads.lm_weight, bias, heads.target_ids, rows, None, smoothing, ignore_index, True, True, True
+    )
+    return [loss, cross_entropy.scatter_rows(dx, rows, scale, len(heads.hidden)), dw * scale, db * scale]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def expected(heads: Heads, loss) -> list[torch.Tensor]:
+    with torch.enable_grad():
+        value, inputs = loss(heads)
+        return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+
+def compare_trajectory(heads: Heads, absent: str = "skip") -> list[torch.Tensor]:
+    def loss(h: Heads):
+        return reference.trajectory_l1(h.hidden, h.weight, h.bias, h.targets, h.rows, absent=absent), (
+            h.hidden,
+            h.weight,
+        )
+
+    ours = trajectory_results(heads, absent == "skip")
+    plain, truth = (expected(heads.to(d), loss) for d in (heads.hidden.dtype, torch.float64))
+    assert_as_accurate(ours, plain, truth)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("absent", ["skip", "regress"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"tokens": 50, "count": 150, "depth": 48},
+        {"points": 1, "frames": 1, "count": 30},
+        {"points": 5, "frames": 17, "count": 7, "depth": 80},
+        {"points": 3, "frames": 100, "count": 3, "depth": 64},
+        {"absent": 1.0},
+        {"absent": 0.0, "count": 1},
+        {"count": 0},
+    ],
+)
+def test_trajectory(dtype, absent, shape):
+    compare_trajectory(make_heads(dtype, device=DEVICE, **shape), absent)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_trajectory_rows_named_many_times(dtype):
+    heads = make_heads(dtype, count=40, device=DEVICE)
+    heads.rows[:25] = 3
+    heads.rows[30:] = 4
+    results = compare_trajectory(heads)
+    assert_bitwise(results, trajectory_results(heads))
+
+
+def test_trajectory_accumulates_into_a_gradient():
+    heads = make_heads(count=40, device=DEVICE)
+    base = torch.randn_like(heads.hidden)
+    alone, onto = trajectory_results(heads)[1], trajectory_results(heads, base=base)[1]
+    torch.testing.assert_close(onto, base + alone)
+
+
+def test_trajectory_splits_rows_in_a_fixed_order(monkeypatch):
+    heads = make_heads(tokens=300, count=200, device=DEVICE)
+    whole = trajectory_results(heads)[2]
+    monkeypatch.setattr(trajectory, "row_splits", lambda *_: 3)
+    torch.testing.assert_close(trajectory_results(heads)[2], whole)
+
+
+def test_trajectory_normalizers_and_strides():
+    heads = make_heads(device=DEVICE)
+    for result in trajectory_results(heads, normalizer=torch.zeros((), device=DEVICE)):
+        assert torch.count_nonzero(result) == 0
+    wide = torch.zeros(37, 48, device=DEVICE)
+    wide[:, 8:40] = heads.hidden
+    strided = Heads(wide[:, 8:40], *(getattr(heads, n) for n in list(Heads.__dataclass_fields__)[1:]))
+    assert_bitwise(trajectory_results(heads), trajectory_results(strided))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a device-side assert ends the process")
+@pytest.mark.parametrize("values", [(-1.0, 0.5), (float("nan"), 0.5), (0.5, float("inf"))])
+def test_trajectory_asserts_good_targets(values):
+    heads = make_heads()
+    heads.targets[5, 1, 2] = torch.tensor(values)
+    with pytest.raises(RuntimeError, match="not finite or half absent"):
+        trajectory_results(heads)
+    heads = make_heads()
+    heads.rows[3] = 37
+    with pytest.raises(RuntimeError, match="out of range"):
+        trajectory_results(heads)
+
+
+def compare_cross_entropy(heads: Heads, smoothing: float, with_rows: bool = True) -> None:
+    bias = torch.linspace(-1, 1, len(heads.lm_weight), device=DEVICE).to(heads.hidden.dtype)
+
+    def loss(h: Heads):
+        own = bias.to(h.hidden.dtype).requires_grad_()
+        rows = h.target_rows if with_rows else None
+        value = reference.linear_cross_entropy(
+            h.hidden, h.lm_weight, h.target_ids, rows, bias=own, label_smoothing=smoothing
+        )
+        return value, (h.hidden, h.lm_weight, own)
+
+    ours = cross_entropy_results(heads, smoothing, with_rows, bias=bias)
+    plain, truth = (expected(heads.to(d), loss) for d in (heads.hidden.dtype, torch.float64))
+    assert_as_accurate(ours, plain, truth)
+    assert_bitwise(ours, cross_entropy_results(heads, smoothing, with_rows, bias=bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [{}, {"supervised": 40, "tokens": 9}, {"supervised": 5, "vocabulary": 9000}])
+def test_cross_entropy(dtype, smoothing, shape):
+    heads = make_heads(dtype, device=DEVICE, **shape)
+    heads.target_ids[2] = -100
+    compare_cross_entropy(heads, smoothing)
+
+
+def test_cross_entropy_in_chunks_without_rows(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_CHUNK", 16)
+    compare_cross_entropy(make_heads(supervised=37, device=DEVICE), 0.1, with_rows=False)
+
+
+def test_cross_entropy_of_nothing():
+    for result in cross_entropy_results(make_heads(supervised=0, device=DEVICE), 0.1):
+        assert torch.count_nonzero(result) == 0
+
+
+def test_cross_entropy_extreme_logits():
+    heads = make_heads(device=DEVICE)
+    heads.hidden.mul_(1e4)
+    compare_cross_entropy(heads, 0.1)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a device-side assert ends the process")
+def test_cross_entropy_asserts_good_ids_and_rows():
+    for name, bad in (("target_ids", 50), ("target_ids", -3), ("target_rows", 37)):
+        heads = make_heads()
+        getattr(heads, name)[4] = bad
+        with pytest.raises(RuntimeError, match="not in the vocabulary"):
+            cross_entropy_results(heads, 0.1)
+
+
+def test_far_rows_are_addressed_in_64_bits():
+    torch.use_deterministic_algorithms(False)
+    stride = 2**30 + 5
+    far = torch.empty(2 * stride + 32, device=DEVICE, dtype=torch.float16).as_strided((3, 32), (stride, 1))
+    heads = make_heads(torch.float16, tokens=3, device=DEVICE)
+    far.copy_(heads.hidden)
+    moved = Heads(far, *(getattr(heads, n) for n in list(Heads.__dataclass_fields__)[1:]))
+    near, got = (trajectory.forward(h.hidden, h.weight, h.bias, h.targets, h.rows, None, True) for h in (heads, moved))
+    assert_bitwise(near, got)
+    weights = [trajectory.grad_weight(near[2], h.hidden, h.weight, near[1], h.rows) for h in (heads, moved)]
+    assert torch.equal(*weights)
+
+
+def test_zero_rows_leaves_the_others():
+    out = torch.ones(6, 2100, device=DEVICE)
+    shared.zero_rows(out, torch.tensor([1, -1, 2, -1, 0, 5], device=DEVICE), -1)
+    assert out.sum(1).tolist() == [2100, 0, 2100, 0, 2100, 2100]
+
+
+def test_row_splits_fill_whole_waves():
+    assert trajectory.row_splits(160, 16384, 132) in range(2, 9)
+    assert trajectory.row_splits(160, 100, 132) == 1
