@@ -156,7 +156,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(workspace: Path, tmp_path: Path
         pytest.skip("mounting a tmpfs takes root")
     try:
         assert main(train_arguments(workspace, disk, "1", max_steps=2)) == 0
-            shutil.rmtree(disk / "stage1" / "final")
+        shutil.rmtree(disk / "stage1" / "final")
         free = shutil.disk_usage(disk).free
         (disk / "ballast").write_bytes(bytes(free - 100_000))
         capsys.readouterr()
