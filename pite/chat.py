@@ -98,11 +98,13 @@ def _chat(arguments: argparse.Namespace) -> None:
     if arguments.trajectory is None:
         return
     tracks = named_tracks(generator, arguments.query, features, answer, arguments.phrase)
-    if not tracks:
-        sought = f"does not say {' or '.join(map(repr, arguments.phrase))}" if arguments.phrase else "names no object"
-        raise ValueError(f"the answer {sought}, so there is no trajectory to draw; ask for a description")
+    if not tracks and arguments.phrase:
+        raise ValueError(f"the answer does not say {' or '.join(map(repr, arguments.phrase))}: nothing was drawn")
     save_video(arguments.trajectory, frames, tracks)
-    print(f"{arguments.trajectory}: {', '.join(track.label for track in tracks)}", file=sys.stderr)
+    print(
+        f"{arguments.trajectory}: {', '.join(track.label for track in tracks) or 'the answer names no object'}",
+        file=sys.stderr,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,161 @@
+"""The whole road in miniature: `python -m engine.demo --output runs/demo`.
+
+World -> tiny models -> features -> stages 1, 2, 3 -> evaluation -> chat, each step the very command that a real run
+would use, so that any line can be copied. A step that finished is not run again; one that was stopped continues.
+Then one table, the loss curves, and a held-out video with its predicted and true trajectories.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataloaders.files import write_atomically
+from dataloaders.synthetic.language import TIMES_FIRST
+from engine.config import parse
+from engine.held_out import example_video, summarize
+from engine.plots import plot_losses
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Make a synthetic world, train the three stages on it, measure and draw what was learned."""
+
+    output: Path = Path("runs/demo")
+    """everything is made in this folder; the same command again makes what is missing"""
+    videos: int = 3400
+    """training videos"""
+    evaluation: int = 400
+    """held-out videos"""
+    num_frames: int = 32
+    """N, frames per video"""
+    tiny: str = ""
+    """further flags for engine.tiny, as one text"""
+    train: str = ""
+    """further flags for engine.train, as one text"""
+    seed: int = 0
+    """of the world, the weights and the data order"""
+
+    def __post_init__(self) -> None:
+        for name in ("videos", "evaluation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if not 2 <= self.num_frames <= 100:
+            raise ValueError(f"--num-frames must be 2 to 100 (indices have two digits), not {self.num_frames}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A module with its arguments, run as a process of its own."""
+
+    title: str
+    module: str
+    arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", "-m", self.module, *self.arguments])
+
+
+class StepFailed(RuntimeError):
+    """A step ended with an error; the message names it and its command."""
+
+
+def steps(config: DemoConfig) -> Iterator[Step]:
+    """The road, in order; a step is named when those before it are done, since the last asks about a video they made."""
+    out, frames, seed = config.output, str(config.num_frames), str(config.seed)
+    data, models, store, run = (str(out / name) for name in ("data", "models", "store", "run"))
+    clip = ("--clip", f"{models}/clip")
+    sizes = ("--videos", str(config.videos), "--evaluation", str(config.evaluation))
+    yield Step("world", "dataloaders.synthetic", (data, *sizes, "--frames", frames, "--seed", seed))
+    yield Step("tiny models", "engine.tiny", (models, "--frames", frames, "--seed", seed, *shlex.split(config.tiny)))
+    yield Step("features", "engine.encode", ("--data", data, "--store", store, *clip, "--num-frames", frames))
+    given = ("--data", data, "--store", store)
+    training = ("--model", "tiny", "--llm", f"{models}/vicuna", *given, "--output", run, "--seed", seed)
+    for stage in ("1", "2", "3"):
+        yield Step(f"stage {stage}", "engine.train", ("--stage", stage, *training, *shlex.split(config.train)))
+    final = ("--model", f"{run}/stage3/final")
+    yield Step(
+        "grounding", "pite.evaluate", ("grounding", *final, *given, "--predictions", str(out / "grounding.jsonl"))
+    )
+    evaluation = out / "data" / "evaluation"
+    video = evaluation / "videos" / f"{example_video(evaluation / 'activitynet_captions.json')}.mp4"
+    question = ("--video", str(video), "--query", TIMES_FIRST)
+    yield Step("chat", "pite.chat", (*final, *question, *clip, "--trajectory", str(out / "chat.mp4")))
+
+
+def run_steps(config: DemoConfig) -> tuple[dict[str, float], bool]:
+    """Run what is not done yet. Returns each step's seconds, and whether anything ran. Raises StepFailed."""
+    done_file = config.output / "steps.json"
+    done: dict[str, dict[str, Any]] = json.loads(done_file.read_text()) if done_file.exists() else {}
+    seconds: dict[str, float] = {}
+    ran = False
+    config.output.mkdir(parents=True, exist_ok=True)
+    for step in steps(config):
+        if done.get(step.title, {}).get("command") == step.command:
+            print(f"done before  {step.command}", flush=True)
+        else:
+            print(f"\n$ {step.command}", flush=True)
+            started = time.monotonic()
+            status = subprocess.run([sys.executable, "-m", step.module, *step.arguments], check=False).returncode
+            if status:
+                raise StepFailed(f"step {step.title!r} ended with status {status}: {step.command}")
+            done[step.title] = {"command": step.command, "seconds": round(time.monotonic() - started, 1)}
+            write_atomically(done_file, json.dumps(done, indent=1) + "\n")
+            ran = True
+        seconds[step.title] = done[step.title]["seconds"]
+    return seconds, ran
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The demo's last words."""
+    lines = ["", "step           seconds"]
+    lines += [f"{title:<14} {seconds:7.0f}" for title, seconds in summary["seconds"].items()]
+    lines += [
+        f"{'total':<14} {sum(summary['seconds'].values()):7.0f}",
+        "",
+        f"held out: {summary['held_out_videos']} videos, {summary['held_out_questions']} questions",
+        f"trajectory L1         {summary['trajectory_l1']:.4f}   best constant {summary['trajectory_l1_best_constant']:.4f}"
+        f"   after stage 3 {summary['trajectory_l1_after_stage3']:.4f}",
+        f"grounding mIoU        {summary['grounding_miou']:.3f}    query-blind {summary['grounding_miou_query_blind']:.3f}"
+        f"   best fixed interval {summary['grounding_miou_best_fixed']:.3f}",
+    ]
+    blind, counts = summary["grounding_miou_query_blind_by_objects"], summary["questions_by_objects"]
+    lines += [
+        f"  {count} object{' ' if count == '1' else 's'}           {miou:.3f}    query-blind {blind[count]:.3f}"
+        f"   {counts[count]} questions"
+        for count, miou in summary["grounding_miou_by_objects"].items()
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status, 1 after a step that failed."""
+    config = parse(DemoConfig, argv, prog="python -m engine.demo")
+    path = config.output / "summary.json"
+    try:
+        seconds, ran = run_steps(config)
+        if ran or not path.exists():
+            started = time.monotonic()
+            losses = {f"stage {n}": config.output / "run" / f"stage{n}" / "metrics.jsonl" for n in (1, 2, 3)}
+            plot_losses(losses, config.output / "losses.png")
+            summary = summarize(config.output)
+            seconds["summary"] = round(time.monotonic() - started, 1)
+            write_atomically(path, json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
+    except (StepFailed, ValueError) as error:
+        print(f"engine.demo: {error}", file=sys.stderr)
+        return 1
+    print(table(json.loads(path.read_text())))
+    print(f"\nin {config.output}: summary.json, losses.png, overlay.png, overlay.mp4, chat.mp4")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
