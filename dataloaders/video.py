@@ -54,6 +54,9 @@ def decode_video(path: Path, num_frames: int, split: Clip = None, transform: Tra
             # Packets or the jump to the clip were wrong: believe what a decode from the start gives.
             total, _ = _decode(path, _indices(0, num_frames), split, None, None)
             seen, frames = _decode(path, _indices(total, num_frames), split, transform, None)
+    except av.EOFError:
+        # FFmpeg's word for a header that is followed by nothing.
+        total = 0
     except av.FFmpegError as error:
         raise DecodeError(f"{path}: {error.strerror}; is it a video?") from None
     if not total:

@@ -1,0 +1,28 @@
+"""A tokenizer of Llama's kind, small enough to be trained on the spot."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dataloaders.prompts import SYSTEM
+
+CORPUS = [
+    f"{SYSTEM} USER: Describe the video in detail. ASSISTANT:",
+    "From 00 to 09, a red circle moves right. From 12 to 30, a blue square moves up. It moves left.",
+    "In this image there is a yellow circle at the right. During which frames can we see a green triangle?",
+]
+
+
+def llama_like(prepend_scheme: str = "first") -> PreTrainedTokenizerFast:
+    """Byte-pair encoding behind a Metaspace with byte fallback, as Llama 2's; `first` and `always` are its two ages."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokenizer.train_from_iterator(
+        CORPUS * 5, trainers.BpeTrainer(vocab_size=520, show_progress=False, special_tokens=special)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
