@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 def sync(path: Path) -> None:
@@ -52,6 +57,14 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file. Raises OSError, as every other write does, when the disk is full."""
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error).removeprefix("Error while serializing: "), str(path)) from error
 
 
 def sha256(path: Path) -> str:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dataloaders.files import directory_written_atomically, sha256
+from dataloaders.files import directory_written_atomically, sha256, write_tensors
 
 TENSORS, STATE = "state.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -54,7 +54,7 @@ def save(
             tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
     target = directory / f"step-{step:08d}"
     with directory_written_atomically(target) as beside:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, beside / TENSORS)
+        write_tensors(beside / TENSORS, tensors)
         content = {"step": step, "fingerprint": fingerprint, "sha256": sha256(beside / TENSORS)}
         (beside / STATE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     for old in _complete(directory)[:-keep]:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dataloaders.files import directory_written_atomically, sha256, write_atomically
+from dataloaders.files import directory_written_atomically, sha256, write_atomically, write_tensors
 from pite import names
 from pite.config import PiTeConfig
 
@@ -127,7 +127,7 @@ def save_merged(model: PiTe, directory: Path) -> None:
         index: dict[str, str] = {}
         for i, shard in enumerate(shards):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            save_file({k: v.contiguous().cpu() for k, v in shard.items()}, beside / file, {"format": "pt"})
+            write_tensors(beside / file, shard)
             index |= dict.fromkeys(shard, file)
         if len(shards) > 1:
             content = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": index}
@@ -145,8 +145,8 @@ def save_stage(model: PiTe, directory: Path, lineage: dict[str, Any]) -> None:
     assert linear.lora_b is not None, "a stage trains a LoRA"
     rank = linear.lora_b.shape[1]
     model.config.save(directory)
-    save_file(_contiguous(names.lora_tensors(model)), directory / ADAPTER_FILE, {"format": "pt"})
-    save_file(_contiguous(names.head_tensors(model)), directory / HEADS_FILE, {"format": "pt"})
+    write_tensors(directory / ADAPTER_FILE, names.lora_tensors(model))
+    write_tensors(directory / HEADS_FILE, names.head_tensors(model))
     LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(lineage["language_model"]),
@@ -252,7 +252,3 @@ def copy_into(
     missing = {name for name in missing if name.split(".")[1] not in optional}
     if missing:
         raise ValueError(f"{where}: {len(missing)} tensors are missing, {min(missing)} among them")
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

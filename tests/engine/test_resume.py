@@ -63,13 +63,13 @@ def assert_equal_runs(output: Path, reference: Path) -> None:
 MOMENTS = {
     "while the tensors of a checkpoint are written": """
 from engine import state
-save = state.save_file
-def killing(tensors, path):
-    save(tensors, path)
+save = state.write_tensors
+def killing(path, tensors):
+    save(path, tensors)
     if "00000004" in str(path):
         with open(path, "r+b") as file: file.truncate(1000)
         os.kill(os.getpid(), signal.SIGKILL)
-state.save_file = killing""",
+state.write_tensors = killing""",
     "between a checkpoint's tensors and its rename": """
 from dataloaders import files
 sync = files.sync
@@ -162,7 +162,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(workspace: Path, tmp_path: Path
         capsys.readouterr()
         assert main(train_arguments(workspace, disk, "1")) == 1
         error = capsys.readouterr().err
-        assert "checkpoint of step 4 could not be written (No space left on device)" in error
+        assert "checkpoint of step 4 could not be written (I/O error: No space left on device" in error
         assert "the last whole one is" in error
         assert [p.name for p in (disk / "stage1" / "checkpoints").iterdir()] == ["step-00000002"]
         (disk / "ballast").unlink()
