@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-
 LEDGER = "failures.jsonl"
 """Name of the ledger in a folder of feature stores."""
 

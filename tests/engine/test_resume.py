@@ -24,7 +24,7 @@ NUMBERS = ("loss", "ce", "l1", "gradient_norm", "learning_rate", "tokens")
 
 def start(arguments: list[str], code: str = "from engine.train import main") -> subprocess.Popen[bytes]:
     program = f"import sys; {code}; sys.exit(main(sys.argv[1:]))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, stderr=subprocess.PIPE)
 
 
