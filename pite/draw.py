@@ -96,7 +96,7 @@ def _draw_point(
 def save_strip(
     path: Path, frames: np.ndarray, tracks: Sequence[Track], *, columns: int = 6, title: str = "", width: int = 320
 ) -> None:
-    """Write a PNG: `columns` frames, evenly spaced over the time in which any track is drawn, a title and a legend."""
+    """Write a PNG: `columns` frames, evenly spaced among those on which a track is drawn, a title and a legend."""
     indices = _evenly_spaced(frames, tracks, columns)
     panels = [draw_frame(frames[i], tracks, i, width=width) for i in indices]
     gap, line = 12, 26
@@ -141,9 +141,8 @@ def _evenly_spaced(frames: np.ndarray, tracks: Sequence[Track], columns: int) ->
     shown = np.zeros(len(frames), dtype=bool)
     for track in tracks:
         shown |= track.shown().any(0)
-    times = np.flatnonzero(shown)
-    first, last = (int(times[0]), int(times[-1])) if len(times) else (0, len(frames) - 1)
-    return [round(i) for i in np.linspace(first, last, columns)]
+    times = np.flatnonzero(shown) if shown.any() else np.arange(len(frames))
+    return [int(times[round(i)]) for i in np.linspace(0, len(times) - 1, columns)]
 
 
 def _legend(tracks: Sequence[Track], width: int) -> Image.Image:

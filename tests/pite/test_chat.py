@@ -2,55 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-import torch
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from dataloaders.store import FeatureStore, FeatureWriter, Manifest
-from dataloaders.synthetic.world import WorldConfig, make_world
-from engine.tiny_tokenizer import build_tokenizer
 from pite import chat, evaluate
 from pite.generate import Answer, Generator
 from pite.mentions import find_phrases
-from tests.samples import tiny_model
-
-CHANNELS, FRAMES = 16, 8
+from tests.held_out import CHANNELS, FRAMES, make_held_out, save_clip
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data/, store/, clip/ and model/, all of it tiny and random."""
-    root = tmp_path_factory.mktemp("made")
-    make_world(root / "data", WorldConfig(videos=1, evaluation=4, images=1, frames=FRAMES), processes=1)
-    tokenizer = build_tokenizer()
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(root / "model")
-    tokenizer.save_pretrained(str(root / "model"))
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-        projection_dim=CHANNELS,
-    )
-    CLIPVisionModelWithProjection(vision).save_pretrained(root / "clip")
-    (root / "clip" / "preprocessor_config.json").write_text(
-        json.dumps({"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}})
-    )
-    manifest = Manifest("random", FRAMES, "none", "none", FRAMES, CHANNELS)
-    rng = np.random.default_rng(0)
-    store = FeatureStore.create_or_open(root / "store" / "videos", manifest)
-    with FeatureWriter(store) as writer:
-        for video in json.loads((root / "data/evaluation/activitynet_captions.json").read_text()):
-            writer.add({f"evaluation/{video}": rng.standard_normal((FRAMES, CHANNELS))})
-    return root
+    return make_held_out(tmp_path_factory.mktemp("made"))
 
 
 def ask(made: Path, *more: str, video: str = "data/evaluation/videos/e000000.mp4", clip: str = "clip") -> int:
@@ -108,11 +74,7 @@ def test_what_cannot_be_used_is_named_in_one_sentence(
 def test_another_clip_than_the_models_is_refused(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    vision = CLIPVisionConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16, projection_dim=24
-    )
-    CLIPVisionModelWithProjection(vision).save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text((made / "clip" / "preprocessor_config.json").read_text())
+    save_clip(tmp_path, channels=24)
     where = ["--model", f"{made}/model", "--video", f"{made}/data/evaluation/videos/e000000.mp4"]
     assert chat.main([*where, "--query", "What?", "--clip", str(tmp_path)]) == 2
     assert "gives 24 numbers per frame" in capsys.readouterr().err
