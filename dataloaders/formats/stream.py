@@ -92,10 +92,12 @@ def _find_records(path: Path, mapped: mmap.mmap) -> Iterator[tuple[int, int]]:
                 key = token
         elif kind in b"[{":
             if depth == 1:
-                if kind == b"[" or (key is None) != (outer == b"["):
+                colon = b"" if key is None else mapped[key.end() : token.start()].strip()
+                if kind == b"[" or colon != (b":" if outer == b"{" else b""):
                     raise RecordError(f"{Where(path, token.start())}: expected an object, one per record")
                 start = token.start() if key is None else key.start()
-                _check_separator(path, mapped, end, start, first=end == 0 or mapped[end - 1 : end] in b"[{")
+                if mapped[end:start].strip() != (b"" if mapped[end - 1 : end] == outer else b","):
+                    raise RecordError(f"{Where(path, end)}: expected objects separated by commas")
             depth += 1
         else:
             depth -= 1
@@ -106,11 +108,6 @@ def _find_records(path: Path, mapped: mmap.mmap) -> Iterator[tuple[int, int]]:
                 raise RecordError(f"{Where(path, end)}: expected an object, one per record")
     if depth or not outer:
         raise RecordError(f"{Where(path, len(mapped))}: the file ends before its closing bracket; was it cut off?")
-
-
-def _check_separator(path: Path, mapped: mmap.mmap, end: int, start: int, *, first: bool) -> None:
-    if mapped[end:start].strip() != (b"" if first else b","):
-        raise RecordError(f"{Where(path, end)}: expected objects separated by commas")
 
 
 def _parse(text: bytes, where: Where) -> Record:
