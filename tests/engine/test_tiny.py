@@ -1,0 +1,140 @@
+"""The tiny models: a tokenizer that treats text as Llama's does, weights that transformers loads, twice the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionModelWithProjection,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from dataloaders.prompts import SYSTEM
+from dataloaders.synthetic.scene import COLOURS, DIRECTIONS, SHAPES, Scene, Thing, sample_still
+from engine.tiny import TinyConfig, main, make_tiny
+from engine.tiny_clip import PREPROCESSOR, SIZE, caption_ids, pixel_values
+from engine.tiny_tokenizer import build_tokenizer
+from engine.tiny_vicuna import dialogue_ids, frame_log, sample_dialogue
+
+CONFIG = TinyConfig(clip_steps=2, vicuna_steps=2, frames=8, seed=1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("tiny") / "t"
+    assert len(make_tiny(output, CONFIG)) == 2
+    return output
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+def tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(tokenizer.encode(text, add_special_tokens=False))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "From 05 to 12, a red circle moves right. From 13 to 31, a blue square moves up.",
+        " leading,  double and trailing spaces ",
+        "Grüße, 你好, 🚗!\n\ttabs",
+        "",
+        "GPT-4 scored 97.3% on {json: [1, 2]}",
+    ],
+)
+def test_any_text_survives_the_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_words_of_the_world_and_indices_are_single_tokens(tokenizer):
+    for index in range(100):
+        assert tokens(tokenizer, f"From {index:02d} to") == ["▁From", f"▁{index:02d}", "▁to"]
+    for word in (*COLOURS, *SHAPES, *DIRECTIONS):
+        assert tokens(tokenizer, f"a {word}.") == ["▁a", f"▁{word}", "."]
+    assert "<0x" not in "".join(tokens(tokenizer, f"{SYSTEM} USER: "))
+    assert len(tokens(tokenizer, SYSTEM)) == len(
+        SYSTEM.replace(",", " ,").replace(".", " .").replace("'s", " ' s").split()
+    )
+
+
+def test_spaces_and_special_tokens_behave_as_llamas(tokenizer):
+    assert tokens(tokenizer, "From") == ["▁From"]
+    assert tokens(tokenizer, " From") == ["▁", "▁From"]
+    assert tokens(tokenizer, "\nFrom") == ["▁", "<0x0A>", "From"]
+    assert tokens(tokenizer, "to 12.</s>")[-2:] == [".", "</s>"]
+    assert tokenizer("From").input_ids[0] == tokenizer.bos_token_id == 1
+    assert (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 2, 0)
+
+
+def test_offsets_name_the_characters_of_each_token(tokenizer):
+    text = "From 05 to 12, a red circle"
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert [text[a:b].strip() for a, b in offsets] == ["From", "05", "to", "12", ",", "a", "red", "circle"]
+
+
+def test_same_seed_gives_the_same_weights(tiny, tmp_path):
+    make_tiny(tmp_path / "again", CONFIG)
+    for name in ("clip", "vicuna"):
+        first, again = (load_file(folder / name / "model.safetensors") for folder in (tiny, tmp_path / "again"))
+        assert first.keys() == again.keys()
+        assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_repeating_trains_nothing_and_another_seed_is_refused(tiny, capsys):
+    assert make_tiny(tiny, CONFIG) == []
+    assert main([str(tiny), "--clip-steps", "2", "--vicuna-steps", "2", "--frames", "8", "--seed", "2"]) == 2
+    assert "choose another folder" in capsys.readouterr().err
+    assert main([str(tiny), "--frames", "101"]) == 2
+    assert "--frames must be 2 to 100" in capsys.readouterr().err
+
+
+def test_transformers_loads_both_and_preprocesses_as_they_were_trained(tiny):
+    vision = CLIPVisionModelWithProjection.from_pretrained(tiny / "clip")
+    assert vision.visual_projection.weight.shape == (64, 128)
+    image = np.random.default_rng(0).integers(0, 256, (1, SIZE, SIZE, 3), dtype=np.uint8)
+    processed = CLIPImageProcessor.from_pretrained(tiny / "clip")(Image.fromarray(image[0]), return_tensors="pt")
+    torch.testing.assert_close(processed["pixel_values"], pixel_values(image))
+    assert PREPROCESSOR["crop_size"]["height"] == vision.config.image_size
+    language = LlamaForCausalLM.from_pretrained(tiny / "vicuna")
+    saved = AutoTokenizer.from_pretrained(tiny / "vicuna")
+    assert saved.is_fast
+    assert len(saved) == language.config.vocab_size
+    assert language.config.rope_parameters["rope_theta"] == 1000
+
+
+def test_a_dialogue_learns_its_answers_and_nothing_else(tokenizer):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        dialogue = sample_dialogue(rng, 32)
+        ids, labels = dialogue_ids(dialogue, tokenizer)
+        text = tokenizer.decode(ids)
+        assert dialogue.log in text
+        learned = tokenizer.decode(labels[labels != -100]).split("</s>")
+        assert learned.pop() == ""
+        assert [answer.strip() for answer in learned] == [turn.answer for turn in dialogue.turns]
+
+
+def test_a_log_has_one_word_per_frame_and_names_only_what_is_there():
+    thing = Thing("red", "circle", "right", 10, 19, np.full((10, 2), 0.5))
+    words = frame_log(Scene(40, 30, (thing,)), 40, np.random.default_rng(0)).split()
+    assert len(words) == 40
+    assert set(words[:10] + words[20:]) == {"nothing"}
+    assert set(words[10:20]) <= {"red", "circle", "middle"}
+
+
+def test_captions_tell_places_apart():
+    rng = np.random.default_rng(0)
+    captions = [caption_ids(sample_still(rng, [("red", "circle"), ("blue", "square")])) for _ in range(8)]
+    assert len({tuple(caption) for caption in captions}) > 1
+    assert len({len(caption) for caption in captions}) == 1
