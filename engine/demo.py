@@ -53,11 +53,12 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """A module with its arguments, run as a process of its own."""
+    """A module with its arguments, run as a process of its own; `leaves` is there once it is done."""
 
     title: str
     module: str
     arguments: tuple[str, ...]
+    leaves: Path
 
     @property
     def command(self) -> str:
@@ -65,7 +66,7 @@ class Step:
 
 
 class StepFailed(RuntimeError):
-    """A step ended with an error; the message names it and its command."""
+    """A step ended with an error or before it was done; the message names it and its command."""
 
 
 def steps(config: DemoConfig) -> Iterator[Step]:
@@ -73,33 +74,43 @@ def steps(config: DemoConfig) -> Iterator[Step]:
     out, frames, seed = config.output, str(config.num_frames), str(config.seed)
     data, models, store, run = (str(out / name) for name in ("data", "models", "store", "run"))
     clip = ("--clip", f"{models}/clip")
-    sizes = ("--videos", str(config.videos), "--evaluation", str(config.evaluation))
-    yield Step("world", "dataloaders.synthetic", (data, *sizes, "--frames", frames, "--seed", seed))
-    yield Step("tiny models", "engine.tiny", (models, "--frames", frames, "--seed", seed, *shlex.split(config.tiny)))
-    yield Step("features", "engine.encode", ("--data", data, "--store", store, *clip, "--num-frames", frames))
     given = ("--data", data, "--store", store)
+
+    sizes = ("--videos", str(config.videos), "--evaluation", str(config.evaluation))
+    captions = out / "data" / "evaluation" / "activitynet_captions.json"
+    yield Step("world", "dataloaders.synthetic", (data, *sizes, "--frames", frames, "--seed", seed), captions)
+
+    flags = (models, "--frames", frames, "--seed", seed, *shlex.split(config.tiny))
+    yield Step("tiny models", "engine.tiny", flags, out / "models" / "vicuna")
+
+    manifest = out / "store" / "videos" / "manifest.json"
+    yield Step("features", "engine.encode", (*given, *clip, "--num-frames", frames), manifest)
+
     training = ("--model", "tiny", "--llm", f"{models}/vicuna", *given, "--output", run, "--seed", seed)
     for stage in ("1", "2", "3"):
-        yield Step(f"stage {stage}", "engine.train", ("--stage", stage, *training, *shlex.split(config.train)))
+        flags = ("--stage", stage, *training, *shlex.split(config.train))
+        yield Step(f"stage {stage}", "engine.train", flags, out / "run" / f"stage{stage}" / "final")
+
     final = ("--model", f"{run}/stage3/final")
-    yield Step(
-        "grounding", "pite.evaluate", ("grounding", *final, *given, "--predictions", str(out / "grounding.jsonl"))
-    )
-    evaluation = out / "data" / "evaluation"
-    video = evaluation / "videos" / f"{example_video(evaluation / 'activitynet_captions.json')}.mp4"
-    question = ("--video", str(video), "--query", TIMES_FIRST)
-    yield Step("chat", "pite.chat", (*final, *question, *clip, "--trajectory", str(out / "chat.mp4")))
+    answers = out / "grounding.jsonl"
+    flags = ("grounding", *final, *given, "--predictions", str(answers))
+    yield Step("grounding", "pite.evaluate", flags, answers)
+
+    video = captions.parent / "videos" / f"{example_video(captions)}.mp4"
+    film = out / "chat.mp4"
+    flags = (*final, "--video", str(video), "--query", TIMES_FIRST, *clip, "--trajectory", str(film))
+    yield Step("chat", "pite.chat", flags, film)
 
 
 def run_steps(config: DemoConfig) -> tuple[dict[str, float], bool]:
     """Run what is not done yet. Returns each step's seconds, and whether anything ran. Raises StepFailed."""
-    done_file = config.output / "steps.json"
-    done: dict[str, dict[str, Any]] = json.loads(done_file.read_text()) if done_file.exists() else {}
+    config.output.mkdir(parents=True, exist_ok=True)
+    record = config.output / "steps.json"
+    done: dict[str, dict[str, Any]] = json.loads(record.read_text()) if record.exists() else {}
     seconds: dict[str, float] = {}
     ran = False
-    config.output.mkdir(parents=True, exist_ok=True)
     for step in steps(config):
-        if done.get(step.title, {}).get("command") == step.command:
+        if done.get(step.title, {}).get("command") == step.command and step.leaves.exists():
             print(f"done before  {step.command}", flush=True)
         else:
             print(f"\n$ {step.command}", flush=True)
@@ -107,8 +118,10 @@ def run_steps(config: DemoConfig) -> tuple[dict[str, float], bool]:
             status = subprocess.run([sys.executable, "-m", step.module, *step.arguments], check=False).returncode
             if status:
                 raise StepFailed(f"step {step.title!r} ended with status {status}: {step.command}")
+            if not step.leaves.exists():
+                raise StepFailed(f"step {step.title!r} was stopped before it was done; the same command continues")
             done[step.title] = {"command": step.command, "seconds": round(time.monotonic() - started, 1)}
-            write_atomically(done_file, json.dumps(done, indent=1) + "\n")
+            write_atomically(record, json.dumps(done, indent=1) + "\n")
             ran = True
         seconds[step.title] = done[step.title]["seconds"]
     return seconds, ran

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,29 +18,38 @@ from tests.held_out import FRAMES, make_held_out, save_model
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that would have been run; the first one leaves the annotations that the last one needs."""
-    commands: list[list[str]] = []
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[demo.Step]:
+    """The steps that would have been run; each leaves what it should, unless it is told to fail or to stop early."""
+    ran: list[demo.Step] = []
+    named: list[demo.Step] = []
+    one = {"duration": 4.0, "timestamps": [[0, 1]], "sentences": ["A."]}
+    two = {"duration": 4.0, "timestamps": [[0, 1], [2, 3]], "sentences": ["A.", "B."]}
+    real_steps = demo.steps
+
+    def steps(config: demo.DemoConfig) -> Iterator[demo.Step]:
+        for step in real_steps(config):
+            named.append(step)
+            yield step
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
-        assert not check
-        commands.append(command[2:])
-        if command[2] == "dataloaders.synthetic":
-            path = Path(command[3]) / "evaluation" / "activitynet_captions.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            one = {"duration": 4.0, "timestamps": [[0, 1]], "sentences": ["A."]}
-            path.write_text(json.dumps({"e0": one, "e1": {**one, "timestamps": [[0, 1]] * 2, "sentences": ["A."] * 2}}))
+        step = named[-1]
+        assert command[1:] == ["-m", step.module, *step.arguments] and not check
+        ran.append(step)
+        if "stop-early" not in command:
+            step.leaves.parent.mkdir(parents=True, exist_ok=True)
+            step.leaves.write_text(json.dumps({"e0": one, "e1": two}))
         return subprocess.CompletedProcess(command, int("fail" in command))
 
+    monkeypatch.setattr(demo, "steps", steps)
     monkeypatch.setattr(demo.subprocess, "run", run)
-    return commands
+    return ran
 
 
-def test_every_step_is_run_once(tmp_path: Path, ran: list[list[str]]) -> None:
+def test_every_step_is_run_once(tmp_path: Path, ran: list[demo.Step]) -> None:
     config = demo.DemoConfig(tmp_path)
     seconds, first = demo.run_steps(config)
     assert first
-    assert [command[0] for command in ran] == [
+    assert [step.module for step in ran] == [
         "dataloaders.synthetic",
         "engine.tiny",
         "engine.encode",
@@ -47,24 +57,36 @@ def test_every_step_is_run_once(tmp_path: Path, ran: list[list[str]]) -> None:
         "pite.evaluate",
         "pite.chat",
     ]
-    assert ran[-1][ran[-1].index("--video") + 1].endswith("e1.mp4"), "two objects are shown in the second"
+    assert "e1.mp4" in ran[-1].command, "the second video shows two objects"
     assert demo.run_steps(config) == (seconds, False)
     assert len(ran) == 8
 
 
-def test_a_step_whose_command_changed_is_run_again(tmp_path: Path, ran: list[list[str]]) -> None:
+def test_a_step_is_run_again_when_its_command_changed_or_its_product_is_gone(
+    tmp_path: Path, ran: list[demo.Step]
+) -> None:
     demo.run_steps(demo.DemoConfig(tmp_path))
     demo.run_steps(demo.DemoConfig(tmp_path, train="--epochs 1"))
-    assert [command[0] for command in ran[8:]] == ["engine.train"] * 3
+    assert [step.title for step in ran[8:]] == ["stage 1", "stage 2", "stage 3"]
+    (tmp_path / "grounding.jsonl").unlink()
+    demo.run_steps(demo.DemoConfig(tmp_path, train="--epochs 1"))
+    assert [step.title for step in ran[11:]] == ["grounding"]
 
 
-def test_a_step_that_fails_is_named_and_tried_again(
-    tmp_path: Path, ran: list[list[str]], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("fail", "engine.demo: step 'tiny models' ended with status 1: python -m engine.tiny"),
+        ("stop-early", "engine.demo: step 'tiny models' was stopped before it was done; the same command continues"),
+    ],
+)
+def test_a_step_that_did_not_end_well_is_named_and_tried_again(
+    tmp_path: Path, ran: list[demo.Step], flag: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert demo.main(["--output", str(tmp_path), "--tiny", "fail"]) == 1
-    assert "engine.demo: step 'tiny models' ended with status 1: python -m engine.tiny" in capsys.readouterr().err
-    assert demo.main(["--output", str(tmp_path), "--tiny", "fail"]) == 1
-    assert [command[0] for command in ran] == ["dataloaders.synthetic", "engine.tiny", "engine.tiny"]
+    for _ in range(2):
+        assert demo.main(["--output", str(tmp_path), "--tiny", flag]) == 1
+        assert message in capsys.readouterr().err
+    assert [step.title for step in ran] == ["world", "tiny models", "tiny models"]
 
 
 def test_grounding_is_told_apart_by_number_of_objects() -> None:
