@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 PEAK_BF16: dict[str, float] = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 """Dense bfloat16 FLOP/s of each device's data sheet."""
 
+MEMORY: dict[str, float] = {"A100": 80e9, "H100": 80e9, "H200": 141e9}
+"""Bytes on each device."""
+
+SPARE = 0.1
+"""Share of a device's memory left to the allocator, the communication library and what the estimate misses."""
+
+LARGEST_BUDGET = 16384
+"""Tokens of a micro-batch beyond which the GEMMs gain nothing more."""
+
 ASSUMED_MFU = 0.45
 """Share of the peak taken for the hours; an assumption until bench/results holds a measured step."""
 
@@ -106,6 +115,29 @@ def memory(config: PiTeConfig, count: ParameterCount, token_budget: int, width: 
     )
 
 
+def fitting_token_budget(config: PiTeConfig, count: ParameterCount, capacity: float, width: int = 2) -> int:
+    """The most tokens of a micro-batch, in steps of 512, whose activations fit a device of `capacity` bytes.
+
+    Raises ValueError when the weights alone do not.
+    """
+    fixed = memory(config, count, 0, width).total
+    per_token = memory(config, count, 1, width).activations
+    tokens = int((capacity * (1 - SPARE) - fixed) / per_token) // 512 * 512
+    if tokens <= 0:
+        raise ValueError(
+            f"{fixed / 1e9:.0f} GB of weights and optimizer leave no room for a batch on a device of {capacity / 1e9:.0f} GB"
+        )
+    return min(tokens, LARGEST_BUDGET)
+
+
+def device_token_budget(config: PiTeConfig, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> int:
+    """`fitting_token_budget` of this machine's device; CPUs take the largest."""
+    if device.type != "cuda":
+        return LARGEST_BUDGET
+    capacity = torch.cuda.get_device_properties(device).total_memory
+    return fitting_token_budget(config, count_parameters(config, recipe), capacity, dtype.itemsize)
+
+
 def efficiency(config: PiTeConfig, recipe: Recipe, world: World) -> Callable[[int, float], dict[str, float]]:
     """A function of a step's useful tokens and seconds that gives MFU (4N) and peak memory where they are known."""
     if world.device.type != "cuda":
@@ -132,13 +164,22 @@ def report(config: TrainConfig) -> str:
         corpus = _corpus(config, stage, pite_config)
         count = count_parameters(pite_config, recipe)
         steps = corpus.samples // recipe.global_batch * recipe.epochs
+        if not steps:
+            raise ValueError(f"{corpus.samples} samples do not fill one global batch of {recipe.global_batch}")
         samples = steps * recipe.global_batch
         tokens = samples * corpus.tokens
         flops = step_flops(pite_config, count.linear, tokens, samples * corpus.targets, corpus.tokens)
-        needed = memory(pite_config, count, config.token_budget)
-        hours = "  ".join(
-            f"8x{name} {flops / (8 * peak * ASSUMED_MFU) / 3600:.2f} h" for name, peak in PEAK_BF16.items()
-        )
+        devices = []
+        for name, peak in PEAK_BF16.items():
+            tokens_there = config.token_budget or fitting_token_budget(pite_config, count, MEMORY[name])
+            needed = memory(pite_config, count, tokens_there)
+            hours = flops / (8 * peak * ASSUMED_MFU) / 3600
+            devices.append(
+                f"  8x {name:<5}        {hours:5.2f} h at {ASSUMED_MFU:.0%} of the bfloat16 peak (assumed, not measured);"
+                f" {needed.total / 1e9:.0f} of {MEMORY[name] / 1e9:.0f} GB each: weights {needed.weights / 1e9:.1f}, trained"
+                f" {needed.trained / 1e9:.1f}, activations {needed.activations / 1e9:.1f} ({tokens_there:,} tokens a"
+                f" micro-batch, nothing recomputed), losses {needed.losses / 1e9:.1f}"
+            )
         lines += [
             f"stage {stage}, {config.model} ({shape_origin})",
             f"  parameters      {count.total / 1e6:,.1f} M, of which trained: LoRA {count.lora / 1e6:,.1f} M"
@@ -148,10 +189,7 @@ def report(config: TrainConfig) -> str:
             f"  steps           {steps:,} of {recipe.global_batch} samples, {recipe.epochs} epochs,"
             f" {tokens / 1e6:,.1f} M tokens, no padding",
             f"  arithmetic      {flops:.2e} FLOPs (4N per token, attention, vocabulary head)",
-            f"  memory          {needed.total / 1e9:,.1f} GB per device in bfloat16: weights {needed.weights / 1e9:,.1f},"
-            f" trained {needed.trained / 1e9:,.1f}, activations {needed.activations / 1e9:,.1f}"
-            f" ({config.token_budget:,} tokens, nothing recomputed), losses {needed.losses / 1e9:,.1f}",
-            f"  time            {hours}  (assuming {ASSUMED_MFU:.0%} of the bfloat16 peak; not measured)",
+            *devices,
         ]
     return "\n".join(lines)
 

@@ -45,7 +45,7 @@ class Metrics:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        shown = {k: f"{values[k]:.3f}" for k in ("loss", "ce", "l1") if k in values}
+        shown: dict[str, str] = {k: f"{values[k]:.3f}" for k in ("loss", "ce", "l1") if k in values}
         for key, label in (("tokens_per_second", "tok/s"), ("mfu", "MFU"), ("data_wait", "wait"), ("memory_gb", "GB")):
             if key in values:
                 shown[label] = f"{values[key]:,.0f}" if values[key] >= 100 else f"{values[key]:.2f}"

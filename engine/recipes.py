@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from pite.model import Head
 
@@ -48,7 +48,13 @@ PAPER: dict[Stage, Recipe] = {
 }
 
 # A model of a million weights wants a hundred times the learning rate of one of seven billion.
-_TINY = {"learning_rate": 2e-3, "lora_rank": 32, "lora_alpha": 32.0, "global_batch": 32, "trajectory_weight": 5.0}
+_TINY: dict[str, Any] = {
+    "learning_rate": 2e-3,
+    "lora_rank": 32,
+    "lora_alpha": 32.0,
+    "global_batch": 32,
+    "trajectory_weight": 5.0,
+}
 TINY: dict[Stage, Recipe] = {
     1: replace(PAPER[1], **_TINY, epochs=2, standardize_adapter=True),
     2: replace(PAPER[2], **_TINY, epochs=6),

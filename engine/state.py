@@ -64,7 +64,7 @@ def save(
 
 def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and a sentence for each newer one that is not."""
-    complaints = []
+    complaints: list[str] = []
     for path in reversed(_complete(directory)):
         try:
             content = json.loads((path / STATE).read_text())

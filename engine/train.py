@@ -58,8 +58,8 @@ class TrainConfig:
     """P, key points per object"""
     max_length: int = 2048
     """tokens of the longest sample; longer ones are left out, counted and reported"""
-    token_budget: int = 16384
-    """most tokens of a micro-batch on one device"""
+    token_budget: int | None = None
+    """most tokens of a micro-batch on one device; what its memory holds, up to 16384, unless given"""
     epochs: int | None = None
     """passes over the data"""
     max_steps: int | None = None
@@ -103,7 +103,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_points", "max_length", "token_budget", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.model == "tiny" and self.llm is None:
             raise ValueError("--model tiny needs --llm, the directory that `python -m engine.tiny` made")
@@ -187,7 +187,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         dataset,
         plan,
         store,
-        token_budget=config.token_budget,
+        token_budget=config.token_budget or budget.device_token_budget(pite_config, recipe, world.device, dtype),
         rank=world.rank,
         ranks=world.size,
         absent=config.absent,

@@ -7,13 +7,13 @@ These maps are the only place that knows. Reading copies into the views, writing
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from pite.decoder import LoRALinear
+    from pite.decoder import DecoderLayer, LoRALinear
     from pite.model import PiTe
 
 PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -46,7 +46,7 @@ def language_model_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = v
     }
     if model.lm_head is not None:
         tensors["lm_head.weight"] = of(model.lm_head)
-    for i, layer in enumerate(model.decoder.layers):
+    for i, layer in enumerate(cast("Iterator[DecoderLayer]", model.decoder.layers)):
         tensors[f"model.layers.{i}.input_layernorm.weight"] = of(layer.input_norm)
         tensors[f"model.layers.{i}.post_attention_layernorm.weight"] = of(layer.post_attention_norm)
     for prefix, linear, parts in linear_layers(model):
