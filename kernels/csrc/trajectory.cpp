@@ -39,7 +39,7 @@ Tensor empty_like(const Tensor& like, std::vector<int64_t> sizes, ScalarType dty
 
 // out = beta * out + mat1 @ mat2
 void gemm(Tensor& out, const Tensor& mat1, const Tensor& mat2, double beta) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), out.get(), mat1.get(), mat2.get(), beta, 1.0));
 }
 

@@ -215,7 +215,7 @@ def forward_tiles(dtype: torch.dtype, count: int, outputs: int, processors: int)
 def backward_tiles(dtype: torch.dtype) -> Launch:
     """Tile sizes of both backward kernels."""
     if dtype == torch.float32:
-        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
     return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
 
 
