@@ -212,8 +212,15 @@ def forward_tiles(dtype: torch.dtype, count: int, outputs: int, processors: int)
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64, num_warps=8 if block_m == 128 else 4, num_stages=3)
 
 
-def backward_tiles(dtype: torch.dtype) -> Launch:
-    """Tile sizes of both backward kernels."""
+def hidden_tiles(dtype: torch.dtype) -> Launch:
+    """Tile sizes of the dX kernel."""
+    if dtype == torch.float32:
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
+    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+
+
+def weight_tiles(dtype: torch.dtype) -> Launch:
+    """Tile sizes of the dW kernel; float32 multiplies outside the tensor cores, where deep tiles spill registers."""
     if dtype == torch.float32:
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
     return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
@@ -281,7 +288,7 @@ def write_grad_hidden(
         zero_rows(grad_hidden, head, -1)
     if not count:
         return
-    tiles = backward_tiles(grad_hidden.dtype)
+    tiles = hidden_tiles(grad_hidden.dtype)
     grad_hidden_kernel[(triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(depth, tiles["BLOCK_N"]),)](
         grad_hidden,
         coefficient,
@@ -303,7 +310,7 @@ def write_grad_hidden(
 def grad_weight(coefficient: Tensor, hidden: Tensor, weight: Tensor, sign: Tensor, rows: Tensor) -> Tensor:
     """coefficient * sign' hidden[rows] in the weight's dtype, accumulated in float32."""
     count, (outputs, depth) = rows.numel(), weight.shape
-    tiles = backward_tiles(hidden.dtype)
+    tiles = weight_tiles(hidden.dtype)
     grid = triton.cdiv(outputs, tiles["BLOCK_M"]) * triton.cdiv(depth, tiles["BLOCK_N"])
     splits = row_splits(grid, count, multiprocessors(hidden.device))
     chunk = triton.cdiv(triton.cdiv(max(count, 1), splits), tiles["BLOCK_K"]) * tiles["BLOCK_K"]

@@ -30,12 +30,12 @@ def forward(dtype, count, outputs, skip_absent=True, even=True):
 def grad_hidden(dtype, accumulate):
     x = TYPES[dtype]
     signature = [x, "*fp32", x, "*i8", "*i64", "*i32", "*i32", "i32", "i32", "i32", "i32"]
-    return trajectory.grad_hidden_kernel, signature, {"ACCUMULATE": accumulate} | trajectory.backward_tiles(dtype)
+    return trajectory.grad_hidden_kernel, signature, {"ACCUMULATE": accumulate} | trajectory.hidden_tiles(dtype)
 
 
 def grad_weight(dtype):
     signature = ["*fp32", TYPES[dtype], "*i8", "*i64", "i32", "i32", "i32", "i32", "i32", "i32"]
-    return trajectory.grad_weight_kernel, signature, trajectory.backward_tiles(dtype)
+    return trajectory.grad_weight_kernel, signature, trajectory.weight_tiles(dtype)
 
 
 def softmax(dtype):
