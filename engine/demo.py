@@ -20,8 +20,9 @@ from typing import Any
 from dataloaders.files import write_atomically
 from dataloaders.synthetic.language import TIMES_FIRST
 from engine.config import parse
-from engine.held_out import example_video, summarize
+from engine.held_out import example_event, summarize
 from engine.plots import plot_losses
+from pite.grounding import ask
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,14 @@ def steps(config: DemoConfig) -> Iterator[Step]:
     flags = ("grounding", *final, *given, "--predictions", str(answers))
     yield Step("grounding", "pite.evaluate", flags, answers)
 
-    video = captions.parent / "videos" / f"{example_video(captions)}.mp4"
+    name, sentence = example_event(captions)
+    about = ("--video", str(captions.parent / "videos" / f"{name}.mp4"), *clip)
+    yield Step("chat", "pite.chat", (*final, *about, "--query", ask(sentence)), answers)
+
+    # Stage 3 moves the hidden states and leaves the trajectory head behind: stage 2's model draws best.
     film = out / "chat.mp4"
-    flags = (*final, "--video", str(video), "--query", TIMES_FIRST, *clip, "--trajectory", str(film))
-    yield Step("chat", "pite.chat", flags, film)
+    flags = ("--model", f"{run}/stage2/final", *about, "--query", TIMES_FIRST, "--trajectory", str(film))
+    yield Step("chat, drawn", "pite.chat", flags, film)
 
 
 def run_steps(config: DemoConfig) -> tuple[dict[str, float], bool]:

@@ -90,10 +90,11 @@ def draw_example(
     save_video(film, frames, tracks)
 
 
-def example_video(annotations: Path, objects: int = 2) -> str:
-    """The first held-out video that shows that many objects; the first of all where there is none."""
-    truth = read_ground_truth(annotations)
-    return next((video for video, events in truth.items() if len(events.intervals) == objects), next(iter(truth)))
+def example_event(captions: Path, objects: int = 2) -> tuple[str, str]:
+    """A held-out video and its first sentence: the first video with that many objects, else the first of all."""
+    truth = read_ground_truth(captions)
+    video = next((video for video, events in truth.items() if len(events.intervals) == objects), next(iter(truth)))
+    return video, truth[video].sentences[0]
 
 
 def summarize(output: Path) -> dict[str, object]:
@@ -106,7 +107,7 @@ def summarize(output: Path) -> dict[str, object]:
     every, by_objects = measure_grounding(predictions, truth, stage3.model.config.num_frames)
     tracks = evaluation / "pite_143k.jsonl"
     l1, constant = measure_trajectories(stage2, tracks, features)
-    video = example_video(evaluation / "activitynet_captions.json")
+    video, _ = example_event(evaluation / "activitynet_captions.json")
     draw_example(stage2, tracks, features, video, output / "overlay.png", output / "overlay.mp4")
     return {
         "trajectory_l1": l1,

@@ -134,7 +134,7 @@ def answer_questions(
     """Ask the model when each event can be seen, `batch_size` questions at a time, greedily.
 
     read_features  video id -> (num_frames, C)
-    question       `{}` stands for the sentence, lower-cased and without its full stop
+    question       `{}` stands for the sentence
     """
     if question.count("{}") != 1:
         raise ValueError(f"the question must hold {{}} once, where the sentence goes: {question!r}")
@@ -144,15 +144,16 @@ def answer_questions(
         # Stored features are read-only views, which torch does not take.
         features = {video: np.array(read_features(video)) for video, _ in asked}
         answers = generator.answer(
-            [question.replace("{}", _as_asked(truth[video].sentences[i])) for video, i in asked],
+            [ask(truth[video].sentences[i], question) for video, i in asked],
             [features[video] for video, _ in asked],
             max_new_tokens=max_new_tokens,
         )
         yield from (Prediction(video, i, answer.text) for (video, i), answer in zip(asked, answers, strict=True))
 
 
-def _as_asked(sentence: str) -> str:
-    return sentence.strip().lower().removesuffix(".")
+def ask(sentence: str, question: str = QUESTION) -> str:
+    """The question about one sentence, lower-cased and without its full stop as the predecessor puts it."""
+    return question.replace("{}", sentence.strip().lower().removesuffix("."))
 
 
 def ious(predictions: Sequence[Prediction], truth: dict[str, Events], num_frames: int = 100) -> list[float]:
