@@ -73,14 +73,17 @@ def load_model(directory: Path, cases: dict[str, Tensor], expected: dict[str, An
     # Rotary embedding turns pairs of channels, so a head has an even number of them.
     sizes = [size for size in range(2, keys + 1, 2) if keys % size == 0 and queries % size == 0]
     case, numbers = next(iter(expected.items()))
-    models = [_with_heads(directory, config, queries // size, keys // size) for size in sizes]
+    shapes = [
+        {"num_attention_heads": queries // size, "num_key_value_heads": keys // size, "head_dim": size}
+        for size in sizes
+    ]
+    models = [_with_heads(directory, config | shape) for shape in shapes]
     return min(models, key=lambda model: _hidden_error(model, case, cases, numbers))
 
 
-def _with_heads(directory: Path, config: dict[str, Any], queries: int, keys: int) -> PiTe:
+def _with_heads(directory: Path, config: dict[str, Any]) -> PiTe:
     with tempfile.TemporaryDirectory() as completed:
-        heads = {"num_attention_heads": queries, "num_key_value_heads": keys}
-        Path(completed, "config.json").write_text(json.dumps(config | heads))
+        Path(completed, "config.json").write_text(json.dumps(config))
         Path(completed, "model.safetensors").symlink_to((directory / "model.safetensors").resolve())
         return PiTe.from_pretrained(completed)
 

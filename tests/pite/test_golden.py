@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from tests.golden.check import run
+from tests.golden.check import load_model, pack, run
+from tests.samples import tiny_model
 
 REFERENCE = Path(__file__).resolve().parents[1] / "golden" / "pite_reference"
 
@@ -27,6 +30,26 @@ def test_a_changed_weight_is_noticed(tmp_path: Path) -> None:
     failed = [check.name for check in run(tmp_path / "reference") if not check.passed]
     assert "stage2_video: hidden states" in failed
     assert "stage2_video: gradient of model.layers.1.mlp.down_proj.weight" in failed
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_head_counts_that_the_config_lost_are_found(tmp_path: Path, kv_heads: int) -> None:
+    model = tiny_model(kv_heads, lora=False)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    lost = {"num_attention_heads": {}, "num_key_value_heads": {}, "head_dim": None}
+    (tmp_path / "config.json").write_text(json.dumps(config | lost))
+    frames, channels = model.config.num_frames, model.config.vision_feature_size
+    numbers = {"stage": 3, "lens": [6], "frames": frames}
+    cases = {
+        "case.input_ids": torch.tensor([[1, -200, 5, 6, 7, 8]]),
+        "case.labels": torch.tensor([[-100, -100, -100, 6, 7, 8]]),
+        "case.videos": torch.randn(1, frames, channels, generator=torch.Generator().manual_seed(0)),
+    }
+    with torch.no_grad():
+        cases["case.hidden.0"] = model.hidden_states(pack("case", cases, numbers))
+    found = load_model(tmp_path, cases, {"case": numbers}).config.llm
+    assert (found.num_attention_heads, found.num_key_value_heads) == (4, kv_heads)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
