@@ -69,10 +69,10 @@ class DecodePool:
             try:
                 yield future.result()
             except BrokenProcessPool:
-                # Nobody knows whose file it was: this one gets a process of its own, the others a new pool.
-                self._restart()
-                yield self._alone(item)
-                pending = deque((other, self._submit(other)) for other, _ in pending)
+                # Nobody knows whose file it was, so the files in flight go one by one until the pool is whole again.
+                yield from self._one_by_one([item, *(other for other, _ in pending)])
+                pending.clear()
+                self._pool = _executor(self._workers)
 
     def _submit(self, media: Media) -> Future[Decoded]:
         assert self._pool is not None
@@ -83,17 +83,19 @@ class DecodePool:
             broken.set_exception(error)
             return broken
 
-    def _alone(self, media: Media) -> Decoded:
-        with _executor(1) as pool:
-            try:
-                return pool.submit(self._decode, media).result()
-            except BrokenProcessPool:
-                return Decoded(media, reason=f"{media.path}: the process that decoded it died")
-
-    def _restart(self) -> None:
+    def _one_by_one(self, media: list[Media]) -> Iterator[Decoded]:
         assert self._pool is not None
         self._pool.shutdown(cancel_futures=True)
-        self._pool = _executor(self._workers)
+        pool = _executor(1)
+        try:
+            for item in media:
+                try:
+                    yield pool.submit(self._decode, item).result()
+                except BrokenProcessPool:
+                    yield Decoded(item, reason=f"{item.path}: the process that decoded it died")
+                    pool = _executor(1)
+        finally:
+            pool.shutdown()
 
     def __enter__(self) -> DecodePool:
         return self

@@ -9,10 +9,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sync(path: Path) -> None:
@@ -61,6 +63,9 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file. Raises OSError, as every other write does, when the disk is full."""
+    # Decoding processes import this module by way of the store, and need no torch.
+    from safetensors.torch import save_file
+
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
     except SafetensorError as error:

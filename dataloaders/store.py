@@ -162,7 +162,9 @@ class FeatureWriter:
         """Append records (tokens, channels), kept in memory until a shard is full. Raises NonFiniteError."""
         for key, record in records.items():
             assert record.shape == (self.manifest.tokens, self.manifest.channels)
-            if not np.isfinite(half := record.astype(np.float16)).all():
+            with np.errstate(over="ignore"):
+                half = record.astype(np.float16)
+            if not np.isfinite(half).all():
                 raise NonFiniteError(f"features of {key!r} are not finite in half precision")
             self._records[key] = half
         if len(self._records) >= self.shard_records:

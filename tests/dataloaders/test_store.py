@@ -1,0 +1,184 @@
+"""The feature store: what is written is read, other encoders are refused, kills and torn shards cost no good record."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dataloaders.store import FeatureStore, FeatureWriter, Manifest, NonFiniteError
+
+MANIFEST = Manifest("abc", num_frames=3, sampling="linspace", preprocess="224", tokens=3, channels=4)
+
+
+def record(key: str) -> np.ndarray:
+    seed = int.from_bytes(key.encode(), "little") % 2**32
+    return np.random.default_rng(seed).random((3, 4), dtype=np.float32)
+
+
+def write(path: Path, keys: list[str], rank: int = 0, shard_records: int = 4) -> None:
+    with FeatureWriter(FeatureStore.create_or_open(path, MANIFEST), rank, shard_records) as writer:
+        for key in keys:
+            writer.add({key: record(key)})
+
+
+def check(path: Path, keys: list[str]) -> FeatureStore:
+    store = FeatureStore(path)
+    assert sorted(store.keys) == sorted(keys) and len(store) == len(keys)
+    for key in keys:
+        assert key in store
+        stored = store.read(key)
+        assert stored.dtype == np.float16 and np.array_equal(stored, record(key).astype(np.float16))
+    return store
+
+
+KEYS = [f"stage2/v{i}" for i in range(11)]
+
+
+def test_round_trip_over_shards(tmp_path: Path) -> None:
+    write(tmp_path, KEYS)
+    check(tmp_path, KEYS)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+
+
+def test_shards_are_plain_safetensors(tmp_path: Path) -> None:
+    write(tmp_path, KEYS[:4])
+    (shard,) = tmp_path.glob("*.safetensors")
+    assert np.array_equal(load_file(shard)["features"], np.stack([record(k) for k in KEYS[:4]]).astype(np.float16))
+
+
+def test_reading_maps_the_file(tmp_path: Path) -> None:
+    write(tmp_path, KEYS)
+    record = FeatureStore(tmp_path).read(KEYS[0])
+    assert isinstance(record, np.memmap) and not record.flags.writeable
+
+
+def test_appending_and_many_ranks(tmp_path: Path) -> None:
+    write(tmp_path, KEYS[:3])
+    write(tmp_path, KEYS[3:6], rank=1)
+    write(tmp_path, KEYS[6:])
+    check(tmp_path, KEYS)
+    assert {p.name[:5] for p in tmp_path.glob("*.parquet")} == {"00000", "00001"}
+
+
+def test_empty_store(tmp_path: Path) -> None:
+    store = FeatureStore.create_or_open(tmp_path / "new", MANIFEST)
+    assert len(store) == 0 and store.manifest == MANIFEST and FeatureStore(tmp_path / "new").manifest == MANIFEST
+
+
+def test_absent_key(tmp_path: Path) -> None:
+    write(tmp_path, KEYS[:1])
+    with pytest.raises(ValueError, match=r"holds nothing for 'stage2/nobody'; run engine\.encode"):
+        FeatureStore(tmp_path).read("stage2/nobody")
+
+
+@pytest.mark.parametrize("field", ["encoder", "num_frames", "sampling", "preprocess", "tokens", "channels", "dtype"])
+def test_another_manifest_is_refused(tmp_path: Path, field: str) -> None:
+    write(tmp_path, KEYS)
+    other = replace(MANIFEST, **{field: "other" if isinstance(getattr(MANIFEST, field), str) else 99})
+    with pytest.raises(ValueError, match=f"was made with {field} .* but .* is asked for"):
+        FeatureStore.create_or_open(tmp_path, other)
+    check(tmp_path, KEYS)
+
+
+def test_not_a_store(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no feature store: it holds no manifest\.json"):
+        FeatureStore(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        FeatureStore(tmp_path)
+
+
+def test_unindexed_shard_is_written_again(tmp_path: Path) -> None:
+    """A kill between a shard and its index."""
+    write(tmp_path, KEYS[:8])
+    (tmp_path / "00000-000001.parquet").unlink()
+    check(tmp_path, KEYS[:4])
+    write(tmp_path, KEYS[4:])
+    check(tmp_path, KEYS)
+
+
+def test_half_written_files_are_ignored(tmp_path: Path) -> None:
+    write(tmp_path, KEYS[:4])
+    (tmp_path / ".00000-000001.safetensors.123.tmp").write_bytes(b"half")
+    (tmp_path / ".00000-000001.parquet.123.tmp").write_bytes(b"half")
+    write(tmp_path, KEYS[4:])
+    check(tmp_path, KEYS)
+
+
+@pytest.mark.parametrize("damage", ["shorter", "empty", "missing", "longer"])
+def test_torn_shard(tmp_path: Path, damage: str) -> None:
+    """Readers refuse it by name; a writer makes its records, and only its, anew."""
+    write(tmp_path, KEYS)
+    shard = tmp_path / "00000-000001.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    if damage != "missing":
+        shard.write_bytes({"shorter": content[:-1], "empty": b"", "longer": content + b"x"}[damage])
+    with pytest.raises(ValueError, match=r"the shard .*00000-000001\.safetensors .*; run engine\.encode again"):
+        FeatureStore(tmp_path)
+    store = FeatureStore.create_or_open(tmp_path, MANIFEST)
+    assert sorted(store.keys) == sorted(KEYS[:4] + KEYS[8:])
+    write(tmp_path, KEYS[4:8])
+    check(tmp_path, KEYS)
+
+
+def test_torn_index(tmp_path: Path) -> None:
+    write(tmp_path, KEYS)
+    index = tmp_path / "00000-000002.parquet"
+    index.write_bytes(index.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"the index .*00000-000002\.parquet is damaged"):
+        FeatureStore(tmp_path)
+    write(tmp_path, KEYS[8:])
+    check(tmp_path, KEYS)
+
+
+def test_one_writer_per_rank(tmp_path: Path) -> None:
+    store = FeatureStore.create_or_open(tmp_path, MANIFEST)
+    with FeatureWriter(store), pytest.raises(ValueError, match=r"another process is writing to .* as rank 0"):
+        FeatureWriter(store)
+    with FeatureWriter(store, rank=0), FeatureWriter(store, rank=1):
+        pass
+
+
+def test_what_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with FeatureWriter(FeatureStore.create_or_open(tmp_path, MANIFEST)) as writer:
+        for bad in (np.nan, np.inf, 1e5):
+            with pytest.raises(NonFiniteError, match="'k' are not finite in half precision"):
+                writer.add({"k": np.full((3, 4), bad, np.float32)})
+        writer.add({"good": record("good")})
+    check(tmp_path, ["good"])
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
+    writer = FeatureWriter(FeatureStore.create_or_open(tmp_path, MANIFEST), shard_records=100)
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.add({k: record(k) for k in KEYS})
+        raise KeyboardInterrupt
+    check(tmp_path, KEYS)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_killed_writer(tmp_path: Path, seconds: float) -> None:
+    """Whenever it dies, the store opens, holds whole records only, and its rank can be taken again."""
+    code = (
+        "import sys, pathlib; from tests.dataloaders.test_store import write; "
+        "write(pathlib.Path(sys.argv[1]), [f'k{i}' for i in range(10**6)], shard_records=2)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    while not list(tmp_path.glob("*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    time.sleep(seconds)
+    process.kill()
+    process.wait()
+    keys = sorted(FeatureStore(tmp_path).keys)
+    assert keys == sorted(f"k{i}" for i in range(len(keys)))
+    write(tmp_path, ["after"])
+    check(tmp_path, [*keys, "after"])
