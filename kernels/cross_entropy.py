@@ -158,26 +158,27 @@ def cross_entropy_forward(
     grad_weight = hidden.new_zeros((vocabulary, depth) if need_weight else 0, dtype=dtype)
     grad_bias = hidden.new_zeros(vocabulary if need_bias else 0, dtype=dtype)
     head = weight.to(hidden.dtype)
-    centre = head.mean(0, dtype=dtype) if label_smoothing and need_hidden else None
+    centre = None
+    if label_smoothing and need_hidden:
+        centre = (head.mean(0, dtype=dtype) * -label_smoothing).to(hidden.dtype)
     chunk = max(64, min(4096, _LOGITS_PER_CHUNK // vocabulary))
     for part, y, slot in zip(selected.split(chunk), ids.split(chunk), slots.split(chunk)):
         x = hidden.index_select(0, part)
         logits = torch.mm(x, head.t()).to(dtype)
         if bias is not None:
             logits.add_(bias)
-        lse = logits.logsumexp(-1)
-        picked = logits.gather(1, y[:, None]).squeeze(1)
-        losses = lse - (1 - label_smoothing) * picked
+        log_p = logits.log_softmax(-1)
+        total -= (1 - label_smoothing) * log_p.gather(1, y[:, None]).sum()
         if label_smoothing:
-            losses -= label_smoothing * logits.mean(-1)
-        total += losses.sum()
+            total -= label_smoothing / vocabulary * log_p.sum()
         if not (need_hidden or need_weight or need_bias):
             continue
-        p = logits.sub_(lse[:, None]).exp_()
+        p = log_p.exp_()
         p.scatter_add_(1, y[:, None], p.new_full((1, 1), label_smoothing - 1).expand(len(y), 1))
         if need_hidden:
-            dx = torch.mm(p.to(hidden.dtype), head)
-            grad_hidden[slot] = dx if centre is None else (dx.to(dtype) - label_smoothing * centre).to(hidden.dtype)
+            rounded = p.to(hidden.dtype)
+            dx = torch.mm(rounded, head) if centre is None else torch.addmm(centre, rounded, head)
+            grad_hidden.index_copy_(0, slot, dx)
         if need_weight:
             grad_weight.addmm_(p.t(), x.to(dtype))
             if label_smoothing:

@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest bench/` on a CPU, `python -m bench.gpu` on a GPU, `python -m bench.report` for the tables."""

@@ -1,0 +1,108 @@
+"""`python -m bench.gpu`: everything a GPU machine is asked, in one call from the source tree.
+
+Runs the kernel tests on the device, proves that no step of ours makes the host wait, times every case against its
+peers and writes bench/results/<device>.json. With PYTHONPATH=. nothing needs to be installed or built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.kernel_cases import IMPLEMENTATIONS, OURS, Case, Inputs, cpu_cases, gpu_cases
+from bench.kernel_rows import Row, measure
+from bench.measure import environment, roofline
+
+RESULTS = Path(__file__).parent / "results"
+TESTS = Path(__file__).parents[1] / "tests" / "kernels"
+
+
+def kernel_tests() -> str | None:
+    """None when tests/kernels/triton_checks.py is green on this device, else its last words."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        str(TESTS / "triton_checks.py"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parents[1], check=False)
+    return None if done.returncode == 0 else done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def host_waits(case: Case, device: torch.device) -> str | None:
+    """Why the host waited for the device in a step of ours; None when it did not."""
+    step = IMPLEMENTATIONS[case.op][OURS](Inputs(case, device))
+    step()
+    torch.cuda.synchronize(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
+
+
+def show(rows: list[Row]) -> None:
+    print(rows[0].case)
+    for row in rows:
+        if row.median_ms is None or row.roofline_share is None:
+            print(f"  {row.implementation:24} {row.problem}")
+        else:
+            print(f"  {row.implementation:24} {row.median_ms:9.3f} ms  {row.roofline_share:6.1%} of the roofline")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script on small shapes")
+    parser.add_argument("--rounds", type=int, default=30, help="timings per implementation")
+    parser.add_argument("--only", default="", help="run only cases whose name contains this")
+    parser.add_argument("--skip-tests", action="store_true", help="do not run tests/kernels first")
+    parser.add_argument("--output", type=Path, help="result file; bench/results/<device>.json otherwise")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is visible; --device cpu tries the script on small shapes")
+    failures = None if options.skip_tests else kernel_tests()
+    if failures:
+        print(failures, "\nThe kernel tests are red: nothing is timed.")
+        return 1
+    cases = [c for c in (gpu_cases() if device.type == "cuda" else cpu_cases()) if options.only in c.name]
+    if not cases:
+        parser.error(f"no case is called {options.only!r}")
+    waits = {c.name: host_waits(c, device) for c in cases} if device.type == "cuda" else {}
+    roof = roofline(device, cases[0].dtype)
+    print(f"roofline: {roof.flops / 1e12:.1f} TFLOP/s, {roof.bandwidth / 1e9:.0f} GB/s")
+    results: list[Row] = []
+    for case in cases:
+        rows = measure(case, device, roof, options.rounds)
+        show(rows)
+        results += rows
+    described = environment(device)
+    path = options.output or RESULTS / f"{described['device'].split(',')[0].replace(' ', '_')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "environment": described,
+        "roofline": {"tflops": roof.flops / 1e12, "gbps": roof.bandwidth / 1e9},
+        "host_waits": {name: why for name, why in waits.items() if why},
+        "rows": [row.to_json() for row in results],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"wrote {path}")
+    red = [r for r in results if r.implementation == OURS and r.problem] + [w for w in waits.values() if w]
+    return 1 if red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

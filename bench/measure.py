@@ -1,0 +1,137 @@
+"""Measuring: a roofline taken on the machine itself, interleaved timings, and the gate no speed passes unchecked."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+Step = Callable[[], Sequence[Tensor]]
+PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn", "xformers", "peft")
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What this device reaches on a large GEMM (FLOP/s) and a large copy (bytes/s)."""
+
+    flops: float
+    bandwidth: float
+
+    def floor(self, flops: float, traffic: float) -> float:
+        """Seconds below which the work cannot be done."""
+        return max(flops / self.flops, traffic / self.bandwidth)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one implementation: the median, the 10th and 90th percentile; extra bytes at the peak (CUDA only)."""
+
+    median: float
+    low: float
+    high: float
+    peak_bytes: int | None
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
+    """Measured on random numbers: zeros would let a GPU's clocks rise."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(size * size * (16 if device.type == "cuda" else 8), device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    timings = interleaved({"gemm": lambda: [a @ b], "copy": lambda: [target.copy_(source)]}, device, rounds=9)
+    traffic = 2 * source.numel() * source.element_size()
+    return Roofline(2 * size**3 / timings["gemm"].low, traffic / timings["copy"].low)
+
+
+def interleaved(steps: Mapping[str, Step], device: torch.device, rounds: int) -> dict[str, Timing]:
+    """Time every step once per round, in turn, so that clocks and neighbours disturb all of them alike.
+
+    On CUDA each measurement stands behind a queue of work, so that kernels of some microseconds are not timed by the
+    speed at which Python launches them.
+    """
+    for step in steps.values():
+        for _ in range(2):
+            step()
+    synchronize(device)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    peaks: dict[str, int] = {}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            if device.type == "cuda":
+                before = torch.cuda.memory_allocated(device)
+                torch.cuda.reset_peak_memory_stats(device)
+                seconds[name].append(_cuda_seconds(step, device))
+                peaks[name] = torch.cuda.max_memory_allocated(device) - before
+            else:
+                start = time.perf_counter()
+                step()
+                seconds[name].append(time.perf_counter() - start)
+    return {name: _timing(values, peaks.get(name)) for name, values in seconds.items()}
+
+
+def _cuda_seconds(step: Step, device: torch.device) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2_000_000)  # about a millisecond: time for Python to queue what follows
+    begin.record()
+    step()
+    end.record()
+    synchronize(device)
+    return begin.elapsed_time(end) / 1e3
+
+
+def _timing(values: list[float], peak: int | None) -> Timing:
+    ordered = sorted(values)
+    tenth = len(ordered) // 10
+    return Timing(median(ordered), ordered[tenth], ordered[-1 - tenth], peak)
+
+
+def gate(ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor]) -> str | None:
+    """None when each result is within twice plain PyTorch's error (same dtype, both against float64), else why not."""
+    for index, (a, b, exact) in enumerate(zip(ours, plain, truth, strict=True)):
+        error, plain_error = ((t.double() - exact).abs().max().item() for t in (a, b))
+        floor = max(torch.finfo(a.dtype).eps, 2e-6) * max(exact.abs().max().item(), 1e-30)
+        if not error <= 2 * plain_error + floor:
+            return f"result {index} is off by {error:.3g}; PyTorch in this dtype is off by {plain_error:.3g}"
+    return None
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Device, commit and versions, as every result file carries them."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {"device": name, "commit": _commit(), "python": platform.python_version(), **_versions()}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,152 @@
+"""`python -m bench.report FILE...`: result files of `bench.gpu` or pytest-benchmark as Markdown and one PNG.
+
+A case whose own correctness check is red shows its problem and no speed-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from bench.kernel_cases import BARE, OURS
+from bench.kernel_rows import Row
+
+# What an H200 should reach on one packed row of 16,384 tokens: (case, milliseconds), and why in docs/kernels.md.
+TARGETS_MS = {
+    "trajectory: T=16384, d=4096, 100% of rows": 0.40,
+    "cross_entropy: T=16384, d=4096, 100% of rows, V=32000, frozen, smoothing 0.1": 12.5,
+    "cross_entropy: T=16384, d=4096, 25% of rows, V=32000, frozen, smoothing 0.1": 3.3,
+}
+
+
+def read(path: Path) -> tuple[Mapping[str, str], list[Row]]:
+    """The environment and rows of a result file. Raises ValueError when it is neither of the two kinds."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error})") from error
+    if isinstance(content, dict) and "rows" in content:
+        names = {f.name for f in fields(Row)}
+        return content["environment"], [Row(**{k: v for k, v in r.items() if k in names}) for r in content["rows"]]
+    if isinstance(content, dict) and "benchmarks" in content:
+        benchmarks = [b for b in content["benchmarks"] if "implementation" in b["extra_info"]]
+        if benchmarks:
+            return _environment(benchmarks[0]["extra_info"]), [_from_pytest(b) for b in benchmarks]
+    raise ValueError(f"{path}: holds neither rows of bench.gpu nor kernel benchmarks of pytest-benchmark")
+
+
+def _environment(info: Mapping[str, Any]) -> Mapping[str, str]:
+    return {k: v for k, v in info.items() if k in ("device", "commit", "python", "torch", "triton")}
+
+
+def _from_pytest(benchmark: Mapping[str, Any]) -> Row:
+    info, stats = benchmark["extra_info"], benchmark["stats"]
+    return Row(
+        case=benchmark["group"],
+        op=info["op"],
+        tokens=0,
+        depth=0,
+        fraction=info["fraction"],
+        dtype="float32",
+        implementation=info["implementation"],
+        problem=None,
+        median_ms=stats["median"] * 1e3,
+        low_ms=stats["q1"] * 1e3,
+        high_ms=stats["q3"] * 1e3,
+        roofline_share=info["roofline_share"],
+    )
+
+
+def cases_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row.case, []).append(row)
+    return cases
+
+
+def speedup(rows: Sequence[Row]) -> float | None:
+    """Ours against the fastest peer that does the same job; None when either is missing or ours is not correct."""
+    ours = next((r for r in rows if r.implementation == OURS), None)
+    peers = [r.median_ms for r in rows if r.implementation not in (OURS, BARE) and r.median_ms is not None]
+    if ours is None or ours.problem is not None or ours.median_ms is None or not peers:
+        return None
+    return min(peers) / ours.median_ms
+
+
+def markdown(environment: Mapping[str, str], rows: Sequence[Row]) -> str:
+    lines = [f"## {environment.get('device', 'unknown device')}", ""]
+    lines += [", ".join(f"{k} {v}" for k, v in environment.items() if k != "device"), ""]
+    for case, members in cases_of(rows).items():
+        gain, target = speedup(members), TARGETS_MS.get(case)
+        notes = ([f"{gain:.2f} times the best peer"] if gain else []) + ([f"target {target} ms"] if target else [])
+        lines += [f"### {case}" + (f" ({'; '.join(notes)})" if notes else ""), ""]
+        lines += ["| | median ms | 10% to 90% | peak MB | roofline |", "|---|---|---|---|---|"]
+        for row in members:
+            lines.append(_line(row))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    if row.median_ms is None or row.low_ms is None or row.high_ms is None or row.roofline_share is None:
+        return f"| {row.implementation} | {row.problem} | | | |"
+    peak = "" if row.peak_mb is None else f"{row.peak_mb:.0f}"
+    spread = f"{row.low_ms:.3f} to {row.high_ms:.3f}"
+    return f"| {row.implementation} | {row.median_ms:.3f} | {spread} | {peak} | {row.roofline_share:.0%} |"
+
+
+def plot(environment: Mapping[str, str], rows: Sequence[Row], path: Path) -> None:
+    """Medians of every case, one panel each, the spread as error bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cases = cases_of(r for r in rows if r.median_ms is not None)
+    figure, panels = plt.subplots(len(cases), 1, figsize=(8, 1.5 * len(cases) + 1), squeeze=False)
+    for panel, (case, members) in zip(panels[:, 0], cases.items()):
+        medians = [r.median_ms or 0.0 for r in members]
+        below = [m - (r.low_ms or m) for m, r in zip(medians, members)]
+        above = [(r.high_ms or m) - m for m, r in zip(medians, members)]
+        colours = ["tab:orange" if r.implementation == OURS else "tab:gray" for r in members]
+        panel.barh([r.implementation for r in members], medians, xerr=[below, above], color=colours)
+        panel.invert_yaxis()
+        panel.set_title(case, fontsize=8, loc="left")
+        panel.tick_params(labelsize=7)
+    panels[-1, 0].set_xlabel("milliseconds, forward and backward")
+    figure.suptitle(environment.get("device", ""), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path, help="result files; all of bench/results otherwise")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.md and OUTPUT.png instead of printing")
+    options = parser.parse_args(arguments)
+    files = options.files or sorted((Path(__file__).parent / "results").glob("*.json"))
+    if not files:
+        parser.error("no result files: run python -m bench.gpu, or pytest bench --benchmark-json=FILE")
+    try:
+        results = [read(path) for path in files]
+    except ValueError as error:
+        parser.error(str(error))
+    text = "\n".join(markdown(*result) for result in results)
+    if options.output is None:
+        print(text)
+        return 0
+    options.output.with_suffix(".md").write_text(text)
+    for index, result in enumerate(results):
+        name = options.output.stem + (f"-{index}" if index else "")
+        plot(*result, options.output.with_name(name).with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The kernel benchmarks for a CPU: `pytest bench/`, under three minutes. A GPU is measured by `python -m bench.gpu`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from bench.kernel_cases import IMPLEMENTATIONS, OURS, PLAIN, Case, Inputs, cpu_cases
+from bench.kernel_rows import problem_of
+from bench.measure import Roofline, environment, interleaved, roofline
+from kernels import dispatch
+
+CPU = torch.device("cpu")
+PAIRS = [(case, name) for case in cpu_cases() for name in IMPLEMENTATIONS[case.op]]
+
+
+@lru_cache
+def roof() -> Roofline:
+    return roofline(CPU, torch.float32)
+
+
+@pytest.mark.parametrize(("case", "implementation"), PAIRS, ids=[f"{c.name} [{n}]" for c, n in PAIRS])
+def test_speed(benchmark: Any, case: Case, implementation: str) -> None:
+    problem = problem_of(case, implementation, CPU)
+    if problem is not None and problem.startswith("not available"):
+        pytest.skip(problem)
+    assert problem is None, "no speed for results that are off"
+    step = IMPLEMENTATIONS[case.op][implementation](Inputs(case, CPU))
+    benchmark.group = case.name
+    benchmark.extra_info.update(environment(CPU), implementation=implementation, op=case.op, fraction=case.fraction)
+    benchmark.extra_info.update({k: str(v) for k, v in asdict(roof()).items()})
+    benchmark.pedantic(step, rounds=10, warmup_rounds=2)
+    benchmark.extra_info["roofline_share"] = roof().floor(*case.work) / benchmark.stats.stats.median
+
+
+@pytest.mark.parametrize(("fraction", "speedup"), [(0.1, 3.0), (1.0, 1.0)])
+def test_cpp_trajectory_head_against_eager(fraction: float, speedup: float) -> None:
+    """At least three times as fast at 10% of the rows and no slower when every row has a trajectory."""
+    if dispatch._library() is None:
+        pytest.skip("the C++ operators are not built")
+    case = Case("trajectory", 1024, 512, fraction, dtype=torch.float32)
+    assert problem_of(case, OURS, CPU) is None
+    inputs = Inputs(case, CPU)
+    steps = {name: IMPLEMENTATIONS["trajectory"][name](inputs) for name in (OURS, PLAIN)}
+    timings = interleaved(steps, CPU, rounds=30)
+    # The fastest rounds: whatever else the machine does can only add time.
+    achieved = timings[PLAIN].low / timings[OURS].low
+    print(f"{achieved:.2f} times eager at {fraction:.0%} of the rows")
+    assert achieved >= speedup

@@ -1,0 +1,66 @@
+"""The benchmark's honesty: wrong results get no time, red rows no speed-up, and the report says what it read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import kernel_cases, kernel_rows, report
+from bench.kernel_cases import IMPLEMENTATIONS, OURS, PLAIN, Case, Inputs
+from bench.kernel_rows import Row
+from bench.measure import Roofline, gate
+
+CPU = torch.device("cpu")
+ROW = Row("a case", "trajectory", 8, 16, 1.0, "float32", OURS, None, 2.0, 1.9, 2.2, 10.0, 0.5)
+
+
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_every_case_passes_its_own_gate(op):
+    case = Case(op, 64, 128, 0.5, vocabulary=90, dtype=torch.float32)
+    assert kernel_rows.problem_of(case, OURS, CPU) is None
+    assert all(w > 0 for w in case.work)
+
+
+def test_wrong_results_are_not_timed(monkeypatch):
+    def wrong(x: Inputs):
+        right = kernel_cases.trajectory_ours(x)
+        return lambda: [right()[0] * 1.01, *right()[1:]]
+
+    broken = {OURS: wrong, PLAIN: IMPLEMENTATIONS["trajectory"][PLAIN]}
+    monkeypatch.setitem(kernel_rows.IMPLEMENTATIONS, "trajectory", broken)
+    case = Case("trajectory", 32, 16, 0.5, dtype=torch.float32)
+    rows = {r.implementation: r for r in kernel_rows.measure(case, CPU, Roofline(1e10, 1e10), 2)}
+    assert rows[OURS].median_ms is None and rows[OURS].problem.startswith("wrong")
+    assert rows[PLAIN].median_ms is not None
+    assert report.speedup(list(rows.values())) is None
+
+
+def test_gate_measures_against_plain_pytorch():
+    exact = [torch.linspace(0, 1, 5, dtype=torch.float64)]
+    plain = [exact[0].float() + 1e-3]
+    assert gate([exact[0].float() + 1.9e-3], plain, exact) is None
+    assert "off by" in gate([exact[0].float() + 2.1e-3], plain, exact)
+    assert "off by nan" in gate([torch.full((5,), float("nan"))], plain, exact)
+
+
+def test_report(tmp_path, capsys):
+    rows = [
+        ROW,
+        replace(ROW, implementation="eager", median_ms=5.0),
+        replace(ROW, implementation="x", problem="fails", median_ms=None),
+    ]
+    content = {"environment": {"device": "a device", "commit": "abc"}, "rows": [r.to_json() for r in rows]}
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(content))
+    assert report.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "a device" in printed and "2.50 times the best peer" in printed and "| x | fails |" in printed
+    assert report.main([str(path), "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "bad.json")])
+    assert "bad.json: holds neither" in capsys.readouterr().err
