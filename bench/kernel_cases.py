@@ -278,6 +278,34 @@ def lora_peft(x: Inputs) -> Step:
     return step
 
 
+def lora_concatenated(x: Inputs) -> Step:
+    """A candidate, not in `kernels`: y = [x | s x A'] [W | B]', one forward GEMM, W kept with spare columns for B.
+
+    It saves reading and writing y, and pays by copying x and multiplying the zeros between the parts' B.
+    """
+    d, extra = x.case.depth, 3 * RANK
+    wide_weight = torch.cat([x.weight, x.weight.new_zeros(3 * d, extra)], 1)
+
+    def step() -> list[Tensor]:
+        with torch.no_grad():
+            hidden, a, b = x.hidden, x.lora_a, x.lora_b
+            wide = hidden.new_empty(hidden.shape[0], d + extra)
+            wide[:, :d] = hidden
+            torch.mm(hidden, a.t(), out=wide[:, d:])
+            wide[:, d:] *= 2.0
+            for i, part in enumerate(b.chunk(3)):
+                wide_weight[i * d : (i + 1) * d, d + i * RANK : d + (i + 1) * RANK] = part
+            y = torch.mm(wide, wide_weight.t())
+            parts = x.upstream.chunk(3, 1)
+            low = torch.cat([torch.mm(g, part) for g, part in zip(parts, b.chunk(3))], 1).mul_(2.0)
+            dx = torch.mm(x.upstream, x.weight).addmm_(low, a)
+            columns = wide[:, d:].chunk(3, 1)
+            db = torch.cat([torch.mm(g.t(), u) for g, u in zip(parts, columns)])
+            return [y, dx, torch.mm(low.t(), hidden), db]
+
+    return step
+
+
 def lora_bare(x: Inputs) -> Step:
     """The frozen layer's two GEMMs alone: the price LoRA is measured against, not a peer."""
     return lambda: [torch.mm(x.hidden.detach(), x.weight.t()), torch.mm(x.upstream, x.weight)]
@@ -309,7 +337,7 @@ def attention_step(backend: str) -> Callable[[Inputs], Step]:
     return build
 
 
-OURS, PLAIN, BARE = "ours", "eager", "bare GEMMs"
+OURS, PLAIN, BARE, CANDIDATE = "ours", "eager", "bare GEMMs", "K-concatenated"
 IMPLEMENTATIONS: dict[str, dict[str, Callable[[Inputs], Step]]] = {
     "trajectory": {
         OURS: trajectory_ours,
@@ -327,7 +355,13 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[Inputs], Step]]] = {
         "cut-cross-entropy": cross_entropy_cut,
         "quack-kernels": cross_entropy_quack,
     },
-    "lora": {OURS: lora_ours, PLAIN: lora_eager, "peft": lora_peft, BARE: lora_bare},
+    "lora": {
+        OURS: lora_ours,
+        PLAIN: lora_eager,
+        "peft": lora_peft,
+        CANDIDATE: lora_concatenated,
+        BARE: lora_bare,
+    },
     "attention": {
         OURS: attention_step("auto"),
         PLAIN: attention_documents,

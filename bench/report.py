@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bench.kernel_cases import BARE, OURS
+from bench.kernel_cases import BARE, CANDIDATE, OURS
 from bench.kernel_rows import Row
 
 # What an H200 should reach on one packed row of 16,384 tokens: (case, milliseconds), and why in docs/kernels.md.
@@ -72,7 +72,7 @@ def cases_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def speedup(rows: Sequence[Row]) -> float | None:
     """Ours against the fastest peer that does the same job; None when either is missing or ours is not correct."""
     ours = next((r for r in rows if r.implementation == OURS), None)
-    peers = [r.median_ms for r in rows if r.implementation not in (OURS, BARE) and r.median_ms is not None]
+    peers = [r.median_ms for r in rows if r.implementation not in (OURS, BARE, CANDIDATE) and r.median_ms is not None]
     if ours is None or ours.problem is not None or ours.median_ms is None or not peers:
         return None
     return min(peers) / ours.median_ms
@@ -111,8 +111,8 @@ def plot(environment: Mapping[str, str], rows: Sequence[Row], path: Path) -> Non
     figure, panels = plt.subplots(len(cases), 1, figsize=(8, 1.5 * len(cases) + 1), squeeze=False)
     for panel, (case, members) in zip(panels[:, 0], cases.items()):
         medians = [r.median_ms or 0.0 for r in members]
-        below = [m - (r.low_ms or m) for m, r in zip(medians, members)]
-        above = [(r.high_ms or m) - m for m, r in zip(medians, members)]
+        below = [max(0.0, m - (r.low_ms or m)) for m, r in zip(medians, members)]
+        above = [max(0.0, (r.high_ms or m) - m) for m, r in zip(medians, members)]
         colours = ["tab:orange" if r.implementation == OURS else "tab:gray" for r in members]
         panel.barh([r.implementation for r in members], medians, xerr=[below, above], color=colours)
         panel.invert_yaxis()
