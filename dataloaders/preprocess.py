@@ -80,7 +80,7 @@ class Preprocess:
             size = (self.resize, int(self.resize * height / width))
         resized = Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)
         left, top = (size[0] - self.crop) // 2, (size[1] - self.crop) // 2
-        return np.asarray(resized.crop((left, top, left + self.crop, top + self.crop)))
+        return np.array(resized.crop((left, top, left + self.crop, top + self.crop)))
 
     def normalized(self, frames: Tensor) -> Tensor:
         """Cropped frames (n, S, S, 3) uint8, on any device, as pixel values (n, 3, S, S) float32."""

@@ -36,7 +36,7 @@ def test_equals_the_reference(height: int, width: int, resize: int, crop: int) -
     preprocess = Preprocess(resize, crop)
     cropped = preprocess.cropped(frame)
     assert cropped.shape == (crop, crop, 3) and cropped.dtype == np.uint8
-    ours = preprocess.normalized(torch.from_numpy(cropped.copy())[None])
+    ours = preprocess.normalized(torch.from_numpy(cropped)[None])
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 

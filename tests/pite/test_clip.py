@@ -1,0 +1,112 @@
+"""The frozen encoder gives CLIP's image embedding, and its checksum says when two encoders are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModelWithProjection, LlamaConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from pite.clip import ClipEncoder
+from tests.clips import SIZE, save_clip
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("clip")
+    save_clip(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def frames() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (5, 37, 61, 3), dtype=np.uint8)
+
+
+def cropped(encoder: ClipEncoder, frames: np.ndarray) -> np.ndarray:
+    return np.stack([encoder.preprocess.cropped(frame) for frame in frames])
+
+
+def test_features_are_the_projected_cls_token(directory: Path, frames: np.ndarray, tmp_path: Path) -> None:
+    encoder = ClipEncoder(str(directory))
+    model = save_clip(tmp_path)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
+    pixels = processor(images=[Image.fromarray(f) for f in frames], return_tensors="pt")["pixel_values"]
+    vision = model.vision_model
+    with torch.no_grad():
+        hidden = vision.encoder(vision.pre_layrnorm(vision.embeddings(pixels))).last_hidden_state
+        expected = model.visual_projection(vision.post_layernorm(hidden[:, 0]))
+    features = encoder.encode(cropped(encoder, frames))
+    assert features.shape == (5, encoder.channels) == (5, 16) and features.dtype == torch.float32
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
+    assert (features.norm(dim=-1) - 1).abs().min() > 1e-3, "not normalised"
+
+
+def test_a_tower_saved_alone_is_the_same_encoder(directory: Path, frames: np.ndarray, tmp_path: Path) -> None:
+    whole = ClipEncoder(str(directory))
+    CLIPVisionModelWithProjection.save_pretrained(whole.model, tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text((directory / "preprocessor_config.json").read_text())
+    alone = ClipEncoder(str(tmp_path))
+    assert alone.checksum == whole.checksum
+    assert torch.equal(alone.encode(cropped(alone, frames)), whole.encode(cropped(whole, frames)))
+
+
+def test_checksum_sees_weights_and_activation(directory: Path, tmp_path: Path) -> None:
+    checksum = ClipEncoder(str(directory)).checksum
+    save_clip(tmp_path)
+    assert ClipEncoder(str(tmp_path)).checksum == checksum
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = "gelu"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert ClipEncoder(str(tmp_path)).checksum != checksum
+    save_clip(tmp_path, seed=1)
+    assert ClipEncoder(str(tmp_path)).checksum != checksum
+
+
+def test_frozen(directory: Path) -> None:
+    model = ClipEncoder(str(directory)).model
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
+    """transformers would fill them with random numbers and go on."""
+    save_clip(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"no CLIP vision tower: it lacks visual_projection\.weight"):
+        ClipEncoder(str(tmp_path))
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    torch.save(save_clip(tmp_path).state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no CLIP in safetensors files"):
+        ClipEncoder(str(tmp_path))
+
+
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    save_clip(tmp_path)
+    LlamaConfig(hidden_size=32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds no CLIP"):
+        ClipEncoder(str(tmp_path))
+
+
+def test_pixels_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
+    save_clip(tmp_path)
+    CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"its model sees 32 pixels, but its preprocessor_config\.json crops 64"):
+        ClipEncoder(str(tmp_path))
+
+
+def test_no_such_folder_or_name(tmp_path: Path) -> None:
+    missing = str(tmp_path / "no/such/clip")
+    with pytest.raises(ValueError, match="is neither a folder nor a model") as caught:
+        ClipEncoder(missing)
+    assert str(caught.value).startswith(missing) and "\n" not in str(caught.value)
