@@ -57,10 +57,11 @@ def host_waits(case: Case, device: torch.device) -> str | None:
 def show(rows: list[Row]) -> None:
     print(rows[0].case)
     for row in rows:
-        if row.median_ms is None or row.roofline_share is None:
+        if row.median_ms is None:
             print(f"  {row.implementation:24} {row.problem}")
         else:
-            print(f"  {row.implementation:24} {row.median_ms:9.3f} ms  {row.roofline_share:6.1%} of the roofline")
+            share = "" if row.roofline_share is None else f"  {row.roofline_share:6.1%} of the roofline"
+            print(f"  {row.implementation:24} {row.median_ms:9.3f} ms{share}")
 
 
 def main(arguments: list[str] | None = None) -> int:

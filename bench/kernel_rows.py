@@ -14,7 +14,8 @@ from bench.measure import Roofline, Step, Timing, gate, interleaved
 class Row:
     """What a result file holds per case and implementation; times in milliseconds, None where `problem` says why.
 
-    roofline_share  the floor (measured GEMM rate and bandwidth of this device) over the median
+    roofline_share  the floor (measured GEMM rate and bandwidth of this device) over the median; None for bare
+                    GEMMs, which do not do all of the work
     """
 
     case: str
@@ -85,5 +86,5 @@ def _row(case: Case, name: str, problem: str | None, timing: Timing | None, roof
         low_ms=timing.low * 1e3,
         high_ms=timing.high * 1e3,
         peak_mb=None if timing.peak_bytes is None else timing.peak_bytes / 1e6,
-        roofline_share=roof.floor(*case.work) / timing.median,
+        roofline_share=None if name == BARE else roof.floor(*case.work) / timing.median,
     )

@@ -93,11 +93,12 @@ def markdown(environment: Mapping[str, str], rows: Sequence[Row]) -> str:
 
 
 def _line(row: Row) -> str:
-    if row.median_ms is None or row.low_ms is None or row.high_ms is None or row.roofline_share is None:
+    if row.median_ms is None or row.low_ms is None or row.high_ms is None:
         return f"| {row.implementation} | {row.problem} | | | |"
     peak = "" if row.peak_mb is None else f"{row.peak_mb:.0f}"
+    share = "" if row.roofline_share is None else f"{row.roofline_share:.0%}"
     spread = f"{row.low_ms:.3f} to {row.high_ms:.3f}"
-    return f"| {row.implementation} | {row.median_ms:.3f} | {spread} | {peak} | {row.roofline_share:.0%} |"
+    return f"| {row.implementation} | {row.median_ms:.3f} | {spread} | {peak} | {share} |"
 
 
 def plot(environment: Mapping[str, str], rows: Sequence[Row], path: Path) -> None:

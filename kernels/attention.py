@@ -60,23 +60,44 @@ def packed_attention(
     return _load(name)(q, k, v, cu_seqlens, max_seqlen, causal, scale)
 
 
-@lru_cache
+# Plain dictionaries: torch.compile reads them, where it cannot follow an import.
+_chosen: dict[tuple[str, torch.dtype], str] = {}
+_loaded: dict[str, Callable[..., Tensor]] = {}
+
+
 def choose_backend(device_type: str, dtype: torch.dtype) -> str:
-    """The first installed back end that serves half precision on CUDA; "sdpa" for everything else."""
-    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        for name in BACKENDS[:-1]:
-            try:
-                _load(name)
-            except ValueError:
-                continue
-            log.info("packed_attention uses %s", name)
-            return name
-        log.warning("packed_attention found no varlen kernel: each call copies the document boundaries to the host")
+    """The first installed back end that serves half precision on CUDA; "sdpa" for everything else.
+
+    The choice is made once. Call this before torch.compile, which cannot import.
+    """
+    name = _chosen.get((device_type, dtype))
+    if name is None:
+        name = _chosen[device_type, dtype] = _search(device_type, dtype)
+    return name
+
+
+def _search(device_type: str, dtype: torch.dtype) -> str:
+    if device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa"
+    for name in BACKENDS[:-1]:
+        try:
+            _load(name)
+        except ValueError:
+            continue
+        log.info("packed_attention uses %s", name)
+        return name
+    log.warning("packed_attention found no varlen kernel: each call copies the document boundaries to the host")
     return "sdpa"
 
 
-@lru_cache
 def _load(name: str) -> Callable[..., Tensor]:
+    function = _loaded.get(name)
+    if function is None:
+        function = _loaded[name] = _import(name)
+    return function
+
+
+def _import(name: str) -> Callable[..., Tensor]:
     loaders = {"flash_attn": _flash_attn, "xformers": _xformers, "varlen_attn": _varlen_attn}
     if name not in loaders:
         raise ValueError(f"packed_attention: unknown backend {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")

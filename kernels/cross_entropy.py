@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels.dispatch import uses_triton, with_unit_stride
 from kernels.reference import accumulator, reciprocal
-from kernels.trajectory import NAMESPACE, check_hidden, check_normalizer, validate_rows
+from kernels.trajectory import NAMESPACE, check_devices, check_hidden, check_normalizer, validate_rows
 
 
 def linear_cross_entropy(
@@ -107,6 +107,7 @@ def check_cross_entropy(
         raise ValueError(f"linear_cross_entropy: bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
     check_smoothing(label_smoothing)
     check_normalizer("linear_cross_entropy", normalizer)
+    check_devices("linear_cross_entropy", hidden, target_ids, rows, bias, normalizer)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", mutates_args=())
@@ -131,19 +132,20 @@ def cross_entropy_forward(
     if uses_triton(hidden):
         from kernels.gpu import cross_entropy as gpu
 
-        return gpu.forward(
-            hidden,
-            weight,
-            bias,
-            target_ids,
-            rows,
-            normalizer,
-            label_smoothing,
-            ignore_index,
-            need_hidden,
-            need_weight,
-            need_bias,
-        )
+        with torch.cuda.device_of(hidden):
+            return gpu.forward(
+                hidden,
+                weight,
+                bias,
+                target_ids,
+                rows,
+                normalizer,
+                label_smoothing,
+                ignore_index,
+                need_hidden,
+                need_weight,
+                need_bias,
+            )
     dtype = accumulator(hidden.dtype)
     vocabulary, depth = weight.shape
     supervised = target_ids != ignore_index
@@ -224,7 +226,8 @@ def scatter_rows(source: Tensor, rows: Tensor | None, coefficient: Tensor, count
     if uses_triton(source):
         from kernels.gpu import cross_entropy as gpu
 
-        return gpu.scatter_rows(source, rows, coefficient, count)
+        with torch.cuda.device_of(source):
+            return gpu.scatter_rows(source, rows, coefficient, count)
     # In the accumulator dtype: 1 / normalizer is far below float16's smallest normal number.
     scaled = (source.to(coefficient.dtype) * coefficient).to(source.dtype)
     return scaled if rows is None else source.new_zeros(count, source.shape[1]).index_add_(0, rows, scaled)

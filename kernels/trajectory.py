@@ -89,6 +89,7 @@ def check_trajectory(
     if absent not in ("skip", "regress"):
         raise ValueError(f"trajectory_l1: absent must be 'skip' or 'regress', not {absent!r}")
     check_normalizer("trajectory_l1", normalizer)
+    check_devices("trajectory_l1", hidden, bias, targets, rows, normalizer)
 
 
 def check_hidden(op: str, hidden: Tensor, weight: Tensor) -> None:
@@ -105,6 +106,13 @@ def check_normalizer(op: str, normalizer: Tensor | None) -> None:
         raise ValueError(f"{op}: normalizer must be a 0-dim floating tensor, not {tuple(normalizer.shape)}")
 
 
+def check_devices(op: str, hidden: Tensor, *others: Tensor | None) -> None:
+    """Raise ValueError unless every tensor is where hidden is: moving one here would make the host wait."""
+    for other in others:
+        if other is not None and other.device != hidden.device:
+            raise ValueError(f"{op}: hidden is on {hidden.device}, another input on {other.device}")
+
+
 @torch.library.custom_op(f"{NAMESPACE}::trajectory_l1", mutates_args=())
 def trajectory_forward(
     hidden: Tensor,
@@ -119,7 +127,8 @@ def trajectory_forward(
     if uses_triton(hidden):
         from kernels.gpu import trajectory as gpu
 
-        return gpu.forward(hidden, weight, bias, targets, rows, normalizer, skip_absent)
+        with torch.cuda.device_of(hidden):
+            return gpu.forward(hidden, weight, bias, targets, rows, normalizer, skip_absent)
     validate_rows("trajectory_l1", rows, hidden.shape[0])
     dtype = accumulator(hidden.dtype)
     flat = targets.reshape(rows.numel(), weight.shape[0]).to(dtype).contiguous()
@@ -216,7 +225,8 @@ def write_trajectory_grad(
     if uses_triton(grad_hidden):
         from kernels.gpu import trajectory as gpu
 
-        gpu.write_grad_hidden(grad_hidden, coefficient, weight, sign, rows, accumulate)
+        with torch.cuda.device_of(grad_hidden):
+            gpu.write_grad_hidden(grad_hidden, coefficient, weight, sign, rows, accumulate)
         return
     native = cpp(grad_hidden)
     if native is not None:
@@ -247,7 +257,8 @@ def trajectory_parameter_grads(
     if need_weight and uses_triton(hidden):
         from kernels.gpu import trajectory as gpu
 
-        grad_weight = gpu.grad_weight(coefficient, hidden, weight, sign, rows)
+        with torch.cuda.device_of(hidden):
+            grad_weight = gpu.grad_weight(coefficient, hidden, weight, sign, rows)
     elif need_weight and (native := cpp(hidden)) is not None:
         grad_weight = native.trajectory_grad_weight(coefficient, hidden, sign, rows).to(weight.dtype)
     elif need_weight:

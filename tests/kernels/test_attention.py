@@ -86,7 +86,7 @@ def test_refusals():
 
 
 def test_a_backend_that_is_not_installed_is_named(monkeypatch):
-    attention._load.cache_clear()
+    monkeypatch.setattr(attention, "_loaded", {})
     monkeypatch.setitem(sys.modules, "xformers.ops.fmha", None)
     with pytest.raises(ValueError, match="'xformers' is not usable here"):
         packed_attention(*make([3]), backend="xformers")
@@ -157,11 +157,10 @@ def test_adapters_speak_each_backends_dialect(which, causal, monkeypatch):
         stand_in = ModuleType("varlen")
         stand_in.varlen_attn = (old_varlen if which.endswith("old") else new_varlen)(recorded)
         monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", stand_in)
-    attention._load.cache_clear()
+    monkeypatch.setattr(attention, "_loaded", {})
     inputs = make([9, 14, 3], key_heads=2)
     ours = results(*inputs, backend=which.split(",")[0], causal=causal, scale=0.3)
     plain = results(*inputs, function=reference.packed_attention, causal=causal, scale=0.3)
-    attention._load.cache_clear()
     for a, b in zip(ours, plain):
         torch.testing.assert_close(a, b)
     assert recorded.get("causal", causal) == causal
@@ -170,3 +169,25 @@ def test_adapters_speak_each_backends_dialect(which, causal, monkeypatch):
 def test_the_cpu_always_has_a_backend():
     assert attention.choose_backend("cpu", torch.float32) == "sdpa"
     assert attention.choose_backend("cuda", torch.float32) == "sdpa"
+
+
+def test_a_loaded_backend_compiles_without_a_break(monkeypatch):
+    def attend(q, k, v, cu_seqlens, max_seqlen, causal, scale):
+        return q * scale + v * max_seqlen
+
+    monkeypatch.setattr(attention, "_loaded", {"varlen_attn": attend})
+    monkeypatch.setattr(attention, "_chosen", {("cpu", torch.float32): "varlen_attn"})
+    inputs = make([9, 14, 3])
+    compiled = torch.compile(packed_attention, fullgraph=True, backend="aot_eager")
+    assert_bitwise(results(*inputs), results(*inputs, function=compiled))
+
+
+def test_cuda_takes_the_first_backend_that_imports(monkeypatch, caplog):
+    monkeypatch.setattr(attention, "_chosen", {})
+    monkeypatch.setattr(attention, "_loaded", {"xformers": reference.packed_attention})
+    for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with caplog.at_level("INFO"):
+        assert attention.choose_backend("cuda", torch.bfloat16) == "xformers"
+        assert attention.choose_backend("cuda", torch.bfloat16) == "xformers"
+    assert caplog.messages == ["packed_attention uses xformers"]

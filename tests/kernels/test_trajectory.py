@@ -202,6 +202,8 @@ def test_options_that_do_not_exist():
         FusedTrajectoryL1Loss("drop")
     with pytest.raises(ValueError, match="normalizer"):
         loss_of(make_heads(), normalizer=torch.ones(1))()
+    with pytest.raises(ValueError, match="hidden is on cpu, another input on meta"):
+        loss_of(make_heads(), normalizer=torch.ones((), device="meta"))()
 
 
 def test_module_is_the_function():
