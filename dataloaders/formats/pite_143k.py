@@ -33,7 +33,7 @@ from dataloaders.prompts import time_to_index
 from dataloaders.records import Media, Mention, RecordError, Sample, Turn
 from dataloaders.tracks import TrackError, place_tracks, validate_tracks
 
-_MARK = re.compile(r"\A(?:\s|</?s>)+|(?:\s|</?s>)+\Z|</?s>|<[se]\d+>")
+_MARK = re.compile(r"\A(?:\s|</?s>)+|(?:\s|</?s>)+\Z|</?s>|(?P<time><[se]\d+>)")
 
 
 def pite_media(record: Record, where: Place, folder: Path) -> Media:
@@ -111,14 +111,13 @@ class _Marked:
         self._edits: list[tuple[int, int]] = []  # (end in the written text, growth up to there)
         parts, end, growth = [], 0, 0
         for match in _MARK.finditer(written):
-            mark = match[0]
-            is_time = mark[1:2] in "se" and mark[-2:-1].isdigit()
-            if is_time and mark not in indices:
+            mark = match["time"]
+            if mark and mark not in indices:
                 raise RecordError(f"{where}: mark {mark} has no time in 'meta.token'")
-            replacement = indices[mark] if is_time else ""
+            replacement = indices[mark] if mark else ""
             parts += [written[end : match.start()], replacement]
             end = match.end()
-            growth += len(replacement) - len(mark)
+            growth += len(replacement) - len(match[0])
             self._edits.append((end, growth))
         self.text = "".join(parts) + written[end:]
         if not self.text:
