@@ -173,7 +173,7 @@ def test_the_cpu_always_has_a_backend():
 
 def test_a_loaded_backend_compiles_without_a_break(monkeypatch):
     def attend(q, k, v, cu_seqlens, max_seqlen, causal, scale):
-        return q * scale + v * max_seqlen
+        return q * scale + k + v * max_seqlen
 
     monkeypatch.setattr(attention, "_loaded", {"varlen_attn": attend})
     monkeypatch.setattr(attention, "_chosen", {("cpu", torch.float32): "varlen_attn"})

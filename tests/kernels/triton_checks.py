@@ -8,7 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import reference
+import kernels.cross_entropy
+import kernels.trajectory
+from kernels import reference, two_head_loss
 from kernels.gpu import cross_entropy, shared, trajectory
 from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads
 
@@ -197,3 +199,22 @@ def test_zero_rows_leaves_the_others():
 def test_row_splits_fill_whole_waves():
     assert trajectory.row_splits(160, 16384, 132) in range(2, 9)
     assert trajectory.row_splits(160, 100, 132) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [{}, {"count": 0}, {"supervised": 0}, {"count": 60, "supervised": 60}])
+def test_two_heads_through_the_public_function(dtype, shape, monkeypatch):
+    """The whole road, autograd and all; off the GPU the dispatcher is told that Triton serves the CPU too."""
+    for module in (kernels.trajectory, kernels.cross_entropy):
+        monkeypatch.setattr(module, "uses_triton", lambda tensor: tensor.dtype != torch.float64)
+    heads = make_heads(dtype, device=DEVICE, **shape)
+
+    def loss(h: Heads, function=reference.two_head_loss):
+        inputs = (h.hidden, h.lm_weight, h.target_ids, h.target_rows, h.weight, h.bias, h.targets, h.rows)
+        value, _, _ = function(*inputs, label_smoothing=0.1, weight=2.0, normalizers=(None, None))
+        return value, h.learned
+
+    ours = expected(heads, lambda h: loss(h, two_head_loss))
+    plain, truth = (expected(heads.to(d), loss) for d in (dtype, torch.float64))
+    assert_as_accurate(ours, plain, truth)
+    assert_bitwise(ours, expected(heads, lambda h: loss(h, two_head_loss)))
