@@ -1,8 +1,8 @@
-"""Train a tiny CLIP on the synthetic world, so that a demo starts from features that see what is where.
+"""Train a tiny CLIP image encoder on the synthetic world, so that a demo starts from features that see what is where.
 
-A contrastive loss alone is satisfied by *what* is in the picture. Batches are therefore made of groups of scenes with
-the same things in other places: only position tells them apart (hard negatives), and a linear map of the image
-embedding then yields coordinates, which is what PiTe's adapter and heads need.
+A contrastive loss against captions would be CLIP's own way; in the minute that there is, it learns what is in a picture
+and hardly where. The embedding is therefore taught by a linear read-out, thrown away afterwards: for each colour
+whether it is there, in which place and which shape. What a linear map can read, PiTe's adapter can pass on.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dataloaders.synthetic.render import draw
 from dataloaders.synthetic.scene import COLOURS, SHAPES, Scene, sample_still, sample_things
 
 SIZE = 64
-GRID = 8
-GROUP, GROUPS = 4, 32
+BATCH = 128
+LEARNING_RATE = 1e-3
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_PAD, _BOS, _EOS = 0, 1, 3
-_WORDS = (*COLOURS, *SHAPES, *(f"x{i}" for i in range(GRID)), *(f"y{i}" for i in range(GRID)))
-_WORD_IDS = {word: i + 4 for i, word in enumerate(_WORDS)}
-_CAPTION_LENGTH = 2 + 3 * 4
+_COLOUR_IDS, _SHAPE_IDS = ({name: i for i, name in enumerate(names)} for names in (COLOURS, SHAPES))
 
 PREPROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
@@ -49,67 +47,73 @@ def pixel_values(images: np.ndarray) -> Tensor:
     return (scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def caption_ids(scene: Scene) -> list[int]:
-    """A caption on a grid, "red circle x3 y5 blue ...", as token ids padded to one length, things in order of colour."""
-    ids = [_BOS]
-    for thing in sorted(scene.things, key=lambda thing: thing.colour):
-        x, y = np.minimum(thing.path[0] * GRID, GRID - 1).astype(int)
-        ids += [_WORD_IDS[word] for word in (thing.colour, thing.shape, f"x{x}", f"y{y}")]
-    return ids + [_EOS] + [_PAD] * (_CAPTION_LENGTH - 1 - len(ids))
+def pixels(scenes: list[Scene]) -> Tensor:
+    """Draw stills; (n, 3, S, S) float32."""
+    return pixel_values(np.concatenate([draw(scene, SIZE) for scene in scenes]))
 
 
-def build() -> CLIPModel:
-    """The untrained model; its weights follow torch's global seed."""
-    # transformers reads the projection's width from a tower's own settings when it loads that tower alone.
-    tower = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-    tower |= {"projection_dim": 64}
-    text = tower | {"num_hidden_layers": 1, "max_position_embeddings": _CAPTION_LENGTH, "vocab_size": len(_WORDS) + 4}
-    text |= {"pad_token_id": _PAD, "bos_token_id": _BOS, "eos_token_id": _EOS}
-    vision = tower | {"image_size": SIZE, "patch_size": 16}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+def contents(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
+    """What stills hold, by colour: there or not (n, 6) float, centre (n, 6, 2), shape (n, 6) int64."""
+    shape = len(scenes), len(COLOURS)
+    present, centre, form = np.zeros(shape, np.float32), np.zeros((*shape, 2), np.float32), np.zeros(shape, np.int64)
+    for i, scene in enumerate(scenes):
+        for thing in scene.things:
+            at = i, _COLOUR_IDS[thing.colour]
+            present[at], centre[at], form[at] = 1, thing.path[0], _SHAPE_IDS[thing.shape]
+    return torch.from_numpy(present), torch.from_numpy(centre), torch.from_numpy(form)
+
+
+def build() -> CLIPVisionModelWithProjection:
+    """The untrained encoder; its weights follow torch's global seed."""
+    model = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=SIZE,
+            patch_size=16,
+            projection_dim=64,
+        )
+    )
     # At the usual scale (0.02) the patches' places drown in their contents, and position is never found.
-    torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.5)
+    nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.5)
     return model
 
 
-def _batch(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    scenes = [sample_still(rng, things) for things in (sample_things(rng) for _ in range(GROUPS)) for _ in range(GROUP)]
-    images = np.concatenate([draw(scene, SIZE) for scene in scenes])
-    return pixel_values(images), torch.tensor([caption_ids(scene) for scene in scenes])
+def readout_loss(read: Tensor, present: Tensor, centre: Tensor, form: Tensor) -> Tensor:
+    """Loss of a read-out (n, 6, 3 + 3): presence, centre and shape of each colour, the latter two where it is there."""
+    there = present.bool()
+    where, which = read[there][:, 1:3] + 0.5, read[there][:, 3:]
+    presence = F.binary_cross_entropy_with_logits(read[..., 0], present)
+    return presence + 5 * F.smooth_l1_loss(where, centre[there], beta=0.05) + 0.3 * F.cross_entropy(which, form[there])
 
 
-def _contrastive(model: CLIPModel, images: Tensor, captions: Tensor) -> Tensor:
-    """CLIP's symmetric loss, where equal captions (empty scenes) count as equally right."""
-    scores = model(input_ids=captions, attention_mask=(captions != _PAD).long(), pixel_values=images).logits_per_image
-    same = (captions[:, None] == captions[None]).all(-1).float()
-    target = same / same.sum(1, keepdim=True)
-    entropy = torch.nn.functional.cross_entropy
-    return (entropy(scores, target) + entropy(scores.T, target)) / 2
-
-
-def train(steps: int, seed: int, report: int = 200) -> CLIPModel:
+def train(steps: int, seed: int) -> CLIPVisionModelWithProjection:
     """Train for a fixed number of steps; on one thread the same seed gives the same weights."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 10])
     model = build().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=min(0.1, 50 / steps))
+    readout = nn.Linear(model.config.projection_dim, len(COLOURS) * (3 + len(SHAPES)))
+    parameters = [*model.parameters(), *readout.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        loss = _contrastive(model, *_batch(rng))
+        scenes = [sample_still(rng, sample_things(rng)) for _ in range(BATCH)]
+        read = readout(model(pixel_values=pixels(scenes)).image_embeds).unflatten(1, (len(COLOURS), -1))
+        loss = readout_loss(read, *contents(scenes))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=4.6)
-        if step % report == 0 or step == steps - 1:
-            print(f"clip step {step + 1}/{steps}: contrastive loss {loss.item():.3f}", flush=True)
+        if step % 100 == 0 or step == steps - 1:
+            print(f"clip step {step + 1}/{steps}: loss {loss.item():.3f}", flush=True)
     return model.eval()
 
 
 @torch.no_grad()
-def probe(model: CLIPModel, seed: int = 0, count: int = 900) -> tuple[float, float]:
+def probe(model: CLIPVisionModelWithProjection, seed: int = 0, count: int = 900) -> tuple[float, float]:
     """R2 of a linear map from image embeddings to the red thing's centre: alone, and among two others.
 
     Fitted on two thirds of `count` fresh stills, measured on the rest; 0 is what a constant reaches.
@@ -121,11 +125,9 @@ def probe(model: CLIPModel, seed: int = 0, count: int = 900) -> tuple[float, flo
         for _ in range(count):
             colours = rng.choice([c for c in COLOURS if c != "red"], others, replace=False)
             scenes.append(sample_still(rng, [(str(c), str(rng.choice(SHAPES))) for c in ("red", *colours)]))
-        images = np.concatenate([draw(scene, SIZE) for scene in scenes])
-        features = model.get_image_features(pixel_values=pixel_values(images))
-        features = getattr(features, "pooler_output", features).double()
+        features = model(pixel_values=pixels(scenes)).image_embeds.double()
         x = torch.cat((features, torch.ones(count, 1, dtype=torch.double)), 1)
-        y = torch.tensor(np.stack([scene.things[0].path[0] for scene in scenes]))
+        y = contents(scenes)[1][:, _COLOUR_IDS["red"]].double()
         split = count * 2 // 3
         fit = torch.linalg.lstsq(x[:split], y[:split]).solution
         error = (x[split:] @ fit - y[split:]).square().sum()
@@ -133,7 +135,7 @@ def probe(model: CLIPModel, seed: int = 0, count: int = 900) -> tuple[float, flo
     return scores[0], scores[1]
 
 
-def save(model: CLIPModel, directory: Path) -> None:
-    """Write the model and its preprocessor's settings as `CLIPVisionModelWithProjection` and friends read them."""
+def save(model: CLIPVisionModelWithProjection, directory: Path) -> None:
+    """Write the encoder and its preprocessor's settings as transformers reads them."""
     model.save_pretrained(directory)
     (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1))

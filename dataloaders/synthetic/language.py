@@ -122,14 +122,12 @@ def instruct_record(name: str, scene: Scene, rng: np.random.Generator) -> Record
 
 
 def narrative_record(name: str, scene: Scene, rng: np.random.Generator) -> Record:
-    """One line of Localized Narratives: a still told aloud, word by word, while a mouse circles what is spoken of."""
+    """One line of Localized Narratives: a still told aloud from left to right, a mouse circling what is spoken of."""
     words: list[str] = []
     traces = []
-    for i in rng.permutation(len(scene.things)):
-        thing = scene.things[i]
+    for thing in sorted(scene.things, key=lambda thing: float(thing.path[0, 0])):
         x, y = thing.path[0]
-        intro = "In this image there is" if not words else "There is also"
-        told = f"{intro} {thing.phrase} {place(x, y)}.".split()
+        told = f"{_capital(thing.phrase)} is {place(x, y)}.".split()
         begin, end = len(words) * _WORD_SECONDS, (len(words) + len(told)) * _WORD_SECONDS
         words += told
         clock = np.arange(begin, end, 0.1)

@@ -173,5 +173,5 @@ def sample_still(rng: np.random.Generator, things: list[tuple[str, str]] | None 
 
 
 def sample_things(rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Up to three (colour, shape) pairs of distinct colours; none at all in one case of four."""
-    return _distinct(rng, int(rng.integers(0, 4)))
+    """Up to three (colour, shape) pairs of distinct colours; none at all in one case of ten."""
+    return _distinct(rng, int(rng.choice(4, p=[0.1, 0.25, 0.3, 0.35])))

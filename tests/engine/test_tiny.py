@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -20,7 +21,7 @@ from transformers import (
 from dataloaders.prompts import SYSTEM
 from dataloaders.synthetic.scene import COLOURS, DIRECTIONS, SHAPES, Scene, Thing, sample_still
 from engine.tiny import TinyConfig, main, make_tiny
-from engine.tiny_clip import PREPROCESSOR, SIZE, caption_ids, pixel_values
+from engine.tiny_clip import PREPROCESSOR, SIZE, contents, pixel_values, readout_loss
 from engine.tiny_tokenizer import build_tokenizer
 from engine.tiny_vicuna import dialogue_ids, frame_log, sample_dialogue
 
@@ -133,8 +134,15 @@ def test_a_log_has_one_word_per_frame_and_names_only_what_is_there():
     assert set(words[10:20]) <= {"red", "circle", "middle"}
 
 
-def test_captions_tell_places_apart():
-    rng = np.random.default_rng(0)
-    captions = [caption_ids(sample_still(rng, [("red", "circle"), ("blue", "square")])) for _ in range(8)]
-    assert len({tuple(caption) for caption in captions}) > 1
-    assert len({len(caption) for caption in captions}) == 1
+def test_the_read_out_is_taught_what_a_still_holds():
+    still = sample_still(np.random.default_rng(0), [("red", "circle"), ("cyan", "triangle")])
+    present, centre, form = contents([still, sample_still(np.random.default_rng(0), [])])
+    assert present.tolist() == [[1, 0, 0, 0, 0, 1], [0] * 6]
+    assert centre[0, [0, 5]].numpy() == pytest.approx(np.stack([thing.path[0] for thing in still.things]))
+    assert form[0, [0, 5]].tolist() == [0, 2]
+    right = torch.cat((20 * (2 * present - 1)[..., None], centre - 0.5, 20 * F.one_hot(form, 3)), -1)
+    assert readout_loss(right, present, centre, form) < 1e-3
+    for column in (0, 1, 5):
+        wrong = right.clone()
+        wrong[0, 5, column] *= -1
+        assert readout_loss(wrong, present, centre, form) > 0.02
