@@ -123,18 +123,20 @@ def forward(
         centre = (head.mean(0, dtype=torch.float32) * -label_smoothing).to(hidden.dtype)
     logits = hidden.new_empty((min(_CHUNK, count), vocabulary))
     for start in range(0, count, _CHUNK):
-        part = slice(start, min(start + _CHUNK, count))
-        size = part.stop - start
-        x = hidden[part] if rows is None else hidden.index_select(0, _clamped(rows[part], hidden.shape[0]))
-        out = logits[:size]
+        size = min(_CHUNK, count - start)
+        ids, out = target_ids.narrow(0, start, size), logits.narrow(0, 0, size)
+        if rows is None:
+            x = hidden.narrow(0, start, size)
+        else:
+            x = hidden.index_select(0, _clamped(rows.narrow(0, start, size), hidden.shape[0]))
         if head_bias is None:
             torch.mm(x, head.t(), out=out)
         else:
             torch.addmm(head_bias, x, head.t(), out=out)
         softmax_kernel[(size,)](
             out,
-            target_ids[part],
-            partial[:, start:],
+            ids,
+            partial.narrow(1, start, size),
             count,
             vocabulary,
             label_smoothing,
@@ -145,22 +147,23 @@ def forward(
             **FUSION,
         )
         if need_hidden:
+            dx = grad_hidden.narrow(0, start, size)
             if centre is None:
-                torch.mm(out, head, out=grad_hidden[part])
+                torch.mm(out, head, out=dx)
             else:
-                torch.addmm(centre, out, head, out=grad_hidden[part])
-                zero_rows(grad_hidden[part], target_ids[part], ignore_index)
+                torch.addmm(centre, out, head, out=dx)
+                zero_rows(dx, ids, ignore_index)
         if need_weight or need_bias:
-            counted = partial[1, part]
+            counted = partial.select(0, 1).narrow(0, start, size)
             if need_weight:
                 add_product(grad_weight, out, x)
                 if label_smoothing:
                     # counted' X in float32: the smoothing's share of dW, the same for every token.
-                    grad_weight -= label_smoothing / vocabulary * (counted[:, None] * x).sum(0)
+                    grad_weight -= label_smoothing / vocabulary * (counted.unsqueeze(1) * x).sum(0)
             if need_bias:
                 grad_bias += out.sum(0, dtype=torch.float32) - label_smoothing / vocabulary * counted.sum()
     if rows is not None:
-        partial[2] += ((rows < 0) | (rows >= hidden.shape[0])).float()
+        partial.select(0, 2).add_(((rows < 0) | (rows >= hidden.shape[0])).float())
     loss, scale = finish_loss(partial, normalizer, _REFUSAL)
     return loss, scale, grad_hidden, grad_weight, grad_bias
 

@@ -1,0 +1,92 @@
+"""The CUDA code never looks at a value: it runs on fake CUDA tensors, which have none to look at.
+
+Triton launches are recorded instead of made. The custom ops around this code would answer fake tensors themselves, so it
+is called directly. On a GPU, `bench.gpu` repeats the proof with torch's own sync detector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from kernels.gpu import cross_entropy, shared, trajectory
+from tests.kernels.helpers import Heads, make_heads
+
+VALUES = (DataDependentOutputException, DynamicOutputShapeException, RuntimeError)
+
+
+class Recorder:
+    """Stands for a Triton kernel: kernel[grid](...) is counted."""
+
+    def __init__(self, name: str, launches: list[str]) -> None:
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid):
+        assert all(isinstance(n, int) for n in grid)
+        return lambda *arguments, **options: self.launches.append(self.name)
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    made: list[str] = []
+    for module in (shared, trajectory, cross_entropy):
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(name, made))
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132, raising=False)
+    # Fake tensors cannot run addmm into a given output where torch is built without CUDA.
+    monkeypatch.setattr(torch, "addmm", lambda *arguments, out, **options: out)
+    return made
+
+
+@pytest.fixture
+def heads():
+    real = make_heads(torch.bfloat16, tokens=5000, count=900, supervised=4500)
+    inputs = {n: getattr(real, n).detach() for n in Heads.__dataclass_fields__}
+    with FakeTensorMode() as mode:
+        yield replace(real, **{n: torch.empty_like(mode.from_tensor(t), device="cuda") for n, t in inputs.items()})
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_trajectory(heads, launches, accumulate):
+    loss, sign, scale = trajectory.forward(
+        heads.hidden, heads.weight, heads.bias, heads.targets, heads.rows, None, True
+    )
+    gradient = torch.empty_like(heads.hidden)
+    trajectory.write_grad_hidden(gradient, scale, heads.weight, sign, heads.rows, accumulate)
+    trajectory.grad_weight(scale, heads.hidden, heads.weight, sign, heads.rows)
+    assert loss.shape == () and sign.dtype == torch.int8
+    forward = ["forward_kernel", "finish_loss_kernel", "link_kernel"]
+    backward = ["grad_hidden_kernel", "grad_weight_kernel", "sum_partials_kernel"]
+    assert launches == forward + ([] if accumulate else ["zero_rows_kernel"]) + backward
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_cross_entropy(heads, launches, frozen):
+    _, scale, dx, dw, _ = cross_entropy.forward(
+        heads.hidden,
+        heads.lm_weight,
+        None,
+        heads.target_ids,
+        heads.target_rows,
+        torch.empty((), device="cuda"),
+        0.1,
+        -100,
+        True,
+        not frozen,
+        False,
+    )
+    assert dw.numel() == (0 if frozen else heads.lm_weight.numel())
+    assert cross_entropy.scatter_rows(dx, heads.target_rows, scale, 5000).shape == (5000, 32)
+    chunk = ["softmax_kernel", "zero_rows_kernel"]
+    assert launches == [*chunk * 3, "finish_loss_kernel", "scatter_kernel"], "4,500 rows are three chunks"
+
+
+def test_looking_at_a_value_would_be_seen(heads):
+    for look in (lambda t: t.item(), lambda t: t.nonzero(), lambda t: bool(t > 0), lambda t: t.tolist()):
+        with pytest.raises(VALUES):
+            look(heads.hidden.sum())
