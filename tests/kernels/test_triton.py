@@ -16,7 +16,18 @@ CHECKS = Path(__file__).with_name("triton_checks.py")
 def test_triton_kernels():
     pytest.importorskip("triton", reason="Triton has no build for this platform")
     environment = dict(os.environ) if torch.cuda.is_available() else os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(CHECKS)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(CHECKS),
+    ]
     root = CHECKS.parents[2]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
