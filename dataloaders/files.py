@@ -54,8 +54,13 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
             sync(file)
         sync(beside)
         if path.exists():
-            shutil.rmtree(path)
-        beside.rename(path)
+            old = path.with_name(f".{path.name}.old.tmp")
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+            beside.rename(path)
+            shutil.rmtree(old)
+        else:
+            beside.rename(path)
         sync(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -195,15 +196,17 @@ def report(config: TrainConfig) -> str:
 
 
 def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
-    """The model's shape without its weights: a local language model's, else the preset's."""
+    """The model's shape: a local language model's, or the preset's where there is none on disk."""
     from engine.build import model_config
 
-    try:
-        return model_config(checkpoint.resolve(config.llm or "."), config.store, config.num_points), str(config.llm)
-    except ValueError:
-        if config.model == "tiny":
-            raise
-        return PiTeConfig.preset(config.model), f"shape of {LANGUAGE_MODELS[config.model]}"
+    llm = Path(config.llm or "").expanduser()
+    if config.llm and llm.is_dir():
+        if (config.store / "videos").is_dir():
+            return model_config(llm, config.store, config.num_points), str(llm)
+        return PiTeConfig.load(llm, num_points=config.num_points), str(llm)
+    if config.model == "tiny":
+        raise ValueError(f"{config.llm} is no directory: the miniature's shape is not known without it")
+    return PiTeConfig.preset(config.model), f"shape of {LANGUAGE_MODELS[config.model]}"
 
 
 def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpus:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +25,23 @@ def model_config(llm: Path, store: Path, num_points: int) -> PiTeConfig:
     )
 
 
-def merged_stages(stage: Stage, start: Path | None) -> list[str]:
+def merged_stages(stage: Stage, start: Path | None, same: Mapping[str, object]) -> list[str]:
     """Directories whose LoRA is merged when a stage starts from `start` (an earlier stage's output), in order.
 
-    Raises ValueError when `start` is no stage's output.
+    same  what both must be made of, such as the language model's checksum
+    Raises ValueError when `start` is no stage's output, or was made of something else.
     """
     if start is None:
         return []
     if not (start / checkpoint.LINEAGE).exists():
         raise ValueError(f"stage {stage} starts from an earlier stage's output and {start} is none: train that first")
-    return [entry["path"] for entry in checkpoint.read_lineage(start)["merged"]] + [str(start.resolve())]
+    lineage = checkpoint.read_lineage(start)
+    for name, value in same.items():
+        if lineage["made_of"][name] != value:
+            raise ValueError(
+                f"stage {stage} cannot start from {start}: its {name} was {lineage['made_of'][name]} and is {value} now"
+            )
+    return [entry["path"] for entry in lineage["merged"]] + [str(start.resolve())]
 
 
 def build_model(
@@ -77,6 +86,7 @@ def standardize_adapter(model: PiTe, store: FeatureStore, seed: int) -> None:
     adapter.bias.copy_(-(weight @ mean))
 
 
+@cache
 def language_model_checksum(directory: Path) -> str:
     """SHA-256 of a model directory's weight files, shortened, in order of their names."""
     files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))

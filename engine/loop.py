@@ -43,7 +43,7 @@ def make_optimizer(model: PiTe, recipe: Recipe) -> torch.optim.AdamW:
 
 @dataclass(frozen=True)
 class _Pending:
-    """Numbers of a step that the device may still be computing: [loss, ce, l1, gradient norm, bad]."""
+    """Numbers of a step that the device may still be computing: [loss, ce, l1, ranks asked to stop, norm, bad]."""
 
     step: int
     numbers: Tensor
@@ -76,14 +76,17 @@ def train(
     stop: int,
     total: int,
     absent: Absent,
-    after_step: Callable[[int, Callable[[], None]], bool],
+    interrupted: Callable[[], bool],
+    after_step: Callable[[int, Callable[[], None], bool], bool],
     blame: Callable[[int], list[str]],
     efficiency: Callable[[int, float], dict[str, float]],
 ) -> int:
     """Run optimizer steps `start` .. `stop`; returns the number of steps done.
 
     total       steps of the whole learning-rate schedule
-    after_step  called with the steps done and a function that waits for their numbers; True ends the run early
+    interrupted  whether this rank was asked to stop; the ranks agree on it with the step's other numbers
+    after_step  called with the steps done, a function that waits for their numbers, and whether any rank was asked to
+                stop; True ends the run early
     blame       names the samples of a step whose loss or gradient is not finite
     efficiency  further numbers from a step's tokens and seconds
     Raises NonFiniteError.
@@ -93,16 +96,18 @@ def train(
     bad = torch.zeros((), device=device)
     optimizer.found_inf = bad  # type: ignore[attr-defined]
     pending: _Pending | None = None
+    stopping = False
     clock = time.perf_counter()
 
     def finish() -> None:
-        nonlocal pending, clock
+        nonlocal pending, clock, stopping
         if pending is None:
             return
         done, pending = pending, None
         if done.ready is not None:
             done.ready.synchronize()
-        loss, ce, l1, norm, failed = done.numbers.tolist()
+        loss, ce, l1, asked, norm, failed = done.numbers.tolist()
+        stopping = asked > 0
         if failed:
             names = blame(done.step)
             raise NonFiniteError(
@@ -128,18 +133,19 @@ def train(
         )
 
     for step in range(start, stop):
-        asked = time.perf_counter()
+        before = time.perf_counter()
         current = next(batches)
-        data_wait = time.perf_counter() - asked
+        data_wait = time.perf_counter() - before
         rate = learning_rate(step, total, recipe)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        sums = torch.zeros(3, device=device)
+        sums = torch.zeros(4, device=device)
+        sums[3] = float(interrupted())
         for batch in current.micro_batches:
             losses = compute_losses(model, batch.to(device), recipe, absent)
             losses.total.backward()
-            sums += torch.stack([losses.total.detach(), losses.ce, losses.l1]).float()
+            sums[:3] += torch.stack([losses.total.detach(), losses.ce, losses.l1]).float()
         world.sum_gradients(parameters, sums)
         norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
         bad.copy_(torch.maximum(bad, (~torch.isfinite(norm + sums[0])).float()))
@@ -157,7 +163,7 @@ def train(
         pending = _Pending(step, numbers, ready, current.tokens, rate, data_wait)
         if device.type == "cpu":
             finish()
-        if after_step(step + 1, finish):
+        if after_step(step + 1, finish, stopping):
             finish()
             return step + 1
     finish()

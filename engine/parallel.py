@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,14 @@ class World:
             assert parameter.grad is not None
             parameter.grad.copy_(flat[offset : offset + parameter.numel()].view_as(parameter))
             offset += parameter.numel()
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; for work that is long and the same everywhere."""
+        if self.size == 1:
+            return make()
+        shared = [make() if self.is_main else None]
+        dist.broadcast_object_list(shared, src=0)
+        return cast(T, shared[0])
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -63,7 +63,7 @@ class TrainConfig:
     epochs: int | None = None
     """passes over the data"""
     max_steps: int | None = None
-    """stop after this many optimizer steps; the learning rate still follows the whole schedule"""
+    """stop after this many optimizer steps of a stage, to be continued; the schedule is that of the whole stage"""
     global_batch: int | None = None
     """samples per optimizer step, over all devices"""
     learning_rate: float | None = None
@@ -140,31 +140,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
-    """Train one stage to its end; False when it was asked to stop early and can be continued."""
+    """Train one stage to its end; False when it stopped before and can be continued."""
     directory = config.output / f"stage{stage}"
     final = directory / "final"
     recipe = config.recipe(stage)
-    llm = checkpoint.resolve(config.llm or LANGUAGE_MODELS[config.model])
-    tokenizer = AutoTokenizer.from_pretrained(str(llm))
-    store = FeatureStore(config.store / ("images" if stage == 1 else "videos"))
+    llm_name = config.llm or LANGUAGE_MODELS[config.model]
+    llm = checkpoint.resolve(llm_name)
     pite_config = model_config(llm, config.store, config.num_points)
-    dataset = StageDataset(
-        config.data,
-        stage,
-        tokenizer,
-        num_frames=pite_config.num_frames if stage > 1 else 1,
-        num_points=pite_config.num_points if stage > 1 else 1,
-        max_length=config.max_length,
-        available=store,
-    )
-    start = config.init or (None if stage == 1 else config.output / f"stage{stage - 1}" / "final")
-    merged = merged_stages(stage, start)
     dtype = config.torch_dtype(world.device)
-    fingerprint = {
-        "data": dataset.fingerprint(),
-        "language model": language_model_checksum(llm),
-        "earlier stages": [sha256(Path(path) / checkpoint.ADAPTER_FILE) for path in merged],
+    same_as_before = {
+        "language model": world.from_main(lambda: language_model_checksum(llm)),
         "frames and points": [pite_config.num_frames, pite_config.num_points],
+    }
+    start = config.init or (None if stage == 1 else config.output / f"stage{stage - 1}" / "final")
+    merged = merged_stages(stage, start, same_as_before)
+    settings = {
+        **same_as_before,
+        "earlier stages": [sha256(Path(path) / checkpoint.ADAPTER_FILE) for path in merged],
         "seed": config.seed,
         "absent": config.absent,
         "trajectory normalizer": config.trajectory_normalizer,
@@ -173,33 +165,57 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         **{name.replace("_", " "): getattr(recipe, name) for name in _RECIPE_FIELDS},
     }
     if (final / checkpoint.LINEAGE).exists():
-        state.compare(checkpoint.read_lineage(final)["made_of"], fingerprint, final)
+        made_of = checkpoint.read_lineage(final)["made_of"]
+        state.compare({**made_of, "data": None}, {**settings, "data": None}, final)
         say(world, f"stage {stage} is done: {final}")
         return True
+
+    tokenizer = AutoTokenizer.from_pretrained(str(llm))
+    store = FeatureStore(config.store / ("images" if stage == 1 else "videos"))
+    dataset = world.from_main(
+        lambda: StageDataset(
+            config.data,
+            stage,
+            tokenizer,
+            num_frames=pite_config.num_frames if stage > 1 else 1,
+            num_points=pite_config.num_points if stage > 1 else 1,
+            max_length=config.max_length,
+            available=store,
+        )
+    )
     say(world, f"stage {stage}: {dataset.summary()}")
     check_encoded(dataset, config.store)
+    token_budget = config.token_budget or budget.device_token_budget(pite_config, recipe, world.device, dtype)
+    if dataset.tokens.max() > token_budget:
+        raise ValueError(
+            f"the longest sample has {dataset.tokens.max():,} tokens and a micro-batch holds {token_budget:,}: lower "
+            "--max-length or raise --token-budget"
+        )
     plan = BatchPlan(len(dataset), recipe.global_batch, config.seed, dataset.groups() if recipe.group_media else None)
-    model = build_model(
-        stage, recipe, pite_config, llm=llm, start=start, store=store, seed=config.seed, head_init=config.head_init,
-        dtype=dtype, device=str(world.device),
-    )  # fmt: skip
     source = StepSource(
         dataset,
         plan,
         store,
-        token_budget=config.token_budget or budget.device_token_budget(pite_config, recipe, world.device, dtype),
+        token_budget=token_budget,
         rank=world.rank,
         ranks=world.size,
         absent=config.absent,
         normalizer=config.trajectory_normalizer,
         pin_memory=world.device.type == "cuda",
     )
+    model = build_model(
+        stage, recipe, pite_config, llm=llm, start=start, store=store, seed=config.seed, head_init=config.head_init,
+        dtype=dtype, device=str(world.device),
+    )  # fmt: skip
     total = plan.steps_per_epoch * recipe.epochs
+    fingerprint = {**settings, "data": dataset.fingerprint()}
     done = run(config, recipe, model, source, world, directory, total, fingerprint)
-    if done < min(total, config.max_steps or total):
+    if done < total:
+        say(world, f"stage {stage} stopped after step {done} of {total}; the same command continues")
         return False
     if world.is_main:
-        lineage = {"stage": stage, "language_model": str(llm), "merged": merged, "steps": done, "made_of": fingerprint}
+        base = str(llm) if Path(llm_name).expanduser().is_dir() else llm_name
+        lineage = {"stage": stage, "language_model": base, "merged": merged, "steps": done, "made_of": fingerprint}
         with directory_written_atomically(final) as beside:
             tokenizer.save_pretrained(str(beside))
             checkpoint.save_stage(model, beside, lineage)
@@ -257,14 +273,11 @@ def run(
         if start:
             metrics.say(f"continuing after step {start} of {stop}")
 
-        def after_step(done: int, finish: Callable[[], None]) -> bool:
-            stopping = interrupted.set
+        def after_step(done: int, finish: Callable[[], None], stopping: bool) -> bool:
             if stopping or done % config.checkpoint_every == 0 or done == stop:
                 finish()
                 if world.is_main:
                     save(done)
-            if stopping:
-                metrics.say(f"asked to stop: saved after step {done}; the same command continues")
             return stopping or done == stop
 
         def save(done: int) -> None:
@@ -294,6 +307,7 @@ def run(
                 stop=stop,
                 total=total,
                 absent=config.absent,
+                interrupted=lambda: interrupted.set,
                 after_step=after_step,
                 blame=blame,
                 efficiency=budget.efficiency(model.config, recipe, world),

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dataloaders.files import directory_written_atomically, sha256, write_atomically, write_tensors
+from dataloaders.files import sha256, write_atomically, write_tensors
 from pite import names
 from pite.config import PiTeConfig
 
@@ -112,32 +112,38 @@ def initialize_heads(model: PiTe, seed: int) -> None:
 
 
 def save_merged(model: PiTe, directory: Path) -> None:
-    """Write the whole layout, LoRA merged into a copy of each weight; shards of at most 5 GiB."""
-    tensors = {**names.merged_tensors(model), **names.head_tensors(model)}
+    """Write the whole layout, LoRA merged into a copy of each weight; shards of at most 5 GiB, the index last."""
+    directory.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name, tensor in tensors.items():
+    total = 0
+    for name, tensor in {**names.merged_tensors(model), **names.head_tensors(model)}.items():
         if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    with directory_written_atomically(directory) as beside:
-        model.config.save(beside)
-        index: dict[str, str] = {}
-        for i, shard in enumerate(shards):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            write_tensors(beside / file, shard)
-            index |= dict.fromkeys(shard, file)
-        if len(shards) > 1:
-            content = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": index}
-            (beside / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+        total += tensor.nbytes
+    index: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        beside = directory / f".{file}.tmp"
+        write_tensors(beside, shard)
+        beside.replace(directory / file)
+        index |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        write_atomically(directory / "model.safetensors.index.json", json.dumps(content, indent=1))
+    model.config.save(directory)
 
 
 def save_stage(model: PiTe, directory: Path, lineage: dict[str, Any]) -> None:
     """Write a stage's files into an existing directory: PEFT adapter, heads, config and lineage with checksums.
 
-    lineage  {"stage", "language_model", "merged": [directories of earlier stages, in order]}; checksums are added
+    lineage  {"stage", "language_model": directory or Hugging Face name, "merged": [directories of earlier stages, in
+             order]} and whatever else should be remembered; paths are kept relative, checksums are added
+
+    PEFT is told the base that the adapter was trained on: the language model, or the last stage merged into it.
     """
     from peft import LoraConfig
 
@@ -149,7 +155,7 @@ def save_stage(model: PiTe, directory: Path, lineage: dict[str, Any]) -> None:
     write_tensors(directory / HEADS_FILE, names.head_tensors(model))
     LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(lineage["language_model"]),
+        base_model_name_or_path=str((lineage["merged"] or [lineage["language_model"]])[-1]),
         r=rank,
         lora_alpha=linear.scale * rank,
         lora_dropout=0.0,
@@ -161,18 +167,27 @@ def save_stage(model: PiTe, directory: Path, lineage: dict[str, Any]) -> None:
         {"path": os.path.relpath(path, directory.parent), "sha256": sha256(Path(path) / ADAPTER_FILE)}
         for path in lineage["merged"]
     ]
-    own = {file: sha256(directory / file) for file in (ADAPTER_FILE, HEADS_FILE)}
-    write_atomically(directory / LINEAGE, json.dumps({**lineage, "merged": merged, "files": own}, indent=1) + "\n")
+    llm = lineage["language_model"]
+    content = {
+        **lineage,
+        "language_model": os.path.relpath(llm, directory.parent) if Path(llm).is_dir() else llm,
+        "merged": merged,
+        "files": {file: sha256(directory / file) for file in (ADAPTER_FILE, HEADS_FILE)},
+    }
+    write_atomically(directory / LINEAGE, json.dumps(content, indent=1) + "\n")
 
 
 def read_lineage(directory: Path) -> dict[str, Any]:
-    """The lineage of a stage directory, its files checked against their checksums; paths in `merged` made absolute."""
+    """The lineage of a stage directory, its files checked against their checksums; its paths made absolute."""
     try:
         lineage = json.loads((directory / LINEAGE).read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise ValueError(f"{directory / LINEAGE} cannot be read: {error}") from None
     for file, checksum in lineage["files"].items():
         check(directory / file, checksum)
+    local = (directory.parent / lineage["language_model"]).resolve()
+    if local.is_dir():
+        lineage["language_model"] = str(local)
     for entry in lineage["merged"]:
         entry["path"] = str((directory.parent / entry["path"]).resolve())
         check(Path(entry["path"]) / ADAPTER_FILE, entry["sha256"])

@@ -1,7 +1,7 @@
 """Answers: KV-cached decoding by transformers' `generate`, on the very weights the packed decoder trains.
 
 Training never needs a cache and `generate` never needs packing, so neither is taught the other's trick: the LoRA is
-merged and the Llama module is assembled around the merged tensors without copying those no LoRA touches.
+merged and the Llama module is assembled around the model's own tensors, without a copy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pite.model import PiTe
 
 
 def language_model(model: PiTe) -> LlamaForCausalLM:
-    """transformers' LlamaForCausalLM with the model's weights, LoRA merged, in evaluation mode."""
+    """transformers' LlamaForCausalLM in evaluation mode; it shares the model's weights, except those a LoRA touches."""
     with torch.device("meta"):
         llama = LlamaForCausalLM(model.config.llm)
     tensors = names.merged_tensors(model)
@@ -46,13 +46,14 @@ class Answer:
 class Generator:
     """Batched question answering about encoded videos.
 
-    model       PiTe; its LoRA may be merged or not
+    model       PiTe; its LoRA is merged in place, so that the weights are held once
     tokenizer   a fast tokenizer with BOS and EOS
     """
 
     def __init__(self, model: PiTe, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        model.merge_lora()
         self.llama = language_model(model)
 
     @staticmethod

@@ -1,6 +1,7 @@
 """engine.train from the command line's arguments: three stages, refusals, and what it says when something is wrong."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from dataloaders.dataset import StageDataset
 from dataloaders.store import FeatureStore
 from engine import metrics
 from engine.train import main
@@ -77,14 +79,12 @@ def test_a_finished_stage_of_another_run_is_refused(trained: Path, workspace: Pa
 
 
 def test_an_interrupted_run_refuses_other_data(workspace: Path, tmp_path: Path, capsys):
-    import shutil
-
     assert main(train_arguments(workspace, tmp_path, "2", init=tmp_path, max_steps=2)) == 1
     assert "train that first" in capsys.readouterr().err
     data = tmp_path / "data"
     shutil.copytree(workspace / "data", data, symlinks=True)
     assert main(train_arguments(workspace, tmp_path, "1", data=data, max_steps=2)) == 0
-    shutil.rmtree(tmp_path / "stage1" / "final")
+    assert not (tmp_path / "stage1" / "final").exists()
     lines = (data / "stage1" / "localized_narratives.jsonl").read_text().splitlines(keepends=True)
     (data / "stage1" / "localized_narratives.jsonl").write_text("".join(lines[:-1]))
     assert main(train_arguments(workspace, tmp_path, "1", data=data)) == 1
@@ -108,8 +108,14 @@ def test_media_that_were_never_encoded_stop_the_run(workspace: Path, tmp_path: P
 
 
 def test_samples_over_length_are_counted(workspace: Path, tmp_path: Path, capsys):
-    assert main(train_arguments(workspace, tmp_path, "1", max_length=60, global_batch=2, max_steps=1)) == 0
-    assert "left out for more than 60 tokens" in capsys.readouterr().err
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "llm")
+    shape = {"num_frames": 1, "num_points": 1, "available": None}
+    every = StageDataset(workspace / "data", 1, tokenizer, max_length=2048, **shape)
+    limit = int(np.median(every.tokens))
+    longer = int((every.tokens > limit).sum())
+    assert longer > 0
+    assert main(train_arguments(workspace, tmp_path, "1", max_length=limit, global_batch=2, max_steps=1)) == 0
+    assert f"{longer} left out for more than {limit} tokens" in capsys.readouterr().err
 
 
 def test_a_feature_that_is_not_a_number_is_named_before_any_update(
@@ -168,10 +174,41 @@ def test_a_batch_larger_than_the_data_is_refused(workspace: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("absent, normalizer", [("regress", "present"), ("skip", "paper"), ("regress", "paper")])
-def test_the_papers_other_readings_train(workspace: Path, tmp_path: Path, absent, normalizer):
-    flags = {"absent": absent, "trajectory_normalizer": normalizer, "max_steps": 2}
-    assert main(train_arguments(workspace, tmp_path, "1", **flags)) == 0
-    lines = metrics.read(tmp_path / "stage1" / "metrics.jsonl")
-    plain = metrics.read(tmp_path / "stage1" / "metrics.jsonl")
-    assert lines[0]["l1"] > 0
-    assert plain[0]["loss"] == pytest.approx(lines[0]["ce"] + 5 * lines[0]["l1"], rel=1e-5)
+def test_the_papers_other_readings_divide_by_other_counts(workspace: Path, tmp_path: Path, absent, normalizer):
+    """Stage 1 has one point of two coordinates per token; some tokens have none."""
+    arguments = {"max_steps": 1, "lora_rank": 4}
+    assert main(train_arguments(workspace, tmp_path / "default", "1", **arguments)) == 0
+    other = {**arguments, "absent": absent, "trajectory_normalizer": normalizer}
+    assert main(train_arguments(workspace, tmp_path / "other", "1", **other)) == 0
+    default, line = (metrics.read(tmp_path / name / "stage1" / "metrics.jsonl")[0] for name in ("default", "other"))
+    assert line["ce"] == default["ce"]
+    assert line["l1"] != default["l1"]
+    assert line["loss"] == pytest.approx(line["ce"] + 5 * line["l1"], rel=1e-5)
+
+
+def test_a_stage_of_another_language_model_is_refused(trained: Path, workspace: Path, tmp_path: Path, capsys):
+    shutil.copytree(workspace / "llm", tmp_path / "llm")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "llm")
+    model.lm_head.weight.data += 1
+    model.save_pretrained(tmp_path / "llm")
+    start = trained / "stage1" / "final"
+    assert main(train_arguments(workspace, tmp_path, "2", init=start, llm=tmp_path / "llm")) == 1
+    assert "its language model was" in capsys.readouterr().err
+    assert main(train_arguments(workspace, tmp_path, "2", init=start, num_points=1)) == 1
+    assert "its frames and points was [8, 3]" in capsys.readouterr().err
+
+
+def test_a_whole_run_can_be_moved(workspace: Path, tmp_path: Path, monkeypatch):
+    """Lineage names its neighbours by relative paths."""
+    monkeypatch.chdir(workspace)
+    shutil.copytree(workspace / "llm", tmp_path / "here" / "llm")
+    for stage in ("1", "2"):
+        assert main(train_arguments(workspace, tmp_path / "here" / "out", stage, llm=tmp_path / "here" / "llm")) == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.chdir("/")
+    assert PiTe.from_pretrained(tmp_path / "there" / "out" / "stage2" / "final").config.num_points == 3
+
+
+def test_a_budget_below_the_longest_sample_is_refused_at_once(workspace: Path, tmp_path: Path, capsys):
+    assert main(train_arguments(workspace, tmp_path, "1", token_budget=20)) == 1
+    assert "raise --token-budget" in capsys.readouterr().err
