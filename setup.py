@@ -66,6 +66,12 @@ def build_operators(folder: Path) -> Path:
     return folder / "_C.so"
 
 
+def requirements() -> list[str]:
+    """What a run needs: requirements.txt up to the tools of its second half."""
+    lines = (ROOT / "requirements.txt").read_text().partition("# tests and benchmarks")[0].splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 setup(
     name="pite-engine",
     version="0.1.0",
@@ -73,7 +79,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["kernels*", "dataloaders*", "pite*", "engine*"]),
-    install_requires=["torch>=2.11"],
+    install_requires=requirements(),
     ext_modules=[Extension("kernels._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

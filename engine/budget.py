@@ -44,14 +44,13 @@ class Corpus:
     samples: int
     tokens: float
     targets: float
-    trajectory_tokens: float
     origin: str
 
 
 ASSUMED_CORPORA: dict[Stage, Corpus] = {
-    1: Corpus(692_458, 115, 55, 45, "assumed: Localized Narratives' four training sets, 55 answer tokens"),
-    2: Corpus(143_640, 215, 65, 21, "assumed: PiTe-143k, 2.4 events and 7.1 mentions per video"),
-    3: Corpus(173_000, 260, 90, 0, "assumed: Valley 73k and VideoInstruct100K, 90 answer tokens"),
+    1: Corpus(692_458, 115, 55, "assumed: Localized Narratives' four training sets, 55 answer tokens"),
+    2: Corpus(143_640, 215, 65, "assumed: PiTe-143k, 2.4 events and 7.1 mentions per video"),
+    3: Corpus(173_000, 260, 90, "assumed: Valley 73k and VideoInstruct100K, 90 answer tokens"),
 }
 """Stand-ins for training sets that are not on disk, from their papers' counts."""
 
@@ -235,6 +234,5 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
         len(data),
         float(data.tokens.mean()),
         float(data.targets.mean()),
-        float(data.coordinates.mean()) / (2 * frames * points),
         f"counted: {data.summary()}",
     )

@@ -9,6 +9,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from dataloaders.files import write_atomically
+
 
 class Metrics:
     """Writes each step's numbers to metrics.jsonl, TensorBoard and a progress bar.
@@ -81,4 +83,4 @@ def read(path: Path) -> list[dict[str, float]]:
 def _keep_until(path: Path, step: int) -> None:
     kept = [line for line in read(path) if line["step"] <= step]
     if path.exists():
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -33,7 +33,8 @@ class World:
             kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(kind)
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+            on_gpu = kind.startswith("cuda")
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=torch.device(kind) if on_gpu else None)
         return World(int(os.environ.get("RANK", "0")), size, torch.device(kind))
 
     @property
@@ -67,3 +68,8 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+    def leave(self) -> None:
+        """Leave the process group, all ranks together."""
+        if self.size > 1:
+            dist.destroy_process_group()

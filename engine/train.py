@@ -132,10 +132,14 @@ def main(argv: list[str] | None = None) -> int:
         world = World.join(config.device)
         for stage in config.stages:
             if not train_stage(config, stage, world):
-                return 0
+                break
+    except torch.OutOfMemoryError as error:
+        print(f"engine.train: {error}\nLower --token-budget, which is one micro-batch's tokens.", file=sys.stderr)
+        return 1
     except (ValueError, OSError, NonFiniteError) as error:
         print(f"engine.train: {error}", file=sys.stderr)
         return 1
+    world.leave()
     return 0
 
 
@@ -156,7 +160,9 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     merged = merged_stages(stage, start, same_as_before)
     settings = {
         **same_as_before,
-        "earlier stages": [sha256(Path(path) / checkpoint.ADAPTER_FILE) for path in merged],
+        "earlier stages": [
+            sha256(Path(path) / file) for path in merged for file in (checkpoint.ADAPTER_FILE, checkpoint.HEADS_FILE)
+        ],
         "seed": config.seed,
         "absent": config.absent,
         "trajectory normalizer": config.trajectory_normalizer,

@@ -252,8 +252,9 @@ def weights(directory: Path, stem: str = "model") -> Iterator[tuple[str, Tensor]
 def copy_into(
     destinations: dict[str, Tensor], source: Iterator[tuple[str, Tensor]], where: Path, optional: tuple[str, ...] = ()
 ) -> None:
-    """Copy named tensors into their views. `optional` names modules that may be absent as a whole."""
+    """Copy named tensors into their views; `optional` names modules that may be absent, each as a whole."""
     missing = set(destinations)
+    present = set()
     for name, tensor in source:
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in destinations):
             continue
@@ -264,6 +265,12 @@ def copy_into(
             raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, the configuration asks for {expected}")
         destinations[name].copy_(tensor)
         missing.discard(name)
-    missing = {name for name in missing if name.split(".")[1] not in optional}
+        present.add(_module(name))
+    missing = {name for name in missing if _module(name) not in optional or _module(name) in present}
     if missing:
         raise ValueError(f"{where}: {len(missing)} tensors are missing, {min(missing)} among them")
+
+
+def _module(name: str) -> str:
+    """`vision_adapter` of `model.vision_adapter.weight`."""
+    return name.split(".")[-2]

@@ -76,6 +76,8 @@ class PiTeConfig:
         """Write DIRECTORY/config.json in the form that `load` and the published code read."""
         values = {
             **json.loads(self.llm.to_json_string(use_diff=False)),
+            # transformers 4, which the published code runs on, reads the base of the rotary embedding here.
+            "rope_theta": self.llm.rope_parameters["rope_theta"],
             "num_frames": self.num_frames,
             "num_points": self.num_points,
             "vision_feature_size": self.vision_feature_size,
