@@ -1,8 +1,9 @@
 """Train a tiny CLIP image encoder on the synthetic world, so that a demo starts from features that see what is where.
 
 A contrastive loss against captions would be CLIP's own way; in the minute that there is, it learns what is in a picture
-and hardly where. The embedding is therefore taught by a linear read-out, thrown away afterwards: for each colour
-whether it is there, in which place and which shape. What a linear map can read, PiTe's adapter can pass on.
+and hardly where. The embedding is therefore taught directly: a random rotation of a code that says, for each colour,
+whether it is there, where, and in which shape. Everything in it has about the same variance, so that an adapter which
+starts from random directions passes all of it on; a learned read-out would hide positions in the faintest directions.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from dataloaders.synthetic.scene import COLOURS, SHAPES, Scene, sample_still, sa
 SIZE = 64
 BATCH = 128
 LEARNING_RATE = 1e-3
+CHANNELS = 64
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_COLOUR_IDS, _SHAPE_IDS = ({name: i for i, name in enumerate(names)} for names in (COLOURS, SHAPES))
+_COLOURS = tuple(COLOURS)
+
+_FIELDS = 3 + len(SHAPES)
+"""Numbers of the code for each colour: there or not, x, y, one for each shape."""
 
 PREPROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
@@ -52,15 +57,20 @@ def pixels(scenes: list[Scene]) -> Tensor:
     return pixel_values(np.concatenate([draw(scene, SIZE) for scene in scenes]))
 
 
-def contents(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
-    """What stills hold, by colour: there or not (n, 6) float, centre (n, 6, 2), shape (n, 6) int64."""
-    shape = len(scenes), len(COLOURS)
-    present, centre, form = np.zeros(shape, np.float32), np.zeros((*shape, 2), np.float32), np.zeros(shape, np.int64)
-    for i, scene in enumerate(scenes):
+def code(scenes: list[Scene]) -> Tensor:
+    """What stills hold, (n, CHANNELS) float32: `_FIELDS` numbers of unit scale per colour, 0 where it is absent."""
+    told = np.zeros((len(scenes), len(COLOURS), _FIELDS), np.float32)
+    for row, scene in zip(told, scenes):
         for thing in scene.things:
-            at = i, _COLOUR_IDS[thing.colour]
-            present[at], centre[at], form[at] = 1, thing.path[0], _SHAPE_IDS[thing.shape]
-    return torch.from_numpy(present), torch.from_numpy(centre), torch.from_numpy(form)
+            row[_COLOURS.index(thing.colour), :3] = 1.0, *(4 * (thing.path[0] - 0.5))
+            row[_COLOURS.index(thing.colour), 3 + SHAPES.index(thing.shape)] = 0.5
+    return F.pad(torch.from_numpy(told).flatten(1), (0, CHANNELS - len(COLOURS) * _FIELDS))
+
+
+def code_weights() -> Tensor:
+    """(CHANNELS,) importance of each number of the code: places count most, the unused rest hardly."""
+    weights = torch.tensor([1.0, 2.0, 2.0] + [0.3] * len(SHAPES)).repeat(len(COLOURS))
+    return F.pad(weights, (0, CHANNELS - len(weights)), value=0.1)
 
 
 def build() -> CLIPVisionModelWithProjection:
@@ -73,7 +83,7 @@ def build() -> CLIPVisionModelWithProjection:
             num_attention_heads=4,
             image_size=SIZE,
             patch_size=16,
-            projection_dim=64,
+            projection_dim=CHANNELS,
         )
     )
     # At the usual scale (0.02) the patches' places drown in their contents, and position is never found.
@@ -81,30 +91,22 @@ def build() -> CLIPVisionModelWithProjection:
     return model
 
 
-def readout_loss(read: Tensor, present: Tensor, centre: Tensor, form: Tensor) -> Tensor:
-    """Loss of a read-out (n, 6, 3 + 3): presence, centre and shape of each colour, the latter two where it is there."""
-    there = present.bool()
-    where, which = read[there][:, 1:3] + 0.5, read[there][:, 3:]
-    presence = F.binary_cross_entropy_with_logits(read[..., 0], present)
-    return presence + 5 * F.smooth_l1_loss(where, centre[there], beta=0.05) + 0.3 * F.cross_entropy(which, form[there])
-
-
 def train(steps: int, seed: int) -> CLIPVisionModelWithProjection:
     """Train for a fixed number of steps; on one thread the same seed gives the same weights."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 10])
     model = build().train()
-    readout = nn.Linear(model.config.projection_dim, len(COLOURS) * (3 + len(SHAPES)))
-    parameters = [*model.parameters(), *readout.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01)
+    rotation = torch.linalg.qr(torch.randn(CHANNELS, CHANNELS)).Q
+    weights = code_weights()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         scenes = [sample_still(rng, sample_things(rng)) for _ in range(BATCH)]
-        read = readout(model(pixel_values=pixels(scenes)).image_embeds).unflatten(1, (len(COLOURS), -1))
-        loss = readout_loss(read, *contents(scenes))
+        read = model(pixel_values=pixels(scenes)).image_embeds @ rotation
+        loss = (F.smooth_l1_loss(read, code(scenes), beta=0.1, reduction="none") * weights).sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
@@ -127,7 +129,7 @@ def probe(model: CLIPVisionModelWithProjection, seed: int = 0, count: int = 900)
             scenes.append(sample_still(rng, [(str(c), str(rng.choice(SHAPES))) for c in ("red", *colours)]))
         features = model(pixel_values=pixels(scenes)).image_embeds.double()
         x = torch.cat((features, torch.ones(count, 1, dtype=torch.double)), 1)
-        y = contents(scenes)[1][:, _COLOUR_IDS["red"]].double()
+        y = torch.from_numpy(np.stack([scene.things[0].path[0] for scene in scenes]))
         split = count * 2 // 3
         fit = torch.linalg.lstsq(x[:split], y[:split]).solution
         error = (x[split:] @ fit - y[split:]).square().sum()

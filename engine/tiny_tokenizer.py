@@ -12,12 +12,26 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
 
+from dataloaders.formats.narratives import QUESTION as STILL_QUESTION
+from dataloaders.prompts import SYSTEM
+from dataloaders.synthetic.language import GROUNDING_QUESTION
 from dataloaders.synthetic.scene import COLOURS, DIRECTIONS, SHAPES
 
 _SPACE = "▁"
 _SPECIAL = ("<unk>", "<s>", "</s>")
-_SAID = """A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and
-polite answers to the user's questions. human's USER: ASSISTANT: Describe the video image in detail, with the time of each
+_PHRASES = (
+    *(f"{sentence}." for sentence in SYSTEM.removesuffix(".").split(". ")),
+    "Describe the video in detail, with the time of each event",
+    GROUNDING_QUESTION.removesuffix(" {}?"),
+    "Which direction does the",
+    "What colour is the shape that moves",
+    "Which shape can be seen first?",
+    "How many shapes can be seen?",
+    STILL_QUESTION,
+)
+"""What every prompt repeats is one token: it carries no information, and costs as much as a frame for each token."""
+
+_SAID = """human's user USER: ASSISTANT: Describe the video image in detail, with the time of each Yes No
 event first last. concisely briefly picture Can you describe this clip What happens can be seen During which frames can we
 see From to from There is are also In this image there no one two three shape shapes at the top bottom left right
 middle of moves moving Which direction does move? It It's What colour color that a The an How many first nothing log
@@ -34,7 +48,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer; ids depend on nothing but this code."""
     # Fewer pieces always win: each costs about the same, and words a little less than the characters they end in.
     pieces = [(piece, 0.0) for piece in _SPECIAL] + [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
-    whole = [*_words(), *(f"{index:02d}" for index in range(100))]
+    whole = [
+        *(phrase.replace(" ", _SPACE) for phrase in _PHRASES),
+        *_words(),
+        *(f"{index:02d}" for index in range(100)),
+    ]
     pieces += [(_SPACE + word, -10.0) for word in whole if len(word) > 1]
     pieces += [(word, -10.5) for word in whole if len(word) > 1]
     characters = [c for c in string.digits + string.ascii_letters + string.punctuation]
