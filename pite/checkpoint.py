@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dataloaders.files import sha256, write_atomically, write_tensors
-from pite import names
+from pite import hub, names
 from pite.config import PiTeConfig
 
 if TYPE_CHECKING:
@@ -34,22 +34,8 @@ LINEAGE, HEADS_FILE, ADAPTER_FILE = "lineage.json", "pite.safetensors", "adapter
 
 
 def resolve(path_or_name: str | Path) -> Path:
-    """The local directory of a model given by path or by Hugging Face name. Raises ValueError when there is none."""
-    path = Path(path_or_name).expanduser()
-    if path.is_dir():
-        return path
-    if str(path_or_name).count("/") != 1 or str(path_or_name).startswith((".", "/", "~")):
-        raise ValueError(f"{path_or_name} is neither a directory nor a Hugging Face model name (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "pytorch_model*.bin"]
-    try:
-        return Path(snapshot_download(str(path_or_name), allow_patterns=patterns))
-    except Exception as error:
-        raise ValueError(
-            f"model {path_or_name} could not be had from the Hugging Face hub ({type(error).__name__}): "
-            "give the path of a local copy"
-        ) from error
+    """The local directory of a language model given by path or by Hugging Face name. Raises ValueError."""
+    return hub.resolve(path_or_name, ("*.json", "*.safetensors", "tokenizer*", "pytorch_model*.bin"))
 
 
 def load(directory: Path, *, dtype: torch.dtype, device: str = "cpu") -> PiTe:
@@ -241,7 +227,7 @@ def weights(directory: Path, stem: str = "model") -> Iterator[tuple[str, Tensor]
                 for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
                     yield name, shard.get_tensor(name)
         return
-    files = sorted(directory.glob(f"{stem}*.bin") or ()) or sorted(directory.glob(f"pytorch_{stem}*.bin"))
+    files = sorted(directory.glob(f"{stem}*.bin")) or sorted(directory.glob(f"pytorch_{stem}*.bin"))
     if not files:
         raise ValueError(f"{directory} holds no {stem}*.safetensors and no *.bin weights")
     for file in files:

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from dataloaders.preprocess import Preprocess
+from pite import hub
+
+_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 class ClipEncoder:
@@ -32,7 +33,7 @@ class ClipEncoder:
     """
 
     def __init__(self, path: str, device: str = "cpu") -> None:
-        directory = _resolve(path)
+        directory = hub.resolve(path, _FILES)
         self.preprocess = Preprocess.load(directory)
         self.device = torch.device(device)
         with _quiet():
@@ -57,19 +58,6 @@ class ClipEncoder:
         pixels = self.preprocess.normalized(torch.from_numpy(frames).to(self.device, non_blocking=True))
         embeddings: Tensor = self.model(pixel_values=pixels.to(self.model.dtype)).image_embeds
         return embeddings.float()
-
-
-def _resolve(path: str) -> Path:
-    """A local directory as it is, a hub name as the snapshot of it, downloaded where it is not cached."""
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        patterns = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
-        return Path(snapshot_download(path, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{path} is neither a folder nor a model that the Hugging Face hub gave: {_first_line(error)}"
-        ) from None
 
 
 def _load(directory: Path) -> CLIPVisionModelWithProjection:
