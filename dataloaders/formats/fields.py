@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -13,8 +14,20 @@ from dataloaders.records import RecordError
 TIME_TOLERANCE = 0.1
 """Seconds by which a timestamp may leave its video: annotations are rounded, and containers report rounded lengths."""
 
-Place = Where | str
-"""Where a record stands, as `file:line`."""
+
+@dataclass(frozen=True)
+class Within:
+    """A part of a record. Like `Where`, it becomes text only in a message: to count lines is to read the file."""
+
+    where: Place
+    part: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.part}"
+
+
+Place = Where | Within | str
+"""Where a record stands, printed as `file:line`, or a part of it."""
 
 _MEDIA_TAG = r"<(?:video|image)>"
 _TAG_AT_START = re.compile(rf"\A\s*{_MEDIA_TAG}\s*")

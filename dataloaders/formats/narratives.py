@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.formats.fields import Place, answer_of, field, identifier, seconds
+from dataloaders.formats.fields import Place, Within, answer_of, field, identifier, seconds
 from dataloaders.formats.stream import Record
 from dataloaders.records import Media, Mention, RecordError, Sample, Turn
 
@@ -37,7 +37,7 @@ def read_narrative(record: Record, where: Place, folder: Path) -> Sample:
         name = f"timed_caption[{i}]"
         if not isinstance(utterance, dict):
             raise RecordError(f"{where}: field '{name}' must be an object")
-        words = field(utterance, "utterance", str, f"{where}: {name}").split()
+        words = field(utterance, "utterance", str, Within(where, name)).split()
         if not words:
             continue
         # Word edges keep "a" from being found inside a longer word when an earlier utterance went astray.

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dataloaders.formats.fields import (
     Place,
+    Within,
     conversation,
     duration_of,
     field,
@@ -59,17 +60,19 @@ def read_pite(record: Record, where: Place, folder: Path, *, num_frames: int, nu
     indices = _indices(field(meta, "token", dict, where), duration, num_frames, where)
     pairs = conversation(record, where)
     answers = [
-        _Marked(answer, indices, f"{where}: field 'conversations[{2 * i + 1}]'") for i, (_, answer) in enumerate(pairs)
+        _Marked(answer, indices, Within(where, f"field 'conversations[{2 * i + 1}]'"))
+        for i, (_, answer) in enumerate(pairs)
     ]
     mentions: list[list[Mention]] = [[] for _ in pairs]
     for i, trajectory in enumerate(record.get("trajectories") or []):
         name = f"trajectories[{i}]"
         if not isinstance(trajectory, dict):
             raise RecordError(f"{where}: field '{name}' must be an object")
-        turn = field(trajectory, "turn", int, f"{where}: {name}")
+        inside = Within(where, name)
+        turn = field(trajectory, "turn", int, inside)
         if not 0 <= turn < len(pairs):
             raise RecordError(f"{where}: field '{name}.turn' is {turn}, but there are {len(pairs)} answers")
-        mentions[turn].append(_mention(trajectory, f"{where}: {name}", answers[turn], duration, num_frames, num_points))
+        mentions[turn].append(_mention(trajectory, inside, answers[turn], duration, num_frames, num_points))
     turns = tuple(
         Turn(question_of(question, f"conversations[{2 * i}]", where), answers[i].text, tuple(mentions[i]))
         for i, (question, _) in enumerate(pairs)
@@ -87,13 +90,13 @@ def _indices(tokens: Record, duration: float, num_frames: int, where: Place) -> 
 
 
 def _mention(
-    trajectory: Record, where: str, answer: _Marked, duration: float, num_frames: int, num_points: int
+    trajectory: Record, where: Place, answer: _Marked, duration: float, num_frames: int, num_points: int
 ) -> Mention:
     phrase = field(trajectory, "phrase", str, where)
     start = field(trajectory, "start", int, where)
     if not phrase.strip() or start < 0 or answer.written[start : start + len(phrase)] != phrase:
         raise RecordError(f"{where}: phrase {phrase!r} is not at character {start} of its answer {answer.written!r}")
-    where = f"{where}: phrase {phrase!r}"
+    where = Within(where, f"phrase {phrase!r}")
     times = interval(field(trajectory, "times", list, where), "times", where, duration)
     try:
         tracks = validate_tracks(field(trajectory, "points", list, where), num_points)
@@ -106,7 +109,7 @@ def _mention(
 class _Marked:
     """An answer as written and as taught, and the way from an offset in the one to that in the other."""
 
-    def __init__(self, written: str, indices: dict[str, str], where: str) -> None:
+    def __init__(self, written: str, indices: dict[str, str], where: Place) -> None:
         self.written = written
         self._edits: list[tuple[int, int]] = []  # (end in the written text, growth up to there)
         parts, end, growth = [], 0, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 from dataloaders.formats import (
     ROOMS,
     Event,
+    Record,
+    Where,
     iter_media,
     present_formats,
     present_rooms,
@@ -322,3 +325,27 @@ class TestDataFolder:
         (data / "stage2/pite_143k.jsonl").write_text(f"{json.dumps(PITE)}\n{json.dumps(other)}\n")
         with pytest.raises(RecordError, match=r"pite_143k\.jsonl:2: 'stage2/v000001' names"):
             list(iter_media(data, ["stage2"]))
+
+
+class Unprintable(Where):
+    """A place that must not be printed: counting its line would read the file up to it, for every record of it."""
+
+    def __str__(self) -> str:
+        raise AssertionError("a good record's place was printed")
+
+
+@pytest.mark.parametrize(
+    ("read", "record", "options"),
+    [
+        (read_narrative, NARRATIVE, {}),
+        (read_pite, PITE, {"num_frames": 100, "num_points": 2}),
+        (read_valley, VALLEY, {}),
+        (read_video_instruct, INSTRUCT, {}),
+        (read_activitynet, CAPTIONS, {}),
+    ],
+)
+def test_places_are_printed_in_messages_only(read: Callable[..., Any], record: Record, options: dict[str, int]) -> None:
+    place = Unprintable(Path("records.jsonl"), 0)
+    read(record, place, FOLDER, **options)
+    with pytest.raises(AssertionError, match="place was printed"):
+        read({}, place, FOLDER, **options)
