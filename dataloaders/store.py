@@ -16,8 +16,10 @@ import struct
 from bisect import bisect_right
 from collections.abc import KeysView, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,17 +30,20 @@ from dataloaders.files import write_atomically
 
 MANIFEST = "manifest.json"
 _TENSOR = "features"
+_MAPPED_SHARDS = 32
+"""Shards kept mapped per store. Each holds a file descriptor, and a stage has more shards than a process may open."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What made a store's features; two stores with equal manifests hold the same numbers for the same files.
+    """What made a store's features; a store whose manifest differs from the one asked for is refused.
 
     encoder     checksum of the encoder's weights
     num_frames  frames encoded per video; 1 for still images
     sampling    rule that picked them
     preprocess  resize, crop and normalisation
     tokens, channels  shape of a record
+    dtype, compute_dtype  of what is stored, and of the encoder's own arithmetic: bfloat16 and float32 features differ
     """
 
     encoder: str
@@ -48,6 +53,7 @@ class Manifest:
     tokens: int
     channels: int
     dtype: str = "float16"
+    compute_dtype: str = "float32"
 
     @staticmethod
     def load(path: Path) -> Manifest:
@@ -58,7 +64,12 @@ class Manifest:
             raise ValueError(
                 f"{path} is no feature store: it holds no {MANIFEST}; make one with engine.encode"
             ) from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except KeyError as error:
+            raise ValueError(
+                f"{path / MANIFEST} says nothing of {error}: it is damaged, or of an earlier version; encode into another "
+                "folder, or remove this one"
+            ) from None
+        except (json.JSONDecodeError, TypeError) as error:
             raise ValueError(f"{path / MANIFEST} is damaged: {error!r}") from None
 
     def check(self, wanted: Manifest, path: Path) -> None:
@@ -73,7 +84,7 @@ class Manifest:
 
 
 class FeatureStore:
-    """Features by key, read from mapped shards. Opening reads the indices only.
+    """Features by key, read from mapped shards. Opening reads the indices only; a shard is mapped when it is read.
 
     Raises ValueError where `path` is no store, or holds a shard that is shorter than its index says.
     """
@@ -81,19 +92,18 @@ class FeatureStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = Manifest.load(path)
-        self._shards: list[np.ndarray] = []
+        self._shards: list[tuple[Path, int]] = []  # (file, where its tensor begins)
         self._ends: list[int] = []
         self._rows: dict[str, int] = {}
         for index in sorted(path.glob("*.parquet")):
-            keys, damage = _read_index(index, self.manifest)
+            keys, start, damage = _read_index(index, self.manifest)
             if damage is not None:
                 raise ValueError(f"{damage}; run engine.encode again to make its records anew")
-            file = index.with_suffix(".safetensors")
-            shape = (len(keys), self.manifest.tokens, self.manifest.channels)
-            self._shards.append(np.memmap(file, np.float16, "r", _data_start(file), shape))
-            start = self._ends[-1] if self._ends else 0
-            self._ends.append(start + len(keys))
-            self._rows.update(zip(keys, range(start, self._ends[-1])))
+            self._shards.append((index.with_suffix(".safetensors"), start))
+            first = self._ends[-1] if self._ends else 0
+            self._ends.append(first + len(keys))
+            self._rows.update(zip(keys, range(first, self._ends[-1])))
+        self._mapped = lru_cache(_MAPPED_SHARDS)(self._map)
 
     @staticmethod
     def create_or_open(path: Path, manifest: Manifest) -> FeatureStore:
@@ -108,8 +118,9 @@ class FeatureStore:
             path.mkdir(parents=True, exist_ok=True)
             write_atomically(path / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
         for index in path.glob("*.parquet"):
-            if _read_index(index, manifest)[1] is not None:
-                index.unlink()
+            if _read_index(index, manifest).damage is not None:
+                # Another rank may have been here first.
+                index.unlink(missing_ok=True)
         return FeatureStore(path)
 
     @property
@@ -129,7 +140,12 @@ class FeatureStore:
         except KeyError:
             raise ValueError(f"the feature store {self.path} holds nothing for {key!r}; run engine.encode") from None
         shard = bisect_right(self._ends, row)
-        return self._shards[shard][row - self._ends[shard]]
+        return self._mapped(shard)[row - self._ends[shard]]
+
+    def _map(self, shard: int) -> np.ndarray:
+        file, start = self._shards[shard]
+        records = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
+        return np.memmap(file, np.float16, "r", start, (records, self.manifest.tokens, self.manifest.channels))
 
 
 class NonFiniteError(ValueError):
@@ -201,17 +217,25 @@ def _data_start(shard: Path) -> int:
         return 8 + struct.unpack("<Q", file.read(8))[0]
 
 
-def _read_index(index: Path, manifest: Manifest) -> tuple[list[str], str | None]:
-    """The keys of a shard; or why it cannot be used: it is missing, or not as long as its records."""
+class _Index(NamedTuple):
+    """A shard's keys and where its tensor begins; or why it cannot be used."""
+
+    keys: list[str]
+    start: int
+    damage: str | None = None
+
+
+def _read_index(index: Path, manifest: Manifest) -> _Index:
+    """Read a shard's index, and see whether the shard is as long as its records."""
     shard = index.with_suffix(".safetensors")
     try:
         with pq.ParquetFile(index) as file:
             keys = file.read()["key"].to_pylist()
     except (pa.ArrowInvalid, OSError, KeyError) as error:
-        return [], f"the index {index} is damaged ({error})"
+        return _Index([], 0, f"the index {index} is damaged ({error})")
     try:
-        size = shard.stat().st_size
-        needed = _data_start(shard) + len(keys) * manifest.tokens * manifest.channels * 2
+        size, start = shard.stat().st_size, _data_start(shard)
+        needed = start + len(keys) * manifest.tokens * manifest.channels * 2
     except (OSError, struct.error):
-        return [], f"the shard {shard} is missing or empty"
-    return keys, None if size == needed else f"the shard {shard} holds {size} bytes instead of {needed}"
+        return _Index([], 0, f"the shard {shard} is missing or empty")
+    return _Index(keys, start, None if size == needed else f"the shard {shard} holds {size} bytes instead of {needed}")

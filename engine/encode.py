@@ -111,6 +111,7 @@ def _manifest(encoder: ClipEncoder, num_frames: int, sampling: str) -> Manifest:
         preprocess=encoder.preprocess.describe(),
         tokens=num_frames,
         channels=encoder.channels,
+        compute_dtype=str(encoder.model.dtype).removeprefix("torch."),
     )
 
 

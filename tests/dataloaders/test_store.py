@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
@@ -59,6 +61,28 @@ def test_reading_maps_the_file(tmp_path: Path) -> None:
     assert isinstance(record, np.memmap) and not record.flags.writeable
 
 
+def test_shards_are_not_limited_by_open_files(tmp_path: Path) -> None:
+    """All of 2,000 shards can be read, twice and with records kept, where a process may open 256 files."""
+    keys = [f"k{i}" for i in range(2000)]
+    write(tmp_path, keys[:1])
+    shard, index = tmp_path / "00000-000000.safetensors", pq.ParquetFile(tmp_path / "00000-000000.parquet")
+    content = bytearray(shard.read_bytes())
+    for i, key in enumerate(keys[1:], 1):
+        content[-24:] = record(key).astype(np.float16).tobytes()
+        shard.with_name(f"00000-{i:06d}.safetensors").write_bytes(content)
+        pq.write_table(pa.table({"key": [key]}, index.schema_arrow), tmp_path / f"00000-{i:06d}.parquet")
+    code = (
+        "import resource, sys, pathlib; from dataloaders.store import FeatureStore; "
+        "from tests.dataloaders.test_store import record; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); store = FeatureStore(pathlib.Path(sys.argv[1])); "
+        "kept = [store.read(f'k{i}') for i in range(100)]; "
+        "same = [(store.read(k) == record(k).astype('float16')).all() for k in [*store.keys, *store.keys]]; "
+        "print(len(same), all(same), (kept[7] == record('k7').astype('float16')).all())"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert run.stdout == "4000 True True\n", run.stderr
+
+
 def test_appending_and_many_ranks(tmp_path: Path) -> None:
     write(tmp_path, KEYS[:3])
     write(tmp_path, KEYS[3:6], rank=1)
@@ -78,7 +102,9 @@ def test_absent_key(tmp_path: Path) -> None:
         FeatureStore(tmp_path).read("stage2/nobody")
 
 
-@pytest.mark.parametrize("field", ["encoder", "num_frames", "sampling", "preprocess", "tokens", "channels", "dtype"])
+@pytest.mark.parametrize(
+    "field", ["encoder", "num_frames", "sampling", "preprocess", "tokens", "channels", "dtype", "compute_dtype"]
+)
 def test_another_manifest_is_refused(tmp_path: Path, field: str) -> None:
     write(tmp_path, KEYS)
     other = replace(MANIFEST, **{field: "other" if isinstance(getattr(MANIFEST, field), str) else 99})
@@ -91,6 +117,9 @@ def test_not_a_store(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no feature store: it holds no manifest\.json"):
         FeatureStore(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"manifest\.json says nothing of 'encoder'"):
+        FeatureStore(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
         FeatureStore(tmp_path)
 
