@@ -35,8 +35,11 @@ class BudgetExceeded(ValueError):
 class Ledger:
     """An append-only JSONL file of failures, and the share of media that may fail before a run stops.
 
+    Processes that share the file share the budget: each counts what the others appended since it opened the ledger.
+    For that a run writes its failures down although an earlier run wrote the same.
+
     path    such as STORE/failures.jsonl; made with the first failure
-    total   media in the run
+    total   media in the run, of all its processes
     budget  share of `total` that may fail; 0.01 is one in a hundred
     """
 
@@ -44,17 +47,17 @@ class Ledger:
         if not 0 <= budget <= 1:
             raise ValueError(f"the failure budget must be a share between 0 and 1, not {budget}")
         self.path, self.total, self.budget = path, total, budget
-        self._written = set(read_failures(path))
+        self._opened_at = path.stat().st_size if path.exists() else 0
         self._failed: set[str] = set()
 
     @property
     def count(self) -> int:
-        """Media that failed in this run."""
+        """Media that failed in this process."""
         return len(self._failed)
 
     def add(self, failure: Failure) -> None:
-        """Write a failure to disk, unless an earlier run wrote the same; raises BudgetExceeded when it is one too many."""
-        if failure not in self._written:
+        """Write a failure to disk, once; raises BudgetExceeded when it is one too many."""
+        if failure.id not in self._failed:
             line = json.dumps(asdict(failure), ensure_ascii=False) + "\n"
             # One write to a file opened for appending: lines of several processes do not mix.
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -63,20 +66,23 @@ class Ledger:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            self._written.add(failure)
-        self._failed.add(failure.id)
-        if self.count > self.budget * self.total:
+            self._failed.add(failure.id)
+        failed = len({f.id for f in read_failures(self.path, self._opened_at)})
+        if failed > self.budget * self.total:
             raise BudgetExceeded(
-                f"{self.count} of {self.total} media failed, more than the failure budget of {self.budget:.2%}; the last: "
+                f"{failed} of {self.total} media failed, more than the failure budget of {self.budget:.2%}; the last: "
                 f"{failure.reason}; all are in {self.path}"
             )
 
 
-def read_failures(path: Path) -> Iterator[Failure]:
-    """Failures in a ledger, in order; nothing where there is none. A line torn by a kill is left out."""
+def read_failures(path: Path, offset: int = 0) -> Iterator[Failure]:
+    """Failures in a ledger from a byte on, in order; nothing where there is none. A line torn by a kill is left out."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    with path.open("rb") as file:
+        file.seek(offset)
+        text = file.read().decode(errors="replace")
+    for line in text.splitlines():
         try:
             yield Failure(**json.loads(line))
         except (json.JSONDecodeError, TypeError):

@@ -3,6 +3,9 @@
 Frames are decoded and cropped in processes of their own while CLIP works on earlier ones. A forward pass always has
 the same shape, filled up with black where a batch is short, so that a feature does not depend on what was encoded
 beside it: a run that was killed and resumed stores the same bytes as one that was not.
+
+Under torchrun each process takes every WORLD_SIZE-th file and writes shards of its own. They share the folder and its
+ledger, and never wait for one another, so there is no process group.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -50,7 +53,8 @@ class EncodeConfig:
     batch_size: int = 200
     """frames per forward pass"""
     workers: int | None = None
-    """decoding processes, 0 to decode in this one; none for one per core, or per two cores where CLIP runs on the CPU"""
+    """decoding processes of each rank, 0 to decode in the rank's own; none for one per core, or per two cores where CLIP
+    runs on the CPU, shared by the ranks of a machine"""
     failure_budget: float = 0.01
     """share of media that may fail before the run stops"""
     shard_records: int = 1024
@@ -68,8 +72,24 @@ class EncodeConfig:
             raise ValueError(f"--failure-budget is a share between 0 and 1, not {self.failure_budget}")
 
 
-def encode(config: EncodeConfig) -> tuple[int, int]:
-    """Bring both stores up to date. Returns media encoded by this run, and media that failed.
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that encode one data folder: `rank` of `size`, `local` of `local_size` on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+    local_size: int = 1
+
+    @staticmethod
+    def read() -> Ranks:
+        """From torchrun's environment; one process without it."""
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        return Ranks(*(int(os.environ.get(name, default)) for name, default in names.items()))
+
+
+def encode(config: EncodeConfig, ranks: Ranks = Ranks()) -> tuple[int, int]:
+    """Bring this rank's share of both stores up to date. Returns media that it encoded, and media of it that failed.
 
     Raises ValueError for a data folder, CLIP or store that cannot be used, and when failures exceed the budget; what
     was encoded until then is kept.
@@ -80,14 +100,20 @@ def encode(config: EncodeConfig) -> tuple[int, int]:
     from pite.clip import ClipEncoder
 
     media = list(iter_media(config.data, present_rooms(config.data)))
-    device = config.device
+    device: str = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here")
     if device == "cpu":
         # Threads that wait for a core spin on it, and would take it from the decoders.
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), _cores() - _workers(config, device))))
+        free = _cores() // ranks.local_size - _workers(config, device, ranks)
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), free)))
+    else:
+        if ranks.local >= torch.cuda.device_count():
+            raise ValueError(f"{ranks.local_size} ranks on a machine with {torch.cuda.device_count()} GPUs")
+        device = f"cuda:{ranks.local}"
+        torch.cuda.set_device(device)
     encoder = ClipEncoder(config.clip, device)
     stores = {
         "image": FeatureStore.create_or_open(config.store / "images", _manifest(encoder, 1, "still")),
@@ -97,7 +123,7 @@ def encode(config: EncodeConfig) -> tuple[int, int]:
     }
     ledger = Ledger(config.store / LEDGER, len(media), config.failure_budget)
     encoded = sum(
-        _encode_kind([m for m in media if m.kind == kind], store, encoder, ledger, config)
+        _encode_kind([m for m in media if m.kind == kind], store, encoder, ledger, config, ranks)
         for kind, store in stores.items()
     )
     return encoded, ledger.count
@@ -116,25 +142,29 @@ def _manifest(encoder: ClipEncoder, num_frames: int, sampling: str) -> Manifest:
 
 
 def _encode_kind(
-    media: Sequence[Media], store: FeatureStore, encoder: ClipEncoder, ledger: Ledger, config: EncodeConfig
+    media: Sequence[Media],
+    store: FeatureStore,
+    encoder: ClipEncoder,
+    ledger: Ledger,
+    config: EncodeConfig,
+    ranks: Ranks,
 ) -> int:
-    """Encode the media that a store lacks; returns how many were encoded."""
-    todo = [m for m in media if m.key not in store]
-    # Two rooms may link to one folder of videos: a file is encoded once and stored under each of its keys.
-    twins: dict[object, list[Media]] = {}
-    for m in todo:
-        twins.setdefault((m.path.resolve(), m.split), []).append(m)
-    groups = list(twins.values())
+    """Encode the media of this rank that a store lacks; returns how many were encoded."""
+    share = _groups(media)[ranks.rank :: ranks.size]
+    groups = [missing for group in share if (missing := [m for m in group if m.key not in store])]
     if not groups:
         return 0
+    total, todo = sum(map(len, share)), sum(map(len, groups))
     num_frames = store.manifest.num_frames
     decode = partial(decode_cropped, num_frames=num_frames, preprocess=encoder.preprocess)
-    workers = min(len(groups), _workers(config, encoder.device.type))
+    workers = min(len(groups), _workers(config, encoder.device.type, ranks))
     encoded, frames, waited, started = 0, 0, 0.0, time.perf_counter()
     with (
         DecodePool(decode, workers) as pool,
-        FeatureWriter(store, shard_records=config.shard_records) as writer,
-        tqdm(total=len(media), initial=len(media) - len(todo), unit=f" {todo[0].kind}s", smoothing=0.05) as bar,
+        FeatureWriter(store, ranks.rank, config.shard_records) as writer,
+        tqdm(
+            total=total, initial=total - todo, unit=f" {media[0].kind}s", smoothing=0.05, disable=ranks.rank > 0
+        ) as bar,
     ):
         results = zip(groups, pool.map(group[0] for group in groups))
         while True:
@@ -162,10 +192,23 @@ def _encode_kind(
             bar.update(sum(len(group) for group, _ in batch))
 
 
-def _workers(config: EncodeConfig, device: str) -> int:
+def _groups(media: Iterable[Media]) -> list[list[Media]]:
+    """Media by file and clip, in order, the same on every rank whatever is in the store by now.
+
+    Two rooms may link to one folder of videos: a file is encoded once and stored under each of its keys.
+    """
+    # Links are between folders; to resolve a million files on a network takes minutes.
+    resolve = lru_cache(Path.resolve)
+    groups: dict[object, list[Media]] = {}
+    for m in media:
+        groups.setdefault((resolve(m.path.parent), m.path.name, m.split), []).append(m)
+    return list(groups.values())
+
+
+def _workers(config: EncodeConfig, device: str, ranks: Ranks) -> int:
     if config.workers is not None:
         return config.workers
-    return _cores() if device == "cuda" else max(1, _cores() // 2)
+    return max(1, _cores() // ranks.local_size // (1 if device == "cuda" else 2))
 
 
 def _cores() -> int:
@@ -191,12 +234,17 @@ def _features(
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status, 1 after a one-sentence error."""
     config = parse(EncodeConfig, argv, prog="python -m engine.encode")
+    ranks = Ranks.read()
     try:
-        encoded, failed = encode(config)
+        encoded, failed = encode(config, ranks)
     except (ValueError, OSError) as error:
         print(f"engine.encode: {error}", file=sys.stderr)
         return 1
-    print(f"{encoded:,} media encoded into {config.store}" + f", {failed:,} failed: see failures.jsonl" * bool(failed))
+    who = f"rank {ranks.rank} of {ranks.size}: " * (ranks.size > 1)
+    print(
+        f"{who}{encoded:,} media encoded into {config.store}"
+        + f", {failed:,} failed: see failures.jsonl" * bool(failed)
+    )
     return 0
 
 

@@ -40,15 +40,27 @@ def test_no_budget(tmp_path: Path) -> None:
         Ledger(tmp_path / "f.jsonl", total=100, budget=5)
 
 
-def test_the_next_run_repeats_no_line_but_counts_again(tmp_path: Path) -> None:
+def test_the_next_run_counts_again(tmp_path: Path) -> None:
     path = tmp_path / "f.jsonl"
-    Ledger(path, 100, 0.5).add(failure(0))
-    again = Ledger(path, 100, 0.5)
+    Ledger(path, 100, 0.01).add(failure(0))
+    again = Ledger(path, 100, 0.01)
     assert again.count == 0, "the file may have been repaired since"
-    again.add(failure(0))
-    again.add(failure(0, "another reason"))
+    again.add(failure(1))
+    again.add(failure(1))
     assert again.count == 1
-    assert list(read_failures(path)) == [failure(0), failure(0, "another reason")]
+    assert list(read_failures(path)) == [failure(0), failure(1)]
+
+
+def test_processes_share_the_budget(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    Ledger(path, 100, 0.05).add(failure(0))
+    one, two = Ledger(path, 100, 0.05), Ledger(path, 100, 0.05)
+    for i in range(4):
+        (one, two)[i % 2].add(failure(i))
+    assert one.count == two.count == 2
+    one.add(failure(4))
+    with pytest.raises(BudgetExceeded, match="6 of 100 media failed"):
+        two.add(failure(5))
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60])

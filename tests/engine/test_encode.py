@@ -80,7 +80,7 @@ def test_features_are_those_of_the_frames(config: EncodeConfig, data: Path, clip
         assert images.read(f"stage1/i{i}").shape == (1, 16)
         np.testing.assert_allclose(images.read(f"stage1/i{i}"), encoder.encode(frame[None]).numpy(), atol=2e-3)
     assert (videos.manifest.tokens, videos.manifest.channels, images.manifest.tokens) == (N, 16, 1)
-    assert videos.manifest.encoder == encoder.checksum
+    assert videos.manifest.encoder == encoder.checksum and videos.manifest.compute_dtype == "float32"
 
 
 def test_a_linked_file_is_decoded_once(config: EncodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +108,37 @@ def test_processes_give_the_same_bytes(config: EncodeConfig, tmp_path: Path) -> 
     parallel = replace(config, store=tmp_path / "other", workers=2)
     encode(parallel)
     assert records(parallel.store) == records(config.store)
+
+
+def test_two_ranks_give_the_same_records(config: EncodeConfig, data: Path, tmp_path: Path) -> None:
+    """Each process encodes half, each file once; the ledger and its budget are common to both."""
+    bad = replace(config, data=spoiled(data, tmp_path), failure_budget=1.0)
+    encode(bad)
+    shared = tmp_path / "shared"
+    flags = {"data": bad.data, "store": shared, "clip": config.clip, "num-frames": N, "workers": 0, "batch-size": 12}
+    command = [sys.executable, "-m", "engine.encode", *(f"--{k}={v}" for k, v in flags.items()), "--failure-budget=1"]
+    environments = [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2", **environment},
+        )
+        for environment in environments
+    ]
+    output = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], output
+    assert records(shared) == records(bad.store)
+    indices = list(shared.rglob("*.parquet"))
+    assert {p.name[:5] for p in indices} == {"00000", "00001"}
+    keys = [key for index in indices for key in pq.read_table(index)["key"].to_pylist()]
+    assert len(keys) == len(set(keys)), "nothing is encoded twice"
+    failures = [sorted(f.id for f in read_failures(store / "failures.jsonl")) for store in (shared, bad.store)]
+    assert failures[0] == failures[1] and len(failures[0]) == 7
+    assert "videos/s" in output[0][1] and "/s" not in output[1][1], "one bar"
+    assert all(f"rank {rank} of 2: " in output[rank][0] for rank in range(2))
 
 
 def test_a_second_run_does_nothing(config: EncodeConfig) -> None:
