@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -11,9 +11,22 @@ from typing import Literal, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dataloaders.formats import Format, Record, Room, Where, iter_json, load_json, present_formats, read_pite
+from dataloaders.formats import (
+    Format,
+    Record,
+    Room,
+    Where,
+    iter_raw,
+    load_json,
+    parse_json,
+    present_formats,
+    read_pite,
+)
 from dataloaders.prompts import tokenize
-from dataloaders.records import Sample, TokenizedSample
+from dataloaders.records import RecordError, Sample, TokenizedSample
+
+_ERRORS_SHOWN = 10
+"""Malformed records that are looked for before the reading ends: a pass over a stage takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,25 @@ class _Source:
     def sample(self, record: Record, offset: int) -> Sample:
         return cast(Sample, self.kind.read(record, Where(self.path, offset), self.folder, **self.options))
 
+    def samples(self, errors: list[str]) -> Iterator[tuple[int, bytes, Sample]]:
+        """Yield (offset, text, sample) of each record; sentences about malformed ones go to `errors`.
+
+        Ends with the file or the last error that is shown; after the first error nothing is yielded.
+        """
+        try:
+            for offset, text in iter_raw(self.path):
+                try:
+                    sample = self.sample(parse_json(text, Where(self.path, offset)), offset)
+                except RecordError as error:
+                    errors.append(str(error))
+                    if len(errors) >= _ERRORS_SHOWN:
+                        return
+                    continue
+                if not errors:
+                    yield offset, text, sample
+        except RecordError as error:
+            errors.append(str(error))
+
 
 class StageDataset:
     """Samples of one stage in the order of their files, indexed by one streaming pass.
@@ -41,7 +73,8 @@ class StageDataset:
     available     keys of encoded media; samples about others are left out, their keys in `not_encoded`. None for all
 
     tokens, targets, coordinates  (n,) int32 per sample: length, supervised tokens, present coordinates
-    Raises ValueError for a folder without data or a malformed record, which it names by file, line and field.
+    Raises ValueError for a folder without data, or for malformed records: one sentence for each of the first ten, with
+    file, line and field.
     """
 
     def __init__(
@@ -68,9 +101,13 @@ class StageDataset:
         self.not_encoded: list[str] = []
         places: list[tuple[int, int, int]] = []
         sizes: list[tuple[int, int, int]] = []
+        errors: list[str] = []
+        # Of the records as written: an edited answer or trajectory may leave every length as it was.
+        self._contents = hashlib.sha256()
         for number, source in enumerate(self._sources):
-            for offset, nbytes, record in iter_json(source.path):
-                sample = source.sample(record, offset)
+            if len(errors) >= _ERRORS_SHOWN:
+                break
+            for offset, text, sample in source.samples(errors):
                 if available is not None and sample.media not in available:
                     self.not_encoded.append(sample.media)
                     continue
@@ -80,8 +117,11 @@ class StageDataset:
                     continue
                 self.ids.append(sample.id)
                 self.media.append(sample.media)
-                places.append((number, offset, nbytes))
+                self._contents.update(text)
+                places.append((number, offset, len(text)))
                 sizes.append((len(tokenized.token_ids), len(tokenized.target_positions), tokenized.num_coordinates))
+        if errors:
+            raise RecordError("\n".join(errors))
         if not places:
             raise ValueError(f"{data / room} holds no usable sample: {self.summary()}")
         self._places = np.array(places, dtype=np.int64)
@@ -109,8 +149,8 @@ class StageDataset:
         return ", ".join(parts)
 
     def fingerprint(self) -> str:
-        """A short checksum of which samples there are and how long; equal data give equal training."""
-        digest = hashlib.sha256("\n".join(self.ids).encode())
+        """A short checksum of the samples, their annotations and lengths in tokens; equal data give equal training."""
+        digest = self._contents.copy()
         for sizes in (self.tokens, self.targets, self.coordinates):
             digest.update(sizes.tobytes())
         return f"{len(self):,} samples {digest.hexdigest()[:16]}"

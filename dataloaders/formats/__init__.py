@@ -28,7 +28,7 @@ from dataloaders.formats.instructions import (
 )
 from dataloaders.formats.narratives import narrative_media, read_narrative
 from dataloaders.formats.pite_143k import pite_media, read_pite
-from dataloaders.formats.stream import Record, Where, iter_json, load_json
+from dataloaders.formats.stream import Record, Where, iter_json, iter_raw, load_json, parse_json
 from dataloaders.records import Media, RecordError
 
 __all__ = [
@@ -42,7 +42,9 @@ __all__ = [
     "Where",
     "iter_json",
     "iter_media",
+    "iter_raw",
     "load_json",
+    "parse_json",
     "present_formats",
     "present_rooms",
     "read_activitynet",

@@ -40,7 +40,13 @@ class Where:
 
 
 def iter_json(path: Path) -> Iterator[tuple[int, int, Record]]:
-    """Yield (offset, length in bytes, record) of every object in a file, in order.
+    """Yield (offset, length in bytes, record) of every object in a file, in order. As `iter_raw`, parsed."""
+    for offset, text in iter_raw(path):
+        yield offset, len(text), parse_json(text, Where(path, offset))
+
+
+def iter_raw(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, text) of every object in a file, in order, for `parse_json`.
 
     `.jsonl` holds one object per line; any other file one array of objects, or one object of objects
     `{key: {...}, ...}`, whose records get their key as field `id`. Raises RecordError naming file and line where the
@@ -52,7 +58,7 @@ def iter_json(path: Path) -> Iterator[tuple[int, int, Record]]:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     with file:
         if path.suffix == ".jsonl":
-            yield from _iter_lines(path, file)
+            yield from _iter_lines(file)
             return
         try:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -60,21 +66,21 @@ def iter_json(path: Path) -> Iterator[tuple[int, int, Record]]:
             raise RecordError(f"{path}:1: the file is empty") from None
         with mapped:
             for offset, length in _find_records(path, mapped):
-                yield offset, length, _parse(mapped[offset : offset + length], Where(path, offset))
+                yield offset, mapped[offset : offset + length]
 
 
 def load_json(path: Path, offset: int, length: int) -> Record:
     """Read one record again, by the numbers that `iter_json` gave for it."""
     with path.open("rb") as file:
         file.seek(offset)
-        return _parse(file.read(length), Where(path, offset))
+        return parse_json(file.read(length), Where(path, offset))
 
 
-def _iter_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, int, Record]]:
+def _iter_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     offset = 0
     for line in lines:
         if not line.isspace():
-            yield offset, len(line), _parse(line, Where(path, offset))
+            yield offset, line
         offset += len(line)
 
 
@@ -110,7 +116,8 @@ def _find_records(path: Path, mapped: mmap.mmap) -> Iterator[tuple[int, int]]:
         raise RecordError(f"{Where(path, len(mapped))}: the file ends before its closing bracket; was it cut off?")
 
 
-def _parse(text: bytes, where: Where) -> Record:
+def parse_json(text: bytes, where: Where) -> Record:
+    """The record that `iter_raw` found. Raises RecordError, naming `where`, for what is no JSON object."""
     keyed = text.startswith(b'"')
     try:
         value = json.loads(b"{" + text + b"}" if keyed else text)
