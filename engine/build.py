@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dataloaders.files import sha256
-from dataloaders.store import FeatureStore
+from dataloaders.store import FeatureStore, Manifest
 from engine.recipes import Recipe, Stage
 from pite import checkpoint
 from pite.config import PiTeConfig
@@ -19,7 +19,7 @@ from pite.model import PiTe
 
 def model_config(llm: Path, store: Path, num_points: int) -> PiTeConfig:
     """The language model's shape, the stored video features' frames and channels, and P."""
-    manifest = FeatureStore(store / "videos").manifest
+    manifest = Manifest.load(store / "videos")
     return PiTeConfig.load(
         llm, num_frames=manifest.tokens, num_points=num_points, vision_feature_size=manifest.channels
     )

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,7 +23,7 @@ from dataloaders.files import directory_written_atomically, sha256
 from dataloaders.ledger import LEDGER, read_failures
 from dataloaders.plan import BatchPlan
 from dataloaders.prefetch import prefetch
-from dataloaders.store import FeatureStore
+from dataloaders.store import FeatureStore, Manifest
 from engine import budget, state
 from engine.build import build_model, language_model_checksum, merged_stages, model_config
 from engine.config import parse
@@ -160,6 +160,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     merged = merged_stages(stage, start, same_as_before)
     settings = {
         **same_as_before,
+        "features": asdict(Manifest.load(config.store / ("images" if stage == 1 else "videos"))),
         "earlier stages": [
             sha256(Path(path) / file) for path in merged for file in (checkpoint.ADAPTER_FILE, checkpoint.HEADS_FILE)
         ],
