@@ -107,6 +107,8 @@ def test_pixels_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
 
 def test_no_such_folder_or_name(tmp_path: Path) -> None:
     missing = str(tmp_path / "no/such/clip")
-    with pytest.raises(ValueError, match="neither a directory nor a Hugging Face model name|could not be had") as caught:
+    with pytest.raises(
+        ValueError, match=r"neither a directory nor a Hugging Face model name|could not be had"
+    ) as caught:
         ClipEncoder(missing)
     assert str(caught.value).startswith(missing) and "\n" not in str(caught.value)
