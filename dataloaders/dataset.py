@@ -103,7 +103,7 @@ class StageDataset:
         sizes: list[tuple[int, int, int]] = []
         errors: list[str] = []
         # Of the records as written: an edited answer or trajectory may leave every length as it was.
-        self._contents = hashlib.sha256()
+        contents = hashlib.sha256()
         for number, source in enumerate(self._sources):
             if len(errors) >= _ERRORS_SHOWN:
                 break
@@ -117,7 +117,7 @@ class StageDataset:
                     continue
                 self.ids.append(sample.id)
                 self.media.append(sample.media)
-                self._contents.update(text)
+                contents.update(text)
                 places.append((number, offset, len(text)))
                 sizes.append((len(tokenized.token_ids), len(tokenized.target_positions), tokenized.num_coordinates))
         if errors:
@@ -126,6 +126,9 @@ class StageDataset:
             raise ValueError(f"{data / room} holds no usable sample: {self.summary()}")
         self._places = np.array(places, dtype=np.int64)
         self.tokens, self.targets, self.coordinates = np.array(sizes, dtype=np.int32).T.copy()
+        for counts in (self.tokens, self.targets, self.coordinates):
+            contents.update(counts.tobytes())
+        self._checksum = contents.hexdigest()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -150,10 +153,7 @@ class StageDataset:
 
     def fingerprint(self) -> str:
         """A short checksum of the samples, their annotations and lengths in tokens; equal data give equal training."""
-        digest = self._contents.copy()
-        for sizes in (self.tokens, self.targets, self.coordinates):
-            digest.update(sizes.tobytes())
-        return f"{len(self):,} samples {digest.hexdigest()[:16]}"
+        return f"{len(self):,} samples {self._checksum[:16]}"
 
     def _tokenize(self, sample: Sample) -> TokenizedSample:
         return tokenize(sample, self._tokenizer, num_frames=self.num_frames, num_points=self.num_points)

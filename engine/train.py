@@ -92,7 +92,7 @@ class TrainConfig:
     """of the data order and of new weights"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """of the frozen weights and activations; auto is bfloat16 on CUDA and float32 elsewhere"""
-    device: Literal["cuda", "cpu"] | None = None
+    device: Literal["cpu", "cuda"] | None = None
     """where to train; CUDA where there is one"""
     checkpoint_every: int = 100
     """optimizer steps between checkpoints"""
