@@ -31,7 +31,7 @@ _PHRASES = (
 )
 """What every prompt repeats is one token: it carries no information, and costs as much as a frame for each token."""
 
-_SAID = """human's user USER: ASSISTANT: Describe the video image in detail, with the time of each Yes No
+_SAID = """human's user USER: ASSISTANT: Describe the video image in detail, with the time of each List
 event first last. concisely briefly picture Can you describe this clip What happens can be seen During which frames can we
 see From to from There is are also In this image there no one two three shape shapes at the top bottom left right
 middle of moves moving Which direction does move? It It's What colour color that a The an How many first nothing log

@@ -18,13 +18,14 @@ from transformers import (
 )
 
 from dataloaders.prompts import SYSTEM
+from dataloaders.records import Turn
 from dataloaders.synthetic.scene import COLOURS, DIRECTIONS, SHAPES, Scene, Thing
 from engine.tiny import TinyConfig, main, make_tiny
 from engine.tiny_clip import CHANNELS, PREPROCESSOR, SIZE, code, code_weights, pixel_values
 from engine.tiny_tokenizer import build_tokenizer
-from engine.tiny_vicuna import dialogue_ids, frame_log, sample_dialogue
+from engine.tiny_vicuna import Dialogue, build, frame_log, hidden_states, make_batch, sample_dialogue
 
-CONFIG = TinyConfig(clip_steps=2, vicuna_steps=2, frames=8, seed=1)
+CONFIG = TinyConfig(clip_steps=2, list_steps=1, vicuna_steps=1, frames=8, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,12 @@ def test_same_seed_gives_the_same_weights(tiny, tmp_path):
 
 def test_repeating_trains_nothing_and_another_seed_is_refused(tiny, capsys):
     assert make_tiny(tiny, CONFIG) == []
-    assert main([str(tiny), "--clip-steps", "2", "--vicuna-steps", "2", "--frames", "8", "--seed", "2"]) == 2
+    assert (
+        main(
+            [str(tiny), "--clip-steps", "2", "--list-steps", "1", "--vicuna-steps", "1", "--frames", "8", "--seed", "2"]
+        )
+        == 2
+    )
     assert "choose another folder" in capsys.readouterr().err
     assert main([str(tiny), "--frames", "101"]) == 2
     assert "--frames must be 2 to 100" in capsys.readouterr().err
@@ -107,27 +113,46 @@ def test_transformers_loads_both_and_preprocesses_as_they_were_trained(tiny):
     saved = AutoTokenizer.from_pretrained(tiny / "vicuna")
     assert saved.is_fast
     assert len(saved) == language.config.vocab_size
-    assert language.config.rope_parameters["rope_theta"] == 1000
+    assert language.config.rope_parameters["rope_theta"] == 10_000
 
 
-def test_a_dialogue_learns_its_answers_and_nothing_else(tokenizer):
+def test_a_batch_learns_the_answers_and_shows_the_log_where_frames_stand(tokenizer):
     rng = np.random.default_rng(0)
-    for _ in range(20):
-        dialogue = sample_dialogue(rng, 32)
-        ids, labels = dialogue_ids(dialogue, tokenizer)
-        text = tokenizer.decode(ids)
-        assert dialogue.log in text
-        learned = tokenizer.decode(labels[labels != -100]).split("</s>")
+    dialogues = [sample_dialogue(rng, 32) for _ in range(24)]
+    batch = make_batch(dialogues, tokenizer)
+    ends = [*batch.offsets[1:].tolist(), len(batch.words)]
+    shown = [tokenizer.decode(batch.words[a:b]) for a, b in zip(batch.offsets.tolist(), ends)]
+    assert shown == [words for dialogue in dialogues for words in dialogue.log]
+    assert not batch.ids[batch.rows, batch.columns].any()
+    assert tokenizer.decode(batch.numbers[batch.rows == 0]).split()[:3] == ["00", "01", "02"][: len(dialogues[0].log)]
+    for row, dialogue in enumerate(dialogues):
+        learned = tokenizer.decode(batch.labels[row][batch.labels[row] != -100]).split("</s>")
         assert learned.pop() == ""
         assert [answer.strip() for answer in learned] == [turn.answer for turn in dialogue.turns]
 
 
-def test_a_log_has_one_word_per_frame_and_names_only_what_is_there():
-    thing = Thing("red", "circle", "right", 10, 19, np.full((10, 2), 0.5))
-    words = frame_log(Scene(40, 30, (thing,)), 40, np.random.default_rng(0)).split()
-    assert len(words) == 40
-    assert set(words[:10] + words[20:]) == {"nothing"}
-    assert set(words[10:20]) <= {"red", "circle", "middle"}
+def test_a_frames_embedding_is_the_sum_of_its_words(tokenizer):
+    torch.manual_seed(0)
+    model = build(len(tokenizer)).eval()
+    dialogue = Dialogue(("red circle top", "nothing"), (Turn("When?", "From 00 to 00."),))
+    batch = make_batch([dialogue], tokenizer)
+    embedded: list[torch.Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0]))
+    with torch.no_grad():
+        hidden_states(model, batch)
+    table = model.model.embed_tokens.weight
+    words = tokenizer.encode("red circle top", add_special_tokens=False)
+    torch.testing.assert_close(embedded[0][0, batch.columns[0]], table[words].sum(0))
+    before = int(batch.columns[0]) - 1
+    torch.testing.assert_close(embedded[0][0, before], table[batch.ids[0, before]])
+
+
+def test_a_log_names_what_is_there_and_nothing_else():
+    thing = Thing("red", "circle", "right", 10, 19, np.full((10, 2), 0.1))
+    log = frame_log(Scene(40, 30, (thing,)), 40)
+    assert len(log) == 40
+    assert set(log[:10] + log[20:]) == {"nothing"}
+    assert set(log[10:20]) == {"red circle top left"}
 
 
 def test_the_code_says_what_a_still_holds():
