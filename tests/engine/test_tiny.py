@@ -113,7 +113,7 @@ def test_transformers_loads_both_and_preprocesses_as_they_were_trained(tiny):
     saved = AutoTokenizer.from_pretrained(tiny / "vicuna")
     assert saved.is_fast
     assert len(saved) == language.config.vocab_size
-    assert language.config.rope_parameters["rope_theta"] == 10_000
+    assert language.config.rope_parameters["rope_theta"] == 100_000
 
 
 def test_a_batch_learns_the_answers_and_shows_the_log_where_frames_stand(tokenizer):
