@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dataloaders.batch import PackedBatch
 from engine.data import Absent, StepBatches
 from engine.metrics import Metrics
 from engine.parallel import World
@@ -53,7 +54,8 @@ class _Pending:
     data_wait: float
 
 
-def compute_losses(model: PiTe, batch, recipe: Recipe, absent: Absent) -> Losses:  # type: ignore[no-untyped-def]
+def compute_losses(model: PiTe, batch: PackedBatch, recipe: Recipe, absent: Absent) -> Losses:
+    """The losses of one micro-batch under a stage's recipe."""
     losses: Losses = model(
         batch,
         head=recipe.head,

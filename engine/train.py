@@ -18,6 +18,7 @@ from typing import Any, Literal, cast
 import torch
 from transformers import AutoTokenizer
 
+from dataloaders.batch import PackedBatch
 from dataloaders.dataset import StageDataset
 from dataloaders.files import directory_written_atomically, sha256
 from dataloaders.ledger import LEDGER, read_failures
@@ -332,7 +333,7 @@ def collector_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-def finite(model: PiTe, batch: Any, recipe: Recipe, absent: Absent) -> bool:
+def finite(model: PiTe, batch: PackedBatch, recipe: Recipe, absent: Absent) -> bool:
     """Whether one sample alone has a finite loss and finite gradients."""
     losses = compute_losses(model, batch.to(model.device), recipe, absent)
     parameters = [p for _, p in model.trainable()]
