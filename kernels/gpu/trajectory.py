@@ -22,6 +22,38 @@ _REFUSAL = "trajectory_l1: a target is not finite or half absent, or a row is ou
 
 
 @triton.jit
+def halves(x):
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def distance_of(
+    prediction, bias_ptr, target_ptr, sign_ptr, m, column, inside, count, outputs, SKIP_ABSENT: tl.constexpr
+):
+    """Store the signs of prediction - target; (summed distance, coordinates counted, coordinates refused)."""
+    n = column + tl.arange(0, prediction.shape[1])
+    keep = (m < count)[:, None] & (n < outputs)[None, :]
+    at = m[:, None] * outputs + n[None, :]
+    target = tl.load(target_ptr + at, mask=keep, other=0.0).to(tl.float32)
+    # x - x is 0 for finite numbers only.
+    refused = tl.sum((keep & ((target - target != 0.0) | (inside == 0)[:, None])).to(tl.int32))
+    counted = tl.sum(keep.to(tl.int32))
+    if bias_ptr is not None:
+        prediction += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+    distance = tl.where(keep, prediction - target, 0.0)
+    if SKIP_ABSENT:
+        absent = keep & (target == -1.0)
+        counted -= tl.sum(absent.to(tl.int32))
+        # Neighbouring columns 2i and 2i + 1 are a pair.
+        pairs = tl.sum(tl.reshape(absent.to(tl.int32), [absent.shape[0], absent.shape[1] // 2, 2]), 2)
+        refused += tl.sum((pairs == 1).to(tl.int32))
+        distance = tl.where(absent, 0.0, distance)
+    sign = (distance > 0).to(tl.int8) - (distance < 0).to(tl.int8)
+    tl.store(sign_ptr + at, sign, mask=keep)
+    return tl.sum(tl.abs(distance)), counted, refused
+
+
+@triton.jit
 def forward_kernel(
     hidden_ptr,
     weight_ptr,
@@ -43,25 +75,15 @@ def forward_kernel(
 ):
     # Tiles that share rows of X run next to each other, so X comes from memory once.
     tiles_n = tl.cdiv(outputs, BLOCK_N)
-    m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = (tl.program_id(0) // tiles_n) * BLOCK_M
+    column = (tl.program_id(0) % tiles_n) * BLOCK_N
+    m = tl.arange(0, BLOCK_M)
+    n = column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    row = tl.load(rows_ptr + m, mask=m < count, other=0)
+    count -= first
+    row = tl.load(rows_ptr + first + m, mask=m < count, other=0)
     inside = (row >= 0) & (row < num_rows)
     row = tl.where(inside, row, 0)
-    keep = (m < count)[:, None] & (n < outputs)[None, :]
-    at = m[:, None].to(tl.int64) * outputs + n[None, :]
-    # The targets are judged before the product, while registers are free, and read again after it.
-    target = tl.load(target_ptr + at, mask=keep, other=0.0).to(tl.float32)
-    # x - x is 0 for finite numbers only.
-    refused = tl.sum((keep & ((target - target != 0.0) | (inside == 0)[:, None])).to(tl.float32))
-    counted = tl.sum(keep.to(tl.float32))
-    if SKIP_ABSENT:
-        absent = keep & (target == -1.0)
-        counted -= tl.sum(absent.to(tl.float32))
-        # Neighbouring columns 2i and 2i + 1 are a pair.
-        pairs = tl.sum(tl.reshape(absent.to(tl.int32), [BLOCK_M, BLOCK_N // 2, 2]), 2)
-        refused += tl.sum((pairs == 1).to(tl.float32))
     x_ptr = hidden_ptr + row[:, None] * stride + k[None, :]
     w_ptr = weight_ptr + tl.where(n < outputs, n, 0)[None, :].to(tl.int64) * depth + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -75,19 +97,28 @@ def forward_kernel(
         acc = tl.dot(x, w, acc, input_precision="ieee")
         x_ptr += BLOCK_K
         w_ptr += BLOCK_K
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    target = tl.load(target_ptr + at, mask=keep, other=0.0).to(tl.float32)
-    distance = tl.where(keep, acc - target, 0.0)
-    if SKIP_ABSENT:
-        distance = tl.where(target == -1.0, 0.0, distance)
-    sign = (distance > 0).to(tl.int8) - (distance < 0).to(tl.int8)
-    tl.store(sign_ptr + at, sign, mask=keep)
+    # Sixteen columns at a time: their targets need an eighth of the registers, and two blocks fit a multiprocessor.
+    if BLOCK_N == 128:
+        left, right = halves(acc)
+        a, b = halves(left)
+        c, d = halves(right)
+        pieces = halves(a) + halves(b) + halves(c) + halves(d)
+    else:
+        pieces = (acc,)
+    target_ptr += first.to(tl.int64) * outputs
+    sign_ptr += first.to(tl.int64) * outputs
+    total, counted, refused = 0.0, 0, 0
+    for i in tl.static_range(len(pieces)):
+        sums = distance_of(pieces[i], bias_ptr, target_ptr, sign_ptr, m, column, inside, count, outputs, SKIP_ABSENT)
+        total += sums[0]
+        counted += sums[1]
+        refused += sums[2]
+        column += pieces[i].shape[1]
     tile = partial_ptr + tl.program_id(0)
     tiles = tl.num_programs(0)
-    tl.store(tile, tl.sum(tl.abs(distance)))
-    tl.store(tile + tiles, counted)
-    tl.store(tile + 2 * tiles, refused)
+    tl.store(tile, total)
+    tl.store(tile + tiles, counted.to(tl.float32))
+    tl.store(tile + 2 * tiles, refused.to(tl.float32))
 
 
 @triton.jit
