@@ -1,7 +1,9 @@
 """Low-rank adaptation of frozen linear layers, several layers that share an input in one call.
 
-y_i = x W_i' + scale (x A_i') B_i', with W (all parts stacked) multiplied in one GEMM and the low-rank term accumulated
-into its output. Saved for backward: x and the (T, parts * r) product x A'. dW is never formed: the weight is frozen.
+y_i = x W_i' + scale (x A_i') B_i', with W (all parts stacked) multiplied in one GEMM. The low-rank term comes first and the
+large GEMM accumulates onto it: its epilogue reads y while the tensor cores are busy, where a thin GEMM would wait
+for y to be read and written again; dX likewise. Saved for backward: x and the (T, parts * r) product x A'. dW is
+never formed: the weight is frozen. docs/kernels.md counts the bytes, against concatenation along K too.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.dispatch import uses_triton, with_unit_stride
 from kernels.trajectory import NAMESPACE
 
 
@@ -59,12 +62,11 @@ def lora_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns (y (T, d_out), x A' (T, parts * r))."""
     low = torch.mm(x, lora_a.to(x.dtype).t())
-    y = torch.mm(x, weight.t())
-    rank = lora_b.shape[1]
+    y = x.new_empty(x.shape[0], weight.shape[0])
     b = lora_b.to(x.dtype)
-    for i, (part, b_i) in enumerate(zip(y.split(splits, 1), b.split(splits))):
-        part.addmm_(low[:, i * rank : (i + 1) * rank], b_i.t(), alpha=scale)
-    return y, low
+    for part, low_i, b_i in zip(y.split(splits, 1), low.split(b.shape[1], 1), b.split(splits)):
+        part.addmm_(low_i, b_i.t(), beta=0, alpha=scale)
+    return y.addmm_(x, weight.t()), low
 
 
 @lora_forward.register_fake
@@ -89,21 +91,32 @@ def lora_backward(
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dA, dB); an empty tensor stands for one that is not needed."""
-    rank = lora_b.shape[1]
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    parts = grad.split(splits, 1)
     grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
-    if need_x or need_a:
-        grad_low = torch.cat([torch.mm(g, b_i) for g, b_i in zip(parts, b.split(splits))], 1).mul_(scale)
-        if need_x:
-            grad_x = torch.mm(grad, weight).addmm_(grad_low, a)
-        if need_a:
-            grad_a = torch.mm(grad_low.t(), x).to(lora_a.dtype)
-    if need_b:
-        low_scaled = low * scale
-        columns = [torch.mm(g.t(), low_scaled[:, i * rank : (i + 1) * rank]) for i, g in enumerate(parts)]
-        grad_b = torch.cat(columns).to(lora_b.dtype)
+    grad_low = x.new_empty(0)
+    if need_b and (need_x or need_a) and _one_pass(x, b):
+        from kernels.gpu import lora as gpu
+
+        with torch.cuda.device_of(x):
+            grad_low, grad_b = gpu.thin_products(with_unit_stride(grad), b, low, scale, splits)
+        grad_b = grad_b.to(lora_b.dtype)
+    else:
+        parts = grad.split(splits, 1)
+        if need_x or need_a:
+            grad_low = torch.cat([torch.mm(g, b_i) for g, b_i in zip(parts, b.split(splits))], 1).mul_(scale)
+        if need_b:
+            columns = (low * scale).split(b.shape[1], 1)
+            grad_b = torch.cat([torch.mm(g.t(), low_i) for g, low_i in zip(parts, columns)]).to(lora_b.dtype)
+    if need_x:
+        grad_x = torch.mm(grad_low, a).addmm_(grad, weight)
+    if need_a:
+        grad_a = torch.mm(grad_low.t(), x).to(lora_a.dtype)
     return grad_x, grad_a, grad_b
+
+
+def _one_pass(x: Tensor, lora_b: Tensor) -> bool:
+    """Whether kernels.gpu makes both products with dY at once: half precision and ranks that fit a tile."""
+    return uses_triton(x) and x.dtype != torch.float32 and lora_b.shape[1] <= 128
 
 
 @lora_backward.register_fake

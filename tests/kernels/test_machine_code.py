@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels.gpu import cross_entropy, shared, trajectory  # noqa: E402
+from kernels.gpu import cross_entropy, lora, shared, trajectory  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one block may use
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -49,7 +49,18 @@ def scatter(dtype, rows):
     return cross_entropy.scatter_kernel, signature, {"BLOCK": 1024, "num_warps": 4}
 
 
-GEMMS = {trajectory.forward_kernel, trajectory.grad_hidden_kernel, trajectory.grad_weight_kernel}
+def thin_products(dtype, rank):
+    x = TYPES[dtype]
+    signature = [x, x, x, x, "*fp32", "fp32", *["i32"] * 6]
+    return lora.thin_products_kernel, signature, lora.tiles(rank)
+
+
+GEMMS = {
+    lora.thin_products_kernel,
+    trajectory.forward_kernel,
+    trajectory.grad_hidden_kernel,
+    trajectory.grad_weight_kernel,
+}
 VARIANTS = {
     **{f"trajectory forward {d} 600 outputs": forward(d, 16384, 600) for d in TYPES},
     "trajectory forward bfloat16, few rows": forward(torch.bfloat16, 1638, 600),
@@ -58,6 +69,8 @@ VARIANTS = {
     **{f"trajectory dX {d}, accumulating": grad_hidden(d, True) for d in TYPES},
     "trajectory dX bfloat16, from zero": grad_hidden(torch.bfloat16, False),
     **{f"trajectory dW {d}": grad_weight(d) for d in TYPES},
+    **{f"lora thin products {d}": thin_products(d, 64) for d in (torch.bfloat16, torch.float16)},
+    **{f"lora thin products bfloat16, rank {r}": thin_products(torch.bfloat16, r) for r in (16, 128)},
     "trajectory link": (
         trajectory.link_kernel,
         ["*i64", "*i32", "*i32", "i32", "i32"],

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from kernels.gpu import cross_entropy, shared, trajectory
+from kernels.gpu import cross_entropy, lora, shared, trajectory
 from tests.kernels.helpers import Heads, make_heads
 
 VALUES = (DataDependentOutputException, DynamicOutputShapeException, RuntimeError)
@@ -34,7 +34,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
     made: list[str] = []
-    for module in (shared, trajectory, cross_entropy):
+    for module in (shared, trajectory, cross_entropy, lora):
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(name, made))
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132, raising=False)
@@ -84,6 +84,13 @@ def test_cross_entropy(heads, launches, frozen):
     assert cross_entropy.scatter_rows(dx, heads.target_rows, scale, 5000).shape == (5000, 32)
     chunk = ["softmax_kernel", "zero_rows_kernel"]
     assert launches == [*chunk * 3, "finish_loss_kernel", "scatter_kernel"], "4,500 rows are three chunks"
+
+
+def test_lora(heads, launches):
+    grad, lora_b, low = (heads.hidden.new_empty(shape) for shape in ((5000, 96), (96, 8), (5000, 24)))
+    grad_low, grad_b = lora.thin_products(grad, lora_b, low, 2.0, [64, 16, 16])
+    assert grad_low.shape == low.shape and grad_b.shape == lora_b.shape
+    assert launches == ["thin_products_kernel"] * 3
 
 
 def test_looking_at_a_value_would_be_seen(heads):

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import kernels.cross_entropy
+import kernels.lora
 import kernels.trajectory
-from kernels import reference, two_head_loss
-from kernels.gpu import cross_entropy, shared, trajectory
+from kernels import lora_linear, reference, two_head_loss
+from kernels.gpu import cross_entropy, lora, shared, trajectory
 from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,6 +189,43 @@ def test_far_rows_are_addressed_in_64_bits():
     assert_bitwise(near, got)
     weights = [trajectory.grad_weight(near[2], h.hidden, h.weight, near[1], h.rows) for h in (heads, moved)]
     assert torch.equal(*weights)
+
+
+def lora_results(function, x, weight, a, b, splits, upstream):
+    with torch.enable_grad():
+        y = function(x, weight, a, b, scale=0.5, splits=splits)
+        return [y.detach(), *torch.autograd.grad(y, (x, a, b), upstream.to(y.dtype))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(
+    ("tokens", "splits", "rank"), [(37, [48], 4), (300, [130, 24, 24], 16), (1, [24, 24], 64), (0, [24, 24], 4)]
+)
+def test_lora(dtype, tokens, splits, rank, monkeypatch):
+    """300 rows of 24 columns are three groups of rows, 130 columns two blocks of columns."""
+    monkeypatch.setattr(kernels.lora, "uses_triton", lambda tensor: tensor.dtype != torch.float64)
+    g = torch.Generator().manual_seed(2)
+    shapes = (tokens, 40), (sum(splits), 40), (len(splits) * rank, 40), (sum(splits), rank), (tokens, sum(splits))
+    exact = [(torch.randn(s, generator=g) * s[-1] ** -0.5).to(dtype).double().to(DEVICE) for s in shapes]
+    *inputs, upstream = (t.to(dtype) for t in exact)
+    for tensors in (inputs, exact):
+        for index in (0, 2, 3):
+            tensors[index].requires_grad_()
+    ours, again = (lora_results(lora_linear, *inputs, splits, upstream) for _ in range(2))
+    assert_bitwise(ours, again)
+    plain = lora_results(reference.lora_linear, *inputs, splits, upstream)
+    truth = lora_results(reference.lora_linear, *exact[:4], splits, exact[4])
+    assert_as_accurate(ours, plain, truth)
+
+
+def test_lora_far_rows_are_addressed_in_64_bits():
+    torch.use_deterministic_algorithms(False)
+    stride = 2**30 + 5
+    far = torch.empty(2 * stride + 32, device=DEVICE, dtype=torch.float16).as_strided((3, 32), (stride, 1))
+    near = torch.randn(3, 32, device=DEVICE).half()
+    far.copy_(near)
+    b, low = torch.randn(32, 8, device=DEVICE).half(), torch.randn(3, 8, device=DEVICE).half()
+    assert_bitwise(*(lora.thin_products(grad, b, low, 0.5, [32]) for grad in (near, far)))
 
 
 def test_zero_rows_leaves_the_others():
