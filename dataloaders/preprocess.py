@@ -70,16 +70,17 @@ class Preprocess:
         """All of it in one line, for a store's manifest."""
         return json.dumps({"filter": "bicubic", **asdict(self)})
 
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after the resize. The longer side is truncated, not rounded."""
+        if height <= width:
+            return self.resize, int(self.resize * width / height)
+        return int(self.resize * height / width), self.resize
+
     def cropped(self, frame: np.ndarray) -> np.ndarray:
         """Resize and crop one frame (H, W, 3) uint8 to (S, S, 3) uint8."""
-        height, width = frame.shape[:2]
-        # The longer side is truncated, not rounded.
-        if height <= width:
-            size = (int(self.resize * width / height), self.resize)
-        else:
-            size = (self.resize, int(self.resize * height / width))
-        resized = Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)
-        left, top = (size[0] - self.crop) // 2, (size[1] - self.crop) // 2
+        height, width = self.resized(*frame.shape[:2])
+        resized = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - self.crop) // 2, (height - self.crop) // 2
         return np.array(resized.crop((left, top, left + self.crop, top + self.crop)))
 
     def normalized(self, frames: Tensor) -> Tensor:

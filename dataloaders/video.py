@@ -7,6 +7,7 @@ decoding; where even that was wrong the video is decoded once more.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -23,12 +24,66 @@ from dataloaders.containers import truncation
 CLIP_TOLERANCE = 1.0
 """Seconds by which a clip may outlast its file: lengths are rounded, and audio often outlasts the pictures."""
 
+MAX_PIXELS = 8192 * 8192
+"""Pixels of a frame, twice those of 8K video; a damaged header can ask for terabytes."""
+
+_VP8_SHOWN = 0x10
+"""The bit of a VP8 packet's first byte that says whether its frame is shown (RFC 6386, 9.1)."""
+
 Clip = tuple[float, float] | None
 Transform = Callable[[np.ndarray], np.ndarray]
 
 
 class DecodeError(ValueError):
     """A file that gives no frames: the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is known of a video before its frames are decoded.
+
+    codec, pixel_format  FFmpeg's names, such as "h264" and "yuv420p"
+    width, height        in pixels, as coded: before a rotation
+    rotation             degrees counter-clockwise that its display matrix asks for
+    first, total         the clip's first frame, counted from 0 in display order over the whole file, and its frames
+    regular              every packet is a frame that is shown and says when, so that all decoders count alike
+    """
+
+    codec: str
+    pixel_format: str
+    width: int
+    height: int
+    rotation: int
+    first: int
+    total: int
+    regular: bool
+
+
+def probe(path: Path, split: Clip = None) -> Probe:
+    """Look at every packet's header and decode the first frame. Raises DecodeError as `decode_video` does."""
+    _check_readable(path)
+    try:
+        packets = _read_packets(path, split)
+        with av.open(str(path)) as container:
+            stream = _video_stream(container, path)
+            frame = next(container.decode(stream), None)
+            codec = stream.codec_context.codec.name
+    except av.EOFError:
+        frame = None
+    except av.FFmpegError as error:
+        raise DecodeError(f"{path}: {error.strerror}; is it a video?") from None
+    if frame is None or (packets.origin is not None and not packets.total):
+        raise DecodeError(_no_frame(path, split))
+    return Probe(
+        codec=codec,
+        pixel_format=frame.format.name,
+        width=frame.width,
+        height=frame.height,
+        rotation=frame.rotation,
+        first=packets.first,
+        total=packets.total,
+        regular=packets.origin is not None and packets.all_shown,
+    )
 
 
 def frame_indices(total: int, num_frames: int) -> np.ndarray:
@@ -45,7 +100,8 @@ def decode_video(path: Path, num_frames: int, split: Clip = None, transform: Tra
     """
     _check_readable(path)
     try:
-        total, origin = _count_packets(path, split)
+        packets = _read_packets(path, split)
+        total, origin = packets.total, packets.origin
         seen = -1
         frames: dict[int, np.ndarray] = {}
         if origin is not None:
@@ -60,8 +116,7 @@ def decode_video(path: Path, num_frames: int, split: Clip = None, transform: Tra
     except av.FFmpegError as error:
         raise DecodeError(f"{path}: {error.strerror}; is it a video?") from None
     if not total:
-        span = "" if split is None else f" between {split[0]:g} and {split[1]:g} s"
-        raise DecodeError(f"{path}: holds no frame{span}")
+        raise DecodeError(_no_frame(path, split))
     if seen != total:
         raise DecodeError(f"{path}: gave {total} frames when decoded once and {seen} when decoded again")
     try:
@@ -82,6 +137,10 @@ def decode_image(path: Path) -> np.ndarray:
         raise DecodeError(f"{path}: {error}") from None
 
 
+def _no_frame(path: Path, split: Clip) -> str:
+    return f"{path}: holds no frame" + ("" if split is None else f" between {split[0]:g} and {split[1]:g} s")
+
+
 def _check_readable(path: Path) -> None:
     try:
         if path.stat().st_size == 0:
@@ -94,11 +153,18 @@ def _check_readable(path: Path) -> None:
 
 
 def _video_stream(container: InputContainer, path: Path) -> VideoStream:
-    """The first video stream that is no cover picture."""
+    """The first video stream that is no cover picture. Raises DecodeError where there is none, or it is too large."""
+    if container.format.name.endswith("_pipe"):
+        raise DecodeError(f"{path}: a still image ({container.format.name.removesuffix('_pipe')}), not a video")
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
             # Processes, not threads, share the work: one file per core has no idle waits.
             stream.codec_context.thread_count = 1
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > MAX_PIXELS:
+                raise DecodeError(f"{path}: frames of {width} x {height} pixels are more than can be decoded")
+            # The stream itself may ask for larger ones than the container does.
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             return stream
     raise DecodeError(f"{path}: holds no video stream")
 
@@ -107,20 +173,53 @@ def _indices(total: int, num_frames: int) -> np.ndarray:
     return frame_indices(total, num_frames) if total else np.zeros(0, dtype=np.int64)
 
 
-def _count_packets(path: Path, split: Clip) -> tuple[int, int | None]:
-    """Frames to expect and the first one's display time in stream units; (0, None) where packets carry no times."""
+@dataclass(frozen=True)
+class _Packets:
+    """What the packets say of a clip: frames before it and in it, the first display time of the file in stream units.
+
+    origin is None where packets carry no times; nothing else is known then.
+    """
+
+    first: int = 0
+    total: int = 0
+    origin: int | None = None
+    all_shown: bool = False
+
+
+def _read_packets(path: Path, split: Clip) -> _Packets:
     with av.open(str(path)) as container:
         stream = _video_stream(container, path)
-        times = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
-        unit = stream.time_base
+        hides = stream.codec_context.codec.name == "vp8"
+        packets = [p for p in container.demux(stream) if p.size]
+        shown = [p for p in packets if not (p.is_discard or (hides and not bytes(p)[0] & _VP8_SHOWN))]
+        times, unit, announced = [p.pts for p in shown], stream.time_base, _announced(container, stream)
+        last = max((p.pts + (p.duration or 0) for p in shown if p.pts is not None), default=0)
     pts = [t for t in times if t is not None]
     if len(pts) < len(times) or not pts or unit is None:
-        return 0, None
+        return _Packets()
     origin = min(pts)
-    length = float((max(pts) - origin) * unit)
-    if split is not None and split[1] > length + CLIP_TOLERANCE:
-        raise DecodeError(f"{path}: its last frame stands at {length:.2f} s, before the clip's end at {split[1]:g} s")
-    return sum(_inside(float((t - origin) * unit), split) for t in pts), origin
+    seconds = sorted(float((t - origin) * unit) for t in pts)
+    if announced is not None and float(max(last, last - origin) * unit) < announced - CLIP_TOLERANCE:
+        raise DecodeError(f"{path}: its frames end at {seconds[-1]:.2f} s of {announced:.2f} s; the file is damaged")
+    if split is not None and split[1] > seconds[-1] + CLIP_TOLERANCE:
+        raise DecodeError(
+            f"{path}: its last frame stands at {seconds[-1]:.2f} s, before the clip's end at {split[1]:g} s"
+        )
+    before = 0 if split is None else sum(t < split[0] for t in seconds)
+    return _Packets(before, sum(_inside(t, split) for t in seconds), origin, len(shown) == len(packets))
+
+
+def _announced(container: InputContainer, stream: VideoStream) -> float | None:
+    """Seconds that the stream itself claims to last. A container's length may be the sound's, and other formats guess."""
+    if not {"mp4", "matroska"} & set(container.format.name.split(",")):
+        return None
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    try:
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    except (KeyError, ValueError):
+        return None
 
 
 def _decode(

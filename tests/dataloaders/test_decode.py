@@ -32,6 +32,11 @@ def pretend(media: Media) -> np.ndarray:
         raise ZeroDivisionError("division by zero")
     if media.path.stem == "death":
         os.kill(os.getpid(), signal.SIGKILL)
+    if media.path.stem == "hang":
+        # As a decoder in C would: no signal that Python handles ends it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+        while True:
+            pass
     time.sleep(0.002 * (number % 3))
     return np.full((1, 2, 2, 3), number % 256, dtype=np.uint8)
 
@@ -64,6 +69,40 @@ def test_a_file_that_kills_its_process_costs_itself_alone() -> None:
     assert results[3].reason == "death.mp4: the process that decoded it died"
 
 
+def test_a_file_that_hangs_costs_its_time_limit_and_itself_alone() -> None:
+    names = ["good", "hang", *["good"] * 6, "hang", "good"]
+    started = time.monotonic()
+    with DecodePool(pretend, 2, time_limit=0.5) as pool:
+        results = list(pool.map(media(names)))
+        assert len(pool.workers.pids) == 2, "those that were killed are replaced"
+    assert time.monotonic() - started < 15
+    assert [r.media.key for r in results] == [str(i) for i in range(len(names))]
+    assert [r.frames is not None for r in results] == [name == "good" for name in names]
+    assert results[1].reason == "hang.mp4: it took more than 0.5 s and was stopped"
+
+
+def test_leaving_the_pool_ends_what_still_hangs() -> None:
+    with DecodePool(pretend, 1, time_limit=None) as pool:
+        assert next(pool.map(media(["good", "hang"]))).frames is not None
+        pids = pool.workers.pids
+    assert not any(_alive(pid) for pid in pids)
+
+
+def test_processes_that_cannot_start_are_an_error(tmp_path: Path) -> None:
+    """A script without a main guard, which its workers would start again."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from tests.dataloaders.test_decode import *\n"
+        "with DecodePool(pretend, 1) as pool:\n    list(pool.map(media(['good'])))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
+    assert done.returncode != 0
+    assert done.stderr.endswith("RuntimeError: the decoding processes have ended, or could not be started\n")
+
+
 def test_the_pool_reads_only_a_little_ahead() -> None:
     asked = 0
 
@@ -88,7 +127,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
         "import pathlib, time\nfrom tests.dataloaders.test_decode import *\n"
         "if __name__ == '__main__':\n"
         f"    pool = DecodePool(pretend, 1)\n    list(pool.map(media(['good'])))\n"
-        "    (pid,) = pool._pool._processes\n"
+        "    (pid,) = pool.workers.pids\n"
         f"    pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(pid))\n    time.sleep(60)\n"
     )
     script = tmp_path / "parent.py"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dataloaders import video
 from dataloaders.containers import truncation
-from dataloaders.video import DecodeError, decode_image, decode_video, frame_indices
+from dataloaders.video import DecodeError, _Packets, decode_image, decode_video, frame_indices
 from tests.media import truncate, which_frame, write_audio, write_video
 
 
@@ -112,9 +112,9 @@ def test_wrong_count_is_found_and_corrected(clip: Path, monkeypatch: pytest.Monk
     """Packets that promise more or fewer frames than there are cost a second decode, not a wrong frame."""
     expected = decoded(clip, 9)
     for lie in (20, 70):
-        monkeypatch.setattr(video, "_count_packets", lambda path, split, lie=lie: (lie, 0))
+        monkeypatch.setattr(video, "_read_packets", lambda path, split, lie=lie: _Packets(0, lie, 0))
         assert decoded(clip, 9) == expected
-    monkeypatch.setattr(video, "_count_packets", lambda path, split: (0, None))
+    monkeypatch.setattr(video, "_read_packets", lambda path, split: _Packets())
     assert decoded(clip, 9) == expected
     assert decoded(clip, 10, (1.0, 2.0)) == list(range(10, 20))
 
