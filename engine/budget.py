@@ -1,45 +1,60 @@
-"""What a run will cost, before it costs anything: parameters, tokens, FLOPs, memory per device, hours.
+"""What a run will cost, before it costs anything: `python -m engine.budget` takes the flags of engine.train.
 
-LoRA on frozen weights is counted as what it is: 2N FLOPs per token forward and 2N for the gradient of the activations,
-none for the frozen weights' own gradient. Only useful tokens count; there is no padding to hide.
+Parameters, tokens, FLOPs, memory per device, hours. LoRA on frozen weights is counted as what it is: 2N FLOPs per token
+forward and 2N for the gradient of the activations, none for the frozen weights' own gradient. Only useful tokens count;
+there is no padding to hide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from engine.memory import choose_layout, count_parameters
 from engine.parallel import World
 from engine.recipes import LANGUAGE_MODELS, Recipe, Stage
-from pite import checkpoint
 from pite.config import PiTeConfig
 
 if TYPE_CHECKING:
     from engine.train import TrainConfig
 
-PEAK_BF16: dict[str, float] = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-"""Dense bfloat16 FLOP/s of each device's data sheet."""
 
-MEMORY: dict[str, float] = {"A100": 80e9, "H100": 80e9, "H200": 141e9}
-"""Bytes on each device."""
+@dataclass(frozen=True)
+class Device:
+    """Dense bfloat16 FLOP/s of the data sheet, and bytes."""
 
-SPARE = 0.1
-"""Share of a device's memory left to the allocator, the communication library and what the estimate misses."""
+    peak: float
+    bytes: float
 
-LARGEST_BUDGET = 16384
-"""Tokens of a micro-batch beyond which the GEMMs gain nothing more."""
+
+DEVICES: dict[str, Device] = {
+    "A100-40GB": Device(312e12, 40e9),
+    "A100-80GB": Device(312e12, 80e9),
+    "H100": Device(989e12, 80e9),
+    "H200": Device(989e12, 141e9),
+}
+
+COUNTS = (1, 8)
+"""Devices for which hours are printed."""
 
 ASSUMED_MFU = 0.45
-"""Share of the peak taken for the hours; an assumption until bench/results holds a measured step."""
+"""Share of the peak taken for the hours where bench/results holds no measured step."""
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+
+PAPER_HOURS = {"7b": 10.0, "13b": 17.0}
+"""The paper's training time of all three stages on eight A100s."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Size of a stage's training set: samples, and means per sample."""
+    """Size of a stage's training set: samples, means per sample, samples left out for their length."""
 
     samples: int
     tokens: float
@@ -55,25 +70,6 @@ ASSUMED_CORPORA: dict[Stage, Corpus] = {
 """Stand-ins for training sets that are not on disk, from their papers' counts."""
 
 
-@dataclass(frozen=True)
-class ParameterCount:
-    total: int
-    linear: int
-    lora: int
-    heads: int
-
-
-def count_parameters(config: PiTeConfig, recipe: Recipe) -> ParameterCount:
-    """Count on the meta device; no weights are needed. `linear` are those every token passes through."""
-    model = checkpoint.empty(config, torch.bfloat16, "meta")
-    total = sum(p.numel() for p in model.parameters())
-    linear = sum(p.numel() for name, p in model.decoder.layers.named_parameters() if name.endswith(".weight"))
-    model.add_lora(recipe.lora_rank, recipe.lora_alpha)
-    lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    model.set_trainable(recipe.learns)
-    return ParameterCount(total, linear, lora, sum(p.numel() for _, p in model.trainable()) - lora)
-
-
 def step_flops(config: PiTeConfig, linear: int, tokens: float, targets: float, mean_length: float) -> float:
     """FLOPs of training on `tokens` packed tokens: 4N each, causal attention at the mean length, frozen vocabulary head."""
     llm = config.llm
@@ -82,60 +78,22 @@ def step_flops(config: PiTeConfig, linear: int, tokens: float, targets: float, m
     return tokens * (4 * linear + attention) + targets * 4 * llm.vocab_size * llm.hidden_size
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device."""
-
-    weights: float
-    trained: float
-    activations: float
-    losses: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.trained + self.activations + self.losses
-
-
-def memory(config: PiTeConfig, count: ParameterCount, token_budget: int, width: int = 2) -> Memory:
-    """Estimate bytes per device with every activation kept; `width` is the bytes of the frozen dtype.
-
-    Trained parameters cost 16 bytes each: float32 value, gradient and AdamW's two moments. Kept per token and layer:
-    both norms' inputs and outputs, q, k, v before and after rotation, the attention output, gate, up and their product.
-    """
-    llm = config.llm
-    queries = llm.num_attention_heads * config.head_dim
-    keys = llm.num_key_value_heads * config.head_dim
-    per_layer = 4 * llm.hidden_size + 2 * (queries + keys) + keys + 2 * queries + 3 * llm.intermediate_size
-    trained = count.lora + count.heads
-    return Memory(
-        weights=width * (count.total - count.heads),
-        trained=16 * trained,
-        activations=token_budget * width * (per_layer * llm.num_hidden_layers + 4 * llm.hidden_size),
-        losses=300e6,
-    )
+def measured_mfu(size: str, device: str, results: Path) -> float | None:
+    """The best MFU of our step on this model and device in bench/results/step_*.json, or None."""
+    found = [
+        row["mfu"]
+        for file in sorted(results.glob("step_*.json"))
+        for content in [json.loads(file.read_text())]
+        if device.partition("-")[0] in content["environment"]["device"]
+        for row in content["rows"]
+        if row["model"] == size and row["implementation"] == "pite" and row.get("mfu")
+    ]
+    return max(found, default=None)
 
 
-def fitting_token_budget(config: PiTeConfig, count: ParameterCount, capacity: float, width: int = 2) -> int:
-    """The most tokens of a micro-batch, in steps of 512, whose activations fit a device of `capacity` bytes.
-
-    Raises ValueError when the weights alone do not.
-    """
-    fixed = memory(config, count, 0, width).total
-    per_token = memory(config, count, 1, width).activations
-    tokens = int((capacity * (1 - SPARE) - fixed) / per_token) // 512 * 512
-    if tokens <= 0:
-        raise ValueError(
-            f"{fixed / 1e9:.0f} GB of weights and optimizer leave no room for a batch on a device of {capacity / 1e9:.0f} GB"
-        )
-    return min(tokens, LARGEST_BUDGET)
-
-
-def device_token_budget(config: PiTeConfig, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> int:
-    """`fitting_token_budget` of this machine's device; CPUs take the largest."""
-    if device.type != "cuda":
-        return LARGEST_BUDGET
-    capacity = torch.cuda.get_device_properties(device).total_memory
-    return fitting_token_budget(config, count_parameters(config, recipe), capacity, dtype.itemsize)
+def device_capacity(device: torch.device) -> float | None:
+    """Bytes of a CUDA device; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def efficiency(config: PiTeConfig, recipe: Recipe, world: World) -> Callable[[int, float], dict[str, float]]:
@@ -143,7 +101,7 @@ def efficiency(config: PiTeConfig, recipe: Recipe, world: World) -> Callable[[in
     if world.device.type != "cuda":
         return lambda tokens, seconds: {}
     name = torch.cuda.get_device_name(world.device)
-    peak = next((flops for device, flops in PEAK_BF16.items() if device in name), None)
+    peak = next((device.peak for known, device in DEVICES.items() if known.partition("-")[0] in name), None)
     linear = count_parameters(config, recipe).linear
 
     def measure(tokens: int, seconds: float) -> dict[str, float]:
@@ -155,49 +113,92 @@ def efficiency(config: PiTeConfig, recipe: Recipe, world: World) -> Callable[[in
     return measure
 
 
+@dataclass(frozen=True)
+class _Cost:
+    """A stage's arithmetic, the same with recomputation on each device that it fits, and the text."""
+
+    flops: float
+    executed: dict[str, float]
+    lines: list[str]
+
+
 def report(config: TrainConfig) -> str:
-    """The dry run's text for every stage that was asked for."""
-    lines = []
-    for stage in config.stages:
-        recipe = config.recipe(stage)
-        pite_config, shape_origin = _shape(config)
-        corpus = _corpus(config, stage, pite_config)
-        count = count_parameters(pite_config, recipe)
-        steps = corpus.samples // recipe.global_batch * recipe.epochs
-        if not steps:
-            raise ValueError(f"{corpus.samples} samples do not fill one global batch of {recipe.global_batch}")
-        samples = steps * recipe.global_batch
-        tokens = samples * corpus.tokens
-        flops = step_flops(pite_config, count.linear, tokens, samples * corpus.targets, corpus.tokens)
-        devices = []
-        for name, peak in PEAK_BF16.items():
-            tokens_there = config.token_budget or fitting_token_budget(pite_config, count, MEMORY[name])
-            needed = memory(pite_config, count, tokens_there)
-            hours = flops / (8 * peak * ASSUMED_MFU) / 3600
-            devices.append(
-                f"  8x {name:<5}        {hours:5.2f} h at {ASSUMED_MFU:.0%} of the bfloat16 peak (assumed, not measured);"
-                f" {needed.total / 1e9:.0f} of {MEMORY[name] / 1e9:.0f} GB each: weights {needed.weights / 1e9:.1f}, trained"
-                f" {needed.trained / 1e9:.1f}, activations {needed.activations / 1e9:.1f} ({tokens_there:,} tokens a"
-                f" micro-batch, nothing recomputed), losses {needed.losses / 1e9:.1f}"
-            )
-        lines += [
-            f"stage {stage}, {config.model} ({shape_origin})",
-            f"  parameters      {count.total / 1e6:,.1f} M, of which trained: LoRA {count.lora / 1e6:,.1f} M"
-            f" + adapter and heads {count.heads / 1e6:,.1f} M",
-            f"  data            {corpus.samples:,} samples, {corpus.tokens:,.0f} tokens and {corpus.targets:,.0f} targets"
-            f" each ({corpus.origin})",
-            f"  steps           {steps:,} of {recipe.global_batch} samples, {recipe.epochs} epochs,"
-            f" {tokens / 1e6:,.1f} M tokens, no padding",
-            f"  arithmetic      {flops:.2e} FLOPs (4N per token, attention, vocabulary head)",
-            *devices,
-        ]
+    """The dry run's text for every stage that was asked for, and the sum beside the paper's hours."""
+    costs = [_stage_cost(config, stage) for stage in config.stages]
+    lines = [line for cost in costs for line in cost.lines]
+    if len(costs) > 1:
+        flops = sum(cost.flops for cost in costs)
+        floor = flops / (8 * DEVICES["A100-80GB"].peak) / 3600
+        paper = PAPER_HOURS.get(config.model)
+        lines.append(f"stages {', '.join(map(str, config.stages))} together")
+        for name in DEVICES:
+            if all(name in cost.executed for cost in costs):
+                executed = sum(cost.executed[name] for cost in costs)
+                lines.append(f"  {name:<15} {_hours(config.model, name, executed)}")
+        lines.append(
+            f"  8x A100         {floor:.2f} h is the arithmetic floor (100% of the peak)"
+            + (f"; the paper took about {paper:.0f} h" if paper else "")
+        )
     return "\n".join(lines)
+
+
+def _stage_cost(config: TrainConfig, stage: Stage) -> _Cost:
+    recipe = config.recipe(stage)
+    pite_config, shape_origin = _shape(config)
+    corpus = _corpus(config, stage, pite_config)
+    count = count_parameters(pite_config, recipe)
+    steps = corpus.samples // recipe.global_batch * recipe.epochs
+    if not steps:
+        raise ValueError(f"{corpus.samples} samples do not fill one global batch of {recipe.global_batch}")
+    samples = steps * recipe.global_batch
+    tokens = samples * corpus.tokens
+    flops = step_flops(pite_config, count.linear, tokens, samples * corpus.targets, corpus.tokens)
+    lines = [
+        f"stage {stage}, {config.model} ({shape_origin})",
+        f"  parameters      {count.total / 1e6:,.1f} M, of which trained: LoRA {count.lora / 1e6:,.1f} M"
+        f" + adapter and heads {count.heads / 1e6:,.1f} M",
+        f"  data            {corpus.samples:,} samples, {corpus.tokens:,.0f} tokens and {corpus.targets:,.0f} targets"
+        f" each ({corpus.origin})",
+        f"  steps           {steps:,} of {recipe.global_batch} samples, {recipe.epochs} epochs,"
+        f" {tokens / 1e6:,.1f} M tokens, no padding",
+        f"  arithmetic      {flops:.2e} FLOPs (4N per token, attention, vocabulary head)",
+    ]
+    executed: dict[str, float] = {}
+    for name, device in DEVICES.items():
+        try:
+            layout = choose_layout(
+                pite_config, count, device.bytes, ranks=8, parallel=config.parallel, recompute=config.recompute,
+                token_budget=config.token_budget,
+            )  # fmt: skip
+        except ValueError as error:
+            lines.append(f"  {name:<15} does not fit: {error}")
+            continue
+        needed = layout.needed
+        executed[name] = flops * (1 + layout.extra_flops(pite_config.llm.num_hidden_layers))
+        lines += [
+            f"  {name:<15} {_hours(config.model, name, executed[name])}",
+            f"  {'':<15} {needed.total / 1e9:.0f} of {device.bytes / 1e9:.0f} GB each, of eight: weights"
+            f" {needed.weights / 1e9:.1f}, trained {needed.trained / 1e9:.1f}, activations"
+            f" {needed.activations / 1e9:.1f}, losses {needed.losses / 1e9:.1f};"
+            f" {layout.describe(pite_config.llm.num_hidden_layers)}",
+        ]
+    return _Cost(flops, executed, lines)
+
+
+def _hours(model: str, name: str, flops: float) -> str:
+    """`12.1 h on 1, 1.5 h on 8, at 45% ...`"""
+    measured = measured_mfu(model, name, RESULTS)
+    rate = measured or ASSUMED_MFU
+    hours = ", ".join(f"{flops / (n * DEVICES[name].peak * rate) / 3600:.2f} h on {n}" for n in COUNTS)
+    return f"{hours}, at {rate:.0%} of the bfloat16 peak ({'measured' if measured else 'assumed, not measured'})"
 
 
 def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
     """The model's shape: a local language model's, or the preset's where there is none on disk."""
-    from engine.build import model_config
+    from engine.build import RANDOM, model_config, random_shape
 
+    if config.llm == RANDOM:
+        return random_shape(config.model, config.num_points), "random weights"
     llm = Path(config.llm or "").expanduser()
     if config.llm and llm.is_dir():
         if (config.store / "videos").is_dir():
@@ -210,14 +211,13 @@ def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
 
 def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpus:
     """A stage's training set as it is on disk, or the assumed one when it is not there."""
-    from transformers import AutoTokenizer
-
     from dataloaders.dataset import StageDataset
+    from engine.build import load_tokenizer
 
     if not (config.data / f"stage{stage}").is_dir():
         return ASSUMED_CORPORA[stage]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.llm or LANGUAGE_MODELS[config.model])
+        tokenizer = load_tokenizer(config.llm or LANGUAGE_MODELS[config.model])
     except OSError:
         return ASSUMED_CORPORA[stage]
     frames, points = (1, 1) if stage == 1 else (pite_config.num_frames, pite_config.num_points)
@@ -236,3 +236,21 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
         float(data.targets.mean()),
         f"counted: {data.summary()}",
     )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the same as `engine.train --dry-run`."""
+    from engine.config import parse
+    from engine.train import TrainConfig
+
+    config = parse(TrainConfig, argv, prog="python -m engine.budget")
+    try:
+        print(report(replace(config, dry_run=True)))
+    except (ValueError, OSError) as error:
+        print(f"engine.budget: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,13 +8,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
 from dataloaders.files import sha256
 from dataloaders.store import FeatureStore, Manifest
-from engine.recipes import Recipe, Stage
+from engine.memory import Layout
+from engine.parallel import World, shard_frozen
+from engine.recipes import Recipe, Size, Stage
+from engine.tiny_tokenizer import build_tokenizer
 from pite import checkpoint
 from pite.config import PiTeConfig
 from pite.model import PiTe
+
+RANDOM = "random"
+"""The name of no language model: random weights of the size's shape, for throughput runs."""
+
+
+def random_shape(size: Size, num_points: int, num_frames: int = 100, vision_feature_size: int = 768) -> PiTeConfig:
+    """The shape of a size's language model; the miniature's is a stand-in of a million weights."""
+    if size == "tiny":
+        llm = LlamaConfig(
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            vocab_size=len(build_tokenizer()),
+        )
+    else:
+        llm = PiTeConfig.preset(size).llm
+    return PiTeConfig(llm, num_frames, num_points, vision_feature_size)
+
+
+def load_tokenizer(llm: Path | str) -> PreTrainedTokenizerBase:
+    """A language model's tokenizer; random weights come with the synthetic world's, whose ids fit any vocabulary."""
+    return build_tokenizer() if llm == RANDOM else AutoTokenizer.from_pretrained(str(llm))
 
 
 def model_config(llm: Path, store: Path, num_points: int) -> PiTeConfig:
@@ -49,17 +76,27 @@ def build_model(
     recipe: Recipe,
     config: PiTeConfig,
     *,
-    llm: Path,
+    llm: Path | None,
     start: Path | None,
     store: FeatureStore,
     seed: int,
     head_init: bool,
     dtype: torch.dtype,
-    device: str,
+    world: World,
+    layout: Layout,
 ) -> PiTe:
-    """A stage's model before its first step; `start` is None for the language model itself."""
+    """A stage's model before its first step, laid out over the ranks.
+
+    llm    of the language model; None for random weights
+    start  an earlier stage's output; None for the language model itself
+    """
+    # What is to be sharded does not fit the device whole.
+    device = "cpu" if layout.shards > 1 else str(world.device)
     if start is None:
-        model = checkpoint.load_language_model(llm, config, dtype=dtype, device=device, seed=seed)
+        if llm is None:
+            model = checkpoint.random_model(config, dtype=dtype, device=device, seed=seed)
+        else:
+            model = checkpoint.load_language_model(llm, config, dtype=dtype, device=device, seed=seed)
         if recipe.standardize_adapter:
             standardize_adapter(model, store, seed)
     else:
@@ -69,6 +106,9 @@ def build_model(
         model.initialize_trajectory_head()
     model.add_lora(recipe.lora_rank, recipe.lora_alpha, seed=seed + stage)
     model.set_trainable(recipe.learns)
+    model.decoder.recompute(layout.recompute)
+    if layout.shards > 1:
+        shard_frozen(model, world)
     return model
 
 

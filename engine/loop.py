@@ -1,7 +1,7 @@
 """The training loop, and nothing else.
 
-One optimizer step is: micro-batches forward and backward, gradients summed over ranks, clip, update, report. Losses
-arrive already divided by the global batch's normalizers, so that micro-batches and ranks are summed, never averaged.
+One optimizer step is: micro-batches forward and backward, gradients summed over ranks while the last backward still
+runs, clip, update, report. Losses arrive already divided by the global batch's normalizers, so that micro-batches and ranks are summed, never averaged.
 A step's numbers are read one step late, when the device has long had them; an update with a non-finite loss or
 gradient is withheld on the device itself, and so are all that follow until the host has seen it and stops.
 """
@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataloaders.batch import PackedBatch
 from engine.data import Absent, StepBatches
+from engine.gradients import Gradients
 from engine.metrics import Metrics
 from engine.parallel import World
 from engine.recipes import Recipe
@@ -42,6 +44,12 @@ def make_optimizer(model: PiTe, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
 
 
+def backward_order(model: PiTe) -> list[nn.Parameter]:
+    """What learns, in the order in which backward finishes the gradients: heads, last layer to first, adapter."""
+    named = list(model.trainable())[::-1]
+    return [p for name, p in sorted(named, key=lambda pair: pair[0].startswith("vision_adapter."))]
+
+
 @dataclass(frozen=True)
 class _Pending:
     """Numbers of a step that the device may still be computing: [loss, ce, l1, ranks asked to stop, norm, bad]."""
@@ -52,6 +60,12 @@ class _Pending:
     tokens: int
     learning_rate: float
     data_wait: float
+
+
+def _recorded_event() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def compute_losses(model: PiTe, batch: PackedBatch, recipe: Recipe, absent: Absent) -> Losses:
@@ -111,10 +125,11 @@ def train(
         loss, ce, l1, asked, norm, failed = done.numbers.tolist()
         stopping = asked > 0
         if failed:
-            names = blame(done.step)
+            found = enumerate(world.gather(blame(done.step)))
+            culprits = [f"rank {rank}: the loss or gradient of {', '.join(names)}" for rank, names in found if names]
             raise NonFiniteError(
-                f"step {done.step + 1}, rank {world.rank}: the loss or gradient of {', '.join(names) or 'another rank'} is "
-                f"not finite (loss {loss}, gradient norm {norm}); nothing was updated"
+                f"step {done.step + 1}, {' and '.join(culprits) or 'the summed gradient, though of no sample alone,'} is not finite "
+                f"(loss {loss}, gradient norm {norm}); nothing was updated"
             )
         now = time.perf_counter()
         seconds, clock = now - clock, now
@@ -134,39 +149,43 @@ def train(
             },
         )
 
-    for step in range(start, stop):
-        before = time.perf_counter()
-        current = next(batches)
-        data_wait = time.perf_counter() - before
-        rate = learning_rate(step, total, recipe)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    with closing(Gradients(backward_order(model), world.size)) as gradients:
+        for step in range(start, stop):
+            before = time.perf_counter()
+            current = next(batches)
+            data_wait = time.perf_counter() - before
+            rate = learning_rate(step, total, recipe)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
 
-        sums = torch.zeros(4, device=device)
-        sums[3] = float(interrupted())
-        for batch in current.micro_batches:
-            losses = compute_losses(model, batch.to(device), recipe, absent)
-            losses.total.backward()
-            sums[:3] += torch.stack([losses.total.detach(), losses.ce, losses.l1]).float()
-        world.sum_gradients(parameters, sums)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
-        bad.copy_(torch.maximum(bad, (~torch.isfinite(norm + sums[0])).float()))
-        optimizer.step()
-        optimizer.zero_grad()
+            sums = torch.zeros(4, device=device)
+            sums[3] = float(interrupted())
+            for left, batch in zip(range(len(current.micro_batches))[::-1], current.micro_batches):
+                losses = compute_losses(model, batch.to(device), recipe, absent)
+                if left == 0:
+                    gradients.reduce_in_next_backward()
+                losses.total.backward()
+                sums[:3] += torch.stack([losses.total.detach(), losses.ce, losses.l1]).float()
+            if world.watch is not None:
+                world.watch.arrived(_recorded_event() if device.type == "cuda" else None)
+            gradients.finish(sums)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
+            bad.copy_(torch.maximum(bad, (~torch.isfinite(norm + sums[0])).float()))
+            optimizer.step()
+            gradients.zero()
 
-        if device.type == "cuda":
-            finish()
-        numbers = torch.cat([sums, norm.float()[None], bad[None]])
-        ready = None
-        if device.type == "cuda":
-            numbers = numbers.to("cpu", non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        pending = _Pending(step, numbers, ready, current.tokens, rate, data_wait)
-        if device.type == "cpu":
-            finish()
-        if after_step(step + 1, finish, stopping):
-            finish()
-            return step + 1
+            if device.type == "cuda":
+                finish()
+            numbers = torch.cat([sums, norm.float()[None], bad[None]])
+            ready = None
+            if device.type == "cuda":
+                numbers = numbers.to("cpu", non_blocking=True)
+                ready = _recorded_event()
+            pending = _Pending(step, numbers, ready, current.tokens, rate, data_wait)
+            if device.type == "cpu":
+                finish()
+            if after_step(step + 1, finish, stopping):
+                finish()
+                return step + 1
     finish()
     return stop

@@ -1,11 +1,21 @@
-"""What a run says of itself: a progress bar, one JSON line per step, TensorBoard."""
+"""What a run says of itself: a progress bar, one JSON line per step, TensorBoard, and Weights & Biases where asked.
+
+tokens_per_second  useful tokens of the global batch over the step's wall time; there is no padding to count
+mfu                model FLOPs utilisation: 4N FLOPs per useful token (N: the linear weights of the layers; forward 2N,
+                   gradient of the activations 2N; the frozen weights have no gradient of their own), attention, heads and
+                   recomputation not counted, over the data sheets' dense bfloat16 peak of all devices
+data_wait          share of the step that waited for the next batch
+memory_gb          peak allocation of this device so far
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,9 +28,10 @@ class Metrics:
     directory  of the stage; metrics.jsonl and tensorboard/ are made in it. None on all ranks but the first: silence
     start      steps already done; later lines of an interrupted run are dropped, so that each step has one line
     total      steps of the stage
+    wandb      project on Weights & Biases that gets the numbers too; its own WANDB_* variables apply
     """
 
-    def __init__(self, directory: Path | None, *, start: int, total: int, title: str) -> None:
+    def __init__(self, directory: Path | None, *, start: int, total: int, title: str, wandb: str | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._silent = directory is None
@@ -39,6 +50,7 @@ class Metrics:
         _keep_until(path, start)
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        self._wandb = None if wandb is None else _wandb_run(wandb, directory)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record the numbers of optimizer step `step`, which counts from 1."""
@@ -47,6 +59,8 @@ class Metrics:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
         shown: dict[str, str] = {k: f"{values[k]:.3f}" for k in ("loss", "ce", "l1") if k in values}
         for key, label in (("tokens_per_second", "tok/s"), ("mfu", "MFU"), ("data_wait", "wait"), ("memory_gb", "GB")):
             if key in values:
@@ -70,6 +84,22 @@ class Metrics:
             return
         self._board.close()
         self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(error is not None))
+
+
+def require_wandb() -> Any:
+    """The module. Raises ValueError when it is not installed."""
+    try:
+        return import_module("wandb")
+    except ImportError:
+        raise ValueError("--wandb needs the wandb package: pip install wandb, or leave the flag out") from None
+
+
+def _wandb_run(project: str, directory: Path) -> Any:
+    # The same directory is the same run, so that a run that is continued continues its curves.
+    name = f"{directory.resolve().parent.name}-{directory.name}"
+    return require_wandb().init(project=project, id=name, name=name, dir=str(directory), resume="allow")
 
 
 def read(path: Path) -> list[dict[str, float]]:

@@ -1,61 +1,66 @@
-"""The processes of a run. One without torchrun; gradients of what learns are summed, since losses are normalised globally."""
+"""The processes of a run. One without torchrun; with it, data parallel: each rank takes its share of a global batch.
+
+Frozen weights are copied to every rank, or sharded (FSDP2) where they do not fit. What learns is small and always
+copied: its gradients are summed (`engine.gradients`), and rank 0 alone can save it, whatever the layout.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+
+from engine.watch import Watch
+from pite import names
+from pite.model import PiTe
 
 T = TypeVar("T")
+
+SETUP_HOURS = 2
+"""How long a rank may wait for another outside the training loop, such as for rank 0 to index a data set."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: its rank among `size`, and its device."""
+    """This process's place: its rank among `size`, and its device; `watch` looks after the others."""
 
     rank: int
     size: int
     device: torch.device
+    watch: Watch | None = None
 
     @staticmethod
-    def join(device: str | None = None) -> World:
-        """Read torchrun's environment; join its process group (NCCL on CUDA, gloo elsewhere) when there is one."""
+    def join(device: str | None = None, stall: float = 600.0) -> World:
+        """Read torchrun's environment; join its process group (NCCL on CUDA, gloo elsewhere) when there is one.
+
+        stall  seconds after which a rank that does not reach the end of a step ends the run
+        """
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if kind.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("--device cuda: no CUDA device is available here")
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if kind == "cuda":
             kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(kind)
-        if size > 1 and not dist.is_initialized():
+        if size == 1:
+            return World(rank, size, torch.device(kind))
+        if not dist.is_initialized():
             on_gpu = kind.startswith("cuda")
-            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=torch.device(kind) if on_gpu else None)
-        return World(int(os.environ.get("RANK", "0")), size, torch.device(kind))
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                device_id=torch.device(kind) if on_gpu else None,
+                timeout=timedelta(hours=SETUP_HOURS),
+            )
+        return World(rank, size, torch.device(kind), Watch(rank, size, stall))
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    def sum_gradients(self, parameters: list[nn.Parameter], sums: Tensor) -> None:
-        """Add up gradients, and the loss numbers in `sums`, over all ranks: one flat reduction in float32."""
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.size == 1:
-            return
-        flat = torch.cat([sums, *(p.grad.flatten() for p in parameters if p.grad is not None)])
-        dist.all_reduce(flat)
-        sums.copy_(flat[: len(sums)])
-        offset = len(sums)
-        for parameter in parameters:
-            assert parameter.grad is not None
-            parameter.grad.copy_(flat[offset : offset + parameter.numel()].view_as(parameter))
-            offset += parameter.numel()
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; for work that is long and the same everywhere."""
@@ -65,11 +70,43 @@ class World:
         dist.broadcast_object_list(shared, src=0)
         return cast(T, shared[0])
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order of the ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return cast(list[T], values)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
-    def leave(self) -> None:
-        """Leave the process group, all ranks together."""
-        if self.size > 1:
+    def leave(self, reason: str = "") -> None:
+        """Leave the process group: all ranks together, or this one alone for a reason that the others are told."""
+        if self.watch is None:
+            return
+        if not reason:
+            self.barrier()
+        self.watch.close(reason)
+        if not reason:
             dist.destroy_process_group()
+
+
+def shard_frozen(model: PiTe, world: World) -> None:
+    """Spread the frozen weights over all ranks (FSDP2); a layer's are gathered while it computes, forward and backward.
+
+    The model may be on the CPU: each layer moves to the rank's device as it is sharded, so that the whole never is
+    there. Adapter, heads and LoRA stay whole on every rank.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    whole = {p for name in names.HEADS for p in getattr(model, name).parameters()}
+    whole |= {p for name, p in model.named_parameters() if "lora_" in name}
+    for parameter in whole:
+        parameter.data = parameter.data.to(world.device)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for layer in model.decoder.layers:
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)

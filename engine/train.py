@@ -6,35 +6,40 @@ command again continues where it was stopped, or says that it is done.
 
 from __future__ import annotations
 
-import gc
-import signal
+import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
-from transformers import AutoTokenizer
 
-from dataloaders.batch import PackedBatch
 from dataloaders.dataset import StageDataset
 from dataloaders.files import directory_written_atomically, sha256
 from dataloaders.ledger import LEDGER, read_failures
 from dataloaders.plan import BatchPlan
-from dataloaders.prefetch import prefetch
 from dataloaders.store import FeatureStore, Manifest
 from engine import budget, state
-from engine.build import build_model, language_model_checksum, merged_stages, model_config
+from engine.build import (
+    RANDOM,
+    build_model,
+    language_model_checksum,
+    load_tokenizer,
+    merged_stages,
+    model_config,
+    random_shape,
+)
 from engine.config import parse
 from engine.data import Absent, Normalizer, StepSource
-from engine.loop import NonFiniteError, compute_losses, make_optimizer, train
-from engine.metrics import Metrics
+from engine.loop import NonFiniteError
+from engine.memory import Parallel, choose_layout, count_parameters
+from engine.metrics import require_wandb
 from engine.parallel import World
+from engine.plots import plot_losses
 from engine.recipes import LANGUAGE_MODELS, Recipe, Size, Stage, recipe
+from engine.run import run
 from pite import checkpoint
-from pite.model import PiTe
+from pite.config import PiTeConfig
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,13 @@ class TrainConfig:
     """where stage1/, stage2/, stage3/ are written; an interrupted run there is continued"""
     stage: Literal["1", "2", "3", "all"] = "all"
     """which stage to train"""
+    trajectory_stage: bool = True
+    """without it, stage 3 starts from stage 1 and `all` leaves stage 2 out (the paper's ablation)"""
     model: Size = "7b"
     """size of the language model: Vicuna v1.5 7b or 13b, or the miniature of the demo"""
     llm: str | None = None
-    """directory or Hugging Face name of the language model; the size's Vicuna v1.5 unless given"""
+    """directory or Hugging Face name of the language model, the size's Vicuna v1.5 unless given; `random` for random
+    weights of the size's shape: a throughput run that needs no earlier stage and exports nothing"""
     init: Path | None = None
     """output of an earlier stage to start from, instead of OUTPUT's previous stage"""
     num_points: int = 3
@@ -99,6 +107,16 @@ class TrainConfig:
     """optimizer steps between checkpoints"""
     keep_checkpoints: int = 2
     """how many of the newest checkpoints stay on disk"""
+    parallel: Parallel = "auto"
+    """copy the frozen weights to every device (ddp) or shard them (fsdp); auto shards where they do not fit"""
+    recompute: int | None = None
+    """layers that keep no activations and compute them again in backward; as few as memory allows unless given"""
+    stall_timeout: float = 600.0
+    """seconds in which every rank must reach the end of a step; one that does not is named and ends the run"""
+    profile: tuple[int, int] | None = None
+    """first and last step to profile, counted from 1: a trace, and on CUDA a memory history, in OUTPUT/stageN/profile"""
+    wandb: str | None = None
+    """project on Weights & Biases that gets the metrics too"""
     dry_run: bool = False
     """print parameters, tokens, steps, memory and hours, and train nothing"""
 
@@ -106,12 +124,27 @@ class TrainConfig:
         for name in ("num_points", "max_length", "token_budget", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"--profile takes a first and a last step, counted from 1, not {self.profile}")
+        if self.stall_timeout <= 0:
+            raise ValueError(f"--stall-timeout must be positive, not {self.stall_timeout}")
+        if self.stage == "2" and not self.trajectory_stage:
+            raise ValueError("--stage 2 is the trajectory stage: leave --no-trajectory-stage out")
         if self.model == "tiny" and self.llm is None:
             raise ValueError("--model tiny needs --llm, the directory that `python -m engine.tiny` made")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        return (1, 2, 3) if self.stage == "all" else (cast(Stage, int(self.stage)),)
+        if self.stage == "all":
+            return (1, 2, 3) if self.trajectory_stage else (1, 3)
+        return (cast(Stage, int(self.stage)),)
+
+    def start(self, stage: Stage) -> Path | None:
+        """The stage's output that `stage` starts from; None for the language model."""
+        if self.init is not None or stage == 1 or self.llm == RANDOM:
+            return self.init
+        before = stage - 1 if self.trajectory_stage else 1
+        return self.output / f"stage{before}" / "final"
 
     def recipe(self, stage: Stage) -> Recipe:
         """The stage's recipe with this run's flags over it."""
@@ -126,22 +159,42 @@ class TrainConfig:
 
 def main(argv: list[str] | None = None) -> int:
     config = parse(TrainConfig, argv, prog="python -m engine.train")
+    world: World | None = None
+    reason = "an error, which its own output tells"
     try:
         if config.dry_run:
             print(budget.report(config))
             return 0
-        world = World.join(config.device)
+        if config.wandb is not None:
+            require_wandb()
+        world = World.join(config.device, config.stall_timeout)
         for stage in config.stages:
             if not train_stage(config, stage, world):
                 break
+        reason = ""
     except torch.OutOfMemoryError as error:
+        reason = "out of memory"
         print(f"engine.train: {error}\nLower --token-budget, which is one micro-batch's tokens.", file=sys.stderr)
-        return 1
     except (ValueError, OSError, NonFiniteError) as error:
-        print(f"engine.train: {error}", file=sys.stderr)
-        return 1
-    world.leave()
-    return 0
+        reason = str(error)
+        # What every rank knows, one rank says.
+        if not (isinstance(error, NonFiniteError) and world is not None and not world.is_main):
+            print(f"engine.train: {error}", file=sys.stderr)
+    except RuntimeError:
+        # A collective that failed says nothing of its cause; those who watch may know it.
+        cause = world.watch.explain() if world is not None and world.watch is not None else None
+        if cause is None:
+            raise
+        reason = f"lost {cause}"
+        print(
+            f"engine.train: rank {world.rank if world else 0} ends: {cause}; the same command continues from the last "
+            "checkpoint",
+            file=sys.stderr,
+        )
+    finally:
+        if world is not None:
+            world.leave(reason)
+    return 1 if reason else 0
 
 
 def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
@@ -150,14 +203,16 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     final = directory / "final"
     recipe = config.recipe(stage)
     llm_name = config.llm or LANGUAGE_MODELS[config.model]
-    llm = checkpoint.resolve(llm_name)
-    pite_config = model_config(llm, config.store, config.num_points)
+    llm = None if llm_name == RANDOM else checkpoint.resolve(llm_name)
+    pite_config = _model_config(config, llm)
     dtype = config.torch_dtype(world.device)
     same_as_before = {
-        "language model": world.from_main(lambda: language_model_checksum(llm)),
+        "language model": f"random {config.model}, seed {config.seed}"
+        if llm is None
+        else world.from_main(lambda: language_model_checksum(llm)),
         "frames and points": [pite_config.num_frames, pite_config.num_points],
     }
-    start = config.init or (None if stage == 1 else config.output / f"stage{stage - 1}" / "final")
+    start = config.start(stage)
     merged = merged_stages(stage, start, same_as_before)
     settings = {
         **same_as_before,
@@ -178,7 +233,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         say(world, f"stage {stage} is done: {final}")
         return True
 
-    tokenizer = AutoTokenizer.from_pretrained(str(llm))
+    tokenizer = load_tokenizer(llm or RANDOM)
     store = FeatureStore(config.store / ("images" if stage == 1 else "videos"))
     dataset = world.from_main(
         lambda: StageDataset(
@@ -193,18 +248,28 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     )
     say(world, f"stage {stage}: {dataset.summary()}")
     check_encoded(dataset, config.store)
-    token_budget = config.token_budget or budget.device_token_budget(pite_config, recipe, world.device, dtype)
-    if dataset.tokens.max() > token_budget:
+    layout = choose_layout(
+        pite_config,
+        count_parameters(pite_config, recipe),
+        budget.device_capacity(world.device),
+        ranks=world.size,
+        width=dtype.itemsize,
+        parallel=config.parallel,
+        recompute=config.recompute,
+        token_budget=config.token_budget,
+    )
+    say(world, f"stage {stage}: {layout.describe(pite_config.llm.num_hidden_layers)}")
+    if dataset.tokens.max() > layout.token_budget:
         raise ValueError(
-            f"the longest sample has {dataset.tokens.max():,} tokens and a micro-batch holds {token_budget:,}: lower "
-            "--max-length or raise --token-budget"
+            f"the longest sample has {dataset.tokens.max():,} tokens and a micro-batch holds {layout.token_budget:,}: "
+            "lower --max-length or raise --token-budget"
         )
     plan = BatchPlan(len(dataset), recipe.global_batch, config.seed, dataset.groups() if recipe.group_media else None)
     source = StepSource(
         dataset,
         plan,
         store,
-        token_budget=token_budget,
+        token_budget=layout.token_budget,
         rank=world.rank,
         ranks=world.size,
         absent=config.absent,
@@ -213,7 +278,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     )
     model = build_model(
         stage, recipe, pite_config, llm=llm, start=start, store=store, seed=config.seed, head_init=config.head_init,
-        dtype=dtype, device=str(world.device),
+        dtype=dtype, world=world, layout=layout,
     )  # fmt: skip
     total = plan.steps_per_epoch * recipe.epochs
     fingerprint = {**settings, "data": dataset.fingerprint()}
@@ -221,6 +286,11 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     if done < total:
         say(world, f"stage {stage} stopped after step {done} of {total}; the same command continues")
         return False
+    if world.is_main:
+        plot_losses({directory.name: directory / "metrics.jsonl"}, directory / "losses.png")
+    if llm is None:
+        say(world, f"stage {stage} is done: random weights are not exported")
+        return True
     if world.is_main:
         base = str(llm) if Path(llm_name).expanduser().is_dir() else llm_name
         lineage = {"stage": stage, "language_model": base, "merged": merged, "steps": done, "made_of": fingerprint}
@@ -230,6 +300,13 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     say(world, f"stage {stage} is done: {final}")
     world.barrier()
     return True
+
+
+def _model_config(config: TrainConfig, llm: Path | None) -> PiTeConfig:
+    if llm is not None:
+        return model_config(llm, config.store, config.num_points)
+    manifest = Manifest.load(config.store / "videos")
+    return random_shape(config.model, config.num_points, manifest.tokens, manifest.channels)
 
 
 def say(world: World, text: str) -> None:
@@ -251,115 +328,9 @@ def check_encoded(dataset: StageDataset, store: Path) -> None:
 _RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name not in ("learns", "head"))
 
 
-def run(
-    config: TrainConfig,
-    recipe: Recipe,
-    model: PiTe,
-    source: StepSource,
-    world: World,
-    directory: Path,
-    total: int,
-    fingerprint: dict[str, Any],
-) -> int:
-    """Resume, train and checkpoint one stage; returns the steps done."""
-    parameters = dict(model.trainable())
-    optimizer = make_optimizer(model, recipe)
-    checkpoints = directory / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    newest, complaints = state.newest(checkpoints)
-    start = 0
-    if newest is not None:
-        state.restore(newest, parameters, optimizer, fingerprint)
-        start = newest.step
-    stop = min(total, config.max_steps or total)
-    with (
-        InterruptFlag() as interrupted,
-        Metrics(directory if world.is_main else None, start=start, total=stop, title=directory.name) as metrics,
-    ):
-        for text in complaints:
-            metrics.say(text)
-        if start:
-            metrics.say(f"continuing after step {start} of {stop}")
-
-        def after_step(done: int, finish: Callable[[], None], stopping: bool) -> bool:
-            if stopping or done % config.checkpoint_every == 0 or done == stop:
-                finish()
-                if world.is_main:
-                    save(done)
-            return stopping or done == stop
-
-        def save(done: int) -> None:
-            try:
-                state.save(checkpoints, done, parameters, optimizer, fingerprint, config.keep_checkpoints)
-            except OSError as error:
-                whole, _ = state.newest(checkpoints)
-                kept = f"the last whole one is {whole.path}" if whole else "there is none yet"
-                raise ValueError(
-                    f"checkpoint of step {done} could not be written ({error.strerror}); {kept}"
-                ) from error
-
-        def blame(step: int) -> list[str]:
-            return [
-                batch.sample_ids[0] for batch in source.singles(step) if not finite(model, batch, recipe, config.absent)
-            ]
-
-        with collector_frozen():
-            return train(
-                model,
-                optimizer,
-                prefetch(source.steps(start, stop)),
-                recipe,
-                world,
-                metrics,
-                start=start,
-                stop=stop,
-                total=total,
-                absent=config.absent,
-                interrupted=lambda: interrupted.set,
-                after_step=after_step,
-                blame=blame,
-                efficiency=budget.efficiency(model.config, recipe, world),
-            )
-
-
-@contextmanager
-def collector_frozen() -> Iterator[None]:
-    """Keep Python's garbage collector from scanning everything that lives as long as the run anyway."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-def finite(model: PiTe, batch: PackedBatch, recipe: Recipe, absent: Absent) -> bool:
-    """Whether one sample alone has a finite loss and finite gradients."""
-    losses = compute_losses(model, batch.to(model.device), recipe, absent)
-    parameters = [p for _, p in model.trainable()]
-    gradients = torch.autograd.grad(losses.total, parameters, allow_unused=True)
-    return all(bool(torch.isfinite(t).all()) for t in (losses.total, *gradients) if t is not None)
-
-
-class InterruptFlag:
-    """Within its block SIGTERM (preemption) and a first Ctrl-C set the flag instead of ending the process."""
-
-    def __init__(self) -> None:
-        self.set = False
-
-    def _raise(self, *_: object) -> None:
-        if self.set:
-            raise KeyboardInterrupt
-        self.set = True
-
-    def __enter__(self) -> InterruptFlag:
-        self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    if status:
+        # A collective that will never finish would keep the interpreter from ending.
+        sys.stderr.flush()
+        os._exit(status)

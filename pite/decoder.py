@@ -7,9 +7,11 @@ Hugging Face's separate names (`pite.names`).
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from kernels import apply_rope, lora_linear, packed_attention, rms_norm, swiglu
@@ -82,8 +84,16 @@ class DecoderLayer(nn.Module):
         self.o = LoRALinear(queries, (llm.hidden_size,), dtype)
         self.gate_up = LoRALinear(llm.hidden_size, (llm.intermediate_size, llm.intermediate_size), dtype)
         self.down = LoRALinear(llm.intermediate_size, (llm.hidden_size,), dtype)
+        self.recompute = False
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        # Recomputed from x in the backward pass: inside forward, where FSDP's hooks have gathered the weights.
+        if self.recompute and torch.is_grad_enabled():
+            arguments = (x, cos, sin, cu_seqlens, max_seqlen)
+            return cast(Tensor, checkpoint(self._compute, *arguments, use_reentrant=False, preserve_rng_state=False))
+        return self._compute(x, cos, sin, cu_seqlens, max_seqlen)
+
+    def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         q, k, v = self.qkv(rms_norm(x, self.input_norm, eps=self.eps)).split(self.qkv.splits, dim=-1)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         q, k = apply_rope(q, k, cos, sin)
@@ -104,6 +114,11 @@ class Decoder(nn.Module):
         # transformers' own module knows every frequency scaling that a Llama config can name; it holds no weights.
         with torch.device("cpu"):
             self._rotary = [LlamaRotaryEmbedding(llm)]
+
+    def recompute(self, layers: int) -> None:
+        """Keep no activations of the first `layers` layers but their input; backward computes them again."""
+        for i, layer in enumerate(self.layers):
+            cast(DecoderLayer, layer).recompute = i < layers
 
     @property
     def rotary_embedding(self) -> LlamaRotaryEmbedding:

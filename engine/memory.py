@@ -1,0 +1,183 @@
+"""Bytes on one device, and the layout chosen from them: weights copied or sharded, layers recomputed, tokens at once.
+
+Arithmetic, not measurement: activations are counted tensor by tensor as the CUDA path saves them (liger's RMS norm, rotary
+embedding and SwiGLU, a varlen attention, our LoRA and losses).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.recipes import Recipe
+from pite import checkpoint
+from pite.config import PiTeConfig
+
+Parallel = Literal["auto", "ddp", "fsdp"]
+
+SPARE = 0.1
+"""Share of a device's memory left to the allocator, the communication library and what the estimate misses."""
+
+LARGEST_BUDGET = 16384
+"""Tokens of a micro-batch beyond which the GEMMs gain nothing more."""
+
+WORTHWHILE_BUDGET = 4096
+"""Tokens below which recomputing activations costs less than what smaller GEMMs would."""
+
+RECOMPUTED_BEFORE_SHARDING = 0.25
+"""Share of the layers recomputed with copied weights before sharding is preferred: that much costs an eighth more FLOPs,
+while gathering 26 GB twice takes about a ninth of a 4,096-token step of 13B on A100s with NVLink, most of it hidden."""
+
+LOSS_BYTES = 300e6
+"""Chunks of logits and signs."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers in the whole model, in the layers' frozen linear weights, one layer's, in the LoRA, in learning heads."""
+
+    total: int
+    linear: int
+    layer: int
+    lora: int
+    heads: int
+
+
+def count_parameters(config: PiTeConfig, recipe: Recipe) -> ParameterCount:
+    """Count on the meta device; no weights are needed. `linear` are those every token passes through."""
+    import torch
+
+    model = checkpoint.empty(config, torch.bfloat16, "meta")
+    total = sum(p.numel() for p in model.parameters())
+    linear = sum(p.numel() for name, p in model.decoder.layers.named_parameters() if name.endswith(".weight"))
+    layer = sum(p.numel() for p in model.decoder.layers[0].parameters())
+    model.add_lora(recipe.lora_rank, recipe.lora_alpha)
+    lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    model.set_trainable(recipe.learns)
+    return ParameterCount(total, linear, layer, lora, sum(p.numel() for _, p in model.trainable()) - lora)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device: frozen weights, what learns with its gradient and moments, activations, loss chunks."""
+
+    weights: float
+    trained: float
+    activations: float
+    losses: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.trained + self.activations + self.losses
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a stage is laid out: ranks that share the frozen weights (1: each has all), recomputed layers, tokens at once."""
+
+    shards: int
+    recompute: int
+    token_budget: int
+    needed: Memory
+
+    def extra_flops(self, layers: int) -> float:
+        """Recomputed forward passes, as a share of the step's own FLOPs: forward is half of a LoRA step."""
+        return 0.5 * self.recompute / layers
+
+    def describe(self, layers: int) -> str:
+        weights = "frozen weights copied to every device" if self.shards == 1 else "frozen weights sharded (FSDP2)"
+        again = f"{self.recompute} of {layers} layers recomputed" if self.recompute else "nothing recomputed"
+        return f"{weights}, {again}, {self.token_budget:,} tokens a micro-batch"
+
+
+def memory(
+    config: PiTeConfig, count: ParameterCount, token_budget: int, width: int = 2, *, recompute: int = 0, shards: int = 1
+) -> Memory:
+    """Estimate the peak in bytes per device; `width` is the bytes of the frozen dtype.
+
+    Trained parameters cost 16 bytes each: float32 value, gradient and AdamW's two moments. A kept layer holds, per
+    token: both norms' inputs and outputs, the fused q,k,v output (v is a view of it) and the rotated q and k, the
+    attention output, gate, up and their product, and the LoRA's x A'. A recomputed one holds its input; while backward
+    is in it, it is a kept one. Working memory is the MLP's gradients. Sharded weights are whole for two layers at a
+    time, the one that computes and the one that is fetched ahead, and for the embeddings and the vocabulary head.
+    """
+    llm = config.llm
+    hidden, inner = llm.hidden_size, llm.intermediate_size
+    queries = llm.num_attention_heads * config.head_dim
+    keys = llm.num_key_value_heads * config.head_dim
+    rank = count.lora // max(1, _lora_rows(config))
+    kept = 4 * hidden + 3 * queries + 3 * keys + 3 * inner + 7 * rank
+    layers = llm.num_hidden_layers
+    held = kept * (layers - recompute) + hidden * recompute + (kept if recompute else 0)
+    working = 3 * inner + 3 * hidden
+    frozen = count.total - count.heads
+    if shards > 1:
+        outside = frozen - layers * count.layer
+        frozen = frozen // shards + 2 * count.layer + outside
+    return Memory(
+        weights=width * frozen,
+        trained=16 * (count.lora + count.heads),
+        activations=token_budget * width * (held + working + 4 * hidden),
+        losses=LOSS_BYTES,
+    )
+
+
+def _lora_rows(config: PiTeConfig) -> int:
+    """Numbers in the LoRA of rank 1."""
+    llm = config.llm
+    queries = llm.num_attention_heads * config.head_dim
+    keys = llm.num_key_value_heads * config.head_dim
+    hidden, inner = llm.hidden_size, llm.intermediate_size
+    per_layer = (3 * hidden + queries + 2 * keys) + (queries + hidden) + (2 * hidden + 2 * inner) + (inner + hidden)
+    return per_layer * llm.num_hidden_layers
+
+
+def choose_layout(
+    config: PiTeConfig,
+    count: ParameterCount,
+    capacity: float | None,
+    *,
+    ranks: int = 1,
+    width: int = 2,
+    parallel: Parallel = "auto",
+    recompute: int | None = None,
+    token_budget: int | None = None,
+) -> Layout:
+    """The cheapest that fits: weights copied and few layers recomputed, else sharded, else as many recomputed as it takes.
+
+    capacity      bytes of the device; None for a CPU, where nothing is recomputed or sharded unless it is asked for
+    parallel, recompute, token_budget  what was asked for; None or "auto" leaves the choice here
+    Raises ValueError when nothing fits: with the reason, and what to change.
+    """
+    layers = config.llm.num_hidden_layers
+    if recompute is not None and not 0 <= recompute <= layers:
+        raise ValueError(f"--recompute must be 0 to {layers}, the model's layers, not {recompute}")
+    kinds = {"ddp": (1,), "fsdp": (ranks,), "auto": (1,) if ranks == 1 else (1, ranks)}[parallel]
+    if capacity is None:
+        budget = token_budget or LARGEST_BUDGET
+        needed = memory(config, count, budget, width, recompute=recompute or 0, shards=kinds[0])
+        return Layout(kinds[0], recompute or 0, budget, needed)
+    room = capacity * (1 - SPARE)
+    least = token_budget or WORTHWHILE_BUDGET
+    depths = range(layers + 1) if recompute is None else (recompute,)
+    few = int(RECOMPUTED_BEFORE_SHARDING * layers)
+    candidates = [(shards, again) for shards in kinds for again in depths]
+    if recompute is None and len(kinds) > 1:
+        candidates.sort(key=lambda candidate: candidate[0] == 1 and candidate[1] > few)
+    for shards, again in candidates:
+        if memory(config, count, least, width, recompute=again, shards=shards).total <= room:
+            most = token_budget or _largest(config, count, room, width, again, shards)
+            return Layout(shards, again, most, memory(config, count, most, width, recompute=again, shards=shards))
+    tightest = memory(config, count, least, width, recompute=depths[-1], shards=kinds[-1])
+    raise ValueError(
+        f"a micro-batch of {least:,} tokens needs {tightest.total / 1e9:.0f} GB, {tightest.weights / 1e9:.0f} of them weights, "
+        f"and a device of {capacity / 1e9:.0f} GB has room for {room / 1e9:.0f}: "
+        "lower --token-budget, leave --recompute and --parallel to the engine, or use more devices"
+    )
+
+
+def _largest(config: PiTeConfig, count: ParameterCount, room: float, width: int, recompute: int, shards: int) -> int:
+    """The most tokens, in steps of 512, that fit."""
+    fixed, one = (memory(config, count, n, width, recompute=recompute, shards=shards) for n in (0, 1))
+    tokens = int((room - fixed.total) / one.activations) // 512 * 512
+    return min(tokens, LARGEST_BUDGET)

@@ -1,0 +1,149 @@
+"""One stage's run: resume where the last checkpoint is, train, write checkpoints, leave in good order."""
+
+from __future__ import annotations
+
+import gc
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dataloaders.batch import PackedBatch
+from dataloaders.prefetch import prefetch
+from engine import budget, state
+from engine.data import Absent, StepSource
+from engine.loop import compute_losses, make_optimizer, train
+from engine.metrics import Metrics
+from engine.parallel import World
+from engine.profile import Profile
+from engine.recipes import Recipe
+from pite.model import PiTe
+
+if TYPE_CHECKING:
+    from engine.train import TrainConfig
+
+
+def run(
+    config: TrainConfig,
+    recipe: Recipe,
+    model: PiTe,
+    source: StepSource,
+    world: World,
+    directory: Path,
+    total: int,
+    fingerprint: dict[str, Any],
+) -> int:
+    """Resume, train and checkpoint one stage; returns the steps done.
+
+    directory    of the stage: checkpoints, metrics and profiles are made in it
+    total        steps of the stage's schedule
+    fingerprint  what the run is made of; a checkpoint of another is refused
+    """
+    parameters = dict(model.trainable())
+    optimizer = make_optimizer(model, recipe)
+    checkpoints = directory / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    # One rank looks, so that all start from the same.
+    newest, complaints = world.from_main(lambda: state.newest(checkpoints))
+    start = 0
+    if newest is not None:
+        state.restore(newest, parameters, optimizer, fingerprint)
+        start = newest.step
+    stop = min(total, config.max_steps or total)
+    with (
+        InterruptFlag() as interrupted,
+        Metrics(
+            directory if world.is_main else None, start=start, total=stop, title=directory.name, wandb=config.wandb
+        ) as metrics,
+        state.Writer(checkpoints, fingerprint, config.keep_checkpoints) as writer,
+        Profile(directory / "profile", config.profile, world, start) as profile,
+    ):
+        for text in complaints:
+            metrics.say(text)
+        if start:
+            metrics.say(f"continuing after step {start} of {stop}")
+
+        def after_step(done: int, finish: Callable[[], None], stopping: bool) -> bool:
+            profile.after_step(done)
+            writer.check()
+            if stopping or done % config.checkpoint_every == 0 or done == stop:
+                # What a step did is known to be finite before it is saved.
+                finish()
+                if world.is_main:
+                    writer.save(done, parameters, optimizer)
+            return stopping or done == stop
+
+        def blame(step: int) -> list[str]:
+            batches = list(source.singles(step))
+            # Sharded weights are gathered by all ranks together, so that all compute equally often.
+            rounds = max(world.gather(len(batches)))
+            names = []
+            for i in range(rounds):
+                batch = batches[min(i, len(batches) - 1)]
+                if not finite(model, batch, recipe, config.absent) and i < len(batches):
+                    names.append(batch.sample_ids[0])
+            return names
+
+        try:
+            with collector_frozen():
+                return train(
+                    model,
+                    optimizer,
+                    prefetch(source.steps(start, stop)),
+                    recipe,
+                    world,
+                    metrics,
+                    start=start,
+                    stop=stop,
+                    total=total,
+                    absent=config.absent,
+                    interrupted=lambda: interrupted.set,
+                    after_step=after_step,
+                    blame=blame,
+                    efficiency=budget.efficiency(model.config, recipe, world),
+                )
+        finally:
+            if world.watch is not None:
+                world.watch.rest()
+
+
+@contextmanager
+def collector_frozen() -> Iterator[None]:
+    """Keep Python's garbage collector from scanning everything that lives as long as the run anyway."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def finite(model: PiTe, batch: PackedBatch, recipe: Recipe, absent: Absent) -> bool:
+    """Whether one sample alone has a finite loss and finite gradients."""
+    losses = compute_losses(model, batch.to(model.device), recipe, absent)
+    parameters = [p for _, p in model.trainable()]
+    gradients = torch.autograd.grad(losses.total, parameters, allow_unused=True)
+    return all(bool(torch.isfinite(t).all()) for t in (losses.total, *gradients) if t is not None)
+
+
+class InterruptFlag:
+    """Within its block SIGTERM (preemption) and a first Ctrl-C set the flag instead of ending the process."""
+
+    def __init__(self) -> None:
+        self.set = False
+
+    def _raise(self, *_: object) -> None:
+        if self.set:
+            raise KeyboardInterrupt
+        self.set = True
+
+    def __enter__(self) -> InterruptFlag:
+        self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
