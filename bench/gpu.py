@@ -12,12 +12,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.kernel_cases import IMPLEMENTATIONS, OURS, Case, Inputs, cpu_cases, gpu_cases
-from bench.kernel_rows import Row, measure
+from bench.kernel_cases import IMPLEMENTATIONS, OURS
+from bench.kernel_inputs import Case, Inputs, cpu_cases, gpu_cases
+from bench.kernel_rows import Checked, Row, measure
 from bench.measure import environment, roofline
+from bench.tiles import measure_tiles
 
 RESULTS = Path(__file__).parent / "results"
 TESTS = Path(__file__).parents[1] / "tests" / "kernels"
@@ -84,27 +87,42 @@ def main(arguments: list[str] | None = None) -> int:
     cases = [c for c in (gpu_cases() if device.type == "cuda" else cpu_cases()) if options.only in c.name]
     if not cases:
         parser.error(f"no case is called {options.only!r}")
-    waits = {c.name: host_waits(c, device) for c in cases} if device.type == "cuda" else {}
-    roof = roofline(device, cases[0].dtype)
-    print(f"roofline: {roof.flops / 1e12:.1f} TFLOP/s, {roof.bandwidth / 1e9:.0f} GB/s")
-    results: list[Row] = []
-    for case in cases:
-        rows = measure(case, device, roof, options.rounds)
-        show(rows)
-        results += rows
     described = environment(device)
     path = options.output or RESULTS / f"{described['device'].split(',')[0].replace(' ', '_')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
+    waits = {c.name: host_waits(c, device) for c in cases} if device.type == "cuda" else {}
+    roof = roofline(device, cases[0].dtype)
+    print(f"roofline: {roof.flops / 1e12:.1f} TFLOP/s, {roof.bandwidth / 1e9:.0f} GB/s")
+    content: dict[str, Any] = {
         "environment": described,
         "roofline": {"tflops": roof.flops / 1e12, "gbps": roof.bandwidth / 1e9},
         "host_waits": {name: why for name, why in waits.items() if why},
-        "rows": [row.to_json() for row in results],
+        "rows": [],
+        "tiles": [],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    checked: Checked = {}
+    red = len(content["host_waits"])
+    for case in cases:
+        rows = measure(case, device, roof, options.rounds, checked)
+        show(rows)
+        red += sum(r.implementation == OURS and r.problem is not None for r in rows)
+        content["rows"] += [row.to_json() for row in rows]
+        save(path, content)
+    for case in cases if device.type == "cuda" else []:
+        if case.op == "trajectory" and case.fraction in (1.0, 0.1):
+            content["tiles"] += measure_tiles(case, device, options.rounds)
+            save(path, content)
+    for record in content["tiles"]:
+        print(
+            f"{record['kernel']:8} {record['tiles']:16} {record['problem'] or format(record['median_ms'], '.4f') + ' ms'}"
+        )
     print(f"wrote {path}")
-    red = [r for r in results if r.implementation == OURS and r.problem] + [w for w in waits.values() if w]
     return 1 if red else 0
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """After every case: a machine that is taken away leaves what it has measured."""
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the kernel benchmarks run: shapes, inputs, our ops and whichever peers import.
+"""What the kernel benchmarks run: our ops and whichever peers import.
 
 Every implementation does the same job: a forward and a backward pass that end in the loss and the gradients the case
 asks for. A peer that cannot do the job (no smoothing, say) is not listed for it.
@@ -7,8 +7,6 @@ asks for. A peer that cannot do the job (no smoothing, say) is not listed for it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -18,113 +16,8 @@ from torch import Tensor
 
 import kernels
 import kernels.reference
+from bench.kernel_inputs import DOCUMENT, RANK, Inputs
 from bench.measure import Step
-
-POINTS, FRAMES, RANK = 3, 100, 64
-DOCUMENT = 204  # tokens of a typical sample: 100 frames, a question, an answer
-
-
-@dataclass(frozen=True)
-class Case:
-    """One benchmark: `op` at a shape. fraction: rows that carry a target, of all T."""
-
-    op: str
-    tokens: int
-    depth: int
-    fraction: float = 1.0
-    vocabulary: int = 32000
-    frozen: bool = True
-    smoothing: float = 0.1
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def rows(self) -> int:
-        return round(self.tokens * self.fraction)
-
-    @property
-    def outputs(self) -> int:
-        return POINTS * FRAMES * 2 if self.op == "trajectory" else self.vocabulary
-
-    @property
-    def name(self) -> str:
-        details = [f"T={self.tokens}", f"d={self.depth}"]
-        if self.op in ("trajectory", "cross_entropy"):
-            details.append(f"{self.fraction:.0%} of rows")
-        if self.op == "cross_entropy":
-            details += [f"V={self.vocabulary}", "frozen" if self.frozen else "trainable", f"smoothing {self.smoothing}"]
-        return f"{self.op}: " + ", ".join(details)
-
-    @property
-    def work(self) -> tuple[float, float]:
-        """(FLOPs, bytes) no implementation can do without, for `Roofline.floor`."""
-        size = self.dtype.itemsize
-        if self.op == "lora":
-            # Three stacked square layers: y and dX through W, and the four thin products of A and B.
-            flops = 4 * self.tokens * self.depth * 3 * self.depth + 6 * self.tokens * 2 * self.depth * 3 * RANK
-            return flops, size * (self.tokens * self.depth * 8 + 6 * self.depth**2)
-        if self.op == "attention":
-            return 7 * self.tokens * DOCUMENT * self.depth, size * 8 * self.tokens * self.depth
-        gemms = 3 if self.op == "trajectory" or not self.frozen else 2
-        return 2.0 * gemms * self.rows * self.depth * self.outputs, size * (2 * self.rows + self.tokens) * self.depth
-
-
-class Inputs:
-    """Random inputs of a case, made when first needed; `double` gives the same numbers in float64."""
-
-    def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
-        self.case, self.device = case, device
-        g = torch.Generator(device).manual_seed(seed)
-
-        def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=g, device=device) * scale).to(case.dtype)
-
-        d = case.depth
-        self.hidden = normal(case.tokens, d).requires_grad_()
-        self.rows = torch.randperm(case.tokens, generator=g, device=device)[: case.rows].sort().values
-        if case.op == "trajectory":
-            self.weight = normal(case.outputs, d, scale=0.1 * d**-0.5).requires_grad_()
-            self.bias = normal(case.outputs, scale=0.1).requires_grad_()
-            # Two away from every prediction: a sign must not hang on rounding in the correctness check.
-            self.targets = torch.rand(case.rows, POINTS, FRAMES, 2, generator=g, device=device) + 2
-            self.targets[torch.rand(case.rows, POINTS, FRAMES, generator=g, device=device) < 0.3] = -1
-        elif case.op == "cross_entropy":
-            self.weight = normal(case.outputs, d, scale=d**-0.5).requires_grad_(not case.frozen)
-            self.ids = torch.randint(0, case.outputs, (case.rows,), generator=g, device=device)
-        elif case.op == "lora":
-            self.weight = normal(3 * d, d, scale=d**-0.5)
-            self.lora_a = normal(3 * RANK, d, scale=d**-0.5).requires_grad_()
-            self.lora_b = normal(3 * d, RANK, scale=RANK**-0.5).requires_grad_()
-            self.upstream = normal(case.tokens, 3 * d)
-        elif case.op == "attention":
-            heads = max(1, d // 128)
-            self.qkv = [normal(case.tokens, heads, d // heads).requires_grad_() for _ in range(3)]
-            bounds = [*range(0, case.tokens, DOCUMENT), case.tokens]
-            self.bounds = torch.tensor(bounds, dtype=torch.int32, device=device)
-            self.upstream = normal(case.tokens, heads, d // heads)
-
-    def double(self) -> Inputs:
-        twin = object.__new__(Inputs)
-        for name, value in vars(self).items():
-            twin.__dict__[name] = [_double(t) for t in value] if isinstance(value, list) else _double(value)
-        return twin
-
-    @cached_property
-    def dense_targets(self) -> Tensor:
-        full = torch.full((self.case.tokens, POINTS, FRAMES, 2), -1.0, device=self.device, dtype=self.targets.dtype)
-        return full.index_copy(0, self.rows, self.targets)
-
-    @cached_property
-    def labels(self) -> Tensor:
-        return torch.full((self.case.tokens,), -100, device=self.device).index_copy(0, self.rows, self.ids)
-
-    def gradients(self, value: Tensor, *learned: Tensor, upstream: Tensor | None = None) -> list[Tensor]:
-        return [value, *torch.autograd.grad(value, [t for t in learned if t.requires_grad], upstream)]
-
-
-def _double(value: Any) -> Any:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    return value.detach().double().requires_grad_(value.requires_grad)
 
 
 def trajectory_ours(x: Inputs) -> Step:
@@ -147,18 +40,18 @@ def trajectory_eager(x: Inputs, function: Callable[..., Tensor] = _dense_l1) -> 
     return lambda: x.gradients(function(x.hidden, x.weight, x.bias, targets), x.hidden, x.weight, x.bias)
 
 
-def trajectory_compiled(x: Inputs) -> Step:
-    return trajectory_eager(x, torch.compile(_dense_l1))
-
-
-def trajectory_gathered(x: Inputs) -> Step:
-    """Eager PyTorch that at least gathers its rows first."""
+def trajectory_gathered(x: Inputs, function: Callable[..., Tensor] = _dense_l1) -> Step:
+    """PyTorch that at least gathers its rows first."""
 
     def step() -> list[Tensor]:
-        loss = _dense_l1(x.hidden[x.rows], x.weight, x.bias, x.targets)
+        loss = function(x.supervised, x.weight, x.bias, x.targets)
         return x.gradients(loss, x.hidden, x.weight, x.bias)
 
     return step
+
+
+def trajectory_compiled(x: Inputs) -> Step:
+    return trajectory_gathered(x, torch.compile(_dense_l1, dynamic=False))
 
 
 def cross_entropy_ours(x: Inputs) -> Step:
@@ -180,23 +73,25 @@ def cross_entropy_eager(x: Inputs, function: Callable[..., Tensor] = _dense_cros
     return lambda: x.gradients(function(x.hidden, x.weight, labels, x.case.smoothing), x.hidden, x.weight)
 
 
-def cross_entropy_compiled(x: Inputs) -> Step:
-    return cross_entropy_eager(x, torch.compile(_dense_cross_entropy))
+def cross_entropy_gathered(x: Inputs, function: Callable[..., Tensor] = _dense_cross_entropy) -> Step:
+    """Peers get their rows gathered, as a careful user would: an ignored row would go through their GEMMs."""
 
-
-def cross_entropy_gathered(x: Inputs) -> Step:
     def step() -> list[Tensor]:
-        loss = _dense_cross_entropy(x.hidden[x.rows], x.weight, x.ids, x.case.smoothing)
+        loss = function(x.supervised, x.weight, x.ids, x.case.smoothing)
         return x.gradients(loss, x.hidden, x.weight)
 
     return step
+
+
+def cross_entropy_compiled(x: Inputs) -> Step:
+    return cross_entropy_gathered(x, torch.compile(_dense_cross_entropy, dynamic=False))
 
 
 def cross_entropy_torch(x: Inputs) -> Step:
     function: Any = getattr(F, "linear_cross_entropy", None)
     if function is None:
         raise ImportError("torch.nn.functional has no linear_cross_entropy")
-    return cross_entropy_eager(
+    return cross_entropy_gathered(
         x, lambda hidden, weight, labels, eps: function(hidden, weight, labels, label_smoothing=eps)
     )
 
@@ -205,21 +100,21 @@ def cross_entropy_liger(x: Inputs) -> Step:
     _needs_gpu(x)
     module = import_module("liger_kernel.transformers.fused_linear_cross_entropy")
     loss = module.LigerFusedLinearCrossEntropyLoss(label_smoothing=x.case.smoothing)
-    return cross_entropy_eager(x, lambda hidden, weight, labels, _: loss(weight, hidden, labels))
+    return cross_entropy_gathered(x, lambda hidden, weight, labels, _: loss(weight, hidden, labels))
 
 
 def cross_entropy_cut(x: Inputs) -> Step:
     _needs_gpu(x)
     _needs_no_smoothing(x)
     function = import_module("cut_cross_entropy").linear_cross_entropy
-    return cross_entropy_eager(x, lambda hidden, weight, labels, _: function(hidden, weight, labels))
+    return cross_entropy_gathered(x, lambda hidden, weight, labels, _: function(hidden, weight, labels))
 
 
 def cross_entropy_quack(x: Inputs) -> Step:
     _needs_gpu(x)
     _needs_no_smoothing(x)
     function = import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
-    return cross_entropy_eager(x, lambda hidden, weight, labels, _: function(hidden, weight, labels))
+    return cross_entropy_gathered(x, lambda hidden, weight, labels, _: function(hidden, weight, labels))
 
 
 def _needs_gpu(x: Inputs) -> None:
@@ -306,6 +201,25 @@ def lora_concatenated(x: Inputs) -> Step:
     return step
 
 
+def lora_low_rank_last(x: Inputs) -> Step:
+    """A candidate, not in `kernels`: the low-rank terms are added to what the large GEMMs wrote; dY is read twice more."""
+    splits = [x.case.depth] * 3
+
+    def step() -> list[Tensor]:
+        with torch.no_grad():
+            low = torch.mm(x.hidden, x.lora_a.t()).mul_(2.0)
+            y, parts = torch.mm(x.hidden, x.weight.t()), x.upstream.split(splits, 1)
+            factors = list(zip(low.split(RANK, 1), x.lora_b.split(splits)))
+            for part, (low_i, b_i) in zip(y.split(splits, 1), factors):
+                part.addmm_(low_i, b_i.t())
+            grad_low = torch.cat([torch.mm(g, b_i) for g, (_, b_i) in zip(parts, factors)], 1).mul_(2.0)
+            dx = torch.mm(x.upstream, x.weight).addmm_(grad_low, x.lora_a)
+            db = torch.cat([torch.mm(g.t(), low_i) for g, (low_i, _) in zip(parts, factors)])
+            return [y, dx, torch.mm(grad_low.t(), x.hidden), db]
+
+    return step
+
+
 def lora_bare(x: Inputs) -> Step:
     """The frozen layer's two GEMMs alone: the price LoRA is measured against, not a peer."""
     return lambda: [torch.mm(x.hidden.detach(), x.weight.t()), torch.mm(x.upstream, x.weight)]
@@ -337,19 +251,20 @@ def attention_step(backend: str) -> Callable[[Inputs], Step]:
     return build
 
 
-OURS, PLAIN, BARE, CANDIDATE = "ours", "eager", "bare GEMMs", "K-concatenated"
+OURS, PLAIN, BARE = "ours", "eager", "bare GEMMs"
+CANDIDATES = ("K-concatenated", "low-rank term last")  # other forms of ours: no peers
 IMPLEMENTATIONS: dict[str, dict[str, Callable[[Inputs], Step]]] = {
     "trajectory": {
         OURS: trajectory_ours,
         PLAIN: trajectory_eager,
         "eager, rows gathered": trajectory_gathered,
-        "torch.compile": trajectory_compiled,
+        "torch.compile, rows gathered": trajectory_compiled,
     },
     "cross_entropy": {
         OURS: cross_entropy_ours,
         PLAIN: cross_entropy_eager,
         "eager, rows gathered": cross_entropy_gathered,
-        "torch.compile": cross_entropy_compiled,
+        "torch.compile, rows gathered": cross_entropy_compiled,
         "F.linear_cross_entropy": cross_entropy_torch,
         "liger-kernel": cross_entropy_liger,
         "cut-cross-entropy": cross_entropy_cut,
@@ -359,7 +274,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[Inputs], Step]]] = {
         OURS: lora_ours,
         PLAIN: lora_eager,
         "peft": lora_peft,
-        CANDIDATE: lora_concatenated,
+        **dict(zip(CANDIDATES, (lora_concatenated, lora_low_rank_last))),
         BARE: lora_bare,
     },
     "attention": {
@@ -368,19 +283,3 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[Inputs], Step]]] = {
         **{name: attention_step(name) for name in ("flash_attn", "xformers", "varlen_attn")},
     },
 }
-
-
-def gpu_cases() -> list[Case]:
-    """The real shapes: one packed row of 16,384 tokens of a 7B and a 13B model."""
-    depths, fractions = (4096, 5120), (1.0, 0.5, 0.25, 0.1)
-    heads = [Case(op, 16384, d, f) for op in ("trajectory", "cross_entropy") for d in depths for f in fractions]
-    trainable = [Case("cross_entropy", 16384, 4096, f, frozen=False) for f in (1.0, 0.25)]
-    trainable.append(Case("cross_entropy", 16384, 4096, smoothing=0.0))
-    return heads + trainable + [Case(op, 16384, d) for op in ("lora", "attention") for d in depths]
-
-
-def cpu_cases() -> list[Case]:
-    """Shapes a CPU runs in a blink, in float32."""
-    small = [Case("trajectory", 1024, 512, f, dtype=torch.float32) for f in (1.0, 0.5, 0.25, 0.1)]
-    small += [Case("cross_entropy", 512, 256, f, vocabulary=4000, dtype=torch.float32) for f in (1.0, 0.25, 0.1)]
-    return [*small, Case("lora", 512, 256, dtype=torch.float32), Case("attention", 1024, 256, dtype=torch.float32)]

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from bench.kernel_cases import BARE, IMPLEMENTATIONS, PLAIN, Case, Inputs
+from bench.kernel_cases import BARE, IMPLEMENTATIONS, OURS, PLAIN
+from bench.kernel_inputs import Case, Inputs
 from bench.measure import Roofline, Step, Timing, gate, interleaved
 
 
@@ -38,7 +39,8 @@ class Row:
 
 def problem_of(case: Case, implementation: str, device: torch.device) -> str | None:
     """Why this implementation may not be timed: it does not import, or its results are wrong. None: nothing."""
-    small = Inputs(replace(case, tokens=min(case.tokens, 512)), device)
+    # On a GPU enough rows for a second chunk of logits and for several parts of dW.
+    small = Inputs(replace(case, tokens=min(case.tokens, 4096 if device.type == "cuda" else 512)), device)
     try:
         step = IMPLEMENTATIONS[case.op][implementation](small)
     except (ImportError, AttributeError, ValueError) as error:
@@ -54,10 +56,22 @@ def problem_of(case: Case, implementation: str, device: torch.device) -> str | N
     return f"wrong: {wrong}" if wrong else None
 
 
-def measure(case: Case, device: torch.device, roof: Roofline, rounds: int) -> list[Row]:
-    """All implementations of a case, interleaved."""
-    torch._dynamo.reset()  # recompilations for earlier shapes must not make torch.compile go dynamic
-    problems = {name: problem_of(case, name, device) for name in IMPLEMENTATIONS[case.op]}
+Checked = dict[tuple[Case, str], str | None]
+
+
+def measure(case: Case, device: torch.device, roof: Roofline, rounds: int, checked: Checked) -> list[Row]:
+    """All implementations of a case, interleaved.
+
+    checked  the problems of peers found so far: one check serves all fractions of rows, since most of its time is a
+             compiler's. Ours is checked for every case
+    """
+    torch._dynamo.reset()  # or its limit of recompilations would end in eager mode
+    problems: dict[str, str | None] = {}
+    for name in IMPLEMENTATIONS[case.op]:
+        key = (case if name == OURS else replace(case, fraction=0.5)), name
+        if key not in checked:
+            checked[key] = problem_of(key[0], name, device)
+        problems[name] = checked[key]
     inputs = Inputs(case, device)
     steps: dict[str, Step] = {}
     for name, problem in problems.items():

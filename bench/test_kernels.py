@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.kernel_cases import IMPLEMENTATIONS, OURS, PLAIN, Case, Inputs, cpu_cases
+from bench.kernel_cases import IMPLEMENTATIONS, OURS, PLAIN
+from bench.kernel_inputs import Case, Inputs, cpu_cases
 from bench.kernel_rows import problem_of
 from bench.measure import Roofline, environment, interleaved, roofline
 from kernels import dispatch

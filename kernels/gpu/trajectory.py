@@ -105,8 +105,8 @@ def forward_kernel(
         pieces = halves(a) + halves(b) + halves(c) + halves(d)
     else:
         pieces = (acc,)
-    target_ptr += first.to(tl.int64) * outputs
-    sign_ptr += first.to(tl.int64) * outputs
+    target_ptr += tl.cast(first, tl.int64) * outputs
+    sign_ptr += tl.cast(first, tl.int64) * outputs
     total, counted, refused = 0.0, 0, 0
     for i in tl.static_range(len(pieces)):
         sums = distance_of(pieces[i], bias_ptr, target_ptr, sign_ptr, m, column, inside, count, outputs, SKIP_ABSENT)

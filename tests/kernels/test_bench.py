@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bench import kernel_cases, kernel_rows, report
-from bench.kernel_cases import IMPLEMENTATIONS, OURS, PLAIN, Case, Inputs
+from bench.kernel_cases import IMPLEMENTATIONS, OURS, PLAIN
+from bench.kernel_inputs import Case, Inputs
 from bench.kernel_rows import Row
 from bench.measure import Roofline, gate
 
@@ -32,7 +33,7 @@ def test_wrong_results_are_not_timed(monkeypatch):
     broken = {OURS: wrong, PLAIN: IMPLEMENTATIONS["trajectory"][PLAIN]}
     monkeypatch.setitem(kernel_rows.IMPLEMENTATIONS, "trajectory", broken)
     case = Case("trajectory", 32, 16, 0.5, dtype=torch.float32)
-    rows = {r.implementation: r for r in kernel_rows.measure(case, CPU, Roofline(1e10, 1e10), 2)}
+    rows = {r.implementation: r for r in kernel_rows.measure(case, CPU, Roofline(1e10, 1e10), 2, {})}
     assert rows[OURS].median_ms is None and rows[OURS].problem.startswith("wrong")
     assert rows[PLAIN].median_ms is not None
     assert report.speedup(list(rows.values())) is None

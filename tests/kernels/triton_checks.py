@@ -11,6 +11,8 @@ import torch
 import kernels.cross_entropy
 import kernels.lora
 import kernels.trajectory
+from bench import tiles
+from bench.kernel_inputs import Case
 from kernels import lora_linear, reference, two_head_loss
 from kernels.gpu import cross_entropy, lora, shared, trajectory
 from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads
@@ -256,3 +258,16 @@ def test_two_heads_through_the_public_function(dtype, shape, monkeypatch):
     plain, truth = (expected(heads.to(d), loss) for d in (dtype, torch.float64))
     assert_as_accurate(ours, plain, truth)
     assert_bitwise(ours, expected(heads, lambda h: loss(h, two_head_loss)))
+
+
+def test_other_tiles_are_timed_only_where_they_agree(monkeypatch):
+    one = [tiles.tile(64, 128, 64, 4, 3)]
+    monkeypatch.setattr(tiles, "CANDIDATES", dict.fromkeys(tiles.CANDIDATES, one))
+    case = Case("trajectory", 20, 32, 0.5, dtype=torch.float16)
+    records = tiles.measure_tiles(case, torch.device(DEVICE), rounds=1)
+    assert [(r["kernel"], r["tiles"]) for r in records] == [
+        (kernel, name) for kernel in ("forward", "hidden", "weight") for name in ("shipped", "64 128 64 4 3")
+    ]
+    assert all(r["median_ms"] > 0 and r["problem"] is None for r in records)
+    monkeypatch.setattr(tiles, "differ", lambda a, b: True)
+    assert {r["problem"] for r in tiles.measure_tiles(case, torch.device(DEVICE), rounds=1)} == {"wrong"}
