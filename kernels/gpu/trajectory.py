@@ -117,8 +117,8 @@ def forward_kernel(
     tile = partial_ptr + tl.program_id(0)
     tiles = tl.num_programs(0)
     tl.store(tile, total)
-    tl.store(tile + tiles, counted.to(tl.float32))
-    tl.store(tile + 2 * tiles, refused.to(tl.float32))
+    tl.store(tile + tiles, tl.cast(counted, tl.float32))
+    tl.store(tile + 2 * tiles, tl.cast(refused, tl.float32))
 
 
 @triton.jit
