@@ -1,80 +1,41 @@
-"""A stage's training set: every sample's place on disk and its sizes in memory, the samples themselves read on demand."""
+"""A stage's training set: tokenized once, mapped from disk, and nothing left out of it without a line that says why."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Container
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dataloaders.formats import (
-    Format,
-    Record,
-    Room,
-    Where,
-    iter_raw,
-    load_json,
-    parse_json,
-    present_formats,
-    read_pite,
-)
-from dataloaders.prompts import tokenize
-from dataloaders.records import RecordError, Sample, TokenizedSample
+from dataloaders.formats import NarrativeTiming, Reading, Room, TurnChoice, present_formats
+from dataloaders.index import open_index
+from dataloaders.ledger import Failure
+from dataloaders.records import RecordError, TokenizedSample
 
 _ERRORS_SHOWN = 10
-"""Malformed records that are looked for before the reading ends: a pass over a stage takes minutes."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """One annotation file and how its records are read."""
-
-    folder: Path
-    kind: Format
-    options: dict[str, int]
-
-    @property
-    def path(self) -> Path:
-        return self.folder / self.kind.file
-
-    def sample(self, record: Record, offset: int) -> Sample:
-        return cast(Sample, self.kind.read(record, Where(self.path, offset), self.folder, **self.options))
-
-    def samples(self, errors: list[str]) -> Iterator[tuple[int, bytes, Sample]]:
-        """Yield (offset, text, sample) of each record; sentences about malformed ones go to `errors`.
-
-        Ends with the file or the last error that is shown; after the first error nothing is yielded.
-        """
-        try:
-            for offset, text in iter_raw(self.path):
-                try:
-                    sample = self.sample(parse_json(text, Where(self.path, offset)), offset)
-                except RecordError as error:
-                    errors.append(str(error))
-                    if len(errors) >= _ERRORS_SHOWN:
-                        return
-                    continue
-                if not errors:
-                    yield offset, text, sample
-        except RecordError as error:
-            errors.append(str(error))
 
 
 class StageDataset:
-    """Samples of one stage in the order of their files, indexed by one streaming pass.
+    """Samples of one stage in the order of their files.
 
     data, stage   folder in the layout of `dataloaders.formats`; 1, 2 or 3
     num_frames, num_points  N and P of the trajectories (1 and 1 in stage 1)
     max_length    tokens; longer samples are left out and counted in `over_length`, never cut
     available     keys of encoded media; samples about others are left out, their keys in `not_encoded`. None for all
+    cache         folder that keeps the tokenized samples for further ranks and runs; None to make them for this one alone
+    failure_budget  share of the stage's records that may be malformed; they are left out, in `malformed`
+    turn, narrative_timing  see `dataloaders.formats.Reading`
+    processes     that read annotations; None for what their size is worth
 
     tokens, targets, coordinates  (n,) int32 per sample: length, supervised tokens, present coordinates
-    Raises ValueError for a folder without data, or for malformed records: one sentence for each of the first ten, with
-    file, line and field.
+    Raises ValueError for a folder without data, and when more records are malformed than the budget allows: one sentence
+    for each of the first ten, with file, line and field.
     """
 
     def __init__(
@@ -87,57 +48,38 @@ class StageDataset:
         num_points: int,
         max_length: int,
         available: Container[str] | None,
+        cache: Path | None = None,
+        failure_budget: float = 0.01,
+        turn: TurnChoice = "first",
+        narrative_timing: NarrativeTiming = "words",
+        processes: int | None = None,
     ) -> None:
         self.num_frames, self.num_points, self.max_length = num_frames, num_points, max_length
-        self._tokenizer = tokenizer
-        room = cast(Room, f"stage{stage}")
-        shape = {"num_frames": num_frames, "num_points": num_points}
-        self._sources = [
-            _Source(data / room, kind, shape if kind.read is read_pite else {}) for kind in present_formats(data, room)
-        ]
-        self.ids: list[str] = []
-        self.media: list[str] = []
-        self.over_length: list[str] = []
-        self.not_encoded: list[str] = []
-        places: list[tuple[int, int, int]] = []
-        sizes: list[tuple[int, int, int]] = []
-        errors: list[str] = []
-        # Of the records as written: an edited answer or trajectory may leave every length as it was.
-        contents = hashlib.sha256()
-        for number, source in enumerate(self._sources):
-            if len(errors) >= _ERRORS_SHOWN:
-                break
-            for offset, text, sample in source.samples(errors):
-                if available is not None and sample.media not in available:
-                    self.not_encoded.append(sample.media)
-                    continue
-                tokenized = self._tokenize(sample)
-                if len(tokenized.token_ids) > max_length:
-                    self.over_length.append(sample.id)
-                    continue
-                self.ids.append(sample.id)
-                self.media.append(sample.media)
-                contents.update(text)
-                places.append((number, offset, len(text)))
-                sizes.append((len(tokenized.token_ids), len(tokenized.target_positions), tokenized.num_coordinates))
-        if errors:
-            raise RecordError("\n".join(errors))
-        if not places:
-            raise ValueError(f"{data / room} holds no usable sample: {self.summary()}")
-        self._places = np.array(places, dtype=np.int64)
-        self.tokens, self.targets, self.coordinates = np.array(sizes, dtype=np.int32).T.copy()
-        for counts in (self.tokens, self.targets, self.coordinates):
-            contents.update(counts.tobytes())
-        self._checksum = contents.hexdigest()
+        self._folder = data / f"stage{stage}"
+        formats = present_formats(data, cast(Room, f"stage{stage}"))
+        reading = Reading(num_frames, num_points, turn, narrative_timing)
+        self._index, self.malformed = open_index(self._folder, formats, tokenizer, reading, cache, processes)
+        self._check_budget(failure_budget)
+
+        fits = self._index.tokens <= max_length
+        encoded = np.array([available is None or key in available for key in self._index.media], dtype=bool)
+        self._rows = np.flatnonzero(fits & encoded)
+        ids, media = self._index.ids, self._index.media
+        self.ids = [ids[row] for row in self._rows]
+        self.media = [media[row] for row in self._rows]
+        self.over_length = [ids[row] for row in np.flatnonzero(encoded & ~fits)]
+        self.not_encoded = [media[row] for row in np.flatnonzero(~encoded)]
+        if not self.ids:
+            raise ValueError(f"{self._folder} holds no usable sample: {self.summary()}")
+        self.tokens = self._index.tokens[self._rows]
+        self.targets = self._index.targets[self._rows]
+        self.coordinates = self._index.coordinates[self._rows]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> TokenizedSample:
-        number, offset, nbytes = self._places[index].tolist()
-        source = self._sources[number]
-        record = load_json(source.path, offset, nbytes)
-        return self._tokenize(source.sample(record, offset))
+        return self._index[int(self._rows[index])]
 
     def groups(self) -> np.ndarray:
         """A number (n,) per sample that samples about the same media share."""
@@ -149,11 +91,49 @@ class StageDataset:
             parts.append(f"{len(self.over_length):,} left out for more than {self.max_length:,} tokens")
         if self.not_encoded:
             parts.append(f"{len(self.not_encoded):,} left out whose media could not be encoded")
+        if self.malformed:
+            parts.append(f"{len(self.malformed):,} malformed records left out")
         return ", ".join(parts)
+
+    def left_out(self) -> list[Failure]:
+        """Everything that is not trained on and why, in the files' order within each reason; the same on every rank."""
+        length = f"the sample has more than {self.max_length} tokens"
+        return [
+            *(
+                Failure(f"{self._folder.name}/{m.file}:{m.line}", str(self._folder / m.file), "read", m.reason)
+                for m in self.malformed
+            ),
+            *(
+                Failure(f"{self._folder.name}/{name}", str(self._folder), "tokenize", length)
+                for name in self.over_length
+            ),
+            *(
+                Failure(key, str(self._folder), "encode", "its media is not in the feature store")
+                for key in self.not_encoded
+            ),
+        ]
+
+    def exclusions(self) -> dict[str, int | str]:
+        """How many were left out at each stage, and a checksum of which ones: for checkpoints."""
+        failures = self.left_out()
+        counts = Counter(failure.stage for failure in failures)
+        which = hashlib.sha256(json.dumps([[f.id, f.stage, f.reason] for f in failures]).encode()).hexdigest()[:16]
+        return {**dict(sorted(counts.items())), "which": which} if failures else {}
+
+    def write_left_out(self, path: Path) -> None:
+        """`left_out` as JSON lines, as the encoder's ledger is written."""
+        path.write_text("".join(json.dumps(asdict(f), ensure_ascii=False) + "\n" for f in self.left_out()))
 
     def fingerprint(self) -> str:
         """A short checksum of the samples, their annotations and lengths in tokens; equal data give equal training."""
-        return f"{len(self):,} samples {self._checksum[:16]}"
+        contents = hashlib.sha256(self._index.digests[self._rows].tobytes())
+        for counts in (self.tokens, self.targets, self.coordinates):
+            contents.update(counts.tobytes())
+        return f"{len(self):,} samples {contents.hexdigest()[:16]}"
 
-    def _tokenize(self, sample: Sample) -> TokenizedSample:
-        return tokenize(sample, self._tokenizer, num_frames=self.num_frames, num_points=self.num_points)
+    def _check_budget(self, budget: float) -> None:
+        count, total = len(self.malformed), len(self.malformed) + len(self._index)
+        if count > budget * total:
+            told = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed[:_ERRORS_SHOWN]]
+            told.append(f"{count:,} of {total:,} records are malformed, more than the failure budget of {budget:.2%}")
+            raise RecordError("\n".join(told))

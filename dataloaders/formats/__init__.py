@@ -1,19 +1,19 @@
 """Readers of the five data sets, and where their files stand in a data folder.
 
-    DIR/stage1/localized_narratives.jsonl      DIR/stage1/images/{image_id}.jpg
+    DIR/stage1/*localized_narratives*.jsonl    DIR/stage1/images/{coco,flickr30k,ade20k,open_images}/{image_id}.jpg
     DIR/stage2/pite_143k.jsonl                 DIR/stage2/videos/{id}.mp4
     DIR/stage3/valley.json                     DIR/stage3/videos/{v_id}.mp4
     DIR/stage3/video_instruct.json             DIR/stage3/videos/{video_id}.mp4
     DIR/evaluation/activitynet_captions.json   DIR/evaluation/videos/{vid}.mp4
     DIR/evaluation/pite_143k.jsonl             DIR/evaluation/videos/{id}.mp4
 
-A feature's key is its folder and its id, such as `stage2/v000001`.
+A feature's key is its folder and its id, such as `stage2/v000001`; of a narrative also its sub-set, `stage1/coco/9`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,16 +26,18 @@ from dataloaders.formats.instructions import (
     valley_media,
     video_instruct_media,
 )
-from dataloaders.formats.narratives import narrative_media, read_narrative
+from dataloaders.formats.narratives import NarrativeTiming, narrative_media, read_narrative
 from dataloaders.formats.pite_143k import pite_media, read_pite
 from dataloaders.formats.stream import Record, Where, iter_json, iter_raw, load_json, parse_json
-from dataloaders.records import Media, RecordError
+from dataloaders.records import Media, RecordError, Sample
 
 __all__ = [
     "ROOMS",
     "Event",
     "EventVideo",
     "Format",
+    "NarrativeTiming",
+    "Reading",
     "Record",
     "Room",
     "TurnChoice",
@@ -58,59 +60,99 @@ Room = Literal["stage1", "stage2", "stage3", "evaluation"]
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How records become samples.
+
+    num_frames, num_points  N and P of the trajectories
+    turn                    which turn of a Valley conversation is learned (`read_valley`)
+    narrative_timing        how a narrative's utterances are found in its caption (`read_narrative`)
+    """
+
+    num_frames: int
+    num_points: int
+    turn: TurnChoice = "first"
+    narrative_timing: NarrativeTiming = "words"
+
+
+@dataclass(frozen=True)
 class Format:
-    """An annotation file by name, its reader (record, where, folder, **options), and the media its records name."""
+    """An annotation file by name, or by pattern, its reader, what of `Reading` that takes, and the media its records name."""
 
     file: str
     read: Callable[..., Any]
     media: Callable[[Record, Place, Path], Media]
+    options: tuple[str, ...] = ()
 
+    def sample(self, record: Record, where: Place, folder: Path, reading: Reading) -> Sample:
+        """A record's sample; of the evaluation's formats there is none."""
+        sample = self.read(record, where, folder, **{name: getattr(reading, name) for name in self.options})
+        assert isinstance(sample, Sample)
+        return sample
+
+
+_PITE = Format("pite_143k.jsonl", read_pite, pite_media, ("num_frames", "num_points"))
 
 ROOMS: dict[Room, tuple[Format, ...]] = {
-    "stage1": (Format("localized_narratives.jsonl", read_narrative, narrative_media),),
-    "stage2": (Format("pite_143k.jsonl", read_pite, pite_media),),
+    "stage1": (Format("*localized_narratives*.jsonl", read_narrative, narrative_media, ("narrative_timing",)),),
+    "stage2": (_PITE,),
     "stage3": (
-        Format("valley.json", read_valley, valley_media),
+        Format("valley.json", read_valley, valley_media, ("turn",)),
         Format("video_instruct.json", read_video_instruct, video_instruct_media),
     ),
     "evaluation": (
         Format("activitynet_captions.json", read_activitynet, activitynet_media),
-        Format("pite_143k.jsonl", read_pite, pite_media),
+        _PITE,
     ),
 }
 """Folders of a data directory and the annotation files that each may hold."""
 
 
 def present_formats(data: Path, room: Room) -> tuple[Format, ...]:
-    """The formats whose files exist in `data`/`room`. Raises ValueError, naming what is expected, where none does."""
+    """The formats whose files exist in `data`/`room`, one per file. Raises ValueError, naming what is expected, where none."""
     if not data.is_dir():
         raise ValueError(f"{data}: no such data folder")
-    present = tuple(f for f in ROOMS[room] if (data / room / f.file).is_file())
+    present = _present(data / room, room)
     if not present:
         raise ValueError(f"{data / room} holds none of {', '.join(f.file for f in ROOMS[room])}")
     return present
 
 
+def _present(folder: Path, room: Room) -> tuple[Format, ...]:
+    return tuple(
+        replace(f, file=path.name) for f in ROOMS[room] for path in sorted(folder.glob(f.file)) if path.is_file()
+    )
+
+
 def present_rooms(data: Path) -> tuple[Room, ...]:
     """The rooms of a data folder that hold annotations. Raises ValueError where none does."""
-    rooms = tuple(room for room in ROOMS if any((data / room / f.file).is_file() for f in ROOMS[room]))
+    rooms = tuple(room for room in ROOMS if _present(data / room, room))
     if not rooms:
         raise ValueError(f"{data} is no data folder: none of {', '.join(ROOMS)} in it holds a known annotation file")
     return rooms
 
 
-def iter_media(data: Path, rooms: Iterable[Room]) -> Iterator[Media]:
+def iter_media(
+    data: Path, rooms: Iterable[Room], malformed: Callable[[RecordError], None] | None = None
+) -> Iterator[Media]:
     """Everything that the annotations of `rooms` name, each key once, in the order of the files.
 
-    Raises RecordError where one key stands for two different files or clips.
+    malformed  called with the error of a record that names no media, which is then passed over; without it the error is
+               raised. Training counts such records against its own budget
+    Raises RecordError where one key stands for two different files or clips, and for files that end too early.
     """
     seen: dict[str, Media] = {}
     for room in rooms:
         for kind in present_formats(data, room):
             path = data / room / kind.file
-            for offset, _, record in iter_json(path):
+            for offset, text in iter_raw(path):
                 where = Where(path, offset)
-                media = kind.media(record, where, data / room)
+                try:
+                    media = kind.media(parse_json(text, where), where, data / room)
+                except RecordError as error:
+                    if malformed is None:
+                        raise
+                    malformed(error)
+                    continue
                 known = seen.setdefault(media.key, media)
                 if known is media:
                     yield media

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dataloaders.formats.stream import Record, Where
@@ -53,6 +54,29 @@ def identifier(record: Record, name: str, where: Place) -> str:
     if not value.strip() or path.is_absolute() or ".." in path.parts:
         raise RecordError(f"{where}: field {name!r} holds {value!r}, which cannot name a media file")
     return value
+
+
+MEDIA_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".jpg", ".jpeg", ".png")
+"""Endings of media files that are looked for, the earlier first: downloaders leave what their source had."""
+
+
+def find_media(folder: Path, name: str, suffix: str) -> Path:
+    """The file of an id: `folder`/name with `suffix`, or, where only that exists, with another of MEDIA_SUFFIXES."""
+    path = folder / f"{name}{suffix}"
+    try:
+        names = _names(path.parent, path.parent.stat().st_mtime_ns)
+    except OSError:
+        return path
+    for candidate in (suffix, *MEDIA_SUFFIXES):
+        if f"{PurePosixPath(name).name}{candidate}" in names:
+            return folder / f"{name}{candidate}"
+    return path
+
+
+@lru_cache(16)
+def _names(folder: Path, changed: int) -> frozenset[str]:
+    """What a folder holds, listed once: to look for each of a million files on a network takes minutes."""
+    return frozenset(entry.name for entry in folder.iterdir())
 
 
 def seconds(value: Any, name: str, where: Place, duration: float = math.inf) -> float:

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import hashlib
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from dataloaders.formats.fields import Place, answer_of, conversation, field, identifier, question_of
+from dataloaders.formats.fields import (
+    MEDIA_SUFFIXES,
+    Place,
+    answer_of,
+    conversation,
+    field,
+    find_media,
+    identifier,
+    question_of,
+)
 from dataloaders.formats.stream import Record
 from dataloaders.records import Media, RecordError, Sample, Turn
 
-TurnChoice = Literal["first", "last"]
+TurnChoice = Literal["first", "last", "any"]
 
 
 def valley_media(record: Record, where: Place, folder: Path) -> Media:
-    """The video `folder`/videos/{v_id}.mp4; older files name it by `video`, with or without `.mp4`."""
-    name = identifier(record, "v_id" if "v_id" in record else "video", where).removesuffix(".mp4")
-    return _video(folder, name)
+    """The video that `v_id`, or in older files `video` or `id`, names, with or without a suffix, in `folder`/videos."""
+    name = next((n for n in ("v_id", "video", "id") if n in record), "v_id")
+    return _video(folder, identifier(record, name, where))
 
 
 def read_valley(record: Record, where: Place, folder: Path, *, turn: TurnChoice = "first") -> Sample:
-    """One turn of a conversation: later ones lean on what was said before, so the first stands best alone."""
+    """One turn of a conversation.
+
+    turn  "first", "last", or "any": one that the conversation's own text decides, the same in every run. A later turn may
+          lean on what was said before, which the model then does not see
+    """
     pairs = conversation(record, where)
-    i = 0 if turn == "first" else len(pairs) - 1
+    if turn == "any":
+        text = "\0".join(part for pair in pairs for part in pair)
+        i = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % len(pairs)
+    else:
+        i = 0 if turn == "first" else len(pairs) - 1
     question, answer = pairs[i]
     media = valley_media(record, where, folder)
     return _sample(media, where, (question, f"conversations[{2 * i}]"), (answer, f"conversations[{2 * i + 1}]"))
@@ -39,11 +57,16 @@ def read_video_instruct(record: Record, where: Place, folder: Path) -> Sample:
 
 
 def _video(folder: Path, name: str) -> Media:
-    return Media(f"{folder.name}/{name}", folder / "videos" / f"{name}.mp4")
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix in MEDIA_SUFFIXES:
+        name = name[: -len(suffix)]
+    return Media(
+        f"{folder.name}/{name}", find_media(folder / "videos", name, suffix if suffix in MEDIA_SUFFIXES else ".mp4")
+    )
 
 
 def _sample(media: Media, where: Place, question: tuple[str, str], answer: tuple[str, str]) -> Sample:
     asked = question_of(*question, where)
     if not asked:
         raise RecordError(f"{where}: field {question[1]!r}: the question is empty")
-    return Sample(media.path.stem, media.key, (Turn(asked, answer_of(*answer, where)),))
+    return Sample(media.key.partition("/")[2], media.key, (Turn(asked, answer_of(*answer, where)),))

@@ -1,80 +1,159 @@
-"""Localized Narratives: a still image, a spoken caption, and the mouse that points while its speaker talks."""
+"""Localized Narratives: a still image, a spoken caption, and the mouse that points while its speaker talks.
+
+The caption was typed, its timing comes from a transcript of the voice; the two mostly agree, word for word. Words are
+matched and keep their characters in the caption, so that a token gets the time of the very word it is part of.
+"""
 
 from __future__ import annotations
 
 import re
+from difflib import SequenceMatcher
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from dataloaders.formats.fields import Place, Within, answer_of, field, identifier, seconds
+from dataloaders.formats.fields import Place, Within, answer_of, field, find_media, identifier, seconds
 from dataloaders.formats.stream import Record
 from dataloaders.records import Media, Mention, RecordError, Sample, Turn
+
+NarrativeTiming = Literal["words", "position"]
 
 QUESTION = "Describe this image."
 
 MOUSE_TOLERANCE = 0.1
 """How far, in fractions of the image, the mouse may slip off it and still be clipped to its edge."""
 
+TRACE_SAMPLES = 16
+"""Instants of an utterance at which the mouse is looked at (PixelLLM's number); evenly spaced, ends included."""
+
+LEAST_COMMON = 0.5
+"""Share of the caption's words that its transcript must contain to be taken for its transcript."""
+
+_SUBSETS = {"coco": "coco", "flic": "flickr30k", "ade": "ade20k", "open": "open_images"}
+"""What a `dataset_id` contains, in lower case, and the folder of its images."""
+
+_EDGES = re.compile(r"^\W+|\W+$")
+
 
 def narrative_media(record: Record, where: Place, folder: Path) -> Media:
-    """The image `folder`/images/{image_id}.jpg."""
-    name = identifier(record, "image_id", where)
-    return Media(f"{folder.name}/{name}", folder / "images" / f"{name}.jpg", kind="image")
+    """The image `folder`/images/SUBSET/NAME.jpg, by `dataset_id` and `image_id`.
+
+    SUBSET is coco, flickr30k, ade20k or open_images; NAME is the id, filled up to twelve digits for COCO, whose files are
+    named so. Images of any other data set stand in `folder`/images itself.
+    """
+    name, dataset = identifier(record, "image_id", where), str(record.get("dataset_id", "")).lower()
+    subset = next((subset for part, subset in _SUBSETS.items() if part in dataset), None)
+    if subset is None:
+        return Media(f"{folder.name}/{name}", find_media(folder / "images", name, ".jpg"), kind="image")
+    file = name.zfill(12) if subset == "coco" else name
+    return Media(f"{folder.name}/{subset}/{name}", find_media(folder / "images" / subset, file, ".jpg"), kind="image")
 
 
-def read_narrative(record: Record, where: Place, folder: Path) -> Sample:
-    """The caption as the answer to QUESTION; each utterance points at the mean of the mouse trace while it was spoken.
+def read_narrative(
+    record: Record, where: Place, folder: Path, *, narrative_timing: NarrativeTiming = "words"
+) -> Sample:
+    """The caption as the answer to QUESTION; each utterance points at where the mouse was, on average over its time.
 
-    Utterances are found in the caption in order, whatever their case and spacing. One without a trace point between
-    its `start_time` and `end_time` gets no mention. Raises RecordError naming place and field for utterances that are
-    not in the caption and for points further than MOUSE_TOLERANCE outside the image.
+    narrative_timing  "words": an utterance stands where its words stand in the caption, and words without a counterpart
+                      point nowhere; "position": an utterance takes the share of the caption's characters that it has of
+                      the transcript's, whatever they say (the rule of PixelLLM's recipe)
+    An utterance during which no trace was drawn gets no mention. Raises RecordError naming place and field for a
+    transcript of something else and for points further than MOUSE_TOLERANCE outside the image.
     """
     caption = answer_of(field(record, "caption", str, where), "caption", where)
-    trace = _trace(field(record, "traces", list, where), where)
-    mentions, cursor = [], 0
+    traces = _traces(field(record, "traces", list, where), where)
+    utterances, points = [], []
     for i, utterance in enumerate(field(record, "timed_caption", list, where)):
         name = f"timed_caption[{i}]"
         if not isinstance(utterance, dict):
             raise RecordError(f"{where}: field '{name}' must be an object")
-        words = field(utterance, "utterance", str, Within(where, name)).split()
-        if not words:
-            continue
-        # Word edges keep "a" from being found inside a longer word when an earlier utterance went astray.
-        pattern = r"(?<!\w)" * words[0][0].isalnum() + r"\s+".join(map(re.escape, words))
-        match = re.compile(pattern + r"(?!\w)" * words[-1][-1].isalnum(), re.IGNORECASE).search(caption, cursor)
-        if match is None:
-            raise RecordError(
-                f"{where}: field '{name}.utterance': {' '.join(words)!r} is not in the rest of the caption, "
-                f"{caption[cursor:]!r}"
-            )
-        cursor = match.end()
+        text = field(utterance, "utterance", str, Within(where, name))
         start, end = (seconds(utterance.get(key), f"{name}.{key}", where) for key in ("start_time", "end_time"))
         if start > end:
             raise RecordError(f"{where}: field '{name}': start {start} s comes after end {end} s")
-        during = trace[(trace[:, 2] >= start) & (trace[:, 2] <= end), :2]
-        if len(during):
-            point = during.mean(0).astype(np.float32).reshape(1, 1, 2)
-            mentions.append(Mention(match.start(), match.end(), point))
+        utterances.append(text)
+        points.append(_mean_position(traces, start, end))
+    find = _spans_by_words if narrative_timing == "words" else _spans_by_position
+    spans = find(caption, utterances, where)
+    mentions = tuple(
+        Mention(*span, point.astype(np.float32).reshape(1, 1, 2))
+        for span, point in zip(spans, points)
+        if span is not None and point is not None
+    )
     media = narrative_media(record, where, folder)
-    turn = Turn(QUESTION, caption, tuple(mentions))
-    annotator = record.get("annotator_id", 0)
-    return Sample(f"{identifier(record, 'image_id', where)}:{annotator}", media.key, (turn,))
+    number = f"{media.key.partition('/')[2]}:{record.get('annotator_id', 0)}"
+    return Sample(number, media.key, (Turn(QUESTION, caption, mentions),))
 
 
-def _trace(segments: list[list[dict[str, float]]], where: Place) -> np.ndarray:
-    """All points of all segments, (n, 3) float64: x, y clipped to the image, t in seconds."""
-    try:
-        rows = [(p["x"], p["y"], p["t"]) for segment in segments for p in segment]
-        points = np.array(rows, dtype=np.float64).reshape(-1, 3)
-    except (KeyError, TypeError, ValueError):
-        raise RecordError(f"{where}: field 'traces' must hold lists of points with numbers x, y and t") from None
-    # A comparison with NaN is false, so NaN is refused here as well.
-    inside = ((points[:, :2] >= -MOUSE_TOLERANCE) & (points[:, :2] <= 1 + MOUSE_TOLERANCE)).all(1)
-    good = inside & np.isfinite(points[:, 2])
-    if not good.all():
-        i = int(np.argmin(good))
-        x, y, t = points[i]
-        raise RecordError(f"{where}: field 'traces': point {i} (x {x:g}, y {y:g}, t {t:g}) is not in the image")
-    points[:, :2] = points[:, :2].clip(0.0, 1.0)
-    return points
+_Span = tuple[int, int]
+
+
+def _spans_by_words(caption: str, utterances: list[str], where: Place) -> list[_Span | None]:
+    """From an utterance's first word found in the caption to its last; None where none is."""
+    words = [(match.span(), _plain(match[0])) for match in re.finditer(r"\S+", caption)]
+    told = [(number, _plain(word)) for number, utterance in enumerate(utterances) for word in utterance.split()]
+    matcher = SequenceMatcher(None, [word for _, word in words], [word for _, word in told], autojunk=False)
+    spans: list[_Span | None] = [None] * len(utterances)
+    common = 0
+    for in_caption, in_told, size in matcher.get_matching_blocks():
+        common += size
+        for k in range(size):
+            (begin, end), number = words[in_caption + k][0], told[in_told + k][0]
+            known = spans[number]
+            spans[number] = (begin, end) if known is None else (known[0], end)
+    if told and common < LEAST_COMMON * len(words):
+        raise RecordError(
+            f"{where}: field 'timed_caption' has {common} of the caption's {len(words)} words: it is of another caption"
+        )
+    return spans
+
+
+def _plain(word: str) -> str:
+    """A word without case and punctuation at its edges; punctuation alone stays."""
+    return _EDGES.sub("", word).casefold() or word
+
+
+def _spans_by_position(caption: str, utterances: list[str], where: Place) -> list[_Span | None]:
+    """The same share of the caption as of the transcript."""
+    lengths = np.array([len(" ".join(utterance.split())) for utterance in utterances], dtype=np.float64)
+    if not lengths.sum():
+        return [None] * len(utterances)
+    edges = np.rint(np.concatenate([[0.0], lengths.cumsum()]) / lengths.sum() * len(caption)).astype(int).tolist()
+    return [(begin, end) if end > begin else None for begin, end in pairwise(edges)]
+
+
+def _mean_position(traces: list[np.ndarray], start: float, end: float) -> np.ndarray | None:
+    """Mean (x, y) of the interpolated mouse over [start, end] seconds; None where no trace was being drawn."""
+    instants = np.linspace(start, end, TRACE_SAMPLES)
+    seen = []
+    for trace in traces:
+        during = instants[(instants >= trace[0, 2]) & (instants <= trace[-1, 2])]
+        seen += [np.stack([np.interp(during, trace[:, 2], trace[:, axis]) for axis in (0, 1)], axis=1)]
+    found = np.concatenate(seen) if seen else np.empty((0, 2))
+    return found.mean(0) if len(found) else None
+
+
+def _traces(segments: list[list[dict[str, float]]], where: Place) -> list[np.ndarray]:
+    """Segments (n, 3) float64 in order of time: x, y clipped to the image, t in seconds."""
+    traces = []
+    for number, segment in enumerate(segments):
+        try:
+            rows = [(p["x"], p["y"], p["t"]) for p in segment]
+            points = np.array(rows, dtype=np.float64).reshape(-1, 3)
+        except (KeyError, TypeError, ValueError):
+            raise RecordError(f"{where}: field 'traces' must hold lists of points with numbers x, y and t") from None
+        # A comparison with NaN is false, so NaN is refused here as well.
+        inside = ((points[:, :2] >= -MOUSE_TOLERANCE) & (points[:, :2] <= 1 + MOUSE_TOLERANCE)).all(1)
+        good = inside & np.isfinite(points[:, 2])
+        if not good.all():
+            i = int(np.argmin(good))
+            x, y, t = points[i]
+            raise RecordError(
+                f"{where}: field 'traces[{number}]': point {i} (x {x:g}, y {y:g}, t {t:g}) is not in the image"
+            )
+        points[:, :2] = points[:, :2].clip(0.0, 1.0)
+        if len(points):
+            traces.append(points[np.argsort(points[:, 2], kind="stable")])
+    return traces

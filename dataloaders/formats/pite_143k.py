@@ -24,6 +24,7 @@ from dataloaders.formats.fields import (
     conversation,
     duration_of,
     field,
+    find_media,
     identifier,
     interval,
     question_of,
@@ -46,7 +47,7 @@ def pite_media(record: Record, where: Place, folder: Path) -> Media:
         split = interval(meta["split"], "meta.split", where)
         if split[0] == split[1]:
             raise RecordError(f"{where}: field 'meta.split' is empty: it starts and ends at {split[0]} s")
-    return Media(f"{folder.name}/{name}", folder / "videos" / f"{name}.mp4", split=split)
+    return Media(f"{folder.name}/{name}", find_media(folder / "videos", name, ".mp4"), split=split)
 
 
 def read_pite(record: Record, where: Place, folder: Path, *, num_frames: int, num_points: int) -> Sample:

@@ -116,7 +116,7 @@ def _find_records(path: Path, mapped: mmap.mmap) -> Iterator[tuple[int, int]]:
         raise RecordError(f"{Where(path, len(mapped))}: the file ends before its closing bracket; was it cut off?")
 
 
-def parse_json(text: bytes, where: Where) -> Record:
+def parse_json(text: bytes, where: object) -> Record:
     """The record that `iter_raw` found. Raises RecordError, naming `where`, for what is no JSON object."""
     keyed = text.startswith(b'"')
     try:

@@ -40,18 +40,62 @@ class TestNarratives:
     def test_sample(self) -> None:
         sample = read_narrative(NARRATIVE, WHERE, Path("data/stage1"))
         (turn,) = sample.turns
-        assert (sample.id, sample.media) == ("137576:93", "stage1/137576")
+        assert (sample.id, sample.media) == ("coco/137576:93", "stage1/coco/137576")
         assert (turn.question, turn.answer) == (QUESTION, NARRATIVE["caption"])
         told = {turn.answer[m.start : m.end]: m.trajectory for m in turn.mentions}
         # "In this image" was said while the mouse stood still outside the trace.
         assert list(told) == ["there are two cats,", "and", "a  sofa.", "A cat"]
         assert all(t.shape == (1, 1, 2) and t.dtype == np.float32 for t in told.values())
         np.testing.assert_allclose(told["there are two cats,"].ravel(), [0.2, 0.4])
-        np.testing.assert_allclose(told["a  sofa."].ravel(), [0, 1], err_msg="a slip off the image is clipped")
+        # From 2.5 to 3 s the mouse went on to a corner, where a slip off the image is clipped, and came back.
+        instants = np.linspace(2.5, 3.0, 16)
+        path = [np.interp(instants, [2.2, 2.7, 4.5], values).mean() for values in ([0.5, 0, 0.9], [0.5, 1, 0.9])]
+        np.testing.assert_allclose(told["a  sofa."].ravel(), path, rtol=1e-6)
 
     def test_media(self) -> None:
-        media = narrative_media(NARRATIVE, WHERE, Path("data/stage1"))
-        assert media == Media("stage1/137576", Path("data/stage1/images/137576.jpg"), kind="image")
+        folder = Path("data/stage1")
+        for dataset, name, file in (
+            ("mscoco_train2017", "137576", "coco/000000137576.jpg"),
+            ("Flickr30k_train", "1000092795", "flickr30k/1000092795.jpg"),
+            ("Flick30k_train", "36979", "flickr30k/36979.jpg"),
+            ("ADE20k_train", "ADE_train_00000001", "ade20k/ADE_train_00000001.jpg"),
+            ("open_images_train_v6", "000b7d55b6184b08", "open_images/000b7d55b6184b08.jpg"),
+            ("OpenImages", "000b7d55b6184b08", "open_images/000b7d55b6184b08.jpg"),
+            ("synthetic", "i000001", "i000001.jpg"),
+        ):
+            media = narrative_media({"dataset_id": dataset, "image_id": name}, WHERE, folder)
+            key = f"stage1/{file.rpartition('/')[0]}/{name}".replace("//", "/")
+            assert media == Media(key, folder / "images" / file, kind="image")
+
+    def test_words_that_were_transcribed_otherwise_point_nowhere(self) -> None:
+        record = changed(NARRATIVE, "timed_caption.1.utterance", "There are, um, 2 cats")
+        told = {m.trajectory.tobytes(): m for m in read_narrative(record, WHERE, FOLDER).turns[0].mentions}
+        spans = [NARRATIVE["caption"][m.start : m.end] for m in told.values()]
+        assert spans == ["there are two cats,", "and", "a  sofa.", "A cat"]
+        record = changed(NARRATIVE, "timed_caption.1.utterance", "three dogs")
+        spans = [NARRATIVE["caption"][m.start : m.end] for m in read_narrative(record, WHERE, FOLDER).turns[0].mentions]
+        assert spans == ["and", "a  sofa.", "A cat"]
+
+    def test_by_position(self) -> None:
+        """A quarter of the transcript is a quarter of the caption, whatever the words."""
+        timed = [{"utterance": u, "start_time": 1.2, "end_time": 1.8} for u in ("aaaa", " bb  bbbbb", "dddd")]
+        record = {**NARRATIVE, "caption": "0123456789abcdef" * 2, "timed_caption": timed}
+        mentions = read_narrative(record, WHERE, FOLDER, narrative_timing="position").turns[0].mentions
+        assert [(m.start, m.end) for m in mentions] == [(0, 8), (8, 24), (24, 32)]
+        with pytest.raises(RecordError, match="it is of another caption"):
+            read_narrative(record, WHERE, FOLDER)
+
+    def test_no_point_between_two_strokes(self) -> None:
+        """While the mouse was off the image nothing is interpolated."""
+        timed = [{"utterance": "two cats", "start_time": 1.85, "end_time": 2.15}]
+        record = {**NARRATIVE, "caption": "two cats", "timed_caption": timed}
+        assert read_narrative(record, WHERE, FOLDER).turns[0].mentions == ()
+
+    def test_a_word_shorter_than_the_mouse_is_sampled(self) -> None:
+        timed = [{"utterance": "cats", "start_time": 1.5, "end_time": 1.5}]
+        record = {**NARRATIVE, "caption": "cats", "timed_caption": timed}
+        (mention,) = read_narrative(record, WHERE, FOLDER).turns[0].mentions
+        np.testing.assert_allclose(mention.trajectory.ravel(), [0.2, 0.4])
 
     def test_without_traces(self) -> None:
         sample = read_narrative(changed(NARRATIVE, "traces", []), WHERE, FOLDER)
@@ -59,9 +103,9 @@ class TestNarratives:
 
     def test_a_word_is_not_found_inside_another(self) -> None:
         record = changed(NARRATIVE, "caption", "That is a hat.")
-        record["timed_caption"] = [{"utterance": "a", "start_time": 1.0, "end_time": 2.0}]
+        record["timed_caption"] = [{"utterance": "is a", "start_time": 1.0, "end_time": 2.0}]
         (mention,) = read_narrative(record, WHERE, FOLDER).turns[0].mentions
-        assert mention.start == 8
+        assert (mention.start, mention.end) == (5, 9)
 
     @pytest.mark.parametrize(
         ("path", "value", "reason"),
@@ -69,19 +113,15 @@ class TestNarratives:
             ("caption", ..., "field 'caption' is missing"),
             ("caption", " </s>", "field 'caption': the answer is empty"),
             ("image_id", "../../etc/passwd", "cannot name a media file"),
-            (
-                "timed_caption.1.utterance",
-                "three dogs",
-                "'timed_caption[1].utterance': 'three dogs' is not in the rest",
-            ),
+            ("caption", "Something else.", "field 'timed_caption' has 0 of the caption's 2 words"),
             ("timed_caption.1.utterance", 3, "timed_caption[1]: field 'utterance' must be str, not int"),
             ("timed_caption.1.start_time", None, "'timed_caption[1].start_time' must be a finite number"),
             ("timed_caption.1.start_time", math.nan, "'timed_caption[1].start_time' must be a finite number"),
             ("timed_caption.1.end_time", 0.5, "'timed_caption[1]': start 1.0 s comes after end 0.5 s"),
             ("timed_caption.1", [], "'timed_caption[1]' must be an object"),
-            ("traces.0.1.x", math.nan, "'traces': point 1 (x nan"),
-            ("traces.0.1.y", 1.0 + 2 * MOUSE_TOLERANCE, "'traces': point 1 (x 0.3, y 1.2"),
-            ("traces.1.0.t", math.inf, "'traces': point 2"),
+            ("traces.0.1.x", math.nan, "'traces[0]': point 1 (x nan"),
+            ("traces.0.1.y", 1.0 + 2 * MOUSE_TOLERANCE, "'traces[0]': point 1 (x 0.3, y 1.2"),
+            ("traces.1.0.t", math.inf, "'traces[1]': point 0"),
             ("traces.0.0.x", ..., "'traces' must hold lists of points"),
             ("traces.0.0.x", "left", "'traces' must hold lists of points"),
             ("traces", {}, "'traces' must be list"),
@@ -219,6 +259,28 @@ class TestInstructions:
             record = {"video": name, "conversations": VALLEY["conversations"]}
             assert valley_media(record, WHERE, Path("d/stage3")) == expected
 
+    def test_any_turn_is_the_same_in_every_run(self) -> None:
+        def chosen(number: int) -> str:
+            record = changed(VALLEY, "conversations.1.value", f"Answer {number}.")
+            return read_valley(record, WHERE, FOLDER, turn="any").turns[0].answer
+
+        answers = [chosen(i) for i in range(40)]
+        assert answers == [chosen(i) for i in range(40)]
+        assert 8 < answers.count("It is late.") < 32
+        dirty = changed(VALLEY, "conversations.3.value", "")
+        assert read_valley(dirty, WHERE, FOLDER).turns[0].answer == "A dog runs."
+        with pytest.raises(RecordError, match=r"'conversations\[3\]': the answer is empty"):
+            read_valley(dirty, WHERE, FOLDER, turn="last")
+
+    def test_videos_are_found_whatever_their_suffix(self, tmp_path: Path) -> None:
+        (tmp_path / "videos").mkdir()
+        for name in ("v_001.mkv", "v_k_ZXmr8pmrs.webm", "v_k_ZXmr8pmrs.mp4"):
+            (tmp_path / "videos" / name).touch()
+        assert valley_media(VALLEY, WHERE, tmp_path).path.name == "v_001.mkv"
+        assert video_instruct_media(INSTRUCT, WHERE, tmp_path).path.name == "v_k_ZXmr8pmrs.mp4"
+        (tmp_path / "videos" / "v_001.mp4").touch()
+        assert valley_media(VALLEY, WHERE, tmp_path).path.name == "v_001.mp4", "a folder that changed is listed again"
+
     def test_video_instruct(self) -> None:
         sample = read_video_instruct(INSTRUCT, WHERE, Path("d/stage3"))
         assert sample.media == "stage3/v_k_ZXmr8pmrs"
@@ -234,7 +296,7 @@ class TestInstructions:
     @pytest.mark.parametrize(
         ("path", "value", "reason"),
         [
-            ("v_id", ..., "field 'video' is missing"),
+            ("v_id", ..., "field 'v_id' is missing"),
             ("conversations.1.value", "</s>", "'conversations[1]': the answer is empty"),
             ("conversations.0.value", "<video>", "'conversations[0]': the question is empty"),
             ("conversations.0.from", "gpt", "'conversations[0].from' must be 'human'"),
@@ -303,7 +365,7 @@ class TestDataFolder:
 
     def test_media_of_all_rooms_each_once(self, data: Path) -> None:
         keys = [media.key for media in iter_media(data, present_rooms(data))]
-        assert keys == ["stage1/137576", "stage2/v000001", "stage3/v_001", "evaluation/v_1"]
+        assert keys == ["stage1/coco/137576", "stage2/v000001", "stage3/v_001", "evaluation/v_1"]
         assert all(m.path.is_relative_to(data) for m in iter_media(data, present_rooms(data)))
 
     def test_a_format_that_is_missing_is_not_used(self, data: Path) -> None:
@@ -319,6 +381,22 @@ class TestDataFolder:
         with pytest.raises(ValueError, match="is no data folder: none of stage1, stage2, stage3, evaluation"):
             present_rooms(tmp_path)
         assert set(ROOMS) == {"stage1", "stage2", "stage3", "evaluation"}
+
+    def test_every_shard_of_the_narratives_is_read(self, data: Path) -> None:
+        for i in range(2):
+            name = f"coco_train_localized_narratives-{i:05d}-of-00002.jsonl"
+            (data / "stage1" / name).write_text(json.dumps({**NARRATIVE, "image_id": str(i)}) + "\n")
+        files = [f.file for f in present_formats(data, "stage1")]
+        assert len(files) == 3 and files[1] == "coco_train_localized_narratives-00001-of-00002.jsonl"
+        assert [m.key for m in iter_media(data, ["stage1"])] == [f"stage1/coco/{i}" for i in (0, 1, 137576)]
+
+    def test_a_record_that_names_no_media(self, data: Path) -> None:
+        (data / "stage3/valley.json").write_text(json.dumps([VALLEY, changed(VALLEY, "v_id", "..")]))
+        with pytest.raises(RecordError, match="cannot name a media file"):
+            list(iter_media(data, ["stage3"]))
+        told: list[RecordError] = []
+        assert [m.key for m in iter_media(data, ["stage3"], told.append)] == ["stage3/v_001"]
+        assert len(told) == 1 and "valley.json:1" in str(told[0])
 
     def test_one_key_for_two_clips_is_refused(self, data: Path) -> None:
         other = changed(PITE, "meta.split", [0.0, 54.2])
