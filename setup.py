@@ -36,7 +36,10 @@ class CMakeBuild(build_ext):
             return
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(built, target)
+        # Renamed into place: writing into a library that a running process has mapped would crash it.
+        fresh = target.with_suffix(".new")
+        shutil.copyfile(built, fresh)
+        fresh.replace(target)
 
 
 def build_operators(folder: Path) -> Path:

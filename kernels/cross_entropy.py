@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.dispatch import uses_triton, with_unit_stride
+from kernels.dispatch import cpp, uses_triton, with_unit_stride
 from kernels.reference import accumulator, reciprocal
 from kernels.trajectory import NAMESPACE, check_devices, check_hidden, check_normalizer, validate_rows
 
@@ -163,20 +163,13 @@ def cross_entropy_forward(
     centre = None
     if label_smoothing and need_hidden:
         centre = (head.mean(0, dtype=dtype) * -label_smoothing).to(hidden.dtype)
+    bias = None if bias is None else bias.to(dtype)
     chunk = max(64, min(4096, _LOGITS_PER_CHUNK // vocabulary))
     for part, y, slot in zip(selected.split(chunk), ids.split(chunk), slots.split(chunk)):
         x = hidden.index_select(0, part)
         logits = torch.mm(x, head.t()).to(dtype)
-        if bias is not None:
-            logits.add_(bias)
-        log_p = logits.log_softmax(-1)
-        total -= (1 - label_smoothing) * log_p.gather(1, y[:, None]).sum()
-        if label_smoothing:
-            total -= label_smoothing / vocabulary * log_p.sum()
-        if not (need_hidden or need_weight or need_bias):
-            continue
-        p = log_p.exp_()
-        p.scatter_add_(1, y[:, None], p.new_full((1, 1), label_smoothing - 1).expand(len(y), 1))
+        losses, p = _softmax_rows(logits, bias, y, label_smoothing)
+        total += losses.sum()
         if need_hidden:
             rounded = p.to(hidden.dtype)
             dx = torch.mm(rounded, head) if centre is None else torch.addmm(centre, rounded, head)
@@ -189,6 +182,21 @@ def cross_entropy_forward(
             grad_bias += p.sum(0) - label_smoothing * len(y) / vocabulary
     scale = reciprocal((supervised.sum() if normalizer is None else normalizer).to(dtype))
     return total * scale, scale, grad_hidden, grad_weight, grad_bias
+
+
+def _softmax_rows(logits: Tensor, bias: Tensor | None, ids: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Each row's smoothed loss (n,), and p - (1 - eps) [target] in the memory of the logits (n, V)."""
+    native = cpp(logits)
+    if native is not None:
+        return native.softmax_rows(logits, bias, ids, smoothing), logits
+    if bias is not None:
+        logits.add_(bias)
+    log_p = logits.log_softmax(-1)
+    losses = log_p.gather(1, ids[:, None]).squeeze(1) * (smoothing - 1)
+    if smoothing:
+        losses -= smoothing * log_p.mean(1)
+    p = torch.exp(log_p, out=logits)
+    return losses, p.scatter_add_(1, ids[:, None], p.new_full((1, 1), smoothing - 1).expand(len(ids), 1))
 
 
 # Logits of one chunk on the CPU: 16 MB of float32 stay within a last-level cache.

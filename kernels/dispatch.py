@@ -13,6 +13,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+OPERATORS = ("trajectory_forward", "trajectory_grad_hidden", "trajectory_grad_weight", "softmax_rows")
+
 
 @lru_cache
 def _library() -> Any | None:
@@ -22,8 +24,10 @@ def _library() -> Any | None:
     for path in sorted(Path(__file__).parent.glob("_C*.so")):
         try:
             torch.ops.load_library(path)
+            for name in OPERATORS:
+                getattr(torch.ops.pite_kernels_cpu, name)
             return torch.ops.pite_kernels_cpu
-        except OSError as error:
+        except (OSError, AttributeError) as error:  # not a library for this machine, or one built from older sources
             log.warning(
                 "kernels: %s does not load (%s); rebuild it with setup.py. PyTorch serves instead.", path, error
             )

@@ -4,48 +4,27 @@
 // The GEMMs are PyTorch's own, and so is the thread pool (at::parallel_for, OpenMP): a second OpenMP runtime would
 // ignore torch.set_num_threads and spin beside the first.
 
+#include "common.h"
+
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <optional>
 #include <tuple>
-#include <vector>
-
-// One binary for every x86-64 machine, the widest vectors each one has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTORIZED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define VECTORIZED
-#endif
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace pite;
 
-constexpr int64_t kTile = 1024;            // rows per GEMM: enough to amortise packing the weight
-constexpr int64_t kElementsPerThread = 1 << 14;
-
-Tensor empty_like(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
+constexpr int64_t kTile = 1024;  // rows per GEMM: enough to amortise packing the weight
 
 // out = beta * out + mat1 @ mat2
 void gemm(Tensor& out, const Tensor& mat1, const Tensor& mat2, double beta) {
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), out.get(), mat1.get(), mat2.get(), beta, 1.0));
-}
-
-template <class F>
-void parallel_rows(int64_t count, int64_t width, const F& body) {
-  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kElementsPerThread / width), body);
 }
 
 bool consecutive(const int64_t* rows, int64_t count) {

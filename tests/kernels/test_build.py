@@ -48,5 +48,16 @@ def test_a_library_that_does_not_load_is_a_warning(tmp_path, monkeypatch, caplog
     monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
     assert dispatch._library.__wrapped__() is None
     assert "does not load" in caplog.text and "setup.py" in caplog.text
+
+
+def test_a_library_of_older_sources_is_a_warning(monkeypatch, caplog):
+    if dispatch._library() is None:
+        pytest.skip("the C++ operators are not built")
+    monkeypatch.setattr(dispatch, "OPERATORS", (*dispatch.OPERATORS, "from_tomorrow"))
+    assert dispatch._library.__wrapped__() is None
+    assert "from_tomorrow" in caplog.text and "rebuild" in caplog.text
+
+
+def test_the_library_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("PITE_KERNELS_CPP", "0")
     assert dispatch._library.__wrapped__() is None

@@ -12,6 +12,7 @@ from kernels import FusedLinearCrossEntropyLoss, cross_entropy, linear_cross_ent
 from kernels.cross_entropy import cross_entropy_forward, scatter_rows
 from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads, run
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -1,0 +1,34 @@
+// What both heads share: one binary for every x86-64 machine, and loops over rows in PyTorch's own threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+// The widest vectors each machine has.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTORIZED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VECTORIZED
+#endif
+
+namespace pite {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kElementsPerThread = 1 << 14;
+
+inline Tensor empty_like(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+template <class F>
+void parallel_rows(int64_t count, int64_t width, const F& body) {
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kElementsPerThread / width), body);
+}
+
+}  // namespace pite
