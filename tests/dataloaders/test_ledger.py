@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dataloaders.ledger import BudgetExceeded, Failure, Ledger, read_failures
+from dataloaders import ledger as ledger_module
+from dataloaders.ledger import LEDGER, BudgetExceeded, Failure, Ledger, main, read_failures, report
+from dataloaders.store import FeatureStore, FeatureWriter, Manifest
 
 
 def failure(i: int, reason: str = "cut off") -> Failure:
@@ -78,3 +81,48 @@ def test_a_torn_line_spoils_no_other(tmp_path: Path, cut: int) -> None:
 
 def test_no_ledger(tmp_path: Path) -> None:
     assert list(read_failures(tmp_path / "f.jsonl")) == []
+
+
+def test_report_counts_by_reason(tmp_path: Path) -> None:
+    """Names and numbers apart, a reason is a reason; an id counts once, and not when it was encoded since."""
+    path = tmp_path / "videos/a 1.mp4"
+    failures = [
+        Failure("a1", str(path), "decode", f"{path}: it should hold 100 bytes and holds 50"),
+        Failure("b", "b.mp4", "decode", "b.mp4: it should hold 7 bytes and holds 3.5"),
+        Failure("c", "c.mp4", "decode", "c.mp4: the file is empty"),
+        Failure("b", "b.mp4", "encode", "features of 'b' are not finite"),
+        Failure("d", "d.mp4", "decode", "d.mp4: the file is empty"),
+        Failure("e", "e.mp4", "decode", "e.mp4: the file is empty"),
+    ]
+    lines = report(failures, {"e"}).splitlines()
+    assert lines[0] == "4 media failed, 1 more were encoded since"
+    assert [(int(line[:8]), line[10:].partition("  (")[0]) for line in lines[1:]] == [
+        (2, "decode  the file is empty"),
+        (1, "decode  it should hold # bytes and holds #"),
+        (1, "encode  features of '...' are not finite"),
+    ]
+    assert lines[2].endswith(f"(such as a1: {path})")
+
+
+def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = Ledger(tmp_path / LEDGER, 100, 0.5)
+    ledger.add(failure(0))
+    ledger.add(failure(1))
+    store = FeatureStore.create_or_open(tmp_path / "videos", Manifest("e", 1, "s", "p", 1, 4))
+    with FeatureWriter(store) as writer:
+        writer.add({"stage2/v1": np.zeros((1, 4))})
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("1 media failed, 1 more were encoded since\n")
+    assert main([]) == 2 and "usage" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing")]) == 1 and "no such folder" in capsys.readouterr().err
+
+
+def test_a_failure_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger of thousands read again with each failure would take minutes."""
+    ledger = Ledger(tmp_path / LEDGER, 10**6, 1)
+    seen: list[Failure] = []
+    real = ledger_module.Failure
+    monkeypatch.setattr(ledger_module, "Failure", lambda **values: seen.append(real(**values)) or seen[-1])
+    for i in range(20):
+        ledger.add(failure(i))
+    assert seen == [failure(i) for i in range(20)]

@@ -47,6 +47,12 @@ def config(clip: Path, data: Path, tmp_path: Path) -> EncodeConfig:
     )
 
 
+def done(config: EncodeConfig) -> tuple[int, int]:
+    """Encode; media encoded and failed."""
+    summary = encode(config)
+    return summary.encoded, summary.failed
+
+
 def records(store: Path) -> dict[str, bytes]:
     """Every record of both stores, as its bytes on disk."""
     stores = FeatureStore(store / "images"), FeatureStore(store / "videos")
@@ -65,7 +71,7 @@ def spoiled(data: Path, tmp_path: Path) -> Path:
 
 
 def test_features_are_those_of_the_frames(config: EncodeConfig, data: Path, clip: Path) -> None:
-    assert encode(config) == (2 * VIDEOS + IMAGES, 0)
+    assert done(config) == (2 * VIDEOS + IMAGES, 0)
     encoder = ClipEncoder(str(clip))
     videos, images = FeatureStore(config.store / "videos"), FeatureStore(config.store / "images")
     assert sorted(videos.keys) == sorted(f"{room}/v{i}" for room in ("stage2", "stage3") for i in range(VIDEOS))
@@ -144,14 +150,14 @@ def test_two_ranks_give_the_same_records(config: EncodeConfig, data: Path, tmp_p
 def test_a_second_run_does_nothing(config: EncodeConfig) -> None:
     encode(config)
     before = {p: p.stat().st_mtime_ns for p in config.store.rglob("*") if p.suffix != ".lock"}
-    assert encode(config) == (0, 0)
+    assert done(config) == (0, 0)
     assert before == {p: p.stat().st_mtime_ns for p in config.store.rglob("*") if p.suffix != ".lock"}
 
 
 def test_failures_go_to_the_ledger_and_harm_no_neighbour(config: EncodeConfig, data: Path, tmp_path: Path) -> None:
     encode(config)
     bad = replace(config, data=spoiled(data, tmp_path), store=tmp_path / "other", failure_budget=0.5)
-    assert encode(bad) == (2 * VIDEOS + IMAGES - 7, 7)
+    assert done(bad) == (2 * VIDEOS + IMAGES - 7, 7)
     reasons = {f.id: f.reason for f in read_failures(bad.store / "failures.jsonl")}
     videos = {f"{room}/{name}" for room in ("stage2", "stage3") for name in ("v1", "v2", "v4")}
     assert reasons.keys() == videos | {"stage1/i0"}
@@ -164,7 +170,7 @@ def test_failures_go_to_the_ledger_and_harm_no_neighbour(config: EncodeConfig, d
 def test_repaired_files_are_encoded_by_the_next_run(config: EncodeConfig, data: Path, tmp_path: Path) -> None:
     bad = replace(config, data=spoiled(data, tmp_path), failure_budget=0.5)
     encode(bad)
-    assert encode(config) == (7, 0)
+    assert done(config) == (7, 0)
     reference = replace(config, store=tmp_path / "other")
     encode(reference)
     assert records(config.store) == records(reference.store)
@@ -180,7 +186,7 @@ def test_budget_stops_the_run_and_keeps_its_work(config: EncodeConfig, data: Pat
 def test_features_that_are_not_finite_are_failures(config: EncodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     real = ClipEncoder.encode
     monkeypatch.setattr(ClipEncoder, "encode", lambda self, frames: real(self, frames) / 0)
-    assert encode(replace(config, failure_budget=1.0)) == (0, 2 * VIDEOS + IMAGES)
+    assert done(replace(config, failure_budget=1.0)) == (0, 2 * VIDEOS + IMAGES)
     failures = list(read_failures(config.store / "failures.jsonl"))
     assert {f.stage for f in failures} == {"encode"} and "not finite" in failures[0].reason
 
@@ -229,7 +235,12 @@ class TestCommand:
         self, capsys: pytest.CaptureFixture[str], config: EncodeConfig, tmp_path: Path
     ) -> None:
         config = replace(config, data=spoiled(config.data, tmp_path))
-        assert self.run(capsys, config, "--failure-budget", "1")[1].endswith(", 7 failed: see failures.jsonl\n")
+        status, out, err = self.run(capsys, config, "--failure-budget", "1")
+        first, *report = out.splitlines()
+        assert status == 0 and first.endswith(", 7 failed: see failures.jsonl")
+        assert report[0] == "7 media failed, 0 more were encoded since" and len(report) == 5
+        assert [line.split()[0] for line in report[1:]] == ["2", "2", "2", "1"]
+        assert "decoded by PyAV: 5\n" in err
 
     @pytest.mark.parametrize(
         ("extra", "reason"),

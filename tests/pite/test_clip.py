@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionModelWithProjection, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -46,6 +48,35 @@ def test_features_are_the_projected_cls_token(directory: Path, frames: np.ndarra
     assert features.shape == (5, encoder.channels) == (5, 16) and features.dtype == torch.float32
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
     assert (features.norm(dim=-1) - 1).abs().min() > 1e-3, "not normalised"
+
+
+def test_only_one_token_leaves_the_last_layer(directory: Path, frames: np.ndarray) -> None:
+    encoder = ClipEncoder(str(directory))
+    rows: list[int] = []
+    for layer in encoder.model.vision_model.encoder.layers:
+        layer.mlp.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[1]))
+    features = encoder.encode(cropped(encoder, frames))
+    assert rows == [17, 1]
+    pixels = encoder.preprocess.normalized(torch.from_numpy(cropped(encoder, frames)))
+    torch.testing.assert_close(features, encoder.model(pixel_values=pixels).image_embeds, atol=1e-5, rtol=0)
+
+
+def test_no_graph_break(directory: Path, frames: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the whole forward pass, normalisation included, is compiled as one graph."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="eager", **options))
+    compiled, plain = (ClipEncoder(str(directory), compiled=c) for c in (True, False))
+    assert torch.equal(compiled.encode(cropped(plain, frames)), plain.encode(cropped(plain, frames)))
+    assert torch.equal(plain.encode(torch.from_numpy(cropped(plain, frames))), plain.encode(cropped(plain, frames)))
+
+
+def test_arithmetic_is_counted(directory: Path) -> None:
+    encoder = ClipEncoder(str(directory))
+    counter = FlopCounterMode(display=False)
+    # The plain attention's products are what the counter knows on every device.
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        encoder.encode(np.zeros((3, SIZE, SIZE, 3), np.uint8))
+    assert counter.get_total_flops() == pytest.approx(3 * encoder.flops_per_frame)
 
 
 def test_a_tower_saved_alone_is_the_same_encoder(directory: Path, frames: np.ndarray, tmp_path: Path) -> None:
