@@ -1,46 +1,44 @@
-"""Prepare the next batches on a thread while the device works on this one."""
+"""Prepare the next batches on threads while the device works on this one.
+
+Threads, not processes: what a batch is made of is mapped from disk and copied by NumPy and PyTorch, which let go of
+Python's lock, and pinned memory belongs to the process that asked for it.
+"""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
+S = TypeVar("S")
 T = TypeVar("T")
 
 
-def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """Yield `items` in order, computed up to `depth` ahead on a daemon thread; its exceptions surface here."""
-    ready: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
-    stop = threading.Event()
+def prefetch(make: Callable[[S], T], items: Sequence[S], workers: int = 2, ahead: int = 2) -> Iterator[T]:
+    """Yield make(item) for `items`, in order, computed by `workers` threads up to `workers + ahead` items before use.
 
-    def put(entry: tuple[T | None, BaseException | None, bool]) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(entry, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put((item, None, False))
-                if stop.is_set():
-                    return
-        except BaseException as error:
-            put((None, error, True))
-        else:
-            put((None, None, True))
-
-    threading.Thread(target=work, name="prefetch", daemon=True).start()
+    With no workers each is made when it is asked for. An exception surfaces where its item would have come.
+    """
+    if workers == 0:
+        yield from map(make, items)
+        return
+    # A thread starts on device 0, and pinning memory there would open a context of hundreds of MB for every rank.
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    start = None if device is None else lambda: torch.cuda.set_device(device)
+    pool = ThreadPoolExecutor(workers, "prefetch", start)
+    pending: deque[Future[T]] = deque()
+    remaining = iter(items)
     try:
-        while True:
-            item, error, last = ready.get()
-            if error is not None:
-                raise error
-            if last:
-                return
-            yield item  # type: ignore[misc]
+        for _, item in zip(range(workers + ahead), remaining):
+            pending.append(pool.submit(make, item))
+        while pending:
+            made = pending.popleft().result()
+            for item in remaining:
+                pending.append(pool.submit(make, item))
+                break
+            yield made
     finally:
-        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)

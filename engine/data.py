@@ -54,9 +54,6 @@ class StepSource:
         self.token_budget, self.rank, self.ranks = token_budget, rank, ranks
         self.absent, self.normalizer, self.pin_memory = absent, normalizer, pin_memory
 
-    def steps(self, start: int, stop: int) -> Iterator[StepBatches]:
-        return (self.step(step) for step in range(start, stop))
-
     def step(self, step: int) -> StepBatches:
         chosen = self.plan.samples(step)
         normalizers = self.normalizers(chosen)
@@ -89,6 +86,7 @@ class StepSource:
         samples = [self.dataset[i] for i in members]
         if self.absent == "regress":
             samples = [with_absent_trajectories(s) for s in samples]
+        self.store.advise(s.media for s in samples)
         features = [self.store.read(s.media) for s in samples]
         batch = collate(samples, features, normalizers=normalizers)
         return batch.pin_memory() if self.pin_memory else batch

@@ -92,7 +92,7 @@ def run(
                 return train(
                     model,
                     optimizer,
-                    prefetch(source.steps(start, stop)),
+                    prefetch(source.step, range(start, stop), config.workers),
                     recipe,
                     world,
                     metrics,

@@ -16,6 +16,7 @@ import torch
 
 from dataloaders.dataset import StageDataset
 from dataloaders.files import directory_written_atomically, sha256
+from dataloaders.formats import NarrativeTiming, TurnChoice
 from dataloaders.ledger import LEDGER, read_failures
 from dataloaders.plan import BatchPlan
 from dataloaders.store import FeatureStore, Manifest
@@ -67,6 +68,12 @@ class TrainConfig:
     """P, key points per object"""
     max_length: int = 2048
     """tokens of the longest sample; longer ones are left out, counted and reported"""
+    failure_budget: float = 0.01
+    """share of a stage's records that may be malformed; they are left out and listed in OUTPUT/stageN/left_out.jsonl"""
+    turn: TurnChoice = "first"
+    """which turn of a Valley conversation is learned; `any` is one that its text decides, the same in every run"""
+    narrative_timing: NarrativeTiming = "words"
+    """find a narrative's utterances in its caption by their words, or by their relative position"""
     token_budget: int | None = None
     """most tokens of a micro-batch on one device; what its memory holds, up to 16384, unless given"""
     epochs: int | None = None
@@ -103,6 +110,8 @@ class TrainConfig:
     """of the frozen weights and activations; auto is bfloat16 on CUDA and float32 elsewhere"""
     device: Literal["cpu", "cuda"] | None = None
     """where to train; CUDA where there is one"""
+    workers: int = 2
+    """threads of each rank that prepare the next steps' batches; 0 prepares each when it is needed"""
     checkpoint_every: int = 100
     """optimizer steps between checkpoints"""
     keep_checkpoints: int = 2
@@ -121,6 +130,10 @@ class TrainConfig:
     """print parameters, tokens, steps, memory and hours, and train nothing"""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.failure_budget <= 1:
+            raise ValueError(f"--failure-budget is a share between 0 and 1, not {self.failure_budget}")
+        if self.workers < 0:
+            raise ValueError(f"--workers must be 0 or more, not {self.workers}")
         for name in ("num_points", "max_length", "token_budget", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -229,24 +242,33 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     }
     if (final / checkpoint.LINEAGE).exists():
         made_of = checkpoint.read_lineage(final)["made_of"]
-        state.compare({**made_of, "data": None}, {**settings, "data": None}, final)
+        data = {"data": None, "left out": None}
+        state.compare({**made_of, **data}, {**settings, **data}, final)
         say(world, f"stage {stage} is done: {final}")
         return True
 
     tokenizer = load_tokenizer(llm or RANDOM)
     store = FeatureStore(config.store / ("images" if stage == 1 else "videos"))
-    dataset = world.from_main(
-        lambda: StageDataset(
-            config.data,
-            stage,
-            tokenizer,
-            num_frames=pite_config.num_frames if stage > 1 else 1,
-            num_points=pite_config.num_points if stage > 1 else 1,
-            max_length=config.max_length,
-            available=store,
-        )
+    # The first rank that comes tokenizes, the others wait for it without a collective, which would time out.
+    dataset = StageDataset(
+        config.data,
+        stage,
+        tokenizer,
+        num_frames=pite_config.num_frames if stage > 1 else 1,
+        num_points=pite_config.num_points if stage > 1 else 1,
+        max_length=config.max_length,
+        available=store,
+        cache=config.store / "samples",
+        failure_budget=config.failure_budget,
+        turn=config.turn,
+        narrative_timing=config.narrative_timing,
     )
-    say(world, f"stage {stage}: {dataset.summary()}")
+    left_out = directory / "left_out.jsonl"
+    note = f"; they are listed in {left_out}" if dataset.exclusions() else ""
+    say(world, f"stage {stage}: {dataset.summary()}{note}")
+    if world.is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        dataset.write_left_out(left_out)
     check_encoded(dataset, config.store)
     layout = choose_layout(
         pite_config,
@@ -281,7 +303,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         dtype=dtype, world=world, layout=layout,
     )  # fmt: skip
     total = plan.steps_per_epoch * recipe.epochs
-    fingerprint = {**settings, "data": dataset.fingerprint()}
+    fingerprint = {**settings, "data": dataset.fingerprint(), "left out": dataset.exclusions() or None}
     done = run(config, recipe, model, source, world, directory, total, fingerprint)
     if done < total:
         say(world, f"stage {stage} stopped after step {done} of {total}; the same command continues")
