@@ -2,9 +2,10 @@
 
 Rows go through the head in chunks; each chunk's logits become probabilities and then gradients in place, so one chunk
 of logits is all that ever exists. Gradients are made in the forward pass (recomputing the logits in backward would cost
-half as much again for a frozen head); the backward pass only scales and scatters them. A frozen head costs two GEMMs,
-and smoothing is a rank-one correction: with c the mean of W's rows,
-    loss = lse - (1 - eps) x.W_y - eps x.c        dX = p W - (1 - eps) W_y - eps c.
+half as much again for a frozen head); the backward pass only scales and scatters them. A frozen head costs two GEMMs.
+Smoothing is a rank-one correction: with c the mean of W's rows,
+    loss = lse - (1 - eps) x.W_y - eps x.c        dX = p W - (1 - eps) W_y - eps c,
+which on CUDA keeps eps / V, too small for half precision, out of p. On the CPU it goes into p in float32.
 """
 
 from __future__ import annotations
@@ -160,32 +161,25 @@ def cross_entropy_forward(
     grad_weight = hidden.new_zeros((vocabulary, depth) if need_weight else 0, dtype=dtype)
     grad_bias = hidden.new_zeros(vocabulary if need_bias else 0, dtype=dtype)
     head = weight.to(hidden.dtype)
-    centre = None
-    if label_smoothing and need_hidden:
-        centre = (head.mean(0, dtype=dtype) * -label_smoothing).to(hidden.dtype)
     bias = None if bias is None else bias.to(dtype)
     chunk = max(64, min(4096, _LOGITS_PER_CHUNK // vocabulary))
     for part, y, slot in zip(selected.split(chunk), ids.split(chunk), slots.split(chunk)):
         x = hidden.index_select(0, part)
         logits = torch.mm(x, head.t()).to(dtype)
-        losses, p = _softmax_rows(logits, bias, y, label_smoothing)
+        losses, gradient = _softmax_rows(logits, bias, y, label_smoothing)
         total += losses.sum()
         if need_hidden:
-            rounded = p.to(hidden.dtype)
-            dx = torch.mm(rounded, head) if centre is None else torch.addmm(centre, rounded, head)
-            grad_hidden.index_copy_(0, slot, dx)
+            grad_hidden.index_copy_(0, slot, torch.mm(gradient.to(hidden.dtype), head))
         if need_weight:
-            grad_weight.addmm_(p.t(), x.to(dtype))
-            if label_smoothing:
-                grad_weight -= label_smoothing / vocabulary * x.sum(0, dtype=dtype)
+            grad_weight.addmm_(gradient.t(), x.to(dtype))
         if need_bias:
-            grad_bias += p.sum(0) - label_smoothing * len(y) / vocabulary
+            grad_bias += gradient.sum(0)
     scale = reciprocal((supervised.sum() if normalizer is None else normalizer).to(dtype))
     return total * scale, scale, grad_hidden, grad_weight, grad_bias
 
 
 def _softmax_rows(logits: Tensor, bias: Tensor | None, ids: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Each row's smoothed loss (n,), and p - (1 - eps) [target] in the memory of the logits (n, V)."""
+    """Each row's smoothed loss (n,), and its gradient in the memory of the logits (n, V)."""
     native = cpp(logits)
     if native is not None:
         return native.softmax_rows(logits, bias, ids, smoothing), logits
@@ -193,10 +187,11 @@ def _softmax_rows(logits: Tensor, bias: Tensor | None, ids: Tensor, smoothing: f
         logits.add_(bias)
     log_p = logits.log_softmax(-1)
     losses = log_p.gather(1, ids[:, None]).squeeze(1) * (smoothing - 1)
+    gradient = torch.exp(log_p, out=logits)
     if smoothing:
         losses -= smoothing * log_p.mean(1)
-    p = torch.exp(log_p, out=logits)
-    return losses, p.scatter_add_(1, ids[:, None], p.new_full((1, 1), smoothing - 1).expand(len(ids), 1))
+        gradient -= smoothing / logits.shape[1]
+    return losses, gradient.scatter_add_(1, ids[:, None], logits.new_full((1, 1), smoothing - 1).expand(len(ids), 1))
 
 
 # Logits of one chunk on the CPU: 16 MB of float32 stay within a last-level cache.

@@ -1,4 +1,5 @@
-// The vocabulary head on the CPU, between its two GEMMs: a chunk of logits becomes losses and, in place, p - (1 - eps) [target].
+// The vocabulary head on the CPU, between its two GEMMs: a chunk of logits becomes losses and, in place, the
+// gradient p - (1 - eps) [target] - eps / V.
 //
 // A row of logits stays in the first-level cache while it is read for its maximum, turned into exponentials and scaled;
 // PyTorch's operators would send the whole chunk through memory for each of these.
@@ -35,7 +36,7 @@ inline float exp_of_negative(float x) {
   return p * power;
 }
 
-// One row: its smoothed loss; the logits are replaced by p - (1 - eps) [target].
+// One row: its smoothed loss; the logits are replaced by their gradient.
 VECTORIZED float softmax_row(float* x, const float* bias, int64_t target, int64_t vocabulary, double smoothing) {
   if (bias)
 #pragma omp simd
@@ -58,8 +59,9 @@ VECTORIZED float softmax_row(float* x, const float* bias, int64_t target, int64_
     total += block_total;
   }
   const float scale = static_cast<float>(1.0 / mass);
+  const float uniform = static_cast<float>(smoothing / static_cast<double>(vocabulary));
 #pragma omp simd
-  for (int64_t j = 0; j < vocabulary; ++j) x[j] *= scale;
+  for (int64_t j = 0; j < vocabulary; ++j) x[j] = x[j] * scale - uniform;
   x[target] -= static_cast<float>(1.0 - smoothing);
   const double mean = total / static_cast<double>(vocabulary);
   return static_cast<float>(std::log(mass) - (1.0 - smoothing) * (picked - highest) - smoothing * mean);

@@ -156,7 +156,7 @@ def test_cross_entropy(dtype, smoothing, shape):
 
 
 def test_cross_entropy_in_chunks_without_rows(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_CHUNK", 16)
+    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda *_: 16)
     compare_cross_entropy(make_heads(supervised=37, device=DEVICE), 0.1, with_rows=False)
 
 
@@ -234,6 +234,11 @@ def test_zero_rows_leaves_the_others():
     out = torch.ones(6, 2100, device=DEVICE)
     shared.zero_rows(out, torch.tensor([1, -1, 2, -1, 0, 5], device=DEVICE), -1)
     assert out.sum(1).tolist() == [2100, 0, 2100, 0, 2100, 2100]
+
+
+def test_chunks_fill_whole_waves():
+    assert cross_entropy.chunk_rows(32000, 4096, 132) == 2048
+    assert cross_entropy.chunk_rows(32000, 5120, 132) == 1664, "16 x 20 tiles would be two and a half waves"
 
 
 def test_row_splits_fill_whole_waves():
