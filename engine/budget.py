@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,9 @@ DEVICES: dict[str, Device] = {
     "H100": Device(989e12, 80e9),
     "H200": Device(989e12, 141e9),
 }
+
+PEAK_BF16: dict[str, float] = {name.partition("-")[0]: device.peak for name, device in DEVICES.items()}
+"""Dense bfloat16 FLOP/s by the name that the driver gives a device."""
 
 COUNTS = (1, 8)
 """Devices for which hours are printed."""
@@ -101,7 +104,7 @@ def efficiency(config: PiTeConfig, recipe: Recipe, world: World) -> Callable[[in
     if world.device.type != "cuda":
         return lambda tokens, seconds: {}
     name = torch.cuda.get_device_name(world.device)
-    peak = next((device.peak for known, device in DEVICES.items() if known.partition("-")[0] in name), None)
+    peak = next((flops for known, flops in PEAK_BF16.items() if known in name), None)
     linear = count_parameters(config, recipe).linear
 
     def measure(tokens: int, seconds: float) -> dict[str, float]:
@@ -245,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = parse(TrainConfig, argv, prog="python -m engine.budget")
     try:
-        print(report(replace(config, dry_run=True)))
+        print(report(config))
     except (ValueError, OSError) as error:
         print(f"engine.budget: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -57,7 +58,14 @@ class StepSource:
     def step(self, step: int) -> StepBatches:
         chosen = self.plan.samples(step)
         normalizers = self.normalizers(chosen)
-        micro = tuple(self._pack(members, normalizers) for members in self._members(chosen))
+        # Where samples are fewer than micro-batches, one without weight takes the empty place: ranks that share sharded
+        # weights have to compute equally often.
+        shortest = int(chosen[np.argmin(self.dataset.tokens[chosen])])
+        nothing = (math.inf, math.inf)
+        micro = tuple(
+            self._pack(members, normalizers) if members else self._pack([shortest], nothing)
+            for members in self._members(chosen)
+        )
         return StepBatches(micro, int(self.dataset.tokens[chosen].sum()), len(chosen))
 
     def singles(self, step: int) -> Iterator[PackedBatch]:
@@ -70,7 +78,7 @@ class StepSource:
     def _members(self, chosen: np.ndarray) -> list[list[int]]:
         """The samples of each of this rank's micro-batches."""
         bins = split_batch(self.dataset.tokens[chosen], self.ranks, self.token_budget)[self.rank]
-        return [[int(chosen[i]) for i in members] for members in bins if members]
+        return [[int(chosen[i]) for i in members] for members in bins]
 
     def normalizers(self, chosen: np.ndarray) -> tuple[float, float]:
         """Divisors of the summed cross-entropy and L1 over the whole global batch, known before any sample is read."""

@@ -82,14 +82,14 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def leave(self, reason: str = "") -> None:
+    def leave(self, alone_because: str | None = None) -> None:
         """Leave the process group: all ranks together, or this one alone for a reason that the others are told."""
         if self.watch is None:
             return
-        if not reason:
+        if alone_because is None:
             self.barrier()
-        self.watch.close(reason)
-        if not reason:
+        self.watch.close(alone_because or "")
+        if alone_because is None:
             dist.destroy_process_group()
 
 

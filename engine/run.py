@@ -54,7 +54,7 @@ def run(
         start = newest.step
     stop = min(total, config.max_steps or total)
     with (
-        InterruptFlag() as interrupted,
+        InterruptFlag(among_others=world.size > 1) as interrupted,
         Metrics(
             directory if world.is_main else None, start=start, total=stop, title=directory.name, wandb=config.wandb
         ) as metrics,
@@ -80,12 +80,9 @@ def run(
             batches = list(source.singles(step))
             # Sharded weights are gathered by all ranks together, so that all compute equally often.
             rounds = max(world.gather(len(batches)))
-            names = []
-            for i in range(rounds):
-                batch = batches[min(i, len(batches) - 1)]
-                if not finite(model, batch, recipe, config.absent) and i < len(batches):
-                    names.append(batch.sample_ids[0])
-            return names
+            idle = source.step(step).micro_batches[:1] * (rounds - len(batches))
+            found = [finite(model, batch, recipe, config.absent) for batch in (*batches, *idle)]
+            return [batch.sample_ids[0] for batch, good in zip(batches, found) if not good]
 
         try:
             with collector_frozen():
@@ -130,10 +127,15 @@ def finite(model: PiTe, batch: PackedBatch, recipe: Recipe, absent: Absent) -> b
 
 
 class InterruptFlag:
-    """Within its block SIGTERM (preemption) and a first Ctrl-C set the flag instead of ending the process."""
+    """Within its block SIGTERM (preemption) and a first Ctrl-C set the flag instead of ending the process.
 
-    def __init__(self) -> None:
+    among_others  keep it so after an error: torchrun sends SIGTERM as soon as another rank is gone, and this one has
+                  yet to say which
+    """
+
+    def __init__(self, among_others: bool = False) -> None:
         self.set = False
+        self._among_others = among_others
 
     def _raise(self, *_: object) -> None:
         if self.set:
@@ -144,6 +146,8 @@ class InterruptFlag:
         self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._among_others:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -39,6 +39,7 @@ from engine.parallel import World
 from engine.plots import plot_losses
 from engine.recipes import LANGUAGE_MODELS, Recipe, Size, Stage, recipe
 from engine.run import run
+from engine.watch import say_end
 from pite import checkpoint
 from pite.config import PiTeConfig
 
@@ -172,42 +173,41 @@ class TrainConfig:
 
 def main(argv: list[str] | None = None) -> int:
     config = parse(TrainConfig, argv, prog="python -m engine.train")
+    if config.dry_run:
+        return budget.main(argv)
     world: World | None = None
-    reason = "an error, which its own output tells"
+    status = 1
+    alone_because: str | None = "an error, which its own output tells"
     try:
-        if config.dry_run:
-            print(budget.report(config))
-            return 0
         if config.wandb is not None:
             require_wandb()
         world = World.join(config.device, config.stall_timeout)
         for stage in config.stages:
             if not train_stage(config, stage, world):
                 break
-        reason = ""
-    except torch.OutOfMemoryError as error:
-        reason = "out of memory"
-        print(f"engine.train: {error}\nLower --token-budget, which is one micro-batch's tokens.", file=sys.stderr)
-    except (ValueError, OSError, NonFiniteError) as error:
-        reason = str(error)
-        # What every rank knows, one rank says.
-        if not (isinstance(error, NonFiniteError) and world is not None and not world.is_main):
+        status, alone_because = 0, None
+    except NonFiniteError as error:
+        # All ranks know it; one says it, and all leave together.
+        if world is None or world.is_main:
             print(f"engine.train: {error}", file=sys.stderr)
+        alone_because = None
+    except torch.OutOfMemoryError as error:
+        print(f"engine.train: {error}\nLower --token-budget, which is one micro-batch's tokens.", file=sys.stderr)
+        alone_because = "out of memory"
+    except (ValueError, OSError) as error:
+        print(f"engine.train: {error}", file=sys.stderr)
+        alone_because = str(error)
     except RuntimeError:
-        # A collective that failed says nothing of its cause; those who watch may know it.
+        # A collective that failed says nothing of its cause; the watch may know it.
         cause = world.watch.explain() if world is not None and world.watch is not None else None
-        if cause is None:
+        if world is None or cause is None:
             raise
-        reason = f"lost {cause}"
-        print(
-            f"engine.train: rank {world.rank if world else 0} ends: {cause}; the same command continues from the last "
-            "checkpoint",
-            file=sys.stderr,
-        )
+        say_end(f"rank {world.rank} ends: {cause}")
+        alone_because = f"lost {cause}"
     finally:
         if world is not None:
-            world.leave(reason)
-    return 1 if reason else 0
+            world.leave(alone_because)
+    return status
 
 
 def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:

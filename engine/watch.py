@@ -27,6 +27,9 @@ SILENT = 20.0
 SILENT_AFTER_ERROR = 4.0
 """The same once a collective failed, when it is only asked who was the cause."""
 
+GRACE = 3.0
+"""Seconds between hearing why another rank ended and ending for it."""
+
 
 @dataclass(frozen=True)
 class Beat:
@@ -86,7 +89,7 @@ class Watch:
         until = time.monotonic() + SILENT_AFTER_ERROR + 4 * self._interval
         while time.monotonic() < until:
             for rank, (beat, heard) in sorted(self._seen.items()):
-                if beat.ended is not None and beat.ended:
+                if beat.ended:
                     return f"{self._name(rank, beat)} ended: {beat.ended}"
                 if beat.ended is None and time.monotonic() - heard > SILENT_AFTER_ERROR:
                     return self._silent(rank, beat, time.monotonic() - heard)
@@ -99,10 +102,16 @@ class Watch:
         """Stop watching; the others hear the reason, which is empty for an end in good order."""
         self._stop.set()
         self._thread.join(5)
+        self._tell(reason)
+
+    def _tell(self, reason: str) -> None:
+        """The last beat."""
         self._ended = reason
         # The store may be gone with the process that kept it: then there is nobody left to tell.
         with suppress(RuntimeError):
             self._beat()
+            if reason and self._rank == 0 and not _kept_by_torchrun():
+                time.sleep(3 * self._interval)  # the store goes with this process: let the others read first
 
     def _work(self) -> None:
         last = time.monotonic()
@@ -119,13 +128,18 @@ class Watch:
                 self._unreachable = None
                 sentence = self._judge(starved=time.monotonic() - last > 3 * self._interval + 2)
             except RuntimeError as error:
-                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                why = str(error).splitlines()[0]
-                self._unreachable = f"the key-value store at {where} cannot be reached, so its process is gone ({why})"
+                # torchrun keeps the store in its own process; without it, rank 0 does.
+                beat = self._seen.get(0)
+                torchrun = f"torchrun on {os.environ['MASTER_ADDR']}"
+                keeper = self._name(0, beat[0]) if beat and not _kept_by_torchrun() else torchrun
+                told = [f"{self._name(r, b)} ended: {b.ended}" for r, (b, _) in sorted(self._seen.items()) if b.ended]
+                lost = f"{keeper} died or was cut off: its key-value store is gone ({_first_line(error)})"
+                self._unreachable = told[0] if told else lost
                 # A run that ended in good order takes the store with it, a moment before this rank leaves.
                 sentence = None if self._stop.wait(5) else self._unreachable
             last = time.monotonic()
             if sentence is not None and not self._stop.is_set():
+                self._tell(sentence)
                 self._finding(f"rank {self._rank} ends: {sentence}")
                 return
 
@@ -154,8 +168,9 @@ class Watch:
             self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
             return None
         for rank, (beat, heard) in sorted(self._seen.items()):
+            # An error that all ranks have is told by each of them: they get the time to.
             if beat.ended:
-                return f"{self._name(rank, beat)} ended: {beat.ended}"
+                return f"{self._name(rank, beat)} ended: {beat.ended}" if now - heard > GRACE else None
             if beat.ended is None and now - heard > SILENT:
                 return self._silent(rank, beat, now - heard)
         arrivals = {rank: beat.arrivals for rank, (beat, _) in self._seen.items() if beat.ended is None}
@@ -183,6 +198,18 @@ class Watch:
         return f"rank {rank} ({beat.host}, process {beat.process})"
 
 
-def _end(sentence: str) -> None:
+def _kept_by_torchrun() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def say_end(sentence: str) -> None:
     print(f"engine.train: {sentence}; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+
+
+def _end(sentence: str) -> None:
+    say_end(sentence)
     os._exit(1)

@@ -1,0 +1,84 @@
+"""Ranks of a run as processes of this machine, forked from one that has imported everything: a launch costs no import.
+
+`torchrun` itself is tested where it is the subject; everywhere else this takes its place, with the same environment.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["engine.train", "torch.utils.tensorboard", "torch.distributed.fsdp", "peft"])
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Running processes and what each writes to stderr."""
+
+    processes: list[Any]
+    logs: list[Path]
+
+    def wait(self, seconds: float = 120) -> list[int | None]:
+        """Exit codes, once all have ended; those still running afterwards are killed and have None."""
+        for process in self.processes:
+            process.join(seconds)
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return codes
+
+    def said(self, rank: int) -> str:
+        return self.logs[rank].read_text()
+
+
+def launch(size: int, logs: Path, function: Callable[..., int], *arguments: Any) -> Ranks:
+    """Start `function(*arguments)` on `size` ranks; its result is the exit code."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    logs.mkdir(parents=True, exist_ok=True)
+    files = [logs / f"rank{rank}.log" for rank in range(size)]
+    processes = [
+        _CONTEXT.Process(target=_be_rank, args=(rank, size, port, files[rank], function, arguments))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    return Ranks(processes, files)
+
+
+def train(size: int, logs: Path, arguments: list[str], code: str = "") -> Ranks:
+    """Start engine.train on `size` ranks; `code` runs before it and may patch what it likes."""
+    return launch(size, logs, _train, arguments, code)
+
+
+def _train(arguments: list[str], code: str) -> int:
+    import torch
+
+    from engine.train import main
+
+    torch.set_num_threads(1)
+    exec(code, {"rank": int(os.environ["RANK"])})
+    return main(arguments)
+
+
+def _be_rank(rank: int, size: int, port: int, log: Path, function: Callable[..., int], arguments: Any) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        status = function(*arguments)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 70
+    sys.stderr.flush()
+    os._exit(status)
