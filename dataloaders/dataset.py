@@ -83,7 +83,8 @@ class StageDataset:
 
     def groups(self) -> np.ndarray:
         """A number (n,) per sample that samples about the same media share."""
-        return np.unique(np.array(self.media), return_inverse=True)[1]
+        numbers = {key: number for number, key in enumerate(sorted(set(self.media)))}
+        return np.fromiter((numbers[key] for key in self.media), np.int64, len(self.media))
 
     def summary(self) -> str:
         parts = [f"{len(self.ids):,} samples"]
