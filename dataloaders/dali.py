@@ -6,6 +6,10 @@ batch was bad, nor does its pipeline work again afterwards, so it is built anew 
 the culprit is alone. Frames that a damaged file lacks come back black without a word; therefore a last frame that is
 black is decoded by PyAV again.
 
+DALI takes every picture for one in BT.601's colours, as videos of low resolution are; those tagged BT.709 are converted
+afterwards. Lest another version or a GPU does otherwise, the first file of each codec and matrix is decoded by PyAV too,
+and where they disagree PyAV keeps that kind.
+
 Resizing goes across first and then down, with whole numbers between: as Pillow does, whose numbers CLIP was taught on.
 One pass differs from it by up to 21/255, two by 1/255 on pictures and 9/255 on noise.
 """
@@ -51,6 +55,11 @@ HOPELESS = 8
 
 _EXIF_ORIENTATION = 0x0112
 _IN_FLIGHT = 2
+_BT709, _BT601 = (1,), (2, 5, 6)
+"""FFmpeg's numbers of colour matrices; 2 is none named, which all take for BT.601."""
+
+AGREEMENT = 5.0
+"""Mean difference from PyAV's frames, of 255, above which the two are said to disagree. They interpolate colour otherwise."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -61,6 +70,7 @@ class Ticket:
     indices     (u,) frames to decode, ascending, each once; empty for a still
     places      (N,) where each wanted frame is among them
     height, width  in pixels, upright
+    matrix      FFmpeg's number of the colour matrix
     """
 
     media: Media
@@ -69,6 +79,7 @@ class Ticket:
     places: np.ndarray
     height: int
     width: int
+    matrix: int = 2
 
     @property
     def memory(self) -> int:
@@ -114,6 +125,8 @@ def _video(media: Media, num_frames: int, device: str) -> tuple[Ticket | None, s
         f"{known.codec} is not for DALI on {device}": known.codec not in CODECS[device],
         f"{known.pixel_format} pixels": known.pixel_format not in PIXEL_FORMATS,
         "rotated": known.rotation % 360 != 0,
+        f"colour matrix {known.matrix}": known.matrix not in _BT709 + _BT601,
+        "full range": known.full_range != (known.codec == "mjpeg"),
         "packets that are no frames": not known.regular,
         "a long file": media.path.stat().st_size > MAX_FILE,
     }
@@ -122,7 +135,7 @@ def _video(media: Media, num_frames: int, device: str) -> tuple[Ticket | None, s
         return None, why
     wanted = known.first + frame_indices(known.total, num_frames)
     indices, places = np.unique(wanted, return_inverse=True)
-    return Ticket(media, known.codec, indices, places, known.height, known.width), ""
+    return Ticket(media, known.codec, indices, places, known.height, known.width, known.matrix), ""
 
 
 def _still(media: Media) -> tuple[Ticket | None, str]:
@@ -162,6 +175,7 @@ class DaliDecoder:
         self._prepare = partial(prepare, num_frames=num_frames, preprocess=preprocess, device=device)
         self._decode = partial(guarded, partial(decode_cropped, num_frames=num_frames, preprocess=preprocess))
         self._failed, self._succeeded = 0, False
+        self._agree: dict[tuple[str, int], bool] = {}
         self._device, self._batch = device, batch
         self._build = partial(Pipeline, kind, preprocess, device, batch)
         self._pipeline = self._build()
@@ -260,12 +274,37 @@ class DaliDecoder:
 
     def _result(self, ticket: Ticket, frames: np.ndarray | Tensor | None) -> Decoded | Future[Any]:
         """A ticket's frames, or what PyAV will say of it."""
-        why = "DALI cannot decode it" if frames is None else "its last frame is black"
-        if frames is None or (ticket.media.kind == "video" and not frames[-1].any()):
+        why = ""
+        if frames is None:
+            why = "DALI cannot decode it"
+        elif ticket.media.kind == "video" and not frames[-1].any():
+            why = "its last frame is black"
+        elif not self._agrees(ticket, frames):
+            why = f"DALI decodes {ticket.codec} of matrix {ticket.matrix} otherwise"
+        if frames is None or why:
             _LOG.info("%s: %s; PyAV looks at it", ticket.media.path, why)
             return self.workers.submit(self._decode, ticket.media, f"PyAV ({why})")
         repeated = ticket.media.kind == "video" and len(ticket.places) != len(ticket.indices)
         return Decoded(ticket.media, frames[ticket.places] if repeated else frames, by=f"DALI ({ticket.codec})")
+
+    def _agrees(self, ticket: Ticket, frames: np.ndarray | Tensor) -> bool:
+        """Whether PyAV gives the same of files of this kind; looked at with the first that it can decode."""
+        kind = ticket.codec, ticket.matrix
+        if kind not in self._agree:
+            theirs = answer_of(ticket.media, self.workers.submit(self._decode, ticket.media)).frames
+            if theirs is None:
+                return False
+            ours = frames if isinstance(frames, np.ndarray) else frames.cpu().numpy()
+            if ticket.media.kind == "video":
+                ours = ours[ticket.places]
+            difference = float(np.abs(ours.astype(np.int16) - theirs).mean())
+            self._agree[kind] = difference <= AGREEMENT
+            if not self._agree[kind]:
+                _LOG.warning(
+                    "DALI decodes %s of colour matrix %d otherwise than PyAV, by %.1f of 255: PyAV keeps that kind",
+                    *(*kind, difference),
+                )
+        return self._agree[kind]
 
     def __enter__(self) -> DaliDecoder:
         return self
@@ -304,7 +343,11 @@ class Pipeline:
                 size = fn.external_source(name=name, dtype=types.FLOAT, ndim=1)
                 frames = fn.resize(frames, size=size, interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.UINT8)
             side = preprocess.crop
-            graph.set_outputs(fn.crop(frames, crop=(side, side), rounding="truncate"))
+            frames = fn.crop(frames, crop=(side, side), rounding="truncate")
+            if kind == "video":
+                colors = fn.external_source(name="colors", dtype=types.FLOAT, ndim=2)
+                frames = fn.coord_transform(frames, M=colors, dtype=types.UINT8)
+            graph.set_outputs(frames)
         graph.build()
         self._graph = graph
 
@@ -320,6 +363,7 @@ class Pipeline:
         }
         if self._kind == "video":
             feeds["indices"] = [t.indices.astype(np.int32) for t in tickets]
+            feeds["colors"] = [_FROM_601_TO_709 if t.matrix in _BT709 else _SAME for t in tickets]
         for name, values in feeds.items():
             self._graph.feed_input(name, values)
         self._graph.schedule_run()
@@ -341,6 +385,17 @@ class Pipeline:
 
 
 _THREADS = 4
+
+
+def _to_rgb(red: float, blue: float) -> np.ndarray:
+    """(3, 3) from Y, Cb, Cr to R, G, B, for the shares of red and blue in luma."""
+    green = 1 - red - blue
+    to_red, to_blue = 2 * (1 - red), 2 * (1 - blue)
+    return np.array([[1, 0, to_red], [1, -to_blue * blue / green, -to_red * red / green], [1, to_blue, 0]])
+
+
+_SAME = np.eye(3, dtype=np.float32)
+_FROM_601_TO_709 = (_to_rgb(0.2126, 0.0722) @ np.linalg.inv(_to_rgb(0.299, 0.114))).astype(np.float32)
 
 
 def _gist(error: Exception) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -45,6 +45,8 @@ class Probe:
     codec, pixel_format  FFmpeg's names, such as "h264" and "yuv420p"
     width, height        in pixels, as coded: before a rotation
     rotation             degrees counter-clockwise that its display matrix asks for
+    matrix, full_range   FFmpeg's number of the colour matrix (1: BT.709; 2: none is named, which is taken for BT.601), and
+                         whether black is 0 instead of 16
     first, total         the clip's first frame, counted from 0 in display order over the whole file, and its frames
     regular              every packet is a frame that is shown and says when, so that all decoders count alike
     """
@@ -54,6 +56,8 @@ class Probe:
     width: int
     height: int
     rotation: int
+    matrix: int
+    full_range: bool
     first: int
     total: int
     regular: bool
@@ -80,6 +84,8 @@ def probe(path: Path, split: Clip = None) -> Probe:
         width=frame.width,
         height=frame.height,
         rotation=frame.rotation,
+        matrix=int(frame.colorspace),
+        full_range=frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj"),
         first=packets.first,
         total=packets.total,
         regular=packets.origin is not None and packets.all_shown,
