@@ -10,6 +10,8 @@ which on CUDA keeps eps / V, too small for half precision, out of p. On the CPU 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -200,18 +202,9 @@ _LOGITS_PER_CHUNK = 1 << 22
 
 @cross_entropy_forward.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target_ids: Tensor,
-    rows: Tensor | None,
-    normalizer: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    hidden: Tensor, weight: Tensor, bias: Any, target_ids: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need_hidden, need_weight, need_bias = rest[-3:]
     dtype = accumulator(hidden.dtype)
     vocabulary, depth = weight.shape
     return (

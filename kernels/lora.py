@@ -9,6 +9,7 @@ never formed: the weight is frozen. docs/kernels.md counts the bytes, against co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +71,7 @@ def lora_forward(
 
 
 @lora_forward.register_fake
-def _(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, lora_a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
 
 
@@ -120,24 +119,9 @@ def _one_pass(x: Tensor, lora_b: Tensor) -> bool:
 
 
 @lora_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    low: Tensor,
-    scale: float,
-    splits: list[int],
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape if need_x else 0),
-        lora_a.new_empty(lora_a.shape if need_a else 0),
-        lora_b.new_empty(lora_b.shape if need_b else 0),
-    )
+def _(grad: Any, x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, grad_a, grad_b = (t.new_empty(t.shape if need else 0) for t, need in zip((x, lora_a, lora_b), rest[-3:]))
+    return grad_x, grad_a, grad_b
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

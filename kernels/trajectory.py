@@ -7,6 +7,8 @@ the loss cannot be differentiated twice, which an L1 would not reward.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -160,15 +162,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @trajectory_forward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor,
-    normalizer: Tensor | None,
-    skip_absent: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Any, targets: Any, rows: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulator(hidden.dtype)
     sign = hidden.new_empty((rows.shape[0], weight.shape[0]), dtype=torch.int8)
     return hidden.new_empty((), dtype=dtype), sign, hidden.new_empty((), dtype=dtype)
@@ -199,23 +193,20 @@ def trajectory_backward(
 
 @trajectory_backward.register_fake
 def _(
-    coefficient: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    sign: Tensor,
-    rows: Tensor,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    coefficient: Any, hidden: Tensor, weight: Tensor, sign: Any, rows: Any, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_bias = hidden.new_empty(weight.shape[0] if need_bias else 0, dtype=accumulator(hidden.dtype))
-    grad_hidden = (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
+    return fake_trajectory_grads(hidden, weight, *needs)
+
+
+def fake_trajectory_grads(
+    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty gradients of hidden, weight and bias, of the shapes and dtypes that both backward ops return."""
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        hidden.new_empty(weight.shape[0] if need_bias else 0, dtype=accumulator(hidden.dtype)),
     )
-    grad_weight = (
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
-    )
-    return grad_hidden, grad_weight, grad_bias
 
 
 def write_trajectory_grad(

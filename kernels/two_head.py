@@ -6,6 +6,8 @@ head's rows are scattered first and the trajectory head's are accumulated into t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from kernels.reference import accumulator
 from kernels.trajectory import (
     NAMESPACE,
     check_trajectory,
+    fake_trajectory_grads,
     trajectory_forward,
     trajectory_parameter_grads,
     write_trajectory_grad,
@@ -108,22 +111,9 @@ def two_head_forward(
 
 @two_head_forward.register_fake
 def _(
-    hidden: Tensor,
-    lm_weight: Tensor,
-    target_ids: Tensor,
-    target_rows: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    targets: Tensor,
-    trajectory_rows: Tensor,
-    label_smoothing: float,
-    weight: float,
-    ce_normalizer: Tensor | None,
-    l1_normalizer: Tensor | None,
-    skip_absent: bool,
-    need_hidden: bool,
-    need_lm_weight: bool,
+    hidden: Tensor, lm_weight: Tensor, target_ids: Tensor, target_rows: Any, head_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (_, _, trajectory_rows), (need_hidden, need_lm_weight) = rest[:3], rest[-2:]
     dtype = accumulator(hidden.dtype)
     loss, ce, l1, ce_scale, l1_scale = (hidden.new_empty((), dtype=dtype) for _ in range(5))
     dx = hidden.new_empty((target_ids.shape[0], hidden.shape[1]) if need_hidden else 0)
@@ -159,23 +149,9 @@ def two_head_backward(
 
 @two_head_backward.register_fake
 def _(
-    ce_coefficient: Tensor,
-    l1_coefficient: Tensor,
-    dx: Tensor,
-    target_rows: Tensor,
-    hidden: Tensor,
-    head_weight: Tensor,
-    sign: Tensor,
-    trajectory_rows: Tensor,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    ce: Any, l1: Any, dx: Any, target_rows: Any, hidden: Tensor, weight: Tensor, sign: Any, rows: Any, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else 0),
-        head_weight.new_empty(head_weight.shape if need_weight else 0),
-        hidden.new_empty(head_weight.shape[0] if need_bias else 0, dtype=accumulator(hidden.dtype)),
-    )
+    return fake_trajectory_grads(hidden, weight, *needs)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

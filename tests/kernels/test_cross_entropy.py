@@ -119,6 +119,23 @@ def test_any_strides_and_repeated_rows():
     compare(replace(heads, hidden=turned, lm_weight=head), label_smoothing=0.1)
 
 
+def test_no_rows_of_hidden():
+    for result in run(
+        loss_of(empty := make_heads(tokens=0, supervised=0, count=0), label_smoothing=0.1), learned(empty)
+    ):
+        assert torch.count_nonzero(result) == 0
+
+
+def test_more_than_two_to_the_31_elements():
+    torch.use_deterministic_algorithms(False)  # or all 8 GB would be filled, not just the pages that are read
+    stride = 2**30 + 5
+    far = torch.empty(2 * stride + 32).as_strided((3, 32), (stride, 1))
+    heads = make_heads(tokens=3)
+    far.copy_(heads.hidden.detach())
+    moved = replace(heads, hidden=far.requires_grad_())
+    assert_bitwise(*(run(loss_of(h, label_smoothing=0.1), learned(h)) for h in (heads, moved)))
+
+
 def test_extreme_logits_stay_finite():
     heads = make_heads()
     huge = replace(heads, hidden=(heads.hidden.detach() * 1e4).requires_grad_())

@@ -31,7 +31,7 @@ def results(x, weight, a, b, splits, function=lora_linear):
     return [y.detach(), *torch.autograd.grad(y, (x, a, b), upstream)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize("lead", [(3, 7), (64,), (0,)])
 def test_against_float64(dtype, splits, lead):
@@ -41,6 +41,15 @@ def test_against_float64(dtype, splits, lead):
         t.requires_grad_()
     plain = results(x, weight, a, b, splits, reference.lora_linear)
     assert_as_accurate(results(x, weight, a, b, splits), plain, results(*exact, splits, reference.lora_linear))
+
+
+def test_any_strides():
+    x, weight, a, b = make(splits=[24, 24], lead=(40,))
+    turned = x.detach().t().requires_grad_()
+    strided = weight.t().contiguous().t()
+    expected = results(turned, weight, a, b, [24, 24], reference.lora_linear)
+    for ours, plain in zip(results(turned, strided, a, b, [24, 24]), expected):
+        torch.testing.assert_close(ours, plain)
 
 
 def test_float32_adapters_on_bfloat16_layers():

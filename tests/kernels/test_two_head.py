@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,10 +39,13 @@ def results(heads: Heads, upstream=(0.7, 0.3, -0.2), **options) -> list[torch.Te
     return [losses[0].detach(), *gradients, *(loss.detach() for loss in losses[1:])]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+NOTHING = {"tokens": 0, "count": 0, "supervised": 0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("absent", ["skip", "regress"])
 @pytest.mark.parametrize(
-    "shape", [{}, {"count": 0}, {"supervised": 0}, {"absent": 1.0}, {"tokens": 700, "count": 1500}]
+    "shape", [{}, {"count": 0}, {"supervised": 0}, NOTHING, {"absent": 1.0}, {"tokens": 700, "count": 1500}]
 )
 def test_against_float64(dtype, absent, shape):
     heads = make_heads(dtype, **shape)
@@ -79,6 +84,24 @@ def test_repeats_bitwise_and_keeps_the_graph():
     loss = losses_of(heads)[0]
     first, second = (torch.autograd.grad(loss, heads.learned, retain_graph=True) for _ in range(2))
     assert_bitwise(first, second)
+
+
+def test_any_strides():
+    heads = make_heads()
+    for hidden in (torch.randn(37, 48)[:, 8:40], torch.randn(32, 37).t()):
+        strided = replace(heads, hidden=hidden.detach().requires_grad_())
+        plain = results(strided.to(torch.float32), function=reference.two_head_loss)
+        truth = results(strided.to(torch.float64), function=reference.two_head_loss)
+        assert_as_accurate(results(strided), plain, truth)
+
+
+def test_accumulates():
+    heads = make_heads()
+    loss = losses_of(heads)[0]
+    once = torch.autograd.grad(loss, heads.learned, retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_bitwise([t.grad for t in heads.learned], [2 * g for g in once])
 
 
 def test_refuses_what_the_losses_refuse():
