@@ -427,3 +427,19 @@ def test_places_are_printed_in_messages_only(read: Callable[..., Any], record: R
     read(record, place, FOLDER, **options)
     with pytest.raises(AssertionError, match="place was printed"):
         read({}, place, FOLDER, **options)
+
+
+def test_the_documented_record_is_read() -> None:
+    """docs/data.md's example: its offsets are right, and its marks, turns and points become what the text says."""
+    text = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    record = json.loads(text.partition("```json\n")[2].partition("```")[0])
+    sample = read_pite(record, WHERE, FOLDER, num_frames=100, num_points=3)
+    first, second = sample.turns
+    assert first.answer == "From 00 to 17, a red circle moves right. From 22 to 56, a blue square moves up."
+    told = [[turn.answer[m.start : m.end] for m in turn.mentions] for turn in sample.turns]
+    assert told == [["a red circle", "a blue square"], ["The blue square"]]
+    red, blue = (m.trajectory for m in first.mentions)
+    np.testing.assert_allclose(red[1, 0], [0.28, 0.44])
+    assert (red[:, 18:] == ABSENT).all() and (blue[:, :21] == ABSENT).all() and (blue[:, 23:55] != ABSENT).all()
+    np.testing.assert_allclose(blue[:, 23:55], second.mentions[0].trajectory[:, 23:55], atol=1e-6)
+    assert pite_media(record, WHERE, FOLDER).split == (129.8, 184.0)
