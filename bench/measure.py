@@ -56,14 +56,18 @@ def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
     return Roofline(2 * size**3 / timings["gemm"].low, traffic / timings["copy"].low)
 
 
+def cpu_clock() -> Callable[[], float]:
+    """What times the CPU: a single thread's own clock, which stands still while another process has the core."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def interleaved(steps: Mapping[str, Step], device: torch.device, rounds: int) -> dict[str, Timing]:
     """Time every step once per round, in turn, so that clocks and neighbours disturb all of them alike.
 
     On CUDA each measurement stands behind a queue of work, so that kernels of some microseconds are not timed by the
-    speed at which Python launches them. A single CPU thread is timed by its own clock, which stands still while another
-    process has the core.
+    speed at which Python launches them.
     """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = cpu_clock()
     for step in steps.values():
         for _ in range(2):
             step()

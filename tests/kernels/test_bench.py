@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import kernel_cases, kernel_rows, report
-from bench.kernel_cases import IMPLEMENTATIONS, OURS, PLAIN
+from bench import gpu, kernel_cases, kernel_rows, report
+from bench.kernel_cases import BARE, IMPLEMENTATIONS, OURS, PLAIN
 from bench.kernel_inputs import Case, Inputs
 from bench.kernel_rows import Row
 from bench.measure import Roofline, gate
@@ -47,11 +47,28 @@ def test_gate_measures_against_plain_pytorch():
     assert "off by nan" in gate([torch.full((5,), float("nan"))], plain, exact)
 
 
+def test_one_call_checks_times_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "roofline", lambda device, dtype: Roofline(1e10, 1e10))
+    path = tmp_path / "r.json"
+    call = ["--device", "cpu", "--only", "attention", "--rounds", "2", "--output", str(path)]
+    monkeypatch.setattr(gpu, "kernel_tests", lambda device: "1 failed")
+    assert gpu.main(call) == 1
+    assert "nothing is timed" in capsys.readouterr().out and not path.exists()
+    monkeypatch.setattr(gpu, "kernel_tests", lambda device: None)
+    assert gpu.main(call) == 0
+    environment, rows = report.read(path)
+    assert {"device", "commit", "torch"} <= environment.keys()
+    assert {r.implementation for r in rows} == set(IMPLEMENTATIONS["attention"])
+    monkeypatch.setitem(kernel_rows.IMPLEMENTATIONS["attention"], OURS, lambda x: lambda: [x.upstream.clone()] * 4)
+    assert gpu.main(call) == 1, "wrong results end in an error"
+
+
 def test_report(tmp_path, capsys):
     rows = [
         ROW,
         replace(ROW, implementation="eager", median_ms=5.0),
         replace(ROW, implementation="x", problem="fails", median_ms=None),
+        replace(ROW, implementation=BARE, median_ms=1.6),
     ]
     content = {"environment": {"device": "a device", "commit": "abc"}, "rows": [r.to_json() for r in rows]}
     path = tmp_path / "r.json"
@@ -59,6 +76,7 @@ def test_report(tmp_path, capsys):
     assert report.main([str(path)]) == 0
     printed = capsys.readouterr().out
     assert "a device" in printed and "2.50 times the best peer" in printed and "| x | fails |" in printed
+    assert "25% over the bare GEMMs" in printed
     assert report.main([str(path), "--output", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "bad.json").write_text("{}")
