@@ -28,7 +28,7 @@ from dataloaders import dali, torchcodec
 from dataloaders.decode import TIME_LIMIT, DecodePool, Decoder, decode_cropped
 from dataloaders.formats import iter_media, present_rooms
 from dataloaders.ledger import LEDGER, Failure, Ledger, read_failures, report
-from dataloaders.records import Media
+from dataloaders.records import Media, RecordError
 from dataloaders.store import FeatureStore, FeatureWriter, Manifest, NonFiniteError
 from engine.config import parse
 from engine.encode_check import predict, verify
@@ -167,7 +167,11 @@ def make_jobs(config: EncodeConfig, ranks: Ranks = Ranks()) -> tuple[int, list[J
     # Decoding processes import this module, and need neither torch nor transformers.
     from pite.clip import ClipEncoder
 
-    media = list(iter_media(config.data, present_rooms(config.data)))
+    nameless: list[RecordError] = []
+    media = list(iter_media(config.data, present_rooms(config.data), nameless.append))
+    if nameless and ranks.rank == 0:
+        # Training leaves them out too, on a budget of its own.
+        print(f"{len(nameless):,} records name no media, the first: {nameless[0]}", file=sys.stderr)
     device = _device(config, ranks)
     {"dali": dali.require, "torchcodec": torchcodec.require}.get(config.decoder, lambda: None)()
     encoder = ClipEncoder(config.clip, device, compiled=device != "cpu")

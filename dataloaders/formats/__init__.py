@@ -145,7 +145,8 @@ def iter_media(
         for kind in present_formats(data, room):
             path = data / room / kind.file
             for offset, text in iter_raw(path):
-                where = Where(path, offset)
+                # Of many malformed records nobody wants the line, which would have to be counted for each.
+                where = Where(path, offset) if malformed is None else f"{path}, byte {offset}"
                 try:
                     media = kind.media(parse_json(text, where), where, data / room)
                 except RecordError as error:
