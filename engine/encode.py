@@ -169,8 +169,9 @@ def make_jobs(config: EncodeConfig, ranks: Ranks = Ranks()) -> tuple[int, list[J
 
     nameless: list[RecordError] = []
     media = list(iter_media(config.data, present_rooms(config.data), nameless.append))
+    if len(nameless) > config.failure_budget * (len(nameless) + len(media)):
+        raise nameless[0]
     if nameless and ranks.rank == 0:
-        # Training leaves them out too, on a budget of its own.
         print(f"{len(nameless):,} records name no media, the first: {nameless[0]}", file=sys.stderr)
     device = _device(config, ranks)
     {"dali": dali.require, "torchcodec": torchcodec.require}.get(config.decoder, lambda: None)()

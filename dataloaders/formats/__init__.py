@@ -141,18 +141,20 @@ def iter_media(
     Raises RecordError where one key stands for two different files or clips, and for files that end too early.
     """
     seen: dict[str, Media] = {}
+    passed_over = 0
     for room in rooms:
         for kind in present_formats(data, room):
             path = data / room / kind.file
             for offset, text in iter_raw(path):
-                # Of many malformed records nobody wants the line, which would have to be counted for each.
-                where = Where(path, offset) if malformed is None else f"{path}, byte {offset}"
+                # Of many malformed records the first one's line will do: to count it is to read the file.
+                where = f"{path}, byte {offset}" if passed_over else Where(path, offset)
                 try:
                     media = kind.media(parse_json(text, where), where, data / room)
                 except RecordError as error:
                     if malformed is None:
                         raise
                     malformed(error)
+                    passed_over += 1
                     continue
                 known = seen.setdefault(media.key, media)
                 if known is media:

@@ -391,12 +391,12 @@ class TestDataFolder:
         assert [m.key for m in iter_media(data, ["stage1"])] == [f"stage1/coco/{i}" for i in (0, 1, 137576)]
 
     def test_a_record_that_names_no_media(self, data: Path) -> None:
-        (data / "stage3/valley.json").write_text(json.dumps([VALLEY, changed(VALLEY, "v_id", "..")]))
+        (data / "stage3/valley.json").write_text(json.dumps([VALLEY, *[changed(VALLEY, "v_id", "..")] * 2]))
         with pytest.raises(RecordError, match="cannot name a media file"):
             list(iter_media(data, ["stage3"]))
         told: list[RecordError] = []
         assert [m.key for m in iter_media(data, ["stage3"], told.append)] == ["stage3/v_001"]
-        assert len(told) == 1 and "valley.json, byte" in str(told[0])
+        assert len(told) == 2 and "valley.json:1:" in str(told[0]) and "valley.json, byte" in str(told[1])
 
     def test_one_key_for_two_clips_is_refused(self, data: Path) -> None:
         other = changed(PITE, "meta.split", [0.0, 54.2])
