@@ -176,7 +176,8 @@ class HuggingFace(nn.Module):
         self.llama: Any = get_peft_model(llama, config)
         set_peft_model_state_dict(self.llama, lora)
         self.problem = problem
-        self.head = nn.Linear(*reversed(model.trajectory_projector.weight.shape)).to(model.device)
+        outputs, inputs = model.trajectory_projector.weight.shape
+        self.head = nn.Linear(inputs, outputs).to(model.device)
         self.head.load_state_dict(model.trajectory_projector.state_dict())
         self.llama.train()
 

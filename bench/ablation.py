@@ -1,0 +1,150 @@
+"""The paper's Table 5 in miniature: `python -m bench.ablation --output runs/ablation --seeds 3`.
+
+Trains the three stages on the synthetic world once per variant and seed, and prints what each knows of held-out videos:
+mean and spread over the seeds. Every variant sees the same world and starts from the same tiny models; a seed changes the
+order of the data and the new weights. What was done is not done again, so that seeds can be added. The world has three
+key points per thing, so the paper's P = 5 has no row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from dataloaders.files import write_atomically
+from dataloaders.store import FeatureStore
+from engine.held_out import measure_grounding, measure_trajectories
+from pite.generate import Generator
+from pite.grounding import read_ground_truth, read_predictions
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: further flags for engine.train. `after_stage1` of them reuse the first stage of `PiTe`."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    after_stage1: bool = True
+
+    @property
+    def folder(self) -> str:
+        return "".join(c if c.isalnum() else "-" for c in self.name)
+
+
+VARIANTS = (
+    Variant("PiTe"),
+    Variant("no head initialisation", ("--no-head-init",)),
+    Variant("no trajectory stage", ("--no-trajectory-stage",)),
+    Variant("P = 1", ("--num-points", "1"), after_stage1=False),
+    Variant("absent regressed", ("--absent", "regress"), after_stage1=False),
+    Variant("lambda 0", ("--trajectory-weight", "0"), after_stage1=False),
+    Variant("lambda 1", ("--trajectory-weight", "1"), after_stage1=False),
+    Variant("no smoothing", ("--label-smoothing", "0"), after_stage1=False),
+)
+COLUMNS = {"l1": "trajectory L1", "l1_constant": "best constant", "miou": "grounding mIoU", "blind": "query-blind"}
+
+
+def run(module: str, *arguments: object) -> None:
+    """Raises SystemExit with the command's status when it fails."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise SystemExit(f"bench.ablation: {' '.join(command[1:])} ended with status {status}")
+
+
+def make_world(output: Path, videos: int, evaluation: int, frames: int, tiny: Sequence[str]) -> None:
+    """World, tiny models and features, as the demo makes them."""
+    data, models = output / "data", output / "models"
+    if not (data / "evaluation" / "activitynet_captions.json").exists():
+        run("dataloaders.synthetic", data, "--videos", videos, "--evaluation", evaluation, "--frames", frames)
+    run("engine.tiny", models, "--frames", frames, *tiny)
+    run("engine.encode", "--data", data, "--store", output / "store", "--clip", models / "clip", "--num-frames", frames)
+
+
+def train_and_measure(output: Path, variant: Variant, seed: int, flags: Sequence[str]) -> dict[str, float]:
+    """The scores of one variant and seed, from disk when they are there."""
+    folder = output / variant.folder / str(seed)
+    scores = folder / "scores.json"
+    if scores.exists():
+        return dict(json.loads(scores.read_text()))
+    given = ("--data", output / "data", "--store", output / "store")
+    llm = ("--model", "tiny", "--llm", output / "models" / "vicuna")
+    common = (*llm, *given, "--seed", seed, *flags, *variant.flags)
+    skipped = "--no-trajectory-stage" in variant.flags
+    if variant.after_stage1 and variant.flags:
+        first = output / VARIANTS[0].folder / str(seed) / "stage1" / "final"
+        if skipped:
+            run("engine.train", *common, "--stage", 3, "--init", first, "--output", folder)
+        else:
+            run("engine.train", *common, "--stage", 2, "--init", first, "--output", folder)
+            run("engine.train", *common, "--stage", 3, "--output", folder)
+    else:
+        run("engine.train", *common, "--stage", "all", "--output", folder)
+    answers = folder / "grounding.jsonl"
+    run("pite.evaluate", "grounding", "--model", folder / "stage3" / "final", *given, "--predictions", answers)
+    found = measure(output, folder, answers, None if skipped else folder / "stage2" / "final")
+    write_atomically(scores, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def measure(output: Path, folder: Path, answers: Path, stage2: Path | None) -> dict[str, float]:
+    evaluation = output / "data" / "evaluation"
+    truth = read_ground_truth(evaluation / "activitynet_captions.json")
+    frames = Generator.from_pretrained(folder / "stage3" / "final").model.config.num_frames
+    every, _ = measure_grounding(read_predictions(answers, truth), truth, frames)
+    found = {"miou": every.miou, "blind": every.query_blind}
+    if stage2 is not None:
+        features = FeatureStore(output / "store" / "videos").read
+        found["l1"], found["l1_constant"] = measure_trajectories(
+            Generator.from_pretrained(stage2), evaluation / "pite_143k.jsonl", features
+        )
+    return found
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Mean and standard deviation over the seeds of each column; a dash where a variant has none."""
+    lines = ["variant                 seeds" + "".join(f"{title:>20}" for title in COLUMNS.values())]
+    for name, seeds in results.items():
+        cells = []
+        for column in COLUMNS:
+            values = [scores[column] for scores in seeds if column in scores]
+            spread = f" +- {stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.4f}{spread}" if values else "-")
+        lines.append(f"{name:<24}{len(seeds):5}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.ablation", description=__doc__.partition("\n")[0])
+    names: list[Any] = [variant.name for variant in VARIANTS]
+    parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="VARIANT", help=", ".join(names))
+    parser.add_argument("--videos", type=int, default=3400, help="training videos")
+    parser.add_argument("--evaluation", type=int, default=400, help="held-out videos")
+    parser.add_argument("--frames", type=int, default=32, help="N, frames per video")
+    parser.add_argument("--tiny", default="", help="further flags for engine.tiny, as one text")
+    parser.add_argument("--train", default="", help="further flags for engine.train, as one text")
+    options = parser.parse_args(arguments)
+    make_world(options.output, options.videos, options.evaluation, options.frames, options.tiny.split())
+    # The first variant comes first: others start from its stage 1.
+    chosen = [v for v in VARIANTS if v.name in options.only or v is VARIANTS[0]]
+    results: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in chosen}
+    for seed in range(options.seeds):
+        for variant in chosen:
+            results[variant.name].append(train_and_measure(options.output, variant, seed, options.train.split()))
+    text = table(results)
+    write_atomically(options.output / "table.txt", text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

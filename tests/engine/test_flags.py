@@ -1,0 +1,84 @@
+"""What the flags of engine.train switch on: random weights, profiles, Weights & Biases, the paper's ablations."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from engine import metrics
+from engine.train import TrainConfig, main
+from pite.checkpoint import read_lineage
+from tests.engine.workspace import train_arguments
+
+
+def test_random_weights_need_no_earlier_stage_and_leave_no_model(workspace: Path, tmp_path: Path, capsys):
+    assert main(train_arguments(workspace, tmp_path, "3", llm="random", max_steps=2)) == 0
+    assert main(train_arguments(workspace, tmp_path, "3", llm="random", epochs=2)) == 0
+    assert "random weights are not exported" in capsys.readouterr().err
+    assert not (tmp_path / "stage3" / "final").exists()
+    assert len(metrics.read(tmp_path / "stage3" / "metrics.jsonl")) == 16
+    assert main(train_arguments(workspace, tmp_path, "3", llm="random", seed=1)) == 1
+    assert "cannot resume" in capsys.readouterr().err
+
+
+def test_chosen_steps_are_profiled(workspace: Path, tmp_path: Path):
+    flags = {"llm": "random", "max_steps": 4}
+    assert main([*train_arguments(workspace, tmp_path, "1", **flags), "--profile", "2", "3"]) == 0
+    (trace,) = (tmp_path / "stage1" / "profile").iterdir()
+    assert trace.name == "rank0.trace.json.gz"
+    with gzip.open(trace) as file:
+        events = [str(event.get("name")) for event in json.load(file)["traceEvents"]]
+    assert sum("_fused_adamw_" in name and name.startswith("aten::") for name in events) == 2
+    assert any("lora_linear" in name for name in events)
+
+
+def test_weights_and_biases_gets_every_step(workspace: Path, tmp_path: Path, monkeypatch):
+    logged: list[tuple[int, dict[str, float]]] = []
+    ended: list[int] = []
+    run = SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda exit_code: ended.append(exit_code)
+    )
+    started: list[dict[str, object]] = []
+
+    def init(**options: object) -> SimpleNamespace:
+        started.append(options)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    output = tmp_path / "run"
+    assert main(train_arguments(workspace, output, "1", llm="random", max_steps=2, wandb="pite")) == 0
+    assert [step for step, _ in logged] == [1, 2]
+    assert logged[0][1]["loss"] == metrics.read(output / "stage1" / "metrics.jsonl")[0]["loss"]
+    assert ended == [0]
+    assert (started[0]["project"], started[0]["id"], started[0]["resume"]) == ("pite", "run-stage1", "allow")
+
+
+def test_weights_and_biases_is_asked_for_by_name(workspace: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(train_arguments(workspace, tmp_path, "1", wandb="pite")) == 1
+    assert "pip install wandb" in capsys.readouterr().err
+
+
+def test_the_papers_ablations_are_flags(workspace: Path, tmp_path: Path, capsys):
+    """One point, no head initialisation, another lambda and smoothing; then no trajectory stage at all."""
+    flags = {"num_points": 1, "head_init": False, "trajectory_weight": 0.5, "label_smoothing": 0.0}
+    assert main(train_arguments(workspace, tmp_path, "1", **flags)) == 0
+    assert main(train_arguments(workspace, tmp_path, "2", max_steps=2, **flags)) == 0
+    assert main([*train_arguments(workspace, tmp_path, "3", **flags), "--no-trajectory-stage"]) == 0
+    lineage = read_lineage(tmp_path / "stage3" / "final")
+    assert [Path(entry["path"]).parent.name for entry in lineage["merged"]] == ["stage1"]
+    assert main(train_arguments(workspace, tmp_path / "five", "2", llm="random", num_points=5)) == 1
+    assert "3 tracks where 5 are needed" in capsys.readouterr().err
+
+
+def test_without_the_trajectory_stage_all_is_two_stages():
+    assert TrainConfig(trajectory_stage=False).stages == (1, 3)
+    with pytest.raises(ValueError, match="--stage 2 is the trajectory stage"):
+        TrainConfig(stage="2", trajectory_stage=False)
+    with pytest.raises(ValueError, match="--profile takes a first and a last step"):
+        TrainConfig(profile=(3, 2))
