@@ -40,6 +40,7 @@ def compare(heads: Heads, **options) -> list[torch.Tensor]:
         {},
         {"points": 1, "frames": 1},
         {"points": 5, "frames": 17, "depth": 48},
+        {"points": 5, "frames": 256, "depth": 16},
         {"tokens": 1300, "count": 2100, "depth": 16},
         {"absent": 0.0},
     ],

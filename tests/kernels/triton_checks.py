@@ -74,6 +74,7 @@ def compare_trajectory(heads: Heads, absent: str = "skip") -> list[torch.Tensor]
         {"points": 1, "frames": 1, "count": 30},
         {"points": 5, "frames": 17, "count": 7, "depth": 80},
         {"points": 3, "frames": 100, "count": 3, "depth": 64},
+        {"points": 5, "frames": 256, "count": 2, "depth": 16},
         {"absent": 1.0},
         {"absent": 0.0, "count": 1},
         {"count": 0},
