@@ -10,10 +10,11 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -106,8 +107,10 @@ def open_index(
     """
     with tempfile.TemporaryDirectory() if cache is None else _existing(cache) as directory:
         path = Path(directory) / f"{folder.name}-{_identity(folder, formats, tokenizer, reading)}.safetensors"
-        with _locked(path):
+        with _locked(path) as alone:
             if not path.exists():
+                for abandoned in path.parent.glob(f".{path.name}.*.tmp") if alone else ():
+                    shutil.rmtree(abandoned)
                 _build(path, folder, formats, Tokenizing(tokenizer, reading), processes)
         index = TokenizedFile(path)
     return index, [Malformed(*entry) for entry in json.loads(index.notes["malformed"])]
@@ -120,13 +123,19 @@ def _existing(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Held by the one process that builds while others wait; without locks each builds, and the last one's file stays."""
+def _locked(path: Path) -> Iterator[bool]:
+    """Held by the one process that builds while others wait.
+
+    False on a file system without locks: there each process builds, and the last one's file, the same, stays.
+    """
     lock = path.with_name(f".{path.name}.lock")
     with lock.open("w") as file:
-        with suppress(OSError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
     lock.unlink(missing_ok=True)
 
 

@@ -179,6 +179,27 @@ class TestIndex:
         assert sorted(built for built, _ in outputs) == ["0", "1"]
         assert outputs[0][1] == outputs[1][1]
 
+    def test_killed_while_it_was_made(self, tmp_path: Path) -> None:
+        """The next run makes it, and removes what the killed one left."""
+        data, cache = write(tmp_path, [pite(i) for i in range(600)]), tmp_path / "cache"
+        code = (
+            "import sys, os, signal, pathlib; from tests.text import llama_like; "
+            "from tests.dataloaders.test_dataset import stage2; from dataloaders import tokenized; "
+            "pack, told = tokenized.pack, []; "
+            "tokenized.pack = lambda *rest: (told.append(1), len(told) == 2 and os.kill(os.getpid(), signal.SIGKILL), "
+            "pack(*rest))[-1]; stage2(pathlib.Path(sys.argv[1]), llama_like(), cache=pathlib.Path(sys.argv[2]))"
+        )
+        killed = subprocess.run([sys.executable, "-c", code, str(data), str(cache)], capture_output=True)
+        assert killed.returncode == -9, killed.stderr
+        assert not list(cache.glob("*.safetensors")) and list(cache.glob(".*.tmp"))
+        self.assert_same(stage2(data, llama_like(), cache=cache), stage2(data, llama_like()))
+        assert [p.suffix for p in cache.iterdir()] == [".safetensors"]
+
+    def test_without_a_single_good_record(self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        data = write(tmp_path, [changed(pite(i), "id", "") for i in range(3)])
+        with pytest.raises(ValueError, match="holds no usable sample: 0 samples, 3 malformed records left out"):
+            stage2(data, tokenizer, failure_budget=1.0)
+
     @pytest.mark.parametrize("keep", [0, 5, 100, -1])
     def test_a_damaged_index_is_named(self, tmp_path: Path, keep: int, tokenizer: PreTrainedTokenizerBase) -> None:
         data, cache = write(tmp_path, [pite(0)]), tmp_path / "cache"
