@@ -68,7 +68,7 @@ def probe(path: Path, split: Clip = None) -> Probe:
     _check_readable(path)
     try:
         packets = _read_packets(path, split)
-        with av.open(str(path)) as container:
+        with _open(path) as container:
             stream = _video_stream(container, path)
             frame = next(container.decode(stream), None)
             codec = stream.codec_context.codec.name
@@ -147,6 +147,11 @@ def _no_frame(path: Path, split: Clip) -> str:
     return f"{path}: holds no frame" + ("" if split is None else f" between {split[0]:g} and {split[1]:g} s")
 
 
+def _open(path: Path) -> InputContainer:
+    # Titles and tags are not ours to judge.
+    return av.open(str(path), metadata_errors="replace")
+
+
 def _check_readable(path: Path) -> None:
     try:
         if path.stat().st_size == 0:
@@ -193,7 +198,7 @@ class _Packets:
 
 
 def _read_packets(path: Path, split: Clip) -> _Packets:
-    with av.open(str(path)) as container:
+    with _open(path) as container:
         stream = _video_stream(container, path)
         hides = stream.codec_context.codec.name == "vp8"
         packets = [p for p in container.demux(stream) if p.size]
@@ -252,7 +257,7 @@ def _frames(path: Path, split: Clip, origin: int | None) -> Iterator[VideoFrame]
 
     origin  display time of the file's first frame: with it, decoding starts at the clip's key frame instead of there
     """
-    with av.open(str(path)) as container:
+    with _open(path) as container:
         stream = _video_stream(container, path)
         unit = stream.time_base
         decoded = 0
