@@ -129,10 +129,12 @@ def _mean_position(traces: list[np.ndarray], start: float, end: float) -> np.nda
     instants = np.linspace(start, end, TRACE_SAMPLES)
     seen = []
     for trace in traces:
-        during = instants[(instants >= trace[0, 2]) & (instants <= trace[-1, 2])]
-        seen += [np.stack([np.interp(during, trace[:, 2], trace[:, axis]) for axis in (0, 1)], axis=1)]
-    found = np.concatenate(seen) if seen else np.empty((0, 2))
-    return found.mean(0) if len(found) else None
+        first, last = trace[0, 2], trace[-1, 2]
+        if first <= end and last >= start:
+            during = instants[(instants >= first) & (instants <= last)]
+            seen += [(np.interp(during, trace[:, 2], trace[:, 0]), np.interp(during, trace[:, 2], trace[:, 1]))]
+    found = np.concatenate(seen, axis=1) if seen else np.empty((2, 0))
+    return found.mean(1) if found.size else None
 
 
 def _traces(segments: list[list[dict[str, float]]], where: Place) -> list[np.ndarray]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +14,13 @@ from transformers import AutoTokenizer
 
 from dataloaders.batch import PackedBatch
 from dataloaders.dataset import StageDataset
+from dataloaders.ledger import read_failures
 from dataloaders.plan import BatchPlan
 from dataloaders.prefetch import prefetch
 from dataloaders.store import FeatureStore
 from engine.data import StepBatches, StepSource
-from tests.engine.workspace import FRAMES
+from engine.train import main
+from tests.engine.workspace import FRAMES, train_arguments
 
 GLOBAL_BATCH, STEPS = 8, 7
 Content = dict[str, bytes]
@@ -128,6 +132,29 @@ def test_resumed_in_the_middle_under_another_count(
     abandoned.close()
     parts = steps(dataset, workspace, 0, stopped, *before) + steps(dataset, workspace, stopped, STEPS, *after)
     assert parts == expected
+
+
+def test_what_is_left_out_is_listed_and_kept_in_the_checkpoint(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A malformed record within the budget; a run that left out something else does not continue."""
+    data = tmp_path / "data"
+    shutil.copytree(workspace / "data", data, symlinks=True)
+    file = data / "stage1/localized_narratives.jsonl"
+    good = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*good[:3], "{}\n", *good[3:]]))
+    assert main(train_arguments(workspace, tmp_path / "out", "1", data=data, max_steps=2)) == 1
+    assert "1 of 25 records are malformed, more than the failure budget of 1.00%" in capsys.readouterr().err
+    flags = {"data": data, "failure_budget": 0.1, "max_steps": 2, "workers": 0}
+    assert main(train_arguments(workspace, tmp_path / "out", "1", **flags)) == 0
+    assert "24 samples, 1 malformed records left out; they are listed in" in capsys.readouterr().err
+    (failure,) = read_failures(tmp_path / "out/stage1/left_out.jsonl")
+    assert (failure.id, failure.stage) == ("stage1/localized_narratives.jsonl:4", "read")
+    (saved,) = (tmp_path / "out/stage1/checkpoints").glob("*/state.json")
+    assert json.loads(saved.read_text())["fingerprint"]["left out"]["read"] == 1
+    file.write_text("".join([*good, "{}\n"]))
+    assert main(train_arguments(workspace, tmp_path / "out", "1", **flags)) == 1
+    assert "left out was" in capsys.readouterr().err
 
 
 def test_ranks_agree_on_a_step_without_talking(dataset: StageDataset, workspace: Path) -> None:
