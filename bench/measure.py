@@ -90,7 +90,7 @@ def interleaved(steps: Mapping[str, Step], device: torch.device, rounds: int) ->
 
 def _cuda_seconds(step: Step, device: torch.device) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(2_000_000)  # about a millisecond: time for Python to queue what follows
+    torch.cuda._sleep(10_000_000)  # about five milliseconds: time for Python to queue what follows
     begin.record()
     step()
     end.record()
