@@ -41,6 +41,11 @@ class BatchPlan:
     def steps_per_epoch(self) -> int:
         return self.num_samples // self.global_batch
 
+    @property
+    def left_over(self) -> int:
+        """Samples that fill no batch; in each epoch they are others."""
+        return self.num_samples % self.global_batch
+
     def samples(self, step: int) -> np.ndarray:
         """Indices (global_batch,) of the samples of optimizer step `step`, which counts from 0 over all epochs."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)

@@ -287,6 +287,11 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
             "lower --max-length or raise --token-budget"
         )
     plan = BatchPlan(len(dataset), recipe.global_batch, config.seed, dataset.groups() if recipe.group_media else None)
+    if plan.left_over:
+        say(
+            world,
+            f"stage {stage}: {plan.left_over} samples fill no batch of {recipe.global_batch}, others in each epoch",
+        )
     source = StepSource(
         dataset,
         plan,
@@ -299,8 +304,8 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         pin_memory=world.device.type == "cuda",
     )
     model = build_model(
-        stage, recipe, pite_config, llm=llm, start=start, store=store, seed=config.seed, head_init=config.head_init,
-        dtype=dtype, world=world, layout=layout,
+        stage, recipe, pite_config, llm=llm, start=start, dataset=dataset, store=store, seed=config.seed,
+        head_init=config.head_init, dtype=dtype, world=world, layout=layout,
     )  # fmt: skip
     total = plan.steps_per_epoch * recipe.epochs
     fingerprint = {**settings, "data": dataset.fingerprint(), "left out": dataset.exclusions() or None}

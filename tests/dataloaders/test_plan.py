@@ -20,6 +20,14 @@ def test_an_epoch_visits_each_sample_once_and_epochs_differ():
     assert not np.array_equal(*epochs)
 
 
+def test_what_fills_no_batch_is_another_part_in_each_epoch():
+    plan = BatchPlan(103, 10, seed=3)
+    assert (plan.steps_per_epoch, plan.left_over) == (10, 3)
+    unseen = [set(range(103)).difference(*(plan.samples(e * 10 + s).tolist() for s in range(10))) for e in range(3)]
+    assert [len(u) for u in unseen] == [3, 3, 3]
+    assert not set.intersection(*unseen)
+
+
 def test_samples_depend_on_seed_and_step_alone():
     forwards = BatchPlan(57, 8, seed=1)
     order = [forwards.samples(s).tolist() for s in range(20)]
