@@ -39,6 +39,24 @@ def test_wrong_results_are_not_timed(monkeypatch):
     assert report.speedup(list(rows.values())) is None
 
 
+def test_a_peer_that_fails_at_the_real_shape_is_a_row(monkeypatch):
+    def brittle(x: Inputs):
+        right = kernel_cases.trajectory_eager(x)
+
+        def step():
+            if x.case.rows % 8:
+                raise RuntimeError("rows must be a multiple of 8\nand so on")
+            return right()
+
+        return step
+
+    monkeypatch.setitem(kernel_rows.IMPLEMENTATIONS["trajectory"], "brittle", brittle)
+    case = Case("trajectory", 32, 16, 0.1, dtype=torch.float32)
+    rows = {r.implementation: r for r in kernel_rows.measure(case, CPU, Roofline(1e10, 1e10), 1, {})}
+    assert rows["brittle"].problem == "fails: RuntimeError: rows must be a multiple of 8"
+    assert rows["brittle"].median_ms is None and rows[OURS].median_ms is not None
+
+
 def test_gate_measures_against_plain_pytorch():
     exact = [torch.linspace(0, 1, 5, dtype=torch.float64)]
     plain = [exact[0].float() + 1e-3]
