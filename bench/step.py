@@ -123,9 +123,13 @@ def make_problem(
             parameter.data.copy_(torch.empty(parameter.shape).normal_(0, 0.01, generator=generator))
     capacity = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     count = count_parameters(shape.config, RECIPE)
-    layout = choose_layout(shape.config, count, capacity, width=dtype.itemsize, token_budget=token_budget)
+    samples, features = make_samples(shape)
+    longest = max(len(s.token_ids) for s in samples)
+    layout = choose_layout(
+        shape.config, count, capacity, width=dtype.itemsize, token_budget=token_budget, longest=longest
+    )
     model.decoder.recompute(layout.recompute)
-    return Problem(model, *make_samples(shape), layout.token_budget)
+    return Problem(model, samples, features, layout.token_budget)
 
 
 Step = Callable[[], Sequence[Tensor]]

@@ -76,7 +76,7 @@ class TrainConfig:
     narrative_timing: NarrativeTiming = "words"
     """find a narrative's utterances in its caption by their words, or by their relative position"""
     token_budget: int | None = None
-    """most tokens of a micro-batch on one device; what its memory holds, up to 16384, unless given"""
+    """most tokens of a micro-batch on one device; what its memory holds, up to 16384, unless given; 1024 on a CPU"""
     epochs: int | None = None
     """passes over the data"""
     max_steps: int | None = None
@@ -279,6 +279,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         parallel=config.parallel,
         recompute=config.recompute,
         token_budget=config.token_budget,
+        longest=int(dataset.tokens.max()),
     )
     say(world, f"stage {stage}: {layout.describe(pite_config.llm.num_hidden_layers)}")
     if dataset.tokens.max() > layout.token_budget:
