@@ -50,7 +50,8 @@ def test_a_peer_that_fails_at_the_real_shape_is_a_row(monkeypatch):
 
         return step
 
-    monkeypatch.setitem(kernel_rows.IMPLEMENTATIONS["trajectory"], "brittle", brittle)
+    some = {OURS: kernel_cases.trajectory_ours, PLAIN: kernel_cases.trajectory_eager, "brittle": brittle}
+    monkeypatch.setitem(kernel_rows.IMPLEMENTATIONS, "trajectory", some)
     case = Case("trajectory", 32, 16, 0.1, dtype=torch.float32)
     rows = {r.implementation: r for r in kernel_rows.measure(case, CPU, Roofline(1e10, 1e10), 1, {})}
     assert rows["brittle"].problem == "fails: RuntimeError: rows must be a multiple of 8"
