@@ -5,6 +5,7 @@ Demuxers take a cut file for a short one, and need a hundred times longer to say
 
 from __future__ import annotations
 
+import stat
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -78,7 +79,10 @@ def duration(path: Path) -> float | None:
 
     Knows MP4/MOV, Matroska/WebM and AVI. Raises OSError where the file cannot be read.
     """
-    size = path.stat().st_size
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        return None  # To open a pipe would wait for whoever writes to it.
+    size = status.st_size
     with path.open("rb") as file:
         head = file.read(4096)
         try:

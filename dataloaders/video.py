@@ -6,6 +6,7 @@ decoding; where even that was wrong the video is decoded once more.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,10 @@ def _open(path: Path) -> InputContainer:
 
 def _check_readable(path: Path) -> None:
     try:
-        if path.stat().st_size == 0:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise DecodeError(f"{path}: no file but a pipe or a device, which may never end")
+        if status.st_size == 0:
             raise DecodeError(f"{path}: the file is empty")
         cut = truncation(path)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ import av
 import numpy as np
 from PIL import Image
 
+from dataloaders.decode import decode_cropped
+from dataloaders.preprocess import Preprocess
+from dataloaders.records import Media
 from tests.media import write_audio
 
 Damage = Callable[[bytes, np.random.Generator, Path], bytes]
@@ -100,6 +104,15 @@ def endless(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
 
 
 KINDS: tuple[Damage, ...] = (truncated, flipped, overwritten, garbled, junk, empty, audio, still, huge, endless)
+
+
+def decode_or_hang(media: Media, num_frames: int, preprocess: Preprocess) -> np.ndarray:
+    """As `decode_cropped`, but v2.mp4 hangs the decoder where no signal reaches it."""
+    if media.path.name == "v2.mp4":
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+        while True:
+            pass
+    return decode_cropped(media, num_frames, preprocess)
 
 
 def damage(good: list[Path], to: Path, count: int, seed: int = 0) -> dict[Path, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from concurrent.futures import Future
 from dataclasses import replace
 from fractions import Fraction
@@ -17,6 +16,7 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from bench.media import link_ffmpeg
 from dataloaders import dali
 from dataloaders.decode import Decoded, DecodePool, decode_cropped
 from dataloaders.preprocess import Preprocess
@@ -179,10 +179,7 @@ def test_torchcodec(
     videos: dict[str, Media], expected: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same numbers: both are FFmpeg. It looks for its libraries by their usual names; PyAV's wheel has them by others."""
-    libraries = Path(av.__file__).parents[1] / "av.libs"
-    for library in libraries.iterdir():
-        if found := re.fullmatch(r"(lib(?:av|sw)\w+)-[0-9a-f]+(\.so\.\d+)[.\d]*", library.name):
-            (tmp_path / "".join(found.groups())).symlink_to(library)
+    link_ffmpeg(tmp_path)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     decode = partial(decode_cropped, num_frames=N, preprocess=PREPROCESS, reader="torchcodec")
     with DecodePool(decode, 1, by="torchcodec") as pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import av
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dataloaders import video
-from dataloaders.containers import truncation
+from dataloaders.containers import duration, truncation
 from dataloaders.video import DecodeError, _Packets, decode_image, decode_video, frame_indices
 from tests.media import truncate, which_frame, write_audio, write_video
 
@@ -263,3 +264,59 @@ class TestImages:
             with pytest.raises(DecodeError) as caught:
                 decode_image(path)
             assert str(path) in str(caught.value) and reason in str(caught.value)
+
+
+class TestDuration:
+    @pytest.mark.parametrize(
+        ("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.avi", "mpeg4")]
+    )
+    def test_is_what_ffmpeg_says(self, tmp_path: Path, name: str, codec: str) -> None:
+        path = write_video(tmp_path / name, 37, codec=codec)
+        assert duration(path) == pytest.approx(3.7, abs=0.01)
+
+    def test_index_at_the_end(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "a.mp4", 37, container_options={"movflags": "faststart"})
+        assert duration(path) == pytest.approx(3.7)
+
+    def test_headers_that_say_nothing(self, tmp_path: Path) -> None:
+        """Whatever bytes there are, it ends and raises nothing."""
+        rng = np.random.default_rng(0)
+        contents = [write_video(tmp_path / name, 20).read_bytes() for name in ("a.mp4", "a.mkv", "a.avi")]
+        path = tmp_path / "damaged"
+        for i in range(150):
+            content = bytearray(contents[i % 3])
+            for place in rng.integers(0, min(len(content), 400), 12):
+                content[place] = rng.integers(256)
+            path.write_bytes(content[: int(rng.integers(0, len(content)))])
+            found = duration(path)
+            assert found is None or found == found
+        path.write_bytes(b"")
+        assert duration(path) is None
+
+
+def test_frames_that_end_before_their_stream_are_damage(tmp_path: Path) -> None:
+    """A demuxer that loses its way in a Matroska file ends there, as if the video were short."""
+    path = write_video(tmp_path / "a.webm", 40, codec="libvpx-vp9", options={"cpu-used": "8"})
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        positions = [p.pos for p in container.demux(video=0) if p.size]
+    content[positions[15] :] = b"\x00" * (len(content) - positions[15])
+    path.write_bytes(content)
+    with pytest.raises(DecodeError, match=r"its frames end at 1\.\d+ s of 4\.00 s; the file is damaged"):
+        decode_video(path, 5)
+
+
+def test_stills_and_vast_frames_are_no_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.mp4", "JPEG")
+    with pytest.raises(DecodeError, match=r"a\.mp4: a still image \(jpeg\), not a video"):
+        decode_video(tmp_path / "a.mp4", 5)
+    monkeypatch.setattr(video, "MAX_PIXELS", 3000)
+    with pytest.raises(DecodeError, match="frames of 64 x 48 pixels are more than can be decoded"):
+        decode_video(clip, 5)
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.mp4")
+    assert duration(tmp_path / "a.mp4") is None
+    with pytest.raises(DecodeError, match="a pipe or a device"):
+        decode_video(tmp_path / "a.mp4", 5)

@@ -16,12 +16,15 @@ import pytest
 from PIL import Image
 
 from dataloaders.ledger import BudgetExceeded, read_failures
+from dataloaders.records import Media
 from dataloaders.store import FeatureStore
 from dataloaders.video import decode_video
 from engine import encode as encoding
 from engine.encode import EncodeConfig, encode, main
+from engine.encode_work import groups_of, seconds_of, share_out
 from pite.clip import ClipEncoder
 from tests.clips import save_clip, write_data
+from tests.damage import decode_or_hang
 from tests.media import truncate, write_audio
 
 N = 5
@@ -282,3 +285,50 @@ def test_killed_and_resumed(config: EncodeConfig, tmp_path: Path) -> None:
     assert records(killed) == expected
     keys = [key for index in killed.rglob("*.parquet") for key in pq.read_table(index)["key"].to_pylist()]
     assert len(keys) == len(set(keys)), "nothing is encoded twice"
+
+
+def test_shares_are_of_equal_length(tmp_path: Path) -> None:
+    """Lengths as of web videos, some a hundred times the median: shares differ by less than their shortest file."""
+    rng = np.random.default_rng(0)
+    lengths = {f"v{i}": float(seconds) for i, seconds in enumerate(rng.lognormal(4, 1.2, 3000))}
+    media = [Media(key, tmp_path / key, split=(0, seconds)) for key, seconds in lengths.items()]
+    groups = groups_of(media)
+    for ranks in (1, 2, 8):
+        shares = share_out(groups, ranks)
+        assert sorted(g[0].key for share in shares for g in share) == sorted(lengths), "each once"
+        loads = [sum(lengths[g[0].key] for g in share) for share in shares]
+        assert max(loads) / (sum(loads) / ranks) < 1.001
+        order = {key: place for place, key in enumerate(lengths)}
+        assert all([order[g[0].key] for g in s] == sorted(order[g[0].key] for g in s) for s in shares)
+    assert share_out(groups, 8) == shares, "the same on every rank"
+
+
+def test_lengths_are_read_from_files(data: Path, tmp_path: Path) -> None:
+    media = [Media(f"v{i}", data / f"stage2/videos/v{i}.mp4") for i in range(VIDEOS)]
+    missing, still = Media("m", tmp_path / "no.mp4"), Media("i", data / "stage1/images/i0.jpg", "image")
+    lengths = seconds_of([*media, replace(media[0], split=(0.2, 0.7)), missing, still])
+    assert lengths == pytest.approx([*((10 + 3 * i) / 10 for i in range(VIDEOS)), 0.5, 0, 0])
+
+
+def test_dry_run_encodes_nothing(config: EncodeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data", config.data, "--store", config.store, "--clip", config.clip, "--num-frames", N, "--workers", 0]
+    assert main([*map(str, flags), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert f"{2 * VIDEOS} of 0.2 kB" in told and f"{VIDEOS} files, " in told and "A100-80GB" in told
+    assert not records(config.store), "nothing is stored"
+    encode(config)
+    assert main([*map(str, flags), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("0 are missing") == 2 and "A100" not in told
+
+
+def test_a_file_that_hangs_is_given_up(config: EncodeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode(config)
+    monkeypatch.setattr(encoding, "decode_cropped", decode_or_hang)
+    hanging = replace(config, store=tmp_path / "other", workers=1, time_limit=1.5, failure_budget=0.5)
+    assert done(hanging) == (2 * VIDEOS + IMAGES - 2, 2)
+    reasons = {f.id: f.reason for f in read_failures(hanging.store / "failures.jsonl")}
+    assert reasons.keys() == {"stage2/v2", "stage3/v2"}
+    assert all(reason.endswith("v2.mp4: it took more than 1.5 s and was stopped") for reason in reasons.values())
+    good = records(config.store)
+    assert records(hanging.store) == {key: value for key, value in good.items() if key not in reasons}
