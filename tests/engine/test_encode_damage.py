@@ -20,8 +20,9 @@ import pytest
 from tqdm import tqdm
 
 from dataloaders.ledger import read_failures
-from dataloaders.store import FeatureStore
-from engine.encode import EncodeConfig, encode
+from dataloaders.store import FeatureStore, FeatureWriter
+from engine.encode import EncodeConfig, encode, make_jobs
+from engine.encode_check import verify
 from tests.clips import save_clip, write_data
 from tests.damage import damage
 from tests.media import write_video
@@ -205,10 +206,6 @@ def _all(store: Path) -> dict[str, bytes]:
 
 def test_a_record_that_is_not_its_files_is_found(clip: Path, tmp_path: Path) -> None:
     """`--verify` draws records, decodes and encodes them again."""
-    from dataloaders.store import FeatureWriter
-    from engine.encode import make_jobs
-    from engine.encode_check import verify
-
     data = write_data(tmp_path / "data", videos=6, images=3)
     config = EncodeConfig(
         data=data, store=tmp_path / "store", clip=str(clip), num_frames=N, batch_size=2 * N, workers=0
@@ -224,3 +221,15 @@ def test_a_record_that_is_not_its_files_is_found(clip: Path, tmp_path: Path) -> 
         writer.add({key: np.array(right.read(key)) * (-1 if key == "stage2/v3" else 1) for key in right.keys})
     with pytest.raises(ValueError, match=r"1 of 6 records are wrong, the first stage2/v3: cosine -1\.0000 with what"):
         verify(make_jobs(replace(config, store=tmp_path / "swapped"))[1], 100)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_what_one_decoder_stored_another_verifies(clip: Path, tmp_path: Path, decoder: str) -> None:
+    data = write_data(tmp_path / "data", videos=3, images=3)
+    write_video(data / "stage2/videos/v1.webm", 20, codec="libvpx-vp9", options={"cpu-used": "8"})
+    (data / "stage2/videos/v1.mp4").unlink()
+    config = EncodeConfig(data=data, store=tmp_path / "store", clip=str(clip), num_frames=N, batch_size=N, workers=0)
+    encode(config)
+    told = verify(make_jobs(replace(config, decoder=decoder))[1], 100)  # type: ignore[arg-type]
+    assert told.startswith("6 of 6 records verified: ") and float(told.rpartition(" ")[2]) >= 0.999
+    assert ("6 equal in every byte" in told) == (decoder == "pyav"), told
