@@ -24,7 +24,7 @@ def write_video(path: Path, codec: str, size: str) -> Path:
     """A 52 s video of a drifting textured scene at about the bit rate of web video."""
     name, suffix, options = CODECS[codec]
     width, height = SIZES[size]
-    path = path.with_suffix(suffix)
+    path = path.with_name(path.name + suffix)  # "H.264" holds a dot
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 255, (height // 8 + 16, width // 8 + 16, 3), dtype=np.uint8)
     texture = np.kron(coarse, np.ones((8, 8, 1), np.uint8))

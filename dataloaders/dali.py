@@ -178,7 +178,10 @@ class DaliDecoder:
         self._agree: dict[tuple[str, int], bool] = {}
         self._device, self._batch = device, batch
         self._build = partial(Pipeline, kind, preprocess, device, batch)
-        self._pipeline = self._build()
+        try:
+            self._pipeline = self._build()
+        except RuntimeError as error:
+            raise ValueError(f"DALI cannot decode on {device} here ({_gist(error)}); take pyav") from None
         self.workers = Workers(max(1, workers), time_limit)
         self._flights: deque[_Flight] = deque()
 
@@ -400,5 +403,4 @@ _FROM_601_TO_709 = (_to_rgb(0.2126, 0.0722) @ np.linalg.inv(_to_rgb(0.299, 0.114
 
 def _gist(error: Exception) -> str:
     """DALI's own words, out of a message that starts with where its operators were defined."""
-    text = str(error)
-    return " ".join(text[text.find("encountered:") + 12 :].split())[:200]
+    return " ".join(str(error).rpartition("encountered:")[2].split())[:200]

@@ -337,6 +337,14 @@ class TestDali:
         assert told == [wrong := "PyAV (DALI decodes vp9 of matrix 1 otherwise)", "DALI (vp9)", wrong]
         assert "PyAV keeps that kind" in caplog.text
 
+    def test_a_pipeline_that_cannot_be_built(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*arguments: object) -> None:
+            raise RuntimeError("Critical error when building pipeline: no driver")
+
+        monkeypatch.setattr(dali, "Pipeline", fail)
+        with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(.*no driver\); take pyav"):
+            dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1)
+
     def test_dali_that_never_works_is_left(self, videos: dict[str, Media], monkeypatch: pytest.MonkeyPatch) -> None:
         """As in a container without the driver's video part: after some failures everything goes to PyAV."""
         tried: list[int] = []
