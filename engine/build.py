@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
+from dataloaders.dataset import StageDataset
 from dataloaders.files import sha256
 from dataloaders.store import FeatureStore, Manifest
 from engine.memory import Layout
@@ -78,6 +79,7 @@ def build_model(
     *,
     llm: Path | None,
     start: Path | None,
+    dataset: StageDataset,
     store: FeatureStore,
     seed: int,
     head_init: bool,
@@ -97,8 +99,8 @@ def build_model(
             model = checkpoint.random_model(config, dtype=dtype, device=device, seed=seed)
         else:
             model = checkpoint.load_language_model(llm, config, dtype=dtype, device=device, seed=seed)
-        if recipe.standardize_adapter:
-            standardize_adapter(model, store, seed)
+        if recipe.align_adapter:
+            align_adapter(model, dataset, store)
     else:
         model = PiTe.from_pretrained(start, dtype=dtype, device=device)
         model.merge_lora()
@@ -113,17 +115,35 @@ def build_model(
 
 
 @torch.no_grad()
-def standardize_adapter(model: PiTe, store: FeatureStore, seed: int) -> None:
-    """Start the adapter so that features arrive with zero mean and the token embeddings' spread, in random directions."""
-    keys = sorted(store.keys)[:4096]
-    features = torch.from_numpy(np.concatenate([store.read(key) for key in keys])).float()
-    mean, spread = features.mean(0), features.std(0).clamp_min(1e-6)
-    adapter = model.vision_adapter
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(adapter.weight.shape, generator=generator) / adapter.in_features**0.5
-    weight = directions * (model.decoder.embed_tokens.float().std().cpu() / spread)
-    adapter.weight.copy_(weight)
-    adapter.bias.copy_(-(weight @ mean))
+def align_adapter(
+    model: PiTe, dataset: StageDataset, store: FeatureStore, most: int = 16_384, ridge: float = 0.01
+) -> None:
+    """Start the adapter as the linear map from features to words that the captions themselves suggest, in closed form.
+
+    Ridge regression of each answer's bag of words, the sum of its tokens' embeddings weighted by inverse document
+    frequency, on its media's mean feature: what is in the picture then arrives in the directions in which the language
+    model reads the words for it, and "a" and "the" weigh nothing.
+    most   samples that are enough, evenly spread over the data set
+    ridge  in units of the features' mean variance
+    """
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(int))
+    samples = [dataset[int(i)] for i in chosen]
+    features = torch.from_numpy(np.stack([store.read(sample.media).mean(0) for sample in samples])).double()
+    answers = [torch.from_numpy(sample.token_ids[sample.target_positions]) for sample in samples]
+    embedding = model.decoder.embed_tokens.detach().cpu()
+    appears = torch.zeros(len(embedding))
+    for answer in answers:
+        appears[answer.unique()] += 1
+    weight = torch.log(len(answers) / appears.clamp_min(1))
+    words = torch.stack([weight[answer] @ embedding[answer].float() for answer in answers]).double()
+
+    mean, words_mean = features.mean(0), words.mean(0)
+    centred = features - mean
+    covariance = centred.T @ centred / len(centred)
+    covariance += ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.double)
+    solution = torch.linalg.solve(covariance, centred.T @ (words - words_mean) / len(centred)).T
+    model.vision_adapter.weight.copy_(solution)
+    model.vision_adapter.bias.copy_(words_mean - solution @ mean)
 
 
 @cache

@@ -25,6 +25,8 @@ from engine.parallel import World
 from engine.recipes import Recipe
 from pite.model import Losses, PiTe
 
+_COORDINATE_HEADS = ("localization_projector.", "trajectory_projector.")
+
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient that is NaN or infinite: the run stopped before it touched a parameter."""
@@ -39,9 +41,18 @@ def learning_rate(step: int, total: int, recipe: Recipe) -> float:
 
 
 def make_optimizer(model: PiTe, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over what learns; fused, so that one launch updates everything and a non-finite step can be withheld."""
-    parameters = [p for _, p in model.trainable()]
-    return torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    """AdamW over what learns; fused, so that one launch updates everything and a non-finite step can be withheld.
+
+    Each group's `rate_ratio` is its share of the learning rate: the coordinate heads have their own.
+    """
+    heads = [p for name, p in model.trainable() if name.startswith(_COORDINATE_HEADS)]
+    others = [p for name, p in model.trainable() if not name.startswith(_COORDINATE_HEADS)]
+    groups = [
+        {"params": parameters, "rate_ratio": ratio}
+        for parameters, ratio in ((others, 1.0), (heads, recipe.head_rate_ratio))
+        if parameters
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
 
 
 def backward_order(model: PiTe) -> list[nn.Parameter]:
@@ -156,7 +167,7 @@ def train(
             data_wait = time.perf_counter() - before
             rate = learning_rate(step, total, recipe)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["rate_ratio"]
 
             sums = torch.zeros(4, device=device)
             sums[3] = float(interrupted())

@@ -21,7 +21,7 @@ from dataloaders.files import directory_written_atomically
 from engine import tiny_clip, tiny_vicuna
 from engine.tiny_tokenizer import build_tokenizer
 
-VERSION = 3
+VERSION = 4
 """Of the recipe: weights made by another are refused rather than taken for these."""
 
 
@@ -30,14 +30,14 @@ class TinyConfig:
     """What the tiny models are trained on; the same configuration always gives the same weights.
 
     clip_steps    steps of 128 stills
-    list_steps    first steps of the Vicuna, of 32 lists
-    vicuna_steps  further ones, of 16 dialogues
+    list_steps    first steps of the Vicuna, of 32 dialogues that are mostly lists
+    vicuna_steps  further ones, of 32 of every kind
     frames        N, words in a log and so frames of a video later
     seed          of weights and data
     """
 
-    clip_steps: int = 600
-    list_steps: int = 250
+    clip_steps: int = 1200
+    list_steps: int = 300
     vicuna_steps: int = 500
     frames: int = 32
     seed: int = 0
@@ -105,8 +105,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m engine.tiny", description=__doc__, allow_abbrev=False)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to make; repeating the command is harmless")
     parser.add_argument("--clip-steps", type=int, default=defaults.clip_steps, help="of 128 stills (%(default)s)")
-    parser.add_argument("--list-steps", type=int, default=defaults.list_steps, help="of 32 lists (%(default)s)")
-    parser.add_argument("--vicuna-steps", type=int, default=defaults.vicuna_steps, help="of 16 dialogues (%(default)s)")
+    parser.add_argument(
+        "--list-steps", type=int, default=defaults.list_steps, help="of 32 dialogues, mostly lists (%(default)s)"
+    )
+    parser.add_argument("--vicuna-steps", type=int, default=defaults.vicuna_steps, help="of 32 dialogues (%(default)s)")
     parser.add_argument("--frames", type=int, default=defaults.frames, help="frames of a video (%(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of weights and data (%(default)s)")
     flags = parser.parse_args(arguments)

@@ -22,7 +22,7 @@ from dataloaders.synthetic.scene import COLOURS, SHAPES, Scene, sample_still, sa
 
 SIZE = 64
 BATCH = 128
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 CHANNELS = 64
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _COLOURS = tuple(COLOURS)

@@ -1,12 +1,12 @@
 """Train a tiny Vicuna without any image, so that a demo starts from something that speaks and reads.
 
 Where a video will stand later there is a log: for each frame, the sum of the embeddings of all words that are true of
-it. Answering from it takes what the real questions take (which frames, in which order, of which thing), so that the
-three stages have to teach the model to see, and not also to speak; all the adapter must find is a linear map.
+it. Answering from it takes what the real questions take (which frames, in which order, of which thing, where), so that
+the three stages have to teach the model to see, and not also to speak; all the adapter must find is a linear map.
 
-What is hard is matching a word of the question against the log, and in a mixture of tasks the few tokens that call for
-it drown among those that nothing can predict: after 1,000 steps the model still answered with any event of the video.
-Lists, where the row at a colour predicts its first frame, teach the match alone within 200 steps; they come first.
+What is hard is matching a word of the question against the log: a model that only answers learns to name any event of
+the video, and stays there. So the first layer is also asked what the upper ones need to match: each frame for its own
+index, each word for the colour last spoken of. And lists come first, since a list asks little else.
 """
 
 from __future__ import annotations
@@ -36,13 +36,19 @@ from dataloaders.synthetic.language import (
     place,
     sentence,
 )
-from dataloaders.synthetic.scene import Scene, sample_still, sample_video
+from dataloaders.synthetic.scene import COLOURS, Scene, sample_still, sample_video
 
-BATCH = 16
-LIST_BATCH = 32
+BATCH = 32
 LIST_QUESTION = "List the shapes with first and last frame."
 LEARNING_RATE = 2e-3
-INDEX_WEIGHT = 0.3
+FIRST_LAYER_WEIGHT = 0.3
+INDEX_WEIGHT = 2.0
+"""Of an index among an answer's tokens: most others can be guessed from the words before them."""
+
+_KINDS = ("list", "times", "still", "description", "question")
+_LISTS = (0.5, 0.3, 0.2, 0.0, 0.0)
+_MIX = (0.15, 0.35, 0.15, 0.3, 0.05)
+"""Shares of the kinds of dialogue, at first and then."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,13 @@ def words_at(scene: Scene, frame: int) -> str:
     words = []
     for thing in scene.things:
         if thing.first <= frame <= thing.last:
-            x, y = np.clip(thing.path[frame - thing.first], 0, 0.999)
-            words.append(f"{thing.colour} {thing.shape} {place(float(x), float(y)).split(' the ')[1]}")
+            words.append(f"{thing.colour} {thing.shape} {_where(thing.path[frame - thing.first])}")
     return " ".join(words) or "nothing"
+
+
+def _where(point: np.ndarray) -> str:
+    x, y = np.clip(point, 0, 0.999)
+    return place(float(x), float(y)).split(" the ")[1]
 
 
 def frame_log(scene: Scene, num_frames: int) -> tuple[str, ...]:
@@ -106,26 +116,32 @@ def _grounding(video: Scene, index: int, num_frames: int) -> Turn:
     return Turn(GROUNDING_QUESTION.format(sentence(thing)), f"From {interval(video, thing, num_frames)}.")
 
 
-def sample_list(rng: np.random.Generator, num_frames: int) -> Dialogue:
-    """A log, and each colour in it with its first and last frame, in any order."""
-    video = sample_video(rng)
-    things = [video.things[i] for i in rng.permutation(len(video.things))]
-    listed = (f"{thing.colour} {interval(video, thing, num_frames).replace(' to ', ' ')}" for thing in things)
-    return Dialogue(frame_log(video, num_frames), (Turn(LIST_QUESTION, f"{', '.join(listed)}."),))
+def _listed(video: Scene, index: int, num_frames: int) -> str:
+    thing = video.things[index]
+    first, last = interval(video, thing, num_frames).split(" to ")
+    return f"{thing.colour} {first} {_where(thing.path[0])} {last} {_where(thing.path[-1])}"
 
 
-def sample_dialogue(rng: np.random.Generator, num_frames: int) -> Dialogue:
-    """A list, the time of each event, a description, another question, or the narrative of a still."""
-    kind = rng.choice(["list", "times", "description", "question", "still"], p=[0.2, 0.35, 0.25, 0.1, 0.1])
-    if kind == "list":
-        return sample_list(rng, num_frames)
+def sample_dialogue(rng: np.random.Generator, num_frames: int, shares: Sequence[float] = _MIX) -> Dialogue:
+    """One of `_KINDS`, drawn by its share.
+
+    list         each colour with the first and last frame of its event and its place then, in any order
+    times        the question that grounding asks, about each event in turn
+    still        the narrative of a log of one frame
+    description  of a video, with the time of each event
+    question     another one
+    """
+    kind = rng.choice(_KINDS, p=shares)
     if kind == "still":
         still = sample_still(rng)
         return Dialogue((words_at(still, 0),), (Turn(STILL_QUESTION, narrative_record("", still, rng)["caption"]),))
     video = sample_video(rng)
     log = frame_log(video, num_frames)
+    order = rng.permutation(len(video.things))
+    if kind == "list":
+        return Dialogue(log, (Turn(LIST_QUESTION, f"{', '.join(_listed(video, i, num_frames) for i in order)}."),))
     if kind == "times":
-        return Dialogue(log, tuple(_grounding(video, i, num_frames) for i in rng.permutation(len(video.things))))
+        return Dialogue(log, tuple(_grounding(video, i, num_frames) for i in order))
     if kind == "question":
         other = instruct_record("", video, rng)
         return Dialogue(log, (Turn(other["q"], other["a"]),))
@@ -144,6 +160,7 @@ class Batch:
     rows, columns     (F,) int64, where each frame stands in `ids`
     numbers           (F,) int64, ids of each frame's own two-digit index
     words, offsets    the words of each frame as `embedding_bag` wants them
+    colours           (B, longest) int64, id of the colour last spoken of before the answers end; -100 where there is none
     """
 
     ids: Tensor
@@ -153,6 +170,7 @@ class Batch:
     numbers: Tensor
     words: Tensor
     offsets: Tensor
+    colours: Tensor
 
 
 def make_batch(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast) -> Batch:
@@ -163,6 +181,8 @@ def make_batch(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast
     columns: list[int] = []
     numbers: list[int] = []
     words: list[tuple[int, ...]] = []
+    colours: list[Tensor] = []
+    names = [word_ids(colour, tokenizer)[0] for colour in COLOURS]
     for row, dialogue in enumerate(dialogues):
         length = len(dialogue.log)
         sample = tokenize(Sample("", "", dialogue.turns), tokenizer, num_frames=length, num_points=1)
@@ -174,6 +194,9 @@ def make_batch(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast
         columns += range(sample.frame_start, sample.frame_start + length)
         numbers += index_ids(tokenizer)[:length]
         words += [word_ids(frame, tokenizer) for frame in dialogue.log]
+        spoken = np.where(np.isin(sample.token_ids, names), np.arange(len(sample.token_ids)), -1)
+        last = np.maximum.accumulate(spoken)
+        colours.append(torch.from_numpy(np.where(last >= 0, sample.token_ids[last], -100)))
     return Batch(
         ids=pad_sequence(ids, batch_first=True),
         labels=pad_sequence(labels, batch_first=True, padding_value=-100),
@@ -182,6 +205,7 @@ def make_batch(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast
         numbers=torch.tensor(numbers),
         words=torch.tensor(list(chain.from_iterable(words))),
         offsets=torch.tensor([0, *accumulate(len(frame) for frame in words[:-1])]),
+        colours=pad_sequence(colours, batch_first=True, padding_value=-100),
     )
 
 
@@ -198,20 +222,26 @@ def word_ids(words: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 
 
 def hidden_states(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Final hidden states (B, longest, d), and the frames' (F, d) after the first layer, both normalised."""
+    """Hidden states (B, longest, d) after the last layer and after the first, both normalised."""
     llama = model.model
     logged = F.embedding_bag(batch.words, llama.embed_tokens.weight, batch.offsets, mode="sum")
     embedded = llama.embed_tokens(batch.ids).index_put((batch.rows, batch.columns), logged)
     outputs = llama(inputs_embeds=embedded, output_hidden_states=True, use_cache=False)
-    return outputs.last_hidden_state, llama.norm(outputs.hidden_states[1][batch.rows, batch.columns])
+    return outputs.last_hidden_state, llama.norm(outputs.hidden_states[1])
 
 
 def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy of the answers' tokens, and of each frame's own index read after the first layer."""
-    hidden, frames = hidden_states(model, batch)
+    """Mean cross entropies: of the answers' tokens, and of what the first layer is to know (see above)."""
+    last, first = hidden_states(model, batch)
     target = batch.labels[:, 1:]
-    answer = F.cross_entropy(model.lm_head(hidden[:, :-1][target != -100]), target[target != -100])
-    return answer, F.cross_entropy(model.lm_head(frames), batch.numbers)
+    said = target[target != -100]
+    answers = F.cross_entropy(model.lm_head(last[:, :-1][target != -100]), said, reduction="none")
+    weight = torch.where(torch.isin(said, batch.numbers), INDEX_WEIGHT, 1.0)
+    spoken = batch.colours != -100
+    index = F.cross_entropy(model.lm_head(first[batch.rows, batch.columns]), batch.numbers)
+    # A still's narrative begins before any colour was spoken of, but a batch never lacks one.
+    colour = F.cross_entropy(model.lm_head(first[spoken]), batch.colours[spoken])
+    return (answers * weight).sum() / weight.sum(), index + colour
 
 
 def train(
@@ -225,11 +255,11 @@ def train(
     total = list_steps + steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=total, pct_start=0.05)
     for step in range(total):
-        sample, size = (sample_list, LIST_BATCH) if step < list_steps else (sample_dialogue, BATCH)
-        batch = make_batch([sample(rng, num_frames) for _ in range(size)], tokenizer)
-        answer, index = losses(model, batch)
+        shares = _LISTS if step < list_steps else _MIX
+        batch = make_batch([sample_dialogue(rng, num_frames, shares) for _ in range(BATCH)], tokenizer)
+        answer, first_layer = losses(model, batch)
         optimizer.zero_grad()
-        (answer + INDEX_WEIGHT * index).backward()
+        (answer + FIRST_LAYER_WEIGHT * first_layer).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -85,6 +85,8 @@ class TrainConfig:
     """samples per optimizer step, over all devices"""
     learning_rate: float | None = None
     """peak learning rate"""
+    head_rate_ratio: float | None = None
+    """learning rate of the coordinate heads, as a share of the peak learning rate"""
     warmup_ratio: float | None = None
     """share of the steps in which the learning rate rises"""
     weight_decay: float | None = None

@@ -88,13 +88,20 @@ def empty(config: PiTeConfig, dtype: torch.dtype, device: str) -> PiTe:
 
 @torch.no_grad()
 def initialize_heads(model: PiTe, seed: int) -> None:
-    """Adapter and heads as `nn.Linear` starts them, drawn on the CPU so that every device gets the same numbers."""
+    """Start adapter and heads, drawn on the CPU so that every device gets the same numbers.
+
+    The adapter as `nn.Linear` starts; the coordinate heads near the centre of the frame, since AdamW takes
+    0.5 / learning rate steps to carry a bias there from 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name in names.HEADS:
         linear: nn.Linear = getattr(model, name)
         bound = 1 / math.sqrt(linear.in_features)
         for parameter in (linear.weight, linear.bias):
             parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+    for head in (model.localization_projector, model.trajectory_projector):
+        head.weight.mul_(0.1)
+        head.bias.fill_(0.5)
 
 
 def save_merged(model: PiTe, directory: Path) -> None:

@@ -108,13 +108,14 @@ def key_point_tracks(scene: Scene, index: int) -> np.ndarray:
 
 
 def _straight_or_bowed(rng: np.random.Generator, direction: str, length: int) -> np.ndarray:
-    """A path (length, 2) across the frame; half of them bow sideways, one straight path in six leaves the frame."""
+    """A path (length, 2) from anywhere in the frame; half of them bow sideways, one straight path in six leaves it."""
     progress = np.linspace(0, 1, length)
-    bow = rng.choice([-1, 1]) * rng.uniform(0.1, 0.22) if rng.random() < 0.5 else 0.0
+    bow = rng.choice([-1, 1]) * rng.uniform(0.1, 0.2) if rng.random() < 0.5 else 0.0
     leaves = bow == 0 and rng.random() < 1 / 6
-    begin, end = rng.uniform(0.14, 0.42), 1 + 0.8 * RADIUS if leaves else rng.uniform(0.58, 0.86)
-    along = begin + (end - begin) * progress
-    aside = rng.uniform(0.14 + max(0, -bow), 0.86 - max(0, bow)) + bow * np.sin(np.pi * progress)
+    travel = rng.uniform(0.2, 0.4)
+    begin = 1 + 0.8 * RADIUS - travel if leaves else rng.uniform(0.12, 0.88 - travel)
+    along = begin + travel * progress
+    aside = rng.uniform(0.12 + max(0, -bow), 0.88 - max(0, bow)) + bow * np.sin(np.pi * progress)
     if direction in ("left", "up"):
         along = 1 - along
     return np.stack((along, aside) if direction in ("left", "right") else (aside, along), -1)

@@ -131,6 +131,23 @@ def test_a_batch_learns_the_answers_and_shows_the_log_where_frames_stand(tokeniz
         assert [answer.strip() for answer in learned] == [turn.answer for turn in dialogue.turns]
 
 
+def test_the_first_layer_is_asked_for_the_colour_last_spoken_of(tokenizer):
+    turns = (
+        Turn("When is the red circle there?", "From 00 to 01, before a blue square."),
+        Turn("And the circle?", "There is no circle."),
+    )
+    batch = make_batch([Dialogue(("green square top",), turns)], tokenizer)
+    asked = {"": [], "red": [], "blue": [], "green": []}
+    for token, colour in zip(batch.ids[0].tolist(), batch.colours[0].tolist()):
+        asked["" if colour == -100 else tokenizer.decode(colour)].append(tokenizer.decode(token))
+    assert asked["green"] == []
+    assert "circle" not in asked[""]
+    assert asked["red"][:2] == ["red", "circle"]
+    assert asked["red"][-2:] == ["before", "a"]
+    assert asked["blue"][:2] == ["blue", "square"]
+    assert asked["blue"][-3:] == ["circle", ".", "</s>"]
+
+
 def test_a_frames_embedding_is_the_sum_of_its_words(tokenizer):
     torch.manual_seed(0)
     model = build(len(tokenizer)).eval()
