@@ -145,8 +145,10 @@ class Watch:
 
     def _beat(self) -> None:
         self._beats += 1
-        beat = Beat(self._beats, self._arrivals, self._training, socket.gethostname(), os.getpid(), self._ended)
-        self._store.set(str(self._rank), json.dumps(asdict(beat)))
+        self._store.set(str(self._rank), json.dumps(asdict(self._own_beat())))
+
+    def _own_beat(self) -> Beat:
+        return Beat(self._beats, self._arrivals, self._training, socket.gethostname(), os.getpid(), self._ended)
 
     def _listen(self) -> None:
         now = time.monotonic()
@@ -181,10 +183,9 @@ class Watch:
         behind = [rank for rank, count in arrivals.items() if count < max(arrivals.values())]
         if not behind:
             return f"no rank reached the end of a step for {self._stall:.0f} s"
-        names = ", ".join(
-            f"this rank {self._rank}" if rank == self._rank else self._name(rank, self._seen[rank][0])
-            for rank in sorted(behind)
-        )
+        # The whole name also of this rank: the others repeat the sentence if they hear it before they find out.
+        beats = {**{rank: beat for rank, (beat, _) in self._seen.items()}, self._rank: self._own_beat()}
+        names = ", ".join(self._name(rank, beats[rank]) for rank in sorted(behind))
         return f"the others wait for {names}, stalled for more than {self._stall:.0f} s"
 
     def _anyone_training(self) -> bool:

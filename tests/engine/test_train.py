@@ -176,7 +176,7 @@ def test_a_batch_larger_than_the_data_is_refused(workspace: Path, tmp_path: Path
 @pytest.mark.parametrize("absent, normalizer", [("regress", "present"), ("skip", "paper"), ("regress", "paper")])
 def test_the_papers_other_readings_divide_by_other_counts(workspace: Path, tmp_path: Path, absent, normalizer):
     """Stage 1 has one point of two coordinates per token; some tokens have none."""
-    arguments = {"max_steps": 1, "lora_rank": 4}
+    arguments = {"max_steps": 1, "lora_rank": 4, "trajectory_weight": 5}
     assert main(train_arguments(workspace, tmp_path / "default", "1", **arguments)) == 0
     other = {**arguments, "absent": absent, "trajectory_normalizer": normalizer}
     assert main(train_arguments(workspace, tmp_path / "other", "1", **other)) == 0
