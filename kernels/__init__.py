@@ -6,17 +6,20 @@ docs/kernels.md shows how another model adopts them; `kernels.reference` has eve
 from kernels.attention import packed_attention
 from kernels.cross_entropy import FusedLinearCrossEntropyLoss, linear_cross_entropy
 from kernels.elementwise import apply_rope, rms_norm, rope_tables, swiglu
+from kernels.fp8 import Fp8Weight, quantize_weight
 from kernels.lora import lora_linear
 from kernels.trajectory import FusedTrajectoryL1Loss, trajectory_l1
 from kernels.two_head import two_head_loss
 
 __all__ = [
+    "Fp8Weight",
     "FusedLinearCrossEntropyLoss",
     "FusedTrajectoryL1Loss",
     "apply_rope",
     "linear_cross_entropy",
     "lora_linear",
     "packed_attention",
+    "quantize_weight",
     "rms_norm",
     "rope_tables",
     "swiglu",

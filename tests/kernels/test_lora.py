@@ -103,7 +103,7 @@ def test_repeats_bitwise_accumulates_and_compiles():
 
 def test_opcheck():
     x, weight, a, b = make(splits=[24, 24], lead=(9,))
-    torch.library.opcheck(lora_forward, (x, weight, a, b, 2.0, [24, 24]))
-    detached = [t.detach() for t in (x, weight, a, b)]
-    y, low = lora_forward(*detached, 2.0, [24, 24])
-    torch.library.opcheck(lora_backward, (torch.randn_like(y), *detached, low, 2.0, [24, 24], True, True, True))
+    torch.library.opcheck(lora_forward, (x, [weight], a, b, 2.0, [24, 24]))
+    x, a, b = (t.detach() for t in (x, a, b))
+    y, low = lora_forward(x, [weight], a, b, 2.0, [24, 24])
+    torch.library.opcheck(lora_backward, (torch.randn_like(y), x, [weight], a, b, low, 2.0, [24, 24], True, True, True))

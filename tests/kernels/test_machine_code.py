@@ -12,7 +12,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels.gpu import cross_entropy, lora, shared, trajectory  # noqa: E402
+from kernels.fp8 import LARGEST  # noqa: E402
+from kernels.gpu import cross_entropy, fp8, lora, shared, trajectory  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one block may use
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -55,6 +56,11 @@ def thin_products(dtype, rank):
     return lora.thin_products_kernel, signature, lora.tiles(rank)
 
 
+def quantize_rows(dtype, width):
+    signature = [TYPES[dtype], "*fp8e4nv", "*fp32", "i32", "i32", "fp32"]
+    return fp8.quantize_rows_kernel, signature, {"LARGEST": LARGEST} | fp8.tiles(width)
+
+
 GEMMS = {
     lora.thin_products_kernel,
     trajectory.forward_kernel,
@@ -71,6 +77,7 @@ VARIANTS = {
     **{f"trajectory dW {d}": grad_weight(d) for d in TYPES},
     **{f"lora thin products {d}": thin_products(d, 64) for d in (torch.bfloat16, torch.float16)},
     **{f"lora thin products bfloat16, rank {r}": thin_products(torch.bfloat16, r) for r in (16, 128)},
+    **{f"quantise rows {d}": quantize_rows(d, 4096) for d in TYPES},
     "trajectory link": (
         trajectory.link_kernel,
         ["*i64", "*i32", "*i32", "i32", "i32"],
@@ -109,6 +116,8 @@ def test_no_spills(capability, tmp_path, capsys):
     assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
     lines = []
     for name, (kernel, types, options) in VARIANTS.items():
+        if kernel is fp8.quantize_rows_kernel and capability < 89:
+            continue
         compiled = compile_kernel(kernel, types, options, capability)
         ptx = tmp_path / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import kernels.cross_entropy
+import kernels.fp8
 import kernels.lora
 import kernels.trajectory
 from bench import tiles
 from bench.kernel_inputs import Case
 from kernels import lora_linear, reference, two_head_loss
-from kernels.gpu import cross_entropy, lora, shared, trajectory
+from kernels.gpu import cross_entropy, fp8, lora, shared, trajectory
 from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -229,6 +230,42 @@ def test_lora_far_rows_are_addressed_in_64_bits():
     far.copy_(near)
     b, low = torch.randn(32, 8, device=DEVICE).half(), torch.randn(3, 8, device=DEVICE).half()
     assert_bitwise(*(lora.thin_products(grad, b, low, 0.5, [32]) for grad in (near, far)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "width"), [(5, 48), (3, 5000), (0, 64)])
+def test_rows_are_quantised_as_pytorch_does(dtype, count, width):
+    """5,000 numbers are two blocks of a row; a row of zeros, and two that are not finite."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(count, 2 * width, generator=g).to(DEVICE, dtype)[:, :width]
+    finite = torch.ones(count, dtype=torch.bool)
+    if count:
+        x[0], x[1, 7], x[2, 3] = 0, torch.inf, torch.nan
+        finite[1:3] = False
+    # On the CPU the dispatcher takes PyTorch's road.
+    expected = kernels.fp8.quantize_rows(x.cpu())
+    ours = [t.cpu() for t in fp8.quantize_rows(x)]
+    assert torch.equal(ours[1][finite], expected[1][finite])
+    assert torch.equal(ours[0].view(torch.uint8)[finite], expected[0].view(torch.uint8)[finite])
+    assert ours[1][~finite].isnan().all(), "the whole row is then NaN"
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="float8 GEMMs need a GPU; test_fp8.py has the emulation")
+def test_float8_products_are_what_the_cpu_emulates():
+    g = torch.Generator().manual_seed(4)
+    shapes = (300, 256), (96, 256), (8, 256), (96, 4), (300, 96)
+    x, w, a, b, upstream = ((torch.randn(s, generator=g) * s[-1] ** -0.5).bfloat16() for s in shapes)
+
+    def on(device: str) -> list[torch.Tensor]:
+        inputs = [t.to(device) for t in (x, a, b)]
+        weight = kernels.quantize_weight(w.to(device))
+        for t in inputs:
+            t.requires_grad_()
+        return lora_results(lora_linear, inputs[0], weight, *inputs[1:], [64, 32], upstream.to(device))
+
+    for ours, emulated in zip(on("cuda"), on("cpu")):
+        # Two roundings to bfloat16, and sums in the tensor cores' shorter accumulators.
+        torch.testing.assert_close(ours.cpu(), emulated, rtol=2e-2, atol=2e-2 * emulated.abs().max().item())
 
 
 def test_zero_rows_leaves_the_others():
