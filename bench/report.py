@@ -1,6 +1,6 @@
 """`python -m bench.report FILE...`: result files of `bench.gpu` or pytest-benchmark as Markdown and one PNG.
 
-A case whose own correctness check is red shows its problem and no speed-up.
+A case whose own correctness check is red shows its problem and no speed-up. `--readme README.md` rewrites the table there.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bench.kernel_cases import BARE, CANDIDATES, OURS
+from bench.kernel_cases import BARE, CANDIDATES, OURS, PLAIN
 from bench.kernel_rows import Row
+
+BEGIN, END = "<!-- measured: python -m bench.report --readme README.md -->", "<!-- measured: end -->"
 
 # What an H200 should reach on one packed row of 16,384 tokens: (case, milliseconds), and why in docs/kernels.md.
 TARGETS_MS = {
@@ -41,7 +43,13 @@ def read(path: Path) -> tuple[Mapping[str, str], list[Row]]:
 
 
 def _environment(info: Mapping[str, Any]) -> Mapping[str, str]:
-    return {k: v for k, v in info.items() if k in ("device", "commit", "python", "torch", "triton")}
+    known = ("device", "commit", "python", "torch", "triton")
+    return {**{k: v for k, v in info.items() if k in known}, "spread": "quartiles"}
+
+
+def _spread(environment: Mapping[str, str]) -> str:
+    """What the lower and upper times are; bench.gpu's and bench.step's are deciles."""
+    return environment.get("spread", "10% to 90%")
 
 
 def _from_pytest(benchmark: Mapping[str, Any]) -> Row:
@@ -62,6 +70,13 @@ def _from_pytest(benchmark: Mapping[str, Any]) -> Row:
     )
 
 
+def read_steps(path: Path) -> tuple[Mapping[str, str], list[Mapping[str, Any]]] | None:
+    """The environment and rows of a result file of `bench.step`; None when it is none of its."""
+    content = json.loads(path.read_text())
+    rows = content.get("rows", []) if isinstance(content, dict) else []
+    return (content["environment"], rows) if any("tokens_per_second" in row for row in rows) else None
+
+
 def cases_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
     cases: dict[str, list[Row]] = {}
     for row in rows:
@@ -72,10 +87,15 @@ def cases_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def speedup(rows: Sequence[Row]) -> float | None:
     """Ours against the fastest peer that does the same job; None when either is missing or ours is not correct."""
     ours = next((r for r in rows if r.implementation == OURS), None)
-    peers = [r.median_ms for r in rows if r.implementation not in (OURS, BARE, *CANDIDATES) and r.median_ms is not None]
+    peers = [r.median_ms for r in rows if r.implementation in _peers(rows) and r.median_ms is not None]
     if ours is None or ours.problem is not None or ours.median_ms is None or not peers:
         return None
     return min(peers) / ours.median_ms
+
+
+def _peers(rows: Iterable[Row]) -> list[str]:
+    """What does the same job and is not ours."""
+    return [r.implementation for r in rows if r.implementation not in (OURS, BARE, *CANDIDATES)]
 
 
 def overhead(rows: Sequence[Row]) -> float | None:
@@ -94,7 +114,7 @@ def markdown(environment: Mapping[str, str], rows: Sequence[Row]) -> str:
         extra = overhead(members)
         notes += [] if extra is None else [f"{extra:.0%} over the bare GEMMs, target 8% on an H200"]
         lines += [f"### {case}" + (f" ({'; '.join(notes)})" if notes else ""), ""]
-        lines += ["| | median ms | 10% to 90% | peak MB | roofline |", "|---|---|---|---|---|"]
+        lines += [f"| | median ms | {_spread(environment)} | peak MB | roofline |", "|---|---|---|---|---|"]
         for row in members:
             lines.append(_line(row))
         lines.append("")
@@ -108,6 +128,50 @@ def _line(row: Row) -> str:
     share = "" if row.roofline_share is None else f"{row.roofline_share:.0%}"
     spread = f"{row.low_ms:.3f} to {row.high_ms:.3f}"
     return f"| {row.implementation} | {row.median_ms:.3f} | {spread} | {peak} | {share} |"
+
+
+def summary(environment: Mapping[str, str], rows: Sequence[Row]) -> str:
+    """One line per case: ours, plain PyTorch and the best peer, each a median in milliseconds."""
+    about = f"{environment.get('device', 'unknown device')}, commit {environment.get('commit', 'unknown')}"
+    lines = [f"| {about} | ours, ms ({_spread(environment)}) | eager, ms | best peer, ms |", "|---|---|---|---|"]
+    for case, members in cases_of(rows).items():
+        ours = next((r for r in members if r.implementation == OURS), None)
+        peers = {r.implementation: r.median_ms for r in members if r.median_ms and r.implementation in _peers(members)}
+        if ours is None or ours.median_ms is None or ours.problem is not None:
+            lines.append(f"| {case} | {'not measured' if ours is None else ours.problem} | | |")
+            continue
+        best = min(peers, key=lambda name: peers[name], default=None)
+        eager = f"{peers[PLAIN]:.2f}" if PLAIN in peers else ""
+        peer = "" if best is None else f"{peers[best]:.2f} ({best})"
+        lines.append(f"| {case} | {ours.median_ms:.2f} ({ours.low_ms:.2f} to {ours.high_ms:.2f}) | {eager} | {peer} |")
+    return "\n".join(lines)
+
+
+def step_table(environment: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """One line per model and implementation of a training step."""
+    about = (
+        f"training step, {environment.get('device', 'unknown device')}, commit {environment.get('commit', 'unknown')}"
+    )
+    lines = [f"| {about} | useful tokens/s (10% to 90%) | MFU | peak GB |", "|---|---|---|---|"]
+    for row in rows:
+        name = f"{row['model']}: {row['implementation']}"
+        if row["tokens_per_second"] is None:
+            lines.append(f"| {name} | {row['problem']} | | |")
+            continue
+        rate = f"{row['tokens_per_second']:,.0f} ({row['slow']:,.0f} to {row['fast']:,.0f})"
+        mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        peak = "" if row["peak_gb"] is None else f"{row['peak_gb']:.1f}"
+        lines.append(f"| {name} | {rate} | {mfu} | {peak} |")
+    return "\n".join(lines)
+
+
+def fill(text: str, tables: str) -> str:
+    """`text` with `tables` between its two marks. Raises ValueError when it has none."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"no place for the tables: {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
 
 def plot(environment: Mapping[str, str], rows: Sequence[Row], path: Path) -> None:
@@ -139,15 +203,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="result files; all of bench/results otherwise")
     parser.add_argument("--output", type=Path, help="write OUTPUT.md and OUTPUT.png instead of printing")
+    parser.add_argument("--readme", type=Path, help="rewrite the table in this file instead of printing")
     options = parser.parse_args(arguments)
     files = options.files or sorted((Path(__file__).parent / "results").glob("*.json"))
     if not files:
         parser.error("no result files: run python -m bench.gpu, or pytest bench --benchmark-json=FILE")
     try:
-        results = [read(path) for path in files]
-    except ValueError as error:
+        steps = [found for path in files if (found := read_steps(path))]
+        results = [read(path) for path in files if not read_steps(path)]
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    text = "\n".join(markdown(*result) for result in results)
+    step_tables = [step_table(*found) for found in steps]
+    if options.readme is not None:
+        tables = "\n\n".join([*(summary(*result) for result in results), *step_tables])
+        options.readme.write_text(fill(options.readme.read_text(), tables))
+        return 0
+    text = "\n".join([*(markdown(*result) for result in results), *(f"{table}\n" for table in step_tables)])
     if options.output is None:
         print(text)
         return 0

@@ -37,8 +37,8 @@ class TinyConfig:
     """
 
     clip_steps: int = 1200
-    list_steps: int = 300
-    vicuna_steps: int = 500
+    list_steps: int = 350
+    vicuna_steps: int = 750
     frames: int = 32
     seed: int = 0
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu, kernel_cases, kernel_rows, report
+from bench import gpu, kernel_cases, kernel_rows, report, step
 from bench.kernel_cases import BARE, IMPLEMENTATIONS, OURS, PLAIN
 from bench.kernel_inputs import Case, Inputs
 from bench.kernel_rows import Row
@@ -102,3 +103,34 @@ def test_report(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "bad.json")])
     assert "bad.json: holds neither" in capsys.readouterr().err
+
+
+def test_the_readme_gets_its_tables_from_the_files(tmp_path):
+    rows = [ROW, replace(ROW, implementation=PLAIN, median_ms=5.0), replace(ROW, implementation="x", median_ms=4.0)]
+    red = [replace(ROW, case="another", problem="wrong: off by 3", median_ms=None)]
+    kernels, steps, readme = (tmp_path / name for name in ("k.json", "step_a.json", "README.md"))
+    about = {"device": "a device", "commit": "abc"}
+    kernels.write_text(json.dumps({"environment": about, "rows": [r.to_json() for r in rows + red]}))
+    ours = step.Row("7b", OURS, 18e3, 17e3, 19e3, 20.0, 0.4, 70.0)
+    peer = step.Row("7b", "peer", problem="not installed")
+    steps.write_text(json.dumps({"environment": about, "rows": [vars(ours), vars(peer)]}))
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        assert report.main([str(kernels), str(steps), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "| a case | 2.00 (1.90 to 2.20) | 5.00 | 4.00 (x) |" in text
+    assert "| another | wrong: off by 3 | | |" in text
+    assert "| 7b: ours | 18,000 (17,000 to 19,000) | 40.0% | 70.0 |" in text and "| 7b: peer | not installed |" in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    with pytest.raises(ValueError, match="no place"):
+        report.fill("nothing", "table")
+
+
+def test_readme_shows_what_was_measured():
+    """Whoever measures anew rewrites the README with the same command."""
+    readme = Path(__file__).parents[2] / "README.md"
+    found = [
+        report.read(p) for p in sorted((readme.parent / "bench" / "results").glob("*.json")) if not report.read_steps(p)
+    ]
+    for result in found:
+        assert report.summary(*result) in readme.read_text()
