@@ -27,17 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Device:
-    """Dense bfloat16 FLOP/s of the data sheet, and bytes."""
+    """Dense bfloat16 FLOP/s of the data sheet, bytes, and whether there is float8 arithmetic."""
 
     peak: float
     bytes: float
+    fp8: bool
 
 
 DEVICES: dict[str, Device] = {
-    "A100-40GB": Device(312e12, 40e9),
-    "A100-80GB": Device(312e12, 80e9),
-    "H100": Device(989e12, 80e9),
-    "H200": Device(989e12, 141e9),
+    "A100-40GB": Device(312e12, 40e9, False),
+    "A100-80GB": Device(312e12, 80e9, False),
+    "H100": Device(989e12, 80e9, True),
+    "H200": Device(989e12, 141e9, True),
 }
 
 PEAK_BF16: dict[str, float] = {name.partition("-")[0]: device.peak for name, device in DEVICES.items()}
@@ -48,6 +49,9 @@ COUNTS = (1, 8)
 
 ASSUMED_MFU = 0.45
 """Share of the peak taken for the hours where bench/results holds no measured step."""
+
+ASSUMED_FP8_GAIN = 1.3
+"""How much faster a step with float8 frozen weights is taken to be where none was measured: what the project aims at."""
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
@@ -81,15 +85,16 @@ def step_flops(config: PiTeConfig, linear: int, tokens: float, targets: float, m
     return tokens * (4 * linear + attention) + targets * 4 * llm.vocab_size * llm.hidden_size
 
 
-def measured_mfu(size: str, device: str, results: Path) -> float | None:
+def measured_mfu(size: str, device: str, results: Path, fp8: bool = False) -> float | None:
     """The best MFU of our step on this model and device in bench/results/step_*.json, or None."""
+    ours = {"pite fp8"} if fp8 else {"pite", "pite compiled"}
     found = [
         row["mfu"]
         for file in sorted(results.glob("step_*.json"))
         for content in [json.loads(file.read_text())]
         if device.partition("-")[0] in content["environment"]["device"]
         for row in content["rows"]
-        if row["model"] == size and row["implementation"] == "pite" and row.get("mfu")
+        if row["model"] == size and row["implementation"] in ours and row.get("mfu")
     ]
     return max(found, default=None)
 
@@ -137,7 +142,7 @@ def report(config: TrainConfig) -> str:
         for name in DEVICES:
             if all(name in cost.executed for cost in costs):
                 executed = sum(cost.executed[name] for cost in costs)
-                lines.append(f"  {name:<15} {_hours(config.model, name, executed)}")
+                lines.append(f"  {name:<15} {_hours(config.model, name, executed, config.frozen_dtype == 'fp8')}")
         lines.append(
             f"  8x A100         {floor:.2f} h is the arithmetic floor (100% of the peak)"
             + (f"; the paper took about {paper:.0f} h" if paper else "")
@@ -167,10 +172,14 @@ def _stage_cost(config: TrainConfig, stage: Stage) -> _Cost:
         f"  arithmetic      {flops:.2e} FLOPs (4N per token, attention, vocabulary head)",
     ]
     executed: dict[str, float] = {}
+    fp8 = config.frozen_dtype == "fp8"
     for name, device in DEVICES.items():
+        if fp8 and not device.fp8:
+            lines.append(f"  {name:<15} has no float8 arithmetic")
+            continue
         try:
             layout = choose_layout(
-                pite_config, count, device.bytes, ranks=8, parallel=config.parallel, recompute=config.recompute,
+                pite_config, count, device.bytes, ranks=8, fp8=fp8, parallel=config.parallel, recompute=config.recompute,
                 token_budget=config.token_budget,
             )  # fmt: skip
         except ValueError as error:
@@ -179,7 +188,7 @@ def _stage_cost(config: TrainConfig, stage: Stage) -> _Cost:
         needed = layout.needed
         executed[name] = flops * (1 + layout.extra_flops(pite_config.llm.num_hidden_layers))
         lines += [
-            f"  {name:<15} {_hours(config.model, name, executed[name])}",
+            f"  {name:<15} {_hours(config.model, name, executed[name], fp8)}",
             f"  {'':<15} {needed.total / 1e9:.0f} of {device.bytes / 1e9:.0f} GB each, of eight: weights"
             f" {needed.weights / 1e9:.1f}, trained {needed.trained / 1e9:.1f}, activations"
             f" {needed.activations / 1e9:.1f}, losses {needed.losses / 1e9:.1f};"
@@ -188,10 +197,10 @@ def _stage_cost(config: TrainConfig, stage: Stage) -> _Cost:
     return _Cost(flops, executed, lines)
 
 
-def _hours(model: str, name: str, flops: float) -> str:
+def _hours(model: str, name: str, flops: float, fp8: bool) -> str:
     """`12.1 h on 1, 1.5 h on 8, at 45% ...`"""
-    measured = measured_mfu(model, name, RESULTS)
-    rate = measured or ASSUMED_MFU
+    measured = measured_mfu(model, name, RESULTS, fp8)
+    rate = measured or ASSUMED_MFU * (ASSUMED_FP8_GAIN if fp8 else 1)
     hours = ", ".join(f"{flops / (n * DEVICES[name].peak * rate) / 3600:.2f} h on {n}" for n in COUNTS)
     return f"{hours}, at {rate:.0%} of the bfloat16 peak ({'measured' if measured else 'assumed, not measured'})"
 

@@ -84,6 +84,7 @@ def build_model(
     seed: int,
     head_init: bool,
     dtype: torch.dtype,
+    fp8: bool,
     world: World,
     layout: Layout,
 ) -> PiTe:
@@ -91,6 +92,7 @@ def build_model(
 
     llm    of the language model; None for random weights
     start  an earlier stage's output; None for the language model itself
+    fp8    whether the layers' frozen weights, with all that was merged into them, become float8
     """
     # What is to be sharded does not fit the device whole.
     device = "cpu" if layout.shards > 1 else str(world.device)
@@ -109,6 +111,8 @@ def build_model(
     model.add_lora(recipe.lora_rank, recipe.lora_alpha, seed=seed + stage)
     model.set_trainable(recipe.learns)
     model.decoder.recompute(layout.recompute)
+    if fp8:
+        model.quantize()
     if layout.shards > 1:
         shard_frozen(model, world)
     return model

@@ -94,9 +94,19 @@ class Layout:
 
 
 def memory(
-    config: PiTeConfig, count: ParameterCount, token_budget: int, width: int = 2, *, recompute: int = 0, shards: int = 1
+    config: PiTeConfig,
+    count: ParameterCount,
+    token_budget: int,
+    width: int = 2,
+    *,
+    fp8: bool = False,
+    recompute: int = 0,
+    shards: int = 1,
 ) -> Memory:
     """Estimate the peak in bytes per device; `width` is the bytes of the frozen dtype.
+
+    Weights in float8 are there twice, in one byte each, and quantised activations come and go: the MLP's gradient is
+    the largest.
 
     Trained parameters cost 16 bytes each: float32 value, gradient and AdamW's two moments. A kept layer holds, per
     token: both norms' inputs and outputs, the fused q,k,v output (v is a view of it) and the rotated q and k, the
@@ -112,15 +122,19 @@ def memory(
     kept = 4 * hidden + 3 * queries + 3 * keys + 3 * inner + 7 * rank
     layers = llm.num_hidden_layers
     held = kept * (layers - recompute) + hidden * recompute + (kept if recompute else 0)
-    working = 3 * inner + 3 * hidden
-    frozen = count.total - count.heads
+    working = width * (3 * inner + 3 * hidden) + 2 * inner * fp8
+    frozen = width * (count.total - count.heads)
+    layer = width * count.layer
+    if fp8:
+        frozen += (2 - width) * count.linear
+        layer += (2 - width) * count.linear // layers
     if shards > 1:
-        outside = frozen - layers * count.layer
-        frozen = frozen // shards + 2 * count.layer + outside
+        outside = frozen - layers * layer
+        frozen = frozen // shards + 2 * layer + outside
     return Memory(
-        weights=width * frozen,
+        weights=frozen,
         trained=16 * (count.lora + count.heads),
-        activations=token_budget * width * (held + working + 4 * hidden),
+        activations=token_budget * (width * (held + 4 * hidden) + working),
         losses=LOSS_BYTES,
     )
 
@@ -142,6 +156,7 @@ def choose_layout(
     *,
     ranks: int = 1,
     width: int = 2,
+    fp8: bool = False,
     parallel: Parallel = "auto",
     recompute: int | None = None,
     token_budget: int | None = None,
@@ -157,11 +172,14 @@ def choose_layout(
     layers = config.llm.num_hidden_layers
     if recompute is not None and not 0 <= recompute <= layers:
         raise ValueError(f"--recompute must be 0 to {layers}, the model's layers, not {recompute}")
+
+    def needed(tokens: int, shards: int, again: int) -> Memory:
+        return memory(config, count, tokens, width, fp8=fp8, recompute=again, shards=shards)
+
     kinds = {"ddp": (1,), "fsdp": (ranks,), "auto": (1,) if ranks == 1 else (1, ranks)}[parallel]
     if capacity is None:
         budget = token_budget or max(CPU_BUDGET, longest)
-        needed = memory(config, count, budget, width, recompute=recompute or 0, shards=kinds[0])
-        return Layout(kinds[0], recompute or 0, budget, needed)
+        return Layout(kinds[0], recompute or 0, budget, needed(budget, kinds[0], recompute or 0))
     room = capacity * (1 - SPARE)
     least = token_budget or WORTHWHILE_BUDGET
     depths = range(layers + 1) if recompute is None else (recompute,)
@@ -170,19 +188,14 @@ def choose_layout(
     if recompute is None and len(kinds) > 1:
         candidates.sort(key=lambda candidate: candidate[0] == 1 and candidate[1] > few)
     for shards, again in candidates:
-        if memory(config, count, least, width, recompute=again, shards=shards).total <= room:
-            most = token_budget or _largest(config, count, room, width, again, shards)
-            return Layout(shards, again, most, memory(config, count, most, width, recompute=again, shards=shards))
-    tightest = memory(config, count, least, width, recompute=depths[-1], shards=kinds[-1])
+        if needed(least, shards, again).total <= room:
+            fixed, one = (needed(n, shards, again) for n in (0, 1))
+            most = min(int((room - fixed.total) / one.activations) // 512 * 512, LARGEST_BUDGET)
+            most = token_budget or most
+            return Layout(shards, again, most, needed(most, shards, again))
+    tightest = needed(least, kinds[-1], depths[-1])
     raise ValueError(
         f"a micro-batch of {least:,} tokens needs {tightest.total / 1e9:.0f} GB, {tightest.weights / 1e9:.0f} of them weights, "
         f"and a device of {capacity / 1e9:.0f} GB has room for {room / 1e9:.0f}: "
         "lower --token-budget, leave --recompute and --parallel to the engine, or use more devices"
     )
-
-
-def _largest(config: PiTeConfig, count: ParameterCount, room: float, width: int, recompute: int, shards: int) -> int:
-    """The most tokens, in steps of 512, that fit."""
-    fixed, one = (memory(config, count, n, width, recompute=recompute, shards=shards) for n in (0, 1))
-    tokens = int((room - fixed.total) / one.activations) // 512 * 512
-    return min(tokens, LARGEST_BUDGET)

@@ -40,6 +40,7 @@ from engine.plots import plot_losses
 from engine.recipes import LANGUAGE_MODELS, Recipe, Size, Stage, recipe
 from engine.run import run
 from engine.watch import say_end
+from kernels.fp8 import why_unsupported
 from pite import checkpoint
 from pite.config import PiTeConfig
 
@@ -111,6 +112,9 @@ class TrainConfig:
     """of the data order and of new weights"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """of the frozen weights and activations; auto is bfloat16 on CUDA and float32 elsewhere"""
+    frozen_dtype: Literal["fp8"] | None = None
+    """fp8 multiplies the layers' frozen weights in float8, forward and backward: sm_89 and newer (H100, H200), with
+    bfloat16 elsewhere; a CPU emulates it. LoRA, heads and what is saved are unaffected"""
     device: Literal["cpu", "cuda"] | None = None
     """where to train; CUDA where there is one"""
     workers: int = 2
@@ -221,6 +225,9 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     llm = None if llm_name == RANDOM else checkpoint.resolve(llm_name)
     pite_config = _model_config(config, llm)
     dtype = config.torch_dtype(world.device)
+    fp8 = config.frozen_dtype == "fp8"
+    if fp8:
+        check_fp8(world, dtype)
     same_as_before = {
         "language model": f"random {config.model}, seed {config.seed}"
         if llm is None
@@ -239,7 +246,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         "absent": config.absent,
         "trajectory normalizer": config.trajectory_normalizer,
         "head initialisation": config.head_init,
-        "dtype": str(dtype),
+        "dtype": str(dtype) if config.frozen_dtype is None else f"{dtype}, frozen weights {config.frozen_dtype}",
         **{name.replace("_", " "): getattr(recipe, name) for name in _RECIPE_FIELDS},
     }
     if (final / checkpoint.LINEAGE).exists():
@@ -278,6 +285,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         budget.device_capacity(world.device),
         ranks=world.size,
         width=dtype.itemsize,
+        fp8=fp8,
         parallel=config.parallel,
         recompute=config.recompute,
         token_budget=config.token_budget,
@@ -308,7 +316,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     )
     model = build_model(
         stage, recipe, pite_config, llm=llm, start=start, dataset=dataset, store=store, seed=config.seed,
-        head_init=config.head_init, dtype=dtype, world=world, layout=layout,
+        head_init=config.head_init, dtype=dtype, fp8=fp8, world=world, layout=layout,
     )  # fmt: skip
     total = plan.steps_per_epoch * recipe.epochs
     fingerprint = {**settings, "data": dataset.fingerprint(), "left out": dataset.exclusions() or None}
@@ -342,6 +350,17 @@ def _model_config(config: TrainConfig, llm: Path | None) -> PiTeConfig:
 def say(world: World, text: str) -> None:
     if world.is_main:
         print(text, file=sys.stderr)
+
+
+def check_fp8(world: World, dtype: torch.dtype) -> None:
+    """Raise ValueError where --frozen-dtype fp8 cannot be had."""
+    why = why_unsupported(world.device)
+    if why is not None:
+        raise ValueError(f"--frozen-dtype fp8: {why}; leave the flag out")
+    if world.device.type == "cuda" and dtype != torch.bfloat16:
+        raise ValueError("--frozen-dtype fp8 on CUDA goes with bfloat16: leave --dtype out")
+    if world.device.type == "cpu":
+        say(world, "fp8 is emulated on a CPU: its rounding, not its speed")
 
 
 def check_encoded(dataset: StageDataset, store: Path) -> None:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from kernels import apply_rope, lora_linear, packed_attention, rms_norm, swiglu
+from kernels import Fp8Weight, apply_rope, lora_linear, packed_attention, quantize_weight, rms_norm, swiglu
 from pite.config import PiTeConfig
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer of one or more projections of the same input, each with its own LoRA (Hu et al. 2021).
 
-    weight  (sum(splits), in_features) frozen
+    weight  (sum(splits), in_features) frozen; `quantize` replaces it by the four tensors of a `kernels.Fp8Weight`
     lora_a  (len(splits) * r, in_features) and lora_b (sum(splits), r) float32, once `add_lora` was called
     """
 
@@ -35,6 +35,7 @@ class LoRALinear(nn.Module):
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
         self.scale = 1.0
+        self.quantized = False
 
     def add_lora(self, rank: int, alpha: float, generator: torch.Generator | None) -> None:
         """Start a new LoRA: A uniform in +-1/sqrt(in_features) as PEFT initialises it, B zero."""
@@ -51,6 +52,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """weight + scale * B A of every part, summed in float32; the weight itself when there is no LoRA."""
+        assert not self.quantized, "the weight's own values are gone"
         if self.lora_a is None or self.lora_b is None:
             return self.weight.data
         updates = [
@@ -64,8 +66,17 @@ class LoRALinear(nn.Module):
         self.weight.copy_(self.merged())
         self.lora_a = self.lora_b = None
 
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Keep the weight in float8 alone. What is merged is merged before; a LoRA is added before it computes."""
+        for name, tensor in quantize_weight(self.weight)._asdict().items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        del self.weight
+        self.quantized = True
+
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, self.weight, self.lora_a, self.lora_b, scale=self.scale, splits=self.splits)
+        weight = Fp8Weight(*(getattr(self, n) for n in Fp8Weight._fields)) if self.quantized else self.weight
+        return lora_linear(x, weight, self.lora_a, self.lora_b, scale=self.scale, splits=self.splits)
 
 
 class DecoderLayer(nn.Module):

@@ -90,6 +90,14 @@ class PiTe(nn.Module):
         for _, linear, _ in names.linear_layers(self):
             linear.merge_lora()
 
+    def quantize(self) -> None:
+        """Keep the layers' frozen weights in float8 alone (`kernels.fp8`): for training, after merging and `add_lora`.
+
+        What a stage writes, LoRA and heads, is unaffected; embeddings, norms and heads stay as they are.
+        """
+        for _, linear, _ in names.linear_layers(self):
+            linear.quantize()
+
     def set_trainable(self, modules: tuple[str, ...]) -> None:
         """Let the named modules ("vision_adapter", "localization_projector", "trajectory_projector") and any LoRA learn."""
         for head in names.HEADS:

@@ -39,7 +39,12 @@ def values(parameter: nn.Parameter) -> Tensor:
 
 
 def language_model_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = values) -> dict[str, Tensor]:
-    """Hugging Face LlamaForCausalLM names -> views of the weights (or of what `of` takes from them), without any LoRA."""
+    """Hugging Face LlamaForCausalLM names -> views of the weights (or of what `of` takes from them), without any LoRA.
+
+    Raises ValueError for a model whose weights were made float8: that keeps their rounded values alone.
+    """
+    if any(linear.quantized for _, linear, _ in linear_layers(model)):
+        raise ValueError("this model's frozen weights are float8, for training only: load the model again to save them")
     tensors: dict[str, Tensor] = {
         "model.embed_tokens.weight": of(model.decoder.embed_tokens),
         "model.norm.weight": of(model.decoder.norm),
