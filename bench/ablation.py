@@ -102,9 +102,8 @@ def measure(output: Path, folder: Path, answers: Path, stage2: Path | None) -> d
     found = {"miou": every.miou, "blind": every.query_blind}
     if stage2 is not None:
         features = FeatureStore(output / "store" / "videos").read
-        found["l1"], found["l1_constant"] = measure_trajectories(
-            Generator.from_pretrained(stage2), evaluation / "pite_143k.jsonl", features
-        )
+        scores = measure_trajectories(Generator.from_pretrained(stage2), evaluation / "pite_143k.jsonl", features)
+        found |= {"l1": scores.l1, "l1_constant": scores.best_constant}
     return found
 
 

@@ -141,7 +141,7 @@ def table(summary: dict[str, Any]) -> str:
         "",
         f"held out: {summary['held_out_videos']} videos, {summary['held_out_questions']} questions",
         f"trajectory L1         {summary['trajectory_l1']:.4f}   best constant {summary['trajectory_l1_best_constant']:.4f}"
-        f"   after stage 3 {summary['trajectory_l1_after_stage3']:.4f}",
+        f"   best unmoved {summary['trajectory_l1_best_still']:.4f}   after stage 3 {summary['trajectory_l1_after_stage3']:.4f}",
         f"grounding mIoU        {summary['grounding_miou']:.3f}    query-blind {summary['grounding_miou_query_blind']:.3f}"
         f"   best fixed interval {summary['grounding_miou_best_fixed']:.3f}",
     ]

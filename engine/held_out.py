@@ -15,7 +15,14 @@ from dataloaders.video import decode_video
 from pite.draw import Track, save_strip, save_video
 from pite.generate import Generator
 from pite.grounding import Events, Prediction, ious, read_ground_truth, read_predictions
-from pite.metrics import best_constant_l1, best_fixed_interval, grounding_scores, query_blind_bound, trajectory_l1
+from pite.metrics import (
+    best_constant_l1,
+    best_fixed_interval,
+    best_still_l1,
+    grounding_scores,
+    query_blind_bound,
+    trajectory_l1,
+)
 from pite.trajectories import predict_trajectories, read_samples
 
 Features = Callable[[str], np.ndarray]
@@ -64,11 +71,23 @@ def _grounding(predictions: Sequence[Prediction], truth: dict[str, Events], num_
     )
 
 
-def measure_trajectories(generator: Generator, annotations: Path, features: Features) -> tuple[float, float]:
-    """L1 of the trajectory head on held-out answers, and that of the best constant predictor."""
+@dataclass(frozen=True)
+class Trajectories:
+    """L1 of the trajectory head over held-out answers, and the bounds to read it against.
+
+    best_constant  one trajectory given to every phrase, the best in hindsight
+    best_still     each phrase's own points where they are best when they may not move, in hindsight: knows where, not when
+    """
+
+    l1: float
+    best_constant: float
+    best_still: float
+
+
+def measure_trajectories(generator: Generator, annotations: Path, features: Features) -> Trajectories:
     samples = list(read_samples(annotations, generator.model, generator.tokenizer))
     predicted, true = predict_trajectories(generator.model, samples, features)
-    return trajectory_l1(predicted, true), best_constant_l1(true)
+    return Trajectories(trajectory_l1(predicted, true), best_constant_l1(true), best_still_l1(true))
 
 
 def draw_example(
@@ -106,13 +125,14 @@ def summarize(output: Path) -> dict[str, object]:
     predictions = read_predictions(output / "grounding.jsonl", truth)
     every, by_objects = measure_grounding(predictions, truth, stage3.model.config.num_frames)
     tracks = evaluation / "pite_143k.jsonl"
-    l1, constant = measure_trajectories(stage2, tracks, features)
+    trajectories = measure_trajectories(stage2, tracks, features)
     video, _ = example_event(evaluation / "activitynet_captions.json")
     draw_example(stage2, tracks, features, video, output / "overlay.png", output / "overlay.mp4")
     return {
-        "trajectory_l1": l1,
-        "trajectory_l1_best_constant": constant,
-        "trajectory_l1_after_stage3": measure_trajectories(stage3, tracks, features)[0],
+        "trajectory_l1": trajectories.l1,
+        "trajectory_l1_best_constant": trajectories.best_constant,
+        "trajectory_l1_best_still": trajectories.best_still,
+        "trajectory_l1_after_stage3": measure_trajectories(stage3, tracks, features).l1,
         "grounding_miou": every.miou,
         "grounding_miou_best_fixed": every.best_fixed,
         "grounding_miou_query_blind": every.query_blind,

@@ -7,6 +7,7 @@ Hugging Face's separate names (`pite.names`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -105,10 +106,16 @@ class DecoderLayer(nn.Module):
         return self._compute(x, cos, sin, cu_seqlens, max_seqlen)
 
     def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        q, k, v = self._before(x, cos, sin)
+        return self._after(x, packed_attention(q, k, v, cu_seqlens, max_seqlen))
+
+    def _before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(rms_norm(x, self.input_norm, eps=self.eps)).split(self.qkv.splits, dim=-1)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-        q, k = apply_rope(q, k, cos, sin)
-        x = x + self.o(packed_attention(q, k, v, cu_seqlens, max_seqlen).flatten(-2))
+        return *apply_rope(q, k, cos, sin), v
+
+    def _after(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.o(attended.flatten(-2))
         return x + self.down(swiglu(self.gate_up(rms_norm(x, self.post_attention_norm, eps=self.eps))))
 
 
@@ -130,6 +137,15 @@ class Decoder(nn.Module):
         """Keep no activations of the first `layers` layers but their input; backward computes them again."""
         for i, layer in enumerate(self.layers):
             cast(DecoderLayer, layer).recompute = i < layers
+
+    def compile_layers(self) -> None:
+        """Have torch.compile fuse the elementwise work of every layer, before its attention and after it.
+
+        Attention stays outside: nothing fuses with it, and not every back end of it can be traced.
+        """
+        for layer in cast("Iterator[DecoderLayer]", self.layers):
+            layer._before = torch.compile(layer._before, fullgraph=True)  # type: ignore[method-assign]
+            layer._after = torch.compile(layer._after, fullgraph=True)  # type: ignore[method-assign]
 
     @property
     def rotary_embedding(self) -> LlamaRotaryEmbedding:

@@ -27,7 +27,14 @@ from pite.grounding import (
     read_predictions,
     write_predictions,
 )
-from pite.metrics import best_constant_l1, best_fixed_interval, grounding_scores, query_blind_bound, trajectory_l1
+from pite.metrics import (
+    best_constant_l1,
+    best_fixed_interval,
+    best_still_l1,
+    grounding_scores,
+    query_blind_bound,
+    trajectory_l1,
+)
 from pite.trajectories import predict_trajectories, read_samples
 
 ROOM = "evaluation"
@@ -88,6 +95,7 @@ def _trajectories(arguments: argparse.Namespace) -> str:
     return (
         f"L1       {trajectory_l1(predicted, true):.4f}\n"
         f"constant {best_constant_l1(true):.4f}\n"
+        f"unmoved  {best_still_l1(true):.4f}\n"
         f"over {len(true)} tokens of {len(samples)} answers"
     )
 

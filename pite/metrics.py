@@ -116,6 +116,17 @@ def best_constant_trajectory(true: np.ndarray) -> np.ndarray:
     return np.where(never, 0.5, np.nanmedian(np.where(never, 0.5, shown), axis=0))
 
 
+def best_still_l1(true: np.ndarray) -> float:
+    """Trajectory L1 of (M, P, N, 2) when each point keeps to its own best place throughout, answers in hand.
+
+    What knows where each object is, but not how it moves, cannot do better.
+    """
+    shown = np.where(present(true), true.astype(np.float64), np.nan)
+    never = np.isnan(shown).all(2, keepdims=True)
+    still = np.nanmedian(np.where(never, 0.5, shown), axis=2, keepdims=True)
+    return trajectory_l1(np.broadcast_to(still, true.shape), true)
+
+
 def best_constant_l1(true: np.ndarray) -> float:
     """Trajectory L1 of the best constant predictor, fitted on the very (M, P, N, 2) trajectories it is scored on."""
     return trajectory_l1(np.broadcast_to(best_constant_trajectory(true), true.shape), true)

@@ -122,6 +122,7 @@ def test_summary_has_the_promised_numbers_and_pictures(tmp_path: Path) -> None:
     for name in (
         "trajectory_l1",
         "trajectory_l1_best_constant",
+        "trajectory_l1_best_still",
         "grounding_miou_best_fixed",
         "grounding_miou_query_blind",
     ):

@@ -101,6 +101,15 @@ def test_no_constant_beats_the_best_constant() -> None:
         assert metrics.trajectory_l1(other, true) > best
 
 
+def test_who_does_not_move_is_off_by_the_motion() -> None:
+    true = np.full((2, 1, 4, 2), -1.0, dtype=np.float32)
+    true[0, 0] = [[0.1, 0.5], [0.2, 0.5], [0.9, 0.5], [-1.0, -1.0]]
+    assert metrics.best_still_l1(true) == pytest.approx((0.1 + 0.7) / 6)
+    true[1] = 0.25
+    assert metrics.best_still_l1(true) == pytest.approx((0.1 + 0.7) / 14)
+    assert metrics.best_constant_l1(true) > metrics.best_still_l1(true)
+
+
 TRUTH = {"v": {"duration": 10.0, "timestamps": [[1, 2]], "sentences": ["A dog runs."]}}
 LINE = {"video_id": "v", "task": "grounding", "query_id": 0, "answer": "From 10 to 20.", "info": {"sentence_id": 0}}
 
