@@ -134,7 +134,7 @@ def test_a_models_answers_are_scored_as_its_prediction_file_is(
 
 def test_trajectories_are_measured_on_held_out_answers(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluated(made, "trajectories") == 0
-    lines = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[:2])
+    lines = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[:3])
     assert float(lines["L1"]) > float(lines["constant"]) > float(lines["unmoved"]) > 0
 
 
