@@ -1,7 +1,8 @@
 """`python -m bench.gpu`: everything a GPU machine is asked, in one call from the source tree.
 
 Runs the kernel tests on the device, proves that no step of ours makes the host wait, times every case against its
-peers and writes bench/results/<device>.json. With PYTHONPATH=. nothing needs to be installed or built.
+peers and writes bench/results/<device>.json; then times training steps of 7B and 13B (`bench.step`). With PYTHONPATH=.
+nothing needs to be installed or built.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from bench.kernel_cases import IMPLEMENTATIONS, OURS
 from bench.kernel_inputs import Case, Inputs, cpu_cases, gpu_cases
 from bench.kernel_rows import Checked, Row, measure
 from bench.measure import environment, roofline
+from bench.step import TOGETHER, UNSLOTH
 from bench.tiles import measure_tiles
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,6 +61,21 @@ def host_waits(case: Case, device: torch.device) -> str | None:
     return None
 
 
+def run_step(*options: str) -> int:
+    """The exit status of `bench.step`: a process of its own, whose memory is then free."""
+    return subprocess.run([sys.executable, "-m", "bench.step", *options], check=False).returncode
+
+
+def training_steps(device: torch.device) -> None:
+    """Time every implementation of a training step, all in turn, or one by one where they do not fit together."""
+    for model in ("7b", "13b") if device.type == "cuda" else ("tiny",):
+        chosen = "--model", model, "--device", device.type
+        if run_step(*chosen):
+            for implementation in TOGETHER:
+                run_step(*chosen, "--only", implementation)
+        run_step(*chosen, "--only", UNSLOTH)
+
+
 def show(rows: list[Row]) -> None:
     print(rows[0].case)
     for row in rows:
@@ -75,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30, help="timings per implementation")
     parser.add_argument("--only", default="", help="run only cases whose name contains this")
     parser.add_argument("--skip-tests", action="store_true", help="do not run tests/kernels first")
+    parser.add_argument("--skip-steps", action="store_true", help="leave the training steps out")
     parser.add_argument("--output", type=Path, help="result file; bench/results/<device>.json otherwise")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -117,6 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"{record['kernel']:8} {record['tiles']:16} {record['problem'] or format(record['median_ms'], '.4f') + ' ms'}"
         )
     print(f"wrote {path}")
+    if not options.skip_steps:
+        training_steps(device)
     return 1 if red else 0
 
 

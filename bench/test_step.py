@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from bench.step import OURS, make_problem, measure, show, tiny_shape
+from bench.step import OURS, measure, show
+from bench.step_problem import make_problem, tiny_shape
 
 CPU = torch.device("cpu")
+PEERS = (OURS, "hf padded", "hf padded, kept")
 
 
 def test_twice_as_many_useful_tokens_as_hugging_face_with_padding() -> None:
     problem = make_problem(tiny_shape(), CPU, torch.float32, rank=16, token_budget=None)
-    rows = {row.implementation: row for row in measure("tiny", problem, rounds=5)}
+    rows = {row.implementation: row for row in measure("tiny", problem, 5, PEERS)}
     show(list(rows.values()))
     assert rows["hf padded"].problem is None and rows["hf padded, kept"].problem is None, "no speed for another loss"
     # The fastest rounds: whatever else the machine does can only add time.

@@ -26,6 +26,9 @@ def _liger() -> ModuleType | None:
 
 
 def _liger_for(x: Tensor) -> ModuleType | None:
+    # torch.compile fuses the plain version with its neighbours.
+    if torch.compiler.is_compiling():
+        return None
     return _liger() if x.is_cuda and x.dtype != torch.float64 else None
 
 

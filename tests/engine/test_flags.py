@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from engine import metrics
 from engine.train import TrainConfig, main
@@ -36,6 +37,14 @@ def test_chosen_steps_are_profiled(workspace: Path, tmp_path: Path):
     # One launch for the adapter and the decoder and one for the heads, which have their own rate, in each step.
     assert sum("_fused_adamw_" in name and name.startswith("aten::") for name in events) == 2 * 2
     assert any("lora_linear" in name for name in events)
+
+
+def test_compile_is_passed_on_to_every_layer(workspace: Path, tmp_path: Path, monkeypatch):
+    """That it computes the same is a test of the model's."""
+    traced: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: traced.append(function.__name__) or function)
+    assert main(train_arguments(workspace, tmp_path, "1", llm="random", max_steps=1, compile=True)) == 0
+    assert traced == ["_before", "_after"] * 4
 
 
 def test_weights_and_biases_gets_every_step(workspace: Path, tmp_path: Path, monkeypatch):

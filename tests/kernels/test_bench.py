@@ -71,11 +71,18 @@ def test_one_call_checks_times_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "roofline", lambda device, dtype: Roofline(1e10, 1e10))
     path = tmp_path / "r.json"
     call = ["--device", "cpu", "--only", "attention", "--rounds", "2", "--output", str(path)]
+    commands: list[list[str]] = []
     monkeypatch.setattr(gpu, "kernel_tests", lambda device: "1 failed")
+    monkeypatch.setattr(
+        gpu, "run_step", lambda *options: commands.append(list(options)) or int("--only" not in options)
+    )
     assert gpu.main(call) == 1
-    assert "nothing is timed" in capsys.readouterr().out and not path.exists()
+    assert "nothing is timed" in capsys.readouterr().out and not path.exists() and not commands
     monkeypatch.setattr(gpu, "kernel_tests", lambda device: None)
     assert gpu.main(call) == 0
+    # All training steps at once have just failed: one by one they fit.
+    assert [c[-1] for c in commands] == ["cpu", *step.TOGETHER, step.UNSLOTH]
+    call += ["--skip-steps"]
     environment, rows = report.read(path)
     assert {"device", "commit", "torch"} <= environment.keys()
     assert {r.implementation for r in rows} == set(IMPLEMENTATIONS["attention"])

@@ -248,3 +248,37 @@ def test_a_batch_without_trajectories_gives_no_l1_and_no_nan():
     assert losses.l1.item() == 0
     assert np.isfinite(losses.total.item())
     assert all(torch.isfinite(p.grad).all() for _, p in model.trainable() if p.grad is not None)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_compiled_layers_compute_what_plain_ones_do(monkeypatch, fp8):
+    """Traced whole; one program serves all layers, and with another number of tokens a second one all numbers."""
+    torch._dynamo.reset()
+    programs = []
+
+    def backend(graph, inputs):
+        programs.append(graph)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, fullgraph: compiler(function, fullgraph=True, backend=backend)
+    )
+    plain, compiled = tiny_model(2, num_hidden_layers=3), tiny_model(2, num_hidden_layers=3)
+    if fp8:
+        plain.quantize()
+        compiled.quantize()
+    compiled.decoder.compile_layers()
+    for count in (4, 6, 3):
+        batch = random_batch(count, plain.config, seed=count)
+        found = []
+        for model in (plain, compiled):
+            losses = model(batch, head="trajectory", label_smoothing=0.1)
+            learning = [p for _, p in model.trainable()]
+            found.append([losses.total.detach(), *torch.autograd.grad(losses.total, learning, allow_unused=True)])
+        for ours, expected in zip(*found):
+            if expected is None:
+                assert ours is None
+            else:
+                assert (ours - expected).norm() <= 1e-5 * expected.norm() + 1e-9
+    assert len(programs) == 2 * 2
