@@ -1,9 +1,9 @@
 """The paper's Table 5 in miniature: `python -m bench.ablation --output runs/ablation --seeds 3`.
 
 Trains the three stages on the synthetic world once per variant and seed, and prints what each knows of held-out videos:
-mean and spread over the seeds. Every variant sees the same world and starts from the same tiny models; a seed changes the
-order of the data and the new weights. What was done is not done again, so that seeds can be added. The world has three
-key points per thing, so the paper's P = 5 has no row.
+mean and spread over the seeds; curves.png has stage 2's losses. Every variant sees the same world and starts from the
+same tiny models; a seed changes the order of the data and the new weights. What was done is not done again, so that
+seeds can be added. Beside the paper's rows stand two for the engine's arithmetic: `--only bfloat16 fp8`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+
 from dataloaders.files import write_atomically
 from dataloaders.store import FeatureStore
 from engine.held_out import measure_grounding, measure_trajectories
+from engine.plots import plt, read_metrics, smooth
 from pite.generate import Generator
 from pite.grounding import read_ground_truth, read_predictions
 
@@ -43,12 +46,22 @@ VARIANTS = (
     Variant("no head initialisation", ("--no-head-init",)),
     Variant("no trajectory stage", ("--no-trajectory-stage",)),
     Variant("P = 1", ("--num-points", "1"), after_stage1=False),
+    Variant("P = 5", ("--num-points", "5"), after_stage1=False),
     Variant("absent regressed", ("--absent", "regress"), after_stage1=False),
     Variant("lambda 0", ("--trajectory-weight", "0"), after_stage1=False),
     Variant("lambda 1", ("--trajectory-weight", "1"), after_stage1=False),
     Variant("no smoothing", ("--label-smoothing", "0"), after_stage1=False),
+    Variant("bfloat16", ("--dtype", "bfloat16"), after_stage1=False),
+    Variant("fp8", ("--dtype", "bfloat16", "--frozen-dtype", "fp8"), after_stage1=False),
 )
-COLUMNS = {"l1": "trajectory L1", "l1_constant": "best constant", "miou": "grounding mIoU", "blind": "query-blind"}
+CURVES = {"ce": "stage-2 CE", "l1": "stage-2 L1"}
+COLUMNS = {
+    "ce": "stage-2 CE, at end",
+    "l1": "trajectory L1",
+    "l1_constant": "best constant",
+    "miou": "grounding mIoU",
+    "blind": "query-blind",
+}
 
 
 def run(module: str, *arguments: object) -> None:
@@ -103,8 +116,27 @@ def measure(output: Path, folder: Path, answers: Path, stage2: Path | None) -> d
     if stage2 is not None:
         features = FeatureStore(output / "store" / "videos").read
         scores = measure_trajectories(Generator.from_pretrained(stage2), evaluation / "pite_143k.jsonl", features)
-        found |= {"l1": scores.l1, "l1_constant": scores.best_constant}
+        losses = read_metrics(stage2.parent / "metrics.jsonl")["ce"]
+        last = losses[-max(1, len(losses) // 10) :]
+        found |= {"l1": scores.l1, "l1_constant": scores.best_constant, "ce": float(last.mean())}
     return found
+
+
+def plot_curves(output: Path, variants: Sequence[Variant], seeds: int) -> None:
+    """OUTPUT/curves.png: stage 2's losses over its steps, the mean of the seeds and, pale, the lowest and the highest."""
+    figure, panels = plt.subplots(1, len(CURVES), figsize=(6 * len(CURVES), 4))
+    for index, variant in enumerate(v for v in variants if "--no-trajectory-stage" not in v.flags):
+        runs = [read_metrics(output / variant.folder / str(seed) / "stage2" / "metrics.jsonl") for seed in range(seeds)]
+        for panel, (name, title) in zip(panels, CURVES.items()):
+            curves = np.stack([smooth(run[name], max(1, len(run[name]) // 30)) for run in runs])
+            panel.plot(runs[0]["step"], curves.mean(0), color=f"C{index}", label=variant.name)
+            panel.fill_between(runs[0]["step"], curves.min(0), curves.max(0), color=f"C{index}", alpha=0.2, linewidth=0)
+            panel.set(title=title, xlabel="optimizer step", yscale="log")
+            panel.grid(alpha=0.25, which="both")
+    panels[-1].legend()
+    figure.tight_layout()
+    figure.savefig(output / "curves.png", dpi=130)
+    plt.close(figure)
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
@@ -141,6 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
             results[variant.name].append(train_and_measure(options.output, variant, seed, options.train.split()))
     text = table(results)
     write_atomically(options.output / "table.txt", text + "\n")
+    plot_curves(options.output, chosen, options.seeds)
     print(text)
     return 0
 

@@ -23,8 +23,8 @@ RADIUS = 0.13
 FRAMES_PER_SECOND = 10
 OCCLUDED = 0.3
 """Share of scenes with an opaque grey block in them."""
-KEY_POINTS = np.array([(0.0, 0.0), (-0.45, 0.3), (0.45, 0.3)])
-"""(P, 2) offsets from a shape's centre in radii; all of them lie inside each shape."""
+KEY_POINTS = np.array([(0.0, 0.0), (-0.45, 0.3), (0.45, 0.3), (0.0, -0.6), (0.0, 0.65)])
+"""(5, 2) offsets from a shape's centre in radii; all of them lie inside each shape. A model of P points takes the first P."""
 
 Box = tuple[float, float, float, float]
 

@@ -23,7 +23,7 @@ from dataloaders.files import write_atomically
 from dataloaders.synthetic import language, scene
 from dataloaders.synthetic.render import draw, write_jpeg, write_mp4
 
-VERSION = 3
+VERSION = 4
 """Of the world's rules: a folder made by others is refused rather than mixed."""
 
 Progress = Callable[[str, int, int], None]

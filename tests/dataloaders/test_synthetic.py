@@ -109,6 +109,24 @@ def test_a_point_is_present_exactly_where_its_thing_is_on_top():
                         assert track[k].tolist() == [-1, -1]
 
 
+def test_further_key_points_change_nothing_of_a_world(monkeypatch):
+    """A model of three points learns the same from a world of five as from one of three."""
+    five = [scene.sample_video(np.random.default_rng(seed)) for seed in range(40)]
+    tracks = [[scene.key_point_tracks(video, i) for i in range(len(video.things))] for video in five]
+    assert all(len(track) == 5 for each in tracks for track in each)
+    monkeypatch.setattr(scene, "KEY_POINTS", scene.KEY_POINTS[:3])
+    for seed, (video, each) in enumerate(zip(five, tracks)):
+        three = scene.sample_video(np.random.default_rng(seed))
+        assert (three.num_frames, three.background, three.occluder) == (
+            video.num_frames,
+            video.background,
+            video.occluder,
+        )
+        for i, (thing, other, track) in enumerate(zip(three.things, video.things, each, strict=True)):
+            assert (thing.phrase, thing.first, thing.last) == (other.phrase, other.first, other.last)
+            assert np.array_equal(scene.key_point_tracks(three, i), track[:3])
+
+
 def test_decoded_videos_show_each_thing_along_its_trajectory_and_at_no_other_time(world):
     agree, hidden = [], 0
     for record in lines(world / "stage2/pite_143k.jsonl"):

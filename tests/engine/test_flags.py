@@ -82,8 +82,8 @@ def test_the_papers_ablations_are_flags(workspace: Path, tmp_path: Path, capsys)
     assert main([*train_arguments(workspace, tmp_path, "3", **flags), "--no-trajectory-stage"]) == 0
     lineage = read_lineage(tmp_path / "stage3" / "final")
     assert [Path(entry["path"]).parent.name for entry in lineage["merged"]] == ["stage1"]
-    assert main(train_arguments(workspace, tmp_path / "five", "2", llm="random", num_points=5)) == 1
-    assert "3 tracks where 5 are needed" in capsys.readouterr().err
+    assert main(train_arguments(workspace, tmp_path / "six", "2", llm="random", num_points=6)) == 1
+    assert "5 tracks where 6 are needed" in capsys.readouterr().err
 
 
 def test_without_the_trajectory_stage_all_is_two_stages():
