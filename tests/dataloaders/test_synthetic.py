@@ -136,7 +136,7 @@ def test_decoded_videos_show_each_thing_along_its_trajectory_and_at_no_other_tim
             colour = np.array(scene.COLOURS[trajectory["phrase"].lower().split()[1]])
             first, end = (round(t / record["meta"]["duration"] * last) for t in trajectory["times"])
             points = np.array(trajectory["points"])
-            assert points.shape == (3, end - first + 1, 2)
+            assert points.shape == (5, end - first + 1, 2)
             k, here = np.nonzero((points >= 0).all(-1).T)
             x, y = np.minimum(points[here, k] * 64, 63).astype(int).T
             agree += (np.abs(frames[first + k, y, x] - colour).max(-1) < 60).tolist()
