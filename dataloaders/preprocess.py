@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,14 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+ARITHMETIC = {"cpu": "float32", "cuda": "float16"}
+"""What frames are resized in, by device. Half precision holds 0 to 255 exactly, and what its weights lose is below 1/255."""
+
+_PART = 2**27
+"""Numbers of whole frames that are resized at a time: they are wanted in another type and order, beside the frames."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,71 @@ class Preprocess:
         left, top = (width - self.crop) // 2, (height - self.crop) // 2
         return np.array(resized.crop((left, top, left + self.crop, top + self.crop)))
 
+    def cropped_batch(self, frames: Tensor) -> Tensor:
+        """`cropped` for many frames of one size, where they are: (n, H, W, 3) uint8 to (n, S, S, 3) uint8.
+
+        A resize is a matrix product for each axis, which a GPU does in a fraction of CLIP's time. Within 1/255 of Pillow in
+        single precision and 2/255 in half, also on white noise.
+        """
+        import torch
+
+        (height, width), dtype = frames.shape[1:3], ARITHMETIC[frames.device.type]
+        resized = self.resized(height, width)
+        top, bottom, down = _weights(height, resized[0], self.crop, frames.device, dtype)
+        left, right, across = _weights(width, resized[1], self.crop, frames.device, dtype)
+        # What the crop leaves out is not looked at: of a 16:9 picture, 43%.
+        seen = frames[:, top:bottom, left:right]
+        parts = []
+        for part in seen.split(max(1, _PART // seen[0].numel())):
+            planes = part.permute(0, 3, 1, 2).to(down.dtype, memory_format=torch.contiguous_format)
+            if _across_first(height, width, resized):
+                planes = down @ _whole(planes @ across.T)
+            else:
+                planes = _whole(down @ planes) @ across.T
+            parts.append(_whole(planes).to(torch.uint8).permute(0, 2, 3, 1))
+        return torch.cat(parts).contiguous()
+
     def normalized(self, frames: Tensor) -> Tensor:
         """Cropped frames (n, S, S, 3) uint8, on any device, as pixel values (n, 3, S, S) float32."""
         pixels = frames.permute(0, 3, 1, 2).float() / 255
         mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         return (pixels - mean) / std
+
+
+def _whole(pixels: Tensor) -> Tensor:
+    """To whole numbers from 0 to 255, in place; a half goes up, as Pillow's do."""
+    return pixels.add_(0.5).floor_().clamp_(0, 255)
+
+
+@lru_cache(4096)
+def _across_first(height: int, width: int, resized: tuple[int, int]) -> bool:
+    """Whether Pillow resizes pictures of this size across before it does down: which, depends on its version.
+
+    It rounds and cuts off at 0 and 255 between the two, so their order changes white noise by up to 25/255.
+    """
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8))
+    steps = [(resized[1], height), (resized[1], resized[0])]
+    by_steps = noise
+    for size in steps:
+        by_steps = by_steps.resize(size, Image.Resampling.BICUBIC)
+    return noise.resize(steps[1], Image.Resampling.BICUBIC).tobytes() == by_steps.tobytes()
+
+
+@lru_cache(256)
+def _weights(old: int, new: int, crop: int, device: torch.device, dtype: str) -> tuple[int, int, Tensor]:
+    """Pillow's bicubic resize of `old` pixels to `new`, its middle `crop` alone: the pixels looked at, from and to, and what
+    each weighs, (crop, to - from).
+
+    Keys' kernel (1981, a = -1/2), as wide as the step where that is above one pixel. At the picture's edges Pillow weighs
+    the pixels that are there, instead of repeating the last, which differs by up to 14/255.
+    """
+    import torch
+
+    step = old / new
+    wide = max(1.0, step)
+    centres = (torch.arange(crop, dtype=torch.float64) + (new - crop) // 2 + 0.5) * step
+    first, last = (max(0, int(centres[0] - 2 * wide)), min(old, int(centres[-1] + 2 * wide) + 1))
+    x = ((torch.arange(first, last) + 0.5) - centres[:, None]).abs() / wide
+    weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2)
+    weights /= weights.sum(1, keepdim=True)
+    return first, last, weights.to(device, getattr(torch, dtype))

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
 import numpy as np
+import pytest
 
 SIZE = (64, 48)
+
+needs_dali = pytest.mark.skipif(
+    find_spec("nvidia") is None or find_spec("nvidia.dali") is None,
+    reason="DALI is not installed: pip install nvidia-dali-cuda130",
+)
 
 
 def grey(index: int) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from weakref import WeakSet
 
 import av
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from bench.media import link_ffmpeg
-from dataloaders import dali
+from dataloaders import dali, dali_pipeline, dali_ticket
 from dataloaders.decode import Decoded, DecodePool, decode_cropped
 from dataloaders.preprocess import Preprocess
 from dataloaders.records import Media
@@ -25,6 +26,7 @@ from dataloaders.video import Probe, frame_indices, probe
 from pite.clip import ClipEncoder
 from tests.clips import SIZE, save_clip
 from tests.damage import garbled
+from tests.media import needs_dali
 
 N = 7
 PREPROCESS = Preprocess(SIZE, SIZE)
@@ -32,10 +34,6 @@ VP9 = {"cpu-used": "8"}
 DIFFERENCE = 3
 """Of 255, in the mean: DALI interpolates colour otherwise."""
 
-needs_dali = pytest.mark.skipif(
-    importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
-    reason="DALI is not installed: pip install nvidia-dali-cuda130",
-)
 needs_torchcodec = pytest.mark.skipif(
     importlib.util.find_spec("torchcodec") is None, reason="torchcodec is not installed: pip install torchcodec"
 )
@@ -239,10 +237,14 @@ class TestDali:
             indices = [list(map(bytes, expected[name])).index(bytes(frame)) for frame in expected[name]]
             assert (one @ two.T).argmax(1).tolist() == indices, name
 
-    @pytest.mark.parametrize("size", [(320, 240), (640, 360), (361, 643), (1280, 720), (224, 224), (100, 97)])
-    def test_preprocessing(self, tmp_path: Path, size: tuple[int, int]) -> None:
+    @pytest.mark.parametrize("noise", [False, True], ids=["picture", "noise"])
+    @pytest.mark.parametrize(
+        "size", [(320, 240), (640, 360), (361, 643), (1280, 720), (224, 224), (100, 97), (230, 600)]
+    )
+    def test_preprocessing(self, tmp_path: Path, size: tuple[int, int], noise: bool) -> None:
         """On a still, whose pixels are the same for both, at most 6/255 from CLIPImageProcessor."""
-        Image.fromarray(picture(3, size)).save(tmp_path / "a.jpg", quality=95, subsampling=0)
+        white = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(white if noise else picture(3, size)).save(tmp_path / "a.jpg", quality=95, subsampling=0)
         with dali.DaliDecoder("image", 1, Preprocess(), "cpu", workers=1) as decoder:
             (result,) = decoder.map([Media("a", tmp_path / "a.jpg", "image")])
         assert result.by == "DALI (jpeg)" and isinstance(result.frames, np.ndarray)
@@ -295,15 +297,17 @@ class TestDali:
             media.append(Media(str(i), bad))
         with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=4) as decoder:
             builds = 0
-            build = decoder._build
+            build, alive = decoder._build, WeakSet([decoder._pipeline])
 
             def count() -> dali.Pipeline:
                 nonlocal builds
                 builds += 1
-                return build()
+                alive.add(pipeline := build())
+                return pipeline
 
             decoder._build = count
             results = list(decoder.map(media))
+            assert list(alive) == [decoder._pipeline], "a spoiled one frees its memory at once"
         assert builds >= 4, "the pipeline never failed: the files are not bad enough"
         assert [r.media for r in results] == media
         for i, result in enumerate(results):
@@ -314,13 +318,13 @@ class TestDali:
 
     def test_frames_that_are_not_there_are_not_taken_for_black(self, videos: dict[str, Media]) -> None:
         """DALI gives black for an index beyond the end, without a word; PyAV then says what is there."""
-        ticket, _ = dali._video(videos["VP9"], N, "cpu")
-        assert ticket is not None
+        ticket = dali_ticket.prepare(videos["VP9"], N, PREPROCESS, "cpu")
+        assert isinstance(ticket, dali_ticket.Ticket)
         beyond = replace(ticket, indices=ticket.indices + 30)
         with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1) as decoder:
             decoder._pipeline.start([beyond])
-            (frames,) = decoder._pipeline.finish([beyond])
-            assert frames is not None and frames[0].any() and not frames[-1].any()
+            (frames,) = decoder._pipeline.finish([beyond], 60)
+            assert frames[0].any() and not frames[-1].any()
             looked_at = decoder._result(beyond, frames)
             assert isinstance(looked_at, Future)
             decoded = looked_at.result()
@@ -330,7 +334,7 @@ class TestDali:
     def test_colours_that_dali_gets_wrong_are_left_to_pyav(
         self, videos: dict[str, Media], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(dali, "_FROM_601_TO_709", dali._SAME)
+        monkeypatch.setattr(dali_pipeline, "FROM_601_TO_709", np.eye(3, dtype=np.float32))
         media = [videos["VP9, BT.709"], videos["VP9"], videos["VP9, BT.709"]]
         with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1) as decoder:
             told = [result.by for result in decoder.map(media)]
@@ -349,12 +353,12 @@ class TestDali:
         """As in a container without the driver's video part: after some failures everything goes to PyAV."""
         tried: list[int] = []
 
-        def fail(self: dali.Pipeline, tickets: list[dali.Ticket]) -> None:
+        def fail(self: dali.Pipeline, tickets: list[dali_ticket.Ticket]) -> None:
             tried.append(len(tickets))
             raise RuntimeError("NVDEC is not there")
 
         monkeypatch.setattr(dali.Pipeline, "start", fail)
         with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=4) as decoder:
             results = list(decoder.map([videos["VP9"]] * 40))
-        assert {r.by for r in results} == {"PyAV (DALI cannot decode it)"}
+        assert {r.by for r in results} == {"PyAV (DALI cannot decode it)", "PyAV (DALI is asked no more)"}
         assert all(r.frames is not None for r in results) and len(tried) < 40

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from dataloaders import preprocess as preprocessing
 from dataloaders.preprocess import Preprocess
 
 SIZES = [
@@ -39,6 +40,21 @@ def test_equals_the_reference(height: int, width: int, resize: int, crop: int) -
     ours = preprocess.normalized(torch.from_numpy(cropped)[None])
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "difference"), [("float32", 1), ("float16", 2)])
+@pytest.mark.parametrize(("height", "width"), [*SIZES, (700, 230), (2000, 18)])
+def test_many_at_once(height: int, width: int, dtype: str, difference: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On white noise, and on noise of black and white alone; half precision is what a GPU computes in."""
+    monkeypatch.setattr(preprocessing, "ARITHMETIC", {"cpu": dtype})
+    monkeypatch.setattr(preprocessing, "_PART", 2 * 3 * height * width)
+    noise = np.random.default_rng(height).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
+    frames = np.stack([*noise[:2], (noise[2] > 127) * np.uint8(255)])
+    for preprocess in (Preprocess(64, 64), Preprocess(72, 63)):
+        ours = preprocess.cropped_batch(torch.from_numpy(frames))
+        assert ours.dtype == torch.uint8 and ours.is_contiguous()
+        expected = np.stack([preprocess.cropped(frame) for frame in frames])
+        assert np.abs(ours.numpy().astype(int) - expected).max() <= difference
 
 
 def test_load_reads_what_transformers_writes(tmp_path: Path) -> None:

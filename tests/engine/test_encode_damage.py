@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -25,21 +24,12 @@ from engine.encode import EncodeConfig, encode, make_jobs
 from engine.encode_check import verify
 from tests.clips import save_clip, write_data
 from tests.damage import damage
-from tests.media import write_video
+from tests.media import needs_dali, write_video
 
 N = 5
 DAMAGED, GOOD = 200, 25
 
-DECODERS = [
-    "pyav",
-    pytest.param(
-        "dali",
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
-            reason="DALI is not installed: pip install nvidia-dali-cuda130",
-        ),
-    ),
-]
+DECODERS = ["pyav", pytest.param("dali", marks=needs_dali)]
 
 REASONS = {
     "truncated": "cut off|the file is empty|is it a video|holds no|damaged|cannot decode",
