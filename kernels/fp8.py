@@ -36,7 +36,10 @@ class Fp8Weight(NamedTuple):
 
 
 def quantize_weight(weight: Tensor) -> Fp8Weight:
-    """Both float8 orientations of a weight (d_out, d_in). Raises ValueError on sizes that float8 GEMMs cannot serve."""
+    """Both float8 orientations of a weight (d_out, d_in). Raises ValueError for sizes and devices without float8 GEMMs."""
+    why = why_unsupported(weight.device)
+    if why is not None:
+        raise ValueError(why)
     if weight.shape[0] % 16 or weight.shape[1] % 16:
         raise ValueError(f"float8 products need sizes divisible by 16, and a weight is {tuple(weight.shape)}")
     (rows, row_scales), (columns, column_scales) = quantize_rows(weight), quantize_rows(weight.t().contiguous())

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from bench import step
 from bench.step_problem import make_problem, paper_shape, tiny_shape
@@ -14,7 +19,7 @@ from engine.recipes import PAPER
 
 @pytest.fixture(scope="module")
 def problem():
-    return make_problem(tiny_shape(), torch.device("cpu"), torch.float32, 4, None)
+    return make_problem(replace(tiny_shape(), samples=3), torch.device("cpu"), torch.float32, 4, None)
 
 
 def test_a_peer_is_timed_only_when_its_loss_is_ours(problem, monkeypatch: pytest.MonkeyPatch):
@@ -30,6 +35,26 @@ def test_a_peer_is_timed_only_when_its_loss_is_ours(problem, monkeypatch: pytest
     assert "its loss is 1.000000, ours" in rows["other"].problem
     assert "only emulates" in rows[step.FP8].problem
     assert rows[step.OURS].tokens_per_second > 0
+
+
+def test_unsloth_is_handed_our_weights_and_our_lora(problem, monkeypatch: pytest.MonkeyPatch):
+    """By a stand-in with unsloth's two functions: unsloth itself imports only where a GPU is."""
+    given: list[dict[str, object]] = []
+
+    class FastLanguageModel:
+        @staticmethod
+        def from_pretrained(directory: str, *, max_seq_length: int, dtype: torch.dtype, load_in_4bit: bool):
+            return LlamaForCausalLM.from_pretrained(directory, dtype=dtype), AutoTokenizer.from_pretrained(directory)
+
+        @staticmethod
+        def get_peft_model(llama, *, bias: str, use_gradient_checkpointing: str, **options):
+            given.append(options)
+            return get_peft_model(llama, LoraConfig(bias=bias, **options))
+
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=FastLanguageModel))
+    rows = {r.implementation: r for r in step.measure("tiny", problem, 1, (step.UNSLOTH,))}
+    assert rows[step.UNSLOTH].problem is None, "its loss is ours"
+    assert (given[0]["r"], given[0]["lora_alpha"], len(given[0]["target_modules"])) == (4, 8.0, 7)
 
 
 def test_twins_share_what_is_frozen_and_nothing_else(problem):
