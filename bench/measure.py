@@ -61,7 +61,7 @@ def cpu_clock() -> Callable[[], float]:
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def interleaved(steps: Mapping[str, Step], device: torch.device, rounds: int) -> dict[str, Timing]:
+def interleaved(steps: Mapping[str, Step], device: torch.device, rounds: int, warmups: int = 2) -> dict[str, Timing]:
     """Time every step once per round, in turn, so that clocks and neighbours disturb all of them alike.
 
     On CUDA each measurement stands behind a queue of work, so that kernels of some microseconds are not timed by the
@@ -69,7 +69,7 @@ def interleaved(steps: Mapping[str, Step], device: torch.device, rounds: int) ->
     """
     clock = cpu_clock()
     for step in steps.values():
-        for _ in range(2):
+        for _ in range(warmups):
             step()
     synchronize(device)
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from bench.encode import table as encoding_table
 from bench.kernel_cases import BARE, CANDIDATES, OURS, PLAIN
 from bench.kernel_rows import Row
 
@@ -75,6 +76,12 @@ def read_steps(path: Path) -> tuple[Mapping[str, str], list[Mapping[str, Any]]] 
     content = json.loads(path.read_text())
     rows = content.get("rows", []) if isinstance(content, dict) else []
     return (content["environment"], rows) if any("tokens_per_second" in row for row in rows) else None
+
+
+def encoding(path: Path) -> Mapping[str, Any] | None:
+    """A result file of `bench.encode`; None when it is none of its."""
+    content = json.loads(path.read_text())
+    return content if isinstance(content, dict) and "nvdec" in content else None
 
 
 def cases_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -210,10 +217,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no result files: run python -m bench.gpu, or pytest bench --benchmark-json=FILE")
     try:
         steps = [found for path in files if (found := read_steps(path))]
-        results = [read(path) for path in files if not read_steps(path)]
+        encodings = [content for path in files if (content := encoding(path))]
+        results = [read(path) for path in files if not read_steps(path) and not encoding(path)]
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    step_tables = [step_table(*found) for found in steps]
+    step_tables = [step_table(*found) for found in steps] + [encoding_table(content) for content in encodings]
     if options.readme is not None:
         tables = "\n\n".join([*(summary(*result) for result in results), *step_tables])
         options.readme.write_text(fill(options.readme.read_text(), tables))
