@@ -62,7 +62,8 @@ class EncodeConfig:
     failure_budget: float = 0.01
     """share of media that may fail before the run stops"""
     time_limit: float = TIME_LIMIT
-    """seconds after which a file that is still being decoded is given up, and its process killed; not kept by 0 workers"""
+    """seconds after which a file that is still being decoded is given up and its process killed (not kept by 0 workers), and
+    a batch that DALI gives nothing of goes to PyAV"""
     shard_records: int = 1024
     """records per shard, the most that a kill can cost"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
