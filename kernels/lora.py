@@ -143,6 +143,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, lora_a, lora_b, ctx.scale, ctx.splits = inputs
     _, low = output
     ctx.mark_non_differentiable(low)
+    ctx.set_materialize_grads(False)  # of zeros for `low`
     ctx.save_for_backward(x, lora_a, lora_b, low, *weight)
 
 
