@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -35,7 +34,7 @@ LINEAGE, HEADS_FILE, ADAPTER_FILE = "lineage.json", "pite.safetensors", "adapter
 
 def resolve(path_or_name: str | Path) -> Path:
     """The local directory of a language model given by path or by Hugging Face name. Raises ValueError."""
-    return hub.resolve(path_or_name, ("*.json", "*.safetensors", "tokenizer*", "pytorch_model*.bin"))
+    return hub.resolve(path_or_name, ("*.json", "tokenizer*"))
 
 
 def load(directory: Path, *, dtype: torch.dtype, device: str = "cpu") -> PiTe:
@@ -57,7 +56,7 @@ def load_language_model(
     initialize_heads(model, seed)
     copy_into(
         {**names.language_model_tensors(model), **names.head_tensors(model)},
-        weights(directory),
+        hub.weights(directory),
         directory,
         optional=names.HEADS,
     )
@@ -218,27 +217,11 @@ def load_lora(model: PiTe, directory: Path) -> None:
         if config.get(flag):
             raise ValueError(f"{path}: {flag} is not supported, only plain LoRA is")
     model.add_lora(config["r"], config["lora_alpha"])
-    copy_into(names.lora_tensors(model), weights(directory, stem="adapter_model"), directory)
+    copy_into(names.lora_tensors(model), hub.weights(directory, stem="adapter_model"), directory)
 
 
 def load_heads(model: PiTe, directory: Path) -> None:
     copy_into(names.head_tensors(model), iter(load_file(directory / HEADS_FILE).items()), directory)
-
-
-def weights(directory: Path, stem: str = "model") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a directory's safetensors (preferred) or torch files, read lazily from mapped memory."""
-    files = sorted(directory.glob(f"{stem}*.safetensors"))
-    if files:
-        for file in files:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    yield name, shard.get_tensor(name)
-        return
-    files = sorted(directory.glob(f"{stem}*.bin")) or sorted(directory.glob(f"pytorch_{stem}*.bin"))
-    if not files:
-        raise ValueError(f"{directory} holds no {stem}*.safetensors and no *.bin weights")
-    for file in files:
-        yield from torch.load(file, map_location="cpu", mmap=True, weights_only=True).items()
 
 
 @torch.no_grad()

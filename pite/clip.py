@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from dataloaders.preprocess import Preprocess
 from pite import hub
 
-_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
+_FILES = ("config.json", "preprocessor_config.json")
 
 
 class ClipEncoder:
@@ -31,7 +31,8 @@ class ClipEncoder:
     Only the CLS token leaves the last layer, so only its query, its attention and its MLP are computed there: 3.5% of
     ViT-L/14's arithmetic less.
 
-    path    directory in Hugging Face's format, or a name on its hub such as openai/clip-vit-large-patch14
+    path    directory in Hugging Face's format, weights in safetensors or torch files, or a name on its hub such as
+            openai/clip-vit-large-patch14
     device  "cpu" or "cuda"
     compiled  by torch.compile, once per number of frames; for many batches of one size
     Raises ValueError where there is no such model.
@@ -114,16 +115,21 @@ def _load(directory: Path) -> CLIPVisionModelWithProjection:
         config = CLIPVisionConfig.from_pretrained(directory)
         # The width of the shared space is the whole model's, and its vision part need not repeat it.
         config.projection_dim = values.get("projection_dim", config.projection_dim)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory} holds no CLIP: {_first_line(error)}") from None
+    try:
+        # Given the weights themselves, transformers looks for no file, and runs nothing that one might hold.
         loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
-            directory,
+            None,
             config=config,
+            state_dict=dict(hub.weights(directory)),
             dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{directory} holds no CLIP in safetensors files: {_first_line(error)}") from None
+    except RuntimeError as error:
+        raise ValueError(
+            f"{directory} holds no CLIP of the shape that its config.json gives: {_first_line(error)}"
+        ) from None
     model, report = loaded
     if report["missing_keys"]:
         # transformers would have filled them with random numbers.

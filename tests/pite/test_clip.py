@@ -115,10 +115,59 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
         ClipEncoder(str(tmp_path))
 
 
-def test_pickled_weights_are_refused(tmp_path: Path) -> None:
-    torch.save(save_clip(tmp_path).state_dict(), tmp_path / "pytorch_model.bin")
+@pytest.mark.parametrize("archive", [True, False])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_torch_files_are_the_same_encoder(directory: Path, tmp_path: Path, archive: bool, shards: int) -> None:
+    """Old CLIPs have nothing else; they hold position ids, too, and the oldest format cannot be mapped."""
+    whole = {**save_clip(tmp_path).state_dict(), "vision_model.embeddings.position_ids": torch.arange(17)[None]}
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds no CLIP in safetensors files"):
+    names = sorted(whole)
+    for i in range(shards):
+        file = tmp_path / ("pytorch_model.bin" if shards == 1 else f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin")
+        part = {name: whole[name].clone() for name in names[i::shards]}
+        torch.save(part, file, _use_new_zipfile_serialization=archive)
+    encoder = ClipEncoder(str(tmp_path))
+    assert encoder.checksum == ClipEncoder(str(directory)).checksum
+
+
+def test_half_precision_files_become_float32(tmp_path: Path) -> None:
+    whole = {name: tensor.half() for name, tensor in save_clip(tmp_path).state_dict().items()}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(whole, tmp_path / "pytorch_model.bin")
+    weight = ClipEncoder(str(tmp_path)).model.visual_projection.weight
+    assert weight.dtype == torch.float32 and torch.equal(weight, whole["visual_projection.weight"].float())
+
+
+class _Code:
+    """What a pickle can do when it is read."""
+
+    def __reduce__(self) -> tuple:
+        return (print, ("a pickle ran",))
+
+
+@pytest.mark.parametrize("content", [{"visual_projection.weight": _Code()}, [torch.zeros(1)], b"junk"])
+def test_torch_files_of_anything_else_are_refused(
+    tmp_path: Path, content: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_clip(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read: .") as caught:
+        ClipEncoder(str(tmp_path))
+    assert "\n" not in str(caught.value) and "a pickle ran" not in capsys.readouterr().out
+
+
+def test_weights_of_another_shape_or_none_are_refused(tmp_path: Path) -> None:
+    save_clip(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["patch_size"] = 16
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"no CLIP of the shape that its config\.json gives"):
+        ClipEncoder(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no model\*\.safetensors and no \*\.bin weights"):
         ClipEncoder(str(tmp_path))
 
 

@@ -1,0 +1,63 @@
+"""What is fetched of a model by name: one kind of weights, and nothing out of subfolders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+
+from pite import checkpoint, clip, hub
+
+SMALL = ["config.json", "preprocessor_config.json", "tokenizer.model", "tokenizer_config.json"]
+REPOSITORIES = {
+    "both": [*SMALL, "model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "onnx/model.safetensors"],
+    "old": [*SMALL, "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "tf_model.h5"],
+    "hidden": [*SMALL, "pytorch_model.bin", "int8/model.safetensors", "int8/config.json", "int8/pytorch_model.bin"],
+    "sharded": [*SMALL, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "pytorch_model.bin"],
+}
+COMMIT = "0" * 40
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for the hub, which matches patterns by the hub's own function; what it fetched is in this folder."""
+    directory = tmp_path / COMMIT
+
+    def download(name: str, *, revision: str = "main", **patterns: list[str]) -> str:
+        assert revision in ("main", COMMIT)
+        for file in filter_repo_objects(REPOSITORIES[name.partition("/")[2]], **patterns):
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            (directory / file).touch()
+        return str(directory)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("repository", "weights"),
+    [
+        ("both", ["model.safetensors"]),
+        ("old", ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]),
+        ("hidden", ["pytorch_model.bin"]),
+        ("sharded", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
+    ],
+)
+def test_one_kind_of_weights_is_fetched(hub_cache: Path, repository: str, weights: list[str]) -> None:
+    def fetched() -> list[str]:
+        return sorted(str(file.relative_to(hub_cache)) for file in hub_cache.rglob("*") if file.is_file())
+
+    assert hub.resolve(f"owner/{repository}", clip._FILES) == hub_cache
+    assert fetched() == sorted(["config.json", "preprocessor_config.json", *weights])
+    assert checkpoint.resolve(f"owner/{repository}") == hub_cache
+    assert fetched() == sorted([*SMALL, *weights])
+
+
+def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str, **_: object) -> str:
+        raise OSError(f"no way to {name}\nand more")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match=r"^owner/a could not be had from the Hugging Face hub: no way to owner/a$"):
+        hub.resolve("owner/a", clip._FILES)
