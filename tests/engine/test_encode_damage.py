@@ -157,20 +157,21 @@ def test_killed_at_twenty_moments(clip: Path, tmp_path: Path) -> None:
     config = EncodeConfig(
         data=data, store=tmp_path / "reference", clip=str(clip), num_frames=N, batch_size=N, workers=0, shard_records=1
     )
-    started = time.monotonic()
     encode(config)
-    undisturbed = time.monotonic() - started
     killed = replace(config, store=tmp_path / "killed")
     fork = multiprocessing.get_context("fork")  # A start of Python and torch for each kill would take minutes.
-    rng, kills, progress = random.Random(0), 0, []
-    while kills < 20:
+    rng, progress = random.Random(0), [0]
+    for _ in range(20):
         process = fork.Process(target=_run, args=(killed,))
         process.start()
-        time.sleep(rng.uniform(0.05, 0.15) * undisturbed)
+        # A moment is so many more records, on a machine of any speed, and then some milliseconds.
+        more = min(60, progress[-1] + rng.randint(0, 3))
+        while len(list(killed.store.rglob("*.parquet"))) < more:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.01))
         process.kill()
         process.join()
         assert process.exitcode == -9, "it ended before it was killed"
-        kills += 1
         progress.append(len(list(killed.store.rglob("*.parquet"))))
     assert len(set(progress)) >= 8 and progress[-2] < 60, progress
     encode(killed)
