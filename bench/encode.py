@@ -210,12 +210,13 @@ def table(content: Mapping[str, Any]) -> str:
         if row["frames_per_second"] is None:
             lines.append(f"| {name} | {row['problem']} | |")
             continue
-        spread = "" if row["slow"] is None else f" ({row['slow']:,.1f} to {row['fast']:,.1f})"
+        rate, slow, fast = (None if row[k] is None else _three(row[k]) for k in ("frames_per_second", "slow", "fast"))
+        spread = "" if slow is None else f" ({slow} to {fast})"
         bare, mfu = row.get("share_of_bare"), row.get("mfu")
         share = (
             f"{bare:.0%} of the bare rate" if bare is not None else f"{mfu:.0%} of the peak" if mfu is not None else ""
         )
-        lines.append(f"| {name} | {row['frames_per_second']:,.1f}{spread} | {share} |")
+        lines.append(f"| {name} | {rate}{spread} | {share} |")
     if content["projection"]:
         hours = content["projection"]
         lines.append(
@@ -223,6 +224,11 @@ def table(content: Mapping[str, Any]) -> str:
             f"decoding {hours['decode_hours']:.2f} h | |"
         )
     return "\n".join(lines)
+
+
+def _three(value: float) -> str:
+    """Three digits of a small number, all of a large one."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main(arguments: list[str] | None = None) -> int:
