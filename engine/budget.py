@@ -12,17 +12,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from engine.config import parse
 from engine.memory import choose_layout, count_parameters
 from engine.parallel import World
 from engine.recipes import LANGUAGE_MODELS, Recipe, Stage
+from engine.train_config import TrainConfig
 from pite.config import PiTeConfig
-
-if TYPE_CHECKING:
-    from engine.train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,12 @@ DEVICES: dict[str, Device] = {
     "H200": Device(989e12, 141e9, True),
 }
 
-PEAK_BF16: dict[str, float] = {name.partition("-")[0]: device.peak for name, device in DEVICES.items()}
-"""Dense bfloat16 FLOP/s by the name that the driver gives a device."""
+PEAK_BF16: dict[str, float] = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    **{name.partition("-")[0]: device.peak for name, device in DEVICES.items()},
+}
+"""Dense bfloat16 FLOP/s by what is part of the name that the driver gives a device; the first that fits counts."""
 
 COUNTS = (1, 8)
 """Devices for which hours are printed."""
@@ -218,7 +220,8 @@ def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
         return PiTeConfig.load(llm, num_points=config.num_points), str(llm)
     if config.model == "tiny":
         raise ValueError(f"{config.llm} is no directory: the miniature's shape is not known without it")
-    return PiTeConfig.preset(config.model), f"shape of {LANGUAGE_MODELS[config.model]}"
+    unseen = f"; {config.llm} is no directory and was not looked at" if config.llm else ""
+    return PiTeConfig.preset(config.model), f"shape of {LANGUAGE_MODELS[config.model]}{unseen}"
 
 
 def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpus:
@@ -226,6 +229,8 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
     from dataloaders.dataset import StageDataset
     from engine.build import load_tokenizer
 
+    if not config.data.is_dir() and config.data != TrainConfig.data:
+        raise ValueError(f"{config.data}: no such data folder")
     if not (config.data / f"stage{stage}").is_dir():
         return ASSUMED_CORPORA[stage]
     try:
@@ -257,9 +262,6 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the same as `engine.train --dry-run`."""
-    from engine.config import parse
-    from engine.train import TrainConfig
-
     config = parse(TrainConfig, argv, prog="python -m engine.budget")
     try:
         print(report(config))

@@ -7,6 +7,7 @@ copied: its gradients are summed (`engine.gradients`), and rank 0 alone can save
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,6 +78,11 @@ class World:
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value)
         return cast(list[T], values)
+
+    def say(self, text: str) -> None:
+        """Tell the user something once."""
+        if self.is_main:
+            print(text, file=sys.stderr)
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -42,6 +42,22 @@ class Recipe:
     group_media: bool = False
     align_adapter: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name in ("learning_rate", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        for name in ("head_rate_ratio", "weight_decay", "max_grad_norm", "trajectory_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
+        for name in ("warmup_ratio", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be at least 0 and below 1, not {getattr(self, name)}"
+                )
+
 
 PAPER: dict[Stage, Recipe] = {
     1: Recipe(learns=("vision_adapter", "localization_projector"), head="localization", epochs=1),

@@ -23,7 +23,7 @@ from engine.recipes import Recipe
 from pite.model import PiTe
 
 if TYPE_CHECKING:
-    from engine.train import TrainConfig
+    from engine.train_config import TrainConfig
 
 
 def run(
@@ -52,7 +52,7 @@ def run(
     if newest is not None:
         state.restore(newest, parameters, optimizer, fingerprint)
         start = newest.step
-    stop = min(total, config.max_steps or total)
+    stop = total if config.max_steps is None else max(start, min(total, config.max_steps))
     with (
         InterruptFlag(among_others=world.size > 1) as interrupted,
         Metrics(

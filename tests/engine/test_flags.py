@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,10 @@ import pytest
 import torch
 
 from engine import metrics
-from engine.train import TrainConfig, main
+from engine.parallel import World
+from engine.preflight import claimed
+from engine.train import main
+from engine.train_config import TrainConfig
 from pite.checkpoint import read_lineage
 from tests.engine.workspace import train_arguments
 
@@ -92,3 +96,48 @@ def test_without_the_trajectory_stage_all_is_two_stages():
         TrainConfig(stage="2", trajectory_stage=False)
     with pytest.raises(ValueError, match="--profile takes a first and a last step"):
         TrainConfig(profile=(3, 2))
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("max_steps", 0),
+        ("lora_rank", 0),
+        ("epochs", 0),
+        ("global_batch", 0),
+        ("learning_rate", -1),
+        ("learning_rate", "nan"),
+        ("label_smoothing", 1),
+        ("recompute", -1),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_by_its_flag(workspace: Path, tmp_path: Path, capsys, flag, value):
+    with pytest.raises(SystemExit) as ended:
+        main(train_arguments(workspace, tmp_path, "1", **{flag: value}))
+    assert ended.value.code == 2
+    assert f"--{flag.replace('_', '-')} must be" in capsys.readouterr().err
+
+
+def test_a_run_asked_to_stop_where_it_has_been_stays_there(workspace: Path, tmp_path: Path, capsys):
+    assert main(train_arguments(workspace, tmp_path, "1", max_steps=4)) == 0
+    assert main(train_arguments(workspace, tmp_path, "1", max_steps=2)) == 0
+    assert "stage 1 stopped after step 4 of 6" in capsys.readouterr().err
+
+
+def test_what_a_later_stage_lacks_is_said_before_the_first(workspace: Path, tmp_path: Path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(workspace / "data", data, ignore=shutil.ignore_patterns("stage3"))
+    arguments = {"data": data, "llm": "not/there"}
+    assert main(train_arguments(workspace, tmp_path / "run", **arguments)) == 1
+    assert "stage3 holds none of" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    missing = {"data": tmp_path / "nowhere"}
+    assert main([*train_arguments(workspace, tmp_path / "run", **missing), "--dry-run"]) == 1
+    assert "nowhere: no such data folder" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_share_a_folder(workspace: Path, tmp_path: Path, capsys):
+    with claimed(tmp_path, World(0, 1, torch.device("cpu"))):
+        assert main(train_arguments(workspace, tmp_path, "1")) == 1
+    assert "is being written by another run" in capsys.readouterr().err
+    assert main(train_arguments(workspace, tmp_path, "1", max_steps=1)) == 0

@@ -11,8 +11,9 @@ import engine.train
 from engine import budget, metrics
 from engine.memory import choose_layout, count_parameters, memory
 from engine.parallel import World
+from engine.preflight import check_fp8
 from engine.recipes import recipe
-from engine.train import check_fp8, main
+from engine.train import main
 from kernels.fp8 import dequantize
 from pite import names
 from pite.config import PiTeConfig

@@ -1,0 +1,66 @@
+"""What a run needs, looked at before anything large is fetched or read."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from dataloaders.dataset import StageDataset
+from dataloaders.formats import Room, present_formats
+from dataloaders.ledger import LEDGER, read_failures
+from dataloaders.store import Manifest
+from engine.parallel import World
+from engine.recipes import Stage
+from engine.train_config import TrainConfig
+from kernels.fp8 import why_unsupported
+
+
+def check_given(config: TrainConfig) -> None:
+    """Raise ValueError or OSError where the data or features of any stage to come are missing."""
+    rooms: dict[Stage, Room] = {1: "stage1", 2: "stage2", 3: "stage3"}
+    for stage in config.stages:
+        present_formats(config.data, rooms[stage])
+        Manifest.load(config.features(stage))
+
+
+@contextmanager
+def claimed(output: Path, world: World) -> Iterator[None]:
+    """Keep other runs out of a run's folder within the block. Raises ValueError where another is in it."""
+    if not world.is_main:
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{output} is being written by another run; wait for it or choose another --output"
+            ) from error
+        yield
+
+
+def check_fp8(world: World, dtype: torch.dtype) -> None:
+    """Raise ValueError where --frozen-dtype fp8 cannot be had."""
+    why = why_unsupported(world.device)
+    if why is not None:
+        raise ValueError(f"--frozen-dtype fp8: {why}; leave the flag out")
+    if world.device.type == "cuda" and dtype != torch.bfloat16:
+        raise ValueError("--frozen-dtype fp8 on CUDA goes with bfloat16: leave --dtype out")
+    if world.device.type == "cpu":
+        world.say("fp8 is emulated on a CPU: its rounding, not its speed")
+
+
+def check_encoded(dataset: StageDataset, store: Path) -> None:
+    """Raise ValueError when media are missing from the store though their encoding did not fail."""
+    failed = {failure.id for failure in read_failures(store / LEDGER)}
+    forgotten = sorted(set(dataset.not_encoded) - failed)
+    if forgotten:
+        raise ValueError(
+            f"{len(forgotten):,} media, {forgotten[0]!r} among them, are neither in the feature store {store} nor in its "
+            "ledger of failures; run engine.encode first"
+        )
