@@ -1,8 +1,8 @@
 """Attention over packed documents: one function, whichever varlen kernel is installed behind it.
 
 Writing an attention kernel would duplicate what flash-attn, xformers and PyTorch already maintain; what is missing is
-one signature for them. The back end is chosen once per device kind, logged, and can be named by the caller. The CPU has
-no varlen kernel: documents of similar length are padded into a few batched SDPA calls, which under a causal mask needs
+one signature for them. Being installed is not enough: a back end is chosen once per kind of call, by a trial, and can be
+named by the caller instead. The CPU has no varlen kernel: documents of similar length are padded into a few batched SDPA calls, which under a causal mask needs
 no extra mask, because padding at the end is in every real token's future.
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -21,7 +22,14 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("flash_attn", "xformers", "varlen_attn", "sdpa")
+# In order of preference. The first three are flash-attn's modules: versions 4 (CuTe), 3 (Hopper) and 2.
+BACKENDS = ("flash_attn.cute", "flash_attn_interface", "flash_attn", "xformers", "varlen_attn", "sdpa")
+
+_KERNEL_DEVICES = ("cuda",)
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+
+# Of the largest value: half precision costs 0.1 to 0.6% of it, a wrong mask, scale or order of heads 20% and more.
+_TOLERANCE = 0.05
 
 # What one more SDPA call costs (slicing, dispatch, backward nodes), in units of heads x head_dim x length^2.
 # About 100 us on one AVX-512 core; padding is accepted while it is cheaper than that.
@@ -54,40 +62,100 @@ def packed_attention(
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError("packed_attention: cu_seqlens must be a one-dimensional int32 tensor")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    name = choose_backend(q.device.type, q.dtype) if backend == "auto" else backend
+    name = backend
+    if backend == "auto":
+        name = choose_backend(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2], causal)
     if name == "sdpa":
         return _sdpa(q, k, v, cu_seqlens, causal, scale)
     return _load(name)(q, k, v, cu_seqlens, max_seqlen, causal, scale)
 
 
-# Plain dictionaries: torch.compile reads them, where it cannot follow an import.
-_chosen: dict[tuple[str, torch.dtype], str] = {}
+# Plain dictionaries, so that torch.compile can read them.
+_chosen: dict[tuple[torch.device, torch.dtype, int, int, int, bool], str] = {}
 _loaded: dict[str, Callable[..., Tensor]] = {}
 
 
-def choose_backend(device_type: str, dtype: torch.dtype) -> str:
-    """The first installed back end that serves half precision on CUDA; "sdpa" for everything else.
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, causal: bool = True
+) -> str:
+    """The name in BACKENDS of what "auto" takes for such calls; "sdpa" for all but half precision on CUDA.
 
-    The choice is made once. Call this before torch.compile, which cannot import.
+    On CUDA it is the first back end that computes a small forward and backward pass like SDPA; the others are logged
+    with the reason. The trial is made once, and waits for the device: call this before a CUDA graph is captured.
     """
-    name = _chosen.get((device_type, dtype))
+    if device.type not in _KERNEL_DEVICES or dtype not in _KERNEL_DTYPES:
+        return "sdpa"
+    key = (device, dtype, heads, key_heads, head_dim, causal)
+    name = _chosen.get(key)
     if name is None:
-        name = _chosen[device_type, dtype] = _search(device_type, dtype)
+        name = _chosen[key] = _search(*key)
     return name
 
 
-def _search(device_type: str, dtype: torch.dtype) -> str:
-    if device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return "sdpa"
+@torch.compiler.assume_constant_result
+def _search(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, causal: bool) -> str:
+    # On a thread of its own, which has none of the modes that the caller may be in: no_grad, autocast, fake tensors, or
+    # a checkpoint, which would count the trial's saved tensors as the layer's.
+    start = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, "attention", start) as pool:
+        return pool.submit(_first_that_works, device, dtype, heads, key_heads, head_dim, causal).result()
+
+
+def _first_that_works(
+    device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, causal: bool
+) -> str:
     for name in BACKENDS[:-1]:
         try:
-            _load(name)
-        except ValueError:
+            attend = _load(name)
+        except ValueError as error:
+            absent = isinstance(error.__cause__, ModuleNotFoundError)
+            log.log(logging.INFO if absent else logging.WARNING, "%s", error)
             continue
-        log.info("packed_attention uses %s", name)
-        return name
+        why = _fault(attend, device, dtype, heads, key_heads, head_dim, causal)
+        if why is None:
+            log.info("packed_attention uses %s", name)
+            return name
+        log.warning("packed_attention leaves %s out: %s", name, why)
     log.warning("packed_attention found no varlen kernel: each call copies the document boundaries to the host")
     return "sdpa"
+
+
+def _fault(
+    attend: Callable[..., Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    key_heads: int,
+    head_dim: int,
+    causal: bool,
+) -> str | None:
+    """What is wrong with a back end, by one forward and backward pass over two documents; None when nothing is."""
+    lengths, parts, scale = (33, 95), (heads, key_heads, key_heads), 0.8 * head_dim**-0.5
+    # A generator of its own: the caller's random numbers stay the same.
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    fused = normal(sum(lengths), sum(parts), head_dim).to(device, dtype)
+    upstream = normal(sum(lengths), heads, head_dim).to(device, dtype)
+    bounds = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
+
+    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        # Slices of one projection's output, as a model's are.
+        leaf = fused.to(dtype, copy=True).requires_grad_()
+        out = function(*leaf.split(parts, 1))
+        (gradient,) = torch.autograd.grad(out, leaf, upstream.to(dtype))
+        return [out.detach(), *gradient.split(parts, 1)]
+
+    expected = results(lambda q, k, v: _sdpa(q, k, v, bounds, causal, scale), torch.float32)
+    try:
+        found = results(lambda q, k, v: attend(q, k, v, bounds, max(lengths), causal, scale), dtype)
+        if found[0].dtype != dtype or found[0].shape != expected[0].shape:
+            return f"it returns {found[0].dtype} {tuple(found[0].shape)}"
+        errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected)]
+    except Exception as error:  # whatever an unknown version of it raises
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    for what, wrong in zip(("output", "gradient of q", "gradient of k", "gradient of v"), errors):
+        if not wrong <= _TOLERANCE:  # NaN too
+            return f"its {what} is off by {wrong:.0%}"
+    return None
 
 
 def _load(name: str) -> Callable[..., Tensor]:
@@ -98,25 +166,21 @@ def _load(name: str) -> Callable[..., Tensor]:
 
 
 def _import(name: str) -> Callable[..., Tensor]:
-    loaders = {"flash_attn": _flash_attn, "xformers": _xformers, "varlen_attn": _varlen_attn}
+    loaders: dict[str, Callable[[], Callable[..., Tensor]]] = {
+        **{module: partial(_flash_attn, module) for module in BACKENDS[:3]},
+        "xformers": _xformers,
+        "varlen_attn": _varlen_attn,
+    }
     if name not in loaders:
         raise ValueError(f"packed_attention: unknown backend {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
     try:
         return loaders[name]()
-    except (ImportError, AttributeError, OSError) as error:
+    except Exception as error:  # a package built for another torch or device fails in its own way
         raise ValueError(f"packed_attention: backend {name!r} is not usable here: {error}") from error
 
 
-def _flash_attn() -> Callable[..., Tensor]:
-    # Newest first: 4 (CuTe), 3 (Hopper), 2. They share the call; 3 and 4 may return (out, lse).
-    for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
-        try:
-            function = import_module(module).flash_attn_varlen_func
-            break
-        except (ImportError, AttributeError):
-            continue
-    else:
-        raise ImportError("none of flash_attn.cute, flash_attn_interface and flash_attn has flash_attn_varlen_func")
+def _flash_attn(module: str) -> Callable[..., Tensor]:
+    function: Any = import_module(module).flash_attn_varlen_func
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
@@ -132,7 +196,7 @@ def _flash_attn() -> Callable[..., Tensor]:
             softmax_scale=scale,
             causal=causal,
         )
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple) else out  # 3 and 4 may return (out, lse)
 
     return attend
 

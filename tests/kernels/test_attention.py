@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, packed_attention, reference
 from tests.kernels.helpers import assert_as_accurate, assert_bitwise
@@ -141,14 +144,13 @@ def new_varlen(recorded):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("which", ["flash_attn", "varlen_attn, old", "varlen_attn, new", "xformers"])
+@pytest.mark.parametrize("which", ["flash_attn_interface", "varlen_attn, old", "varlen_attn, new", "xformers"])
 def test_adapters_speak_each_backends_dialect(which, causal, monkeypatch):
     """The back ends need a GPU; their call signatures do not. Each stand-in has the real one's parameters."""
     recorded: dict[str, object] = {}
-    if which == "flash_attn":
+    if which == "flash_attn_interface":
         module, function = flash(recorded)
         module.flash_attn_varlen_func = function
-        monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
         monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     elif which == "xformers":
         infos = lambda name: lambda q_seqinfo, k_seqinfo: SimpleNamespace(kind=name, info=q_seqinfo)  # noqa: E731
@@ -181,28 +183,192 @@ def test_adapters_speak_each_backends_dialect(which, causal, monkeypatch):
     assert recorded.get("causal", causal) == causal
 
 
-def test_the_cpu_always_has_a_backend():
-    assert attention.choose_backend("cpu", torch.float32) == "sdpa"
-    assert attention.choose_backend("cuda", torch.float32) == "sdpa"
+CPU = torch.device("cpu")
+KIND = (CPU, torch.bfloat16, 4, 2, 16, True)
 
 
-def test_a_loaded_backend_compiles_without_a_break(monkeypatch):
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Back ends by name, taken for the only ones that are installed; the CPU's bfloat16 counts as a kernel's."""
+    installed = {}
+
+    def load(name):
+        if name not in installed:
+            raise ValueError(f"no {name}") from ModuleNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(attention, "_load", load)
+    monkeypatch.setattr(attention, "_chosen", {})
+    monkeypatch.setattr(attention, "_KERNEL_DEVICES", ("cpu",))
+    return installed
+
+
+def good(q, k, v, cu_seqlens, max_seqlen, causal, scale):
+    return reference.packed_attention(q, k, v, cu_seqlens, max_seqlen, causal=causal, scale=scale)
+
+
+def raises(*_):
+    raise RuntimeError("no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
+
+
+def lacks_an_argument(q, k, v, cu_seqlens, max_seqlen, causal, scale):
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+        return good(q, k, v, cu_seqlens_q, max_seqlen, causal, softmax_scale)
+
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        softmax_scale=scale,
+        causal=True,
+    )
+
+
+def one_document(q, k, v, cu_seqlens, max_seqlen, causal, scale):
+    return good(q, k, v, torch.tensor([0, len(q)], dtype=torch.int32), len(q), causal, scale)
+
+
+def no_mask(q, k, v, cu_seqlens, max_seqlen, causal, scale):
+    return good(q, k, v, cu_seqlens, max_seqlen, False, scale)
+
+
+def own_scale(q, k, v, cu_seqlens, max_seqlen, causal, scale):
+    return good(q, k, v, cu_seqlens, max_seqlen, causal, None)
+
+
+def heads_interleaved(q, k, v, cu_seqlens, max_seqlen, causal, scale):
+    return good(q, k.repeat(1, 2, 1), v.repeat(1, 2, 1), cu_seqlens, max_seqlen, causal, scale)
+
+
+def no_number(*inputs):
+    return good(*inputs) * float("nan")
+
+
+def forward_only(*inputs):
+    return good(*inputs).detach()
+
+
+def half_a_gradient(q, k, v, *rest):
+    return good(q, k / 2 + k.detach() / 2, v, *rest)
+
+
+def float32_out(*inputs):
+    return good(*inputs).float()
+
+
+BAD = {
+    raises: "RuntimeError: no kernel image is available",
+    lacks_an_argument: "TypeError: .*unexpected keyword argument 'max_seqlen_q'",
+    one_document: "its output is off by",
+    no_mask: "its output is off by",
+    own_scale: "its gradient of [qk] is off by|its output is off by",
+    heads_interleaved: "its output is off by",
+    no_number: "its output is off by nan%",
+    forward_only: "RuntimeError: .*does not require grad",
+    half_a_gradient: "its gradient of k is off by 50%",
+    float32_out: "it returns torch.float32",
+}
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda f: f.__name__)
+def test_a_backend_that_is_installed_and_does_not_work_is_passed_over(stand_ins, caplog, bad):
+    stand_ins.update({"flash_attn.cute": bad, "varlen_attn": good})
+    with caplog.at_level("INFO"):
+        assert attention.choose_backend(*KIND) == "varlen_attn"
+    assert [m for m in caplog.messages if re.match("packed_attention leaves flash_attn.cute out: (" + BAD[bad] + ")", m)]
+    assert caplog.messages[-1] == "packed_attention uses varlen_attn"
+    stand_ins.clear()  # the trial is made once
+    assert attention.choose_backend(*KIND) == "varlen_attn"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(1, 1, 8), (8, 2, 128), (40, 40, 128)])
+def test_a_backend_that_works_is_taken_first(stand_ins, causal, dtype, heads, key_heads, width):
+    stand_ins.update({"flash_attn": good, "varlen_attn": raises})
+    assert attention.choose_backend(CPU, dtype, heads, key_heads, width, causal) == "flash_attn"
+
+
+def test_sdpa_when_nothing_works_and_where_no_kernel_is_for(stand_ins, caplog):
+    stand_ins["xformers"] = raises
+    assert attention.choose_backend(*KIND) == "sdpa"
+    assert "copies the document boundaries to the host" in caplog.text
+    stand_ins["flash_attn"] = good
+    assert attention.choose_backend(CPU, torch.float32, 4, 2, 16) == "sdpa"
+    assert attention.choose_backend(torch.device("cuda", 0), torch.bfloat16, 4, 2, 16) == "sdpa"
+    assert attention.choose_backend(CPU, torch.bfloat16, 4, 2, 32) == "flash_attn"
+
+
+def test_a_package_that_fails_to_import_is_told_and_one_that_is_absent_is_not(monkeypatch, caplog):
+    def undefined_symbol(name):
+        if name == "flash_attn":
+            raise ImportError("flash_attn_2_cuda.so: undefined symbol")
+        if name == "flash_attn.cute":
+            raise RuntimeError("no driver")
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(attention, "import_module", undefined_symbol)
+    monkeypatch.setattr(attention, "_chosen", {})
+    monkeypatch.setattr(attention, "_loaded", {})
+    monkeypatch.setattr(attention, "_KERNEL_DEVICES", ("cpu",))
+    assert attention.choose_backend(*KIND) == "sdpa"
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "'flash_attn.cute' is not usable here: no driver" in told[0]
+    assert "undefined symbol" in told[1]
+    assert len(told) == 3  # and that SDPA serves
+
+
+@pytest.mark.parametrize("surrounding", ["no_grad", "inference_mode", "autocast", "checkpoint", "fake tensors"])
+def test_the_trial_is_made_apart_from_what_the_caller_is_in(stand_ins, surrounding):
+    stand_ins["varlen_attn"] = good
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    inputs = make([9, 14, 3], torch.bfloat16, key_heads=2)
+    if surrounding == "checkpoint":
+        again = lambda q, k, v: packed_attention(q, k, v, *inputs[3:]) * 2  # noqa: E731
+        out = checkpoint(again, *inputs[:3], use_reentrant=False)
+        expected = results(*inputs, function=lambda *t, **o: reference.packed_attention(*t, **o) * 2)
+        upstream = torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype)
+        assert_bitwise([out.detach(), *torch.autograd.grad(out, inputs[:3], upstream)], expected)
+    else:
+        modes = {
+            "no_grad": torch.no_grad(),
+            "inference_mode": torch.inference_mode(),
+            "autocast": torch.autocast("cpu", torch.float16),
+            "fake tensors": FakeTensorMode(),
+        }
+        with modes[surrounding]:
+            assert attention.choose_backend(CPU, torch.bfloat16, 4, 2, 8) == "varlen_attn"
+    assert list(attention._chosen.values()) == ["varlen_attn"]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_choice_may_fall_while_torch_compile_traces(stand_ins):
+    stand_ins.update({"flash_attn": raises, "varlen_attn": good})
+    inputs = make([9, 14, 3], torch.bfloat16, key_heads=2)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def which(q, k):
+        return q * ["flash_attn", "varlen_attn", "sdpa"].index(
+            attention.choose_backend(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2])
+        )
+
+    assert torch.equal(which(*inputs[:2]), inputs[0])
+    assert list(attention._chosen.values()) == ["varlen_attn"]
+    assert torch.equal(which(*inputs[:2]), inputs[0])
+
+
+def test_a_chosen_backend_compiles_without_a_break(monkeypatch):
     def attend(q, k, v, cu_seqlens, max_seqlen, causal, scale):
         return q * scale + k + v * max_seqlen
 
     monkeypatch.setattr(attention, "_loaded", {"varlen_attn": attend})
-    monkeypatch.setattr(attention, "_chosen", {("cpu", torch.float32): "varlen_attn"})
-    inputs = make([9, 14, 3])
+    monkeypatch.setattr(attention, "_chosen", {(CPU, torch.bfloat16, 4, 4, 8, True): "varlen_attn"})
+    monkeypatch.setattr(attention, "_KERNEL_DEVICES", ("cpu",))
     compiled = torch.compile(packed_attention, fullgraph=True, backend="aot_eager")
-    assert_bitwise(results(*inputs), results(*inputs, function=compiled))
-
-
-def test_cuda_takes_the_first_backend_that_imports(monkeypatch, caplog):
-    monkeypatch.setattr(attention, "_chosen", {})
-    monkeypatch.setattr(attention, "_loaded", {"xformers": reference.packed_attention})
-    for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with caplog.at_level("INFO"):
-        assert attention.choose_backend("cuda", torch.bfloat16) == "xformers"
-        assert attention.choose_backend("cuda", torch.bfloat16) == "xformers"
-    assert caplog.messages == ["packed_attention uses xformers"]
+    for lengths in ([9, 14, 3], [4, 7], [20, 1]):  # lengths become symbols
+        inputs = make(lengths, torch.bfloat16)
+        assert_bitwise(results(*inputs), results(*inputs, function=compiled))
