@@ -123,19 +123,29 @@ def measure(output: Path, folder: Path, answers: Path, stage2: Path | None) -> d
 
 
 def plot_curves(output: Path, variants: Sequence[Variant], seeds: int) -> None:
-    """OUTPUT/curves.png: stage 2's losses over its steps, the mean of the seeds and, pale, the lowest and the highest."""
-    figure, panels = plt.subplots(1, len(CURVES), figsize=(6 * len(CURVES), 4))
-    for index, variant in enumerate(v for v in variants if "--no-trajectory-stage" not in v.flags):
-        runs = [read_metrics(output / variant.folder / str(seed) / "stage2" / "metrics.jsonl") for seed in range(seeds)]
-        for panel, (name, title) in zip(panels, CURVES.items()):
+    """OUTPUT/curves.png: stage 2's losses over its steps, and their distance from the first variant's of the same seed.
+
+    Running means over a thirtieth of the steps; the mean of the seeds and, pale, the lowest and the highest.
+    """
+    trained = [v for v in variants if "--no-trajectory-stage" not in v.flags]
+    figure, panels = plt.subplots(2, len(CURVES), figsize=(6 * len(CURVES), 6), sharex=True, height_ratios=(2, 1))
+    for column, (name, title) in zip(panels.T, CURVES.items()):
+        first = None
+        for index, variant in enumerate(trained):
+            files = [output / variant.folder / str(seed) / "stage2" / "metrics.jsonl" for seed in range(seeds)]
+            runs = [read_metrics(file) for file in files]
             curves = np.stack([smooth(run[name], max(1, len(run[name]) // 30)) for run in runs])
-            panel.plot(runs[0]["step"], curves.mean(0), color=f"C{index}", label=variant.name)
-            panel.fill_between(runs[0]["step"], curves.min(0), curves.max(0), color=f"C{index}", alpha=0.2, linewidth=0)
-            panel.set(title=title, xlabel="optimizer step", yscale="log")
-            panel.grid(alpha=0.25, which="both")
-    panels[-1].legend()
+            first = curves if first is None else first
+            for panel, values in zip(column, (curves, 100 * (curves / first - 1))):
+                steps = runs[0]["step"]
+                panel.plot(steps, values.mean(0), color=f"C{index}", label=variant.name)
+                panel.fill_between(steps, values.min(0), values.max(0), color=f"C{index}", alpha=0.15, linewidth=0)
+                panel.grid(alpha=0.25)
+        column[0].set(title=title)
+        column[1].set(ylabel=f"% from {trained[0].name}'s", xlabel="optimizer step")
+    panels[0, -1].legend()
     figure.tight_layout()
-    figure.savefig(output / "curves.png", dpi=130)
+    figure.savefig(output / "curves.png", dpi=110)
     plt.close(figure)
 
 
