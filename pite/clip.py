@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from dataloaders.preprocess import Preprocess
-from pite import hub
+from pite import devices, hub
 
 _FILES = ("config.json", "preprocessor_config.json")
 
@@ -33,15 +33,15 @@ class ClipEncoder:
 
     path    directory in Hugging Face's format, weights in safetensors or torch files, or a name on its hub such as
             openai/clip-vit-large-patch14
-    device  "cpu" or "cuda"
+    device  "cpu", "cuda" or "cuda:1"
     compiled  by torch.compile, once per number of frames; for many batches of one size
-    Raises ValueError where there is no such model.
+    Raises ValueError where there is no such model or device.
     """
 
     def __init__(self, path: str, device: str = "cpu", *, compiled: bool = False) -> None:
+        self.device = devices.resolve(device)
         directory = hub.resolve(path, _FILES)
         self.preprocess = Preprocess.load(directory)
-        self.device = torch.device(device)
         with _quiet():
             model = _load(directory)
         if model.config.image_size != self.preprocess.crop:
@@ -50,9 +50,8 @@ class ClipEncoder:
                 f"{self.preprocess.crop}"
             )
         self.checksum = _checksum(model)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model = model.eval().requires_grad_(False)
-        nn.Module.to(self.model, self.device, dtype)
+        nn.Module.to(self.model, self.device, devices.dtype(self.device))
         for parameter in self.model.parameters():
             # Mapped weights lie wherever their file puts them, and products on a CPU depend on it in their last bits.
             parameter.data = parameter.data.clone()

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreT
 from dataloaders.batch import collate
 from dataloaders.prompts import prompt_ids
 from dataloaders.records import TokenizedSample
-from pite import names
+from pite import devices, names
 from pite.model import PiTe
 
 
@@ -60,9 +60,10 @@ class Generator:
     def from_pretrained(directory: Path, device: str = "cpu") -> Generator:
         """Load a model and its tokenizer from one directory; bfloat16 on CUDA, float32 on the CPU.
 
+        device  "cpu", "cuda" or "cuda:1"
         Raises ValueError naming what is missing.
         """
-        model = PiTe.from_pretrained(directory, torch.bfloat16 if device == "cuda" else torch.float32, device)
+        model = PiTe.from_pretrained(directory, devices.dtype(devices.resolve(device)), device)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         except (OSError, ValueError):

@@ -1,6 +1,7 @@
 """PiTe: frame features -> adapter -> packed decoder -> vocabulary, localization and trajectory heads (paper section 4.1).
 
-The model's public face: build it (`from_pretrained`), run it on a packed batch, and move LoRA in and out. Everything on disk is `pite.checkpoint`'s business.
+The model's public face: build it (`from_pretrained`), run it on a packed batch, and move LoRA in and out.
+Everything on disk is `pite.checkpoint`'s business.
 """
 
 from __future__ import annotations
