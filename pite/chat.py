@@ -7,18 +7,20 @@ sentence gives and else throughout. Which words name an object: `pite.mentions`;
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from dataloaders.video import decode_video
+from pite import devices
 from pite.clip import ClipEncoder
 from pite.draw import Track, save_video
 from pite.generate import Answer, Generator
 from pite.mentions import Phrase, find_named, find_phrases
+from pite.trajectories import caution
 
 CLIP = "openai/clip-vit-large-patch14"
 """The paper's encoder."""
@@ -77,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
+    if not 0 <= arguments.temperature < math.inf:
+        raise ValueError(f"--temperature must be 0 or more, not {arguments.temperature}")
+    devices.take(arguments.device)
     generator = Generator.from_pretrained(arguments.model, device=arguments.device)
     clip = ClipEncoder(arguments.clip, arguments.device)
     config = generator.model.config
@@ -100,6 +107,8 @@ def _chat(arguments: argparse.Namespace) -> None:
     tracks = named_tracks(generator, arguments.query, features, answer, arguments.phrase)
     if not tracks and arguments.phrase:
         raise ValueError(f"the answer does not say {' or '.join(map(repr, arguments.phrase))}: nothing was drawn")
+    if doubt := caution(arguments.model):
+        print(f"pite.chat: {doubt}", file=sys.stderr)
     save_video(arguments.trajectory, frames, tracks)
     print(
         f"{arguments.trajectory}: {', '.join(track.label for track in tracks) or 'the answer names no object'}",
@@ -132,9 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="(default: %(default)s)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
+    parser.add_argument("--device", default=devices.default(), help="cpu, cuda or cuda:1 (default: %(default)s)")
     return parser
 
 

@@ -171,10 +171,7 @@ def save_stage(model: PiTe, directory: Path, lineage: dict[str, Any]) -> None:
 
 def read_lineage(directory: Path) -> dict[str, Any]:
     """The lineage of a stage directory, its files checked against their checksums; its paths made absolute."""
-    try:
-        lineage = json.loads((directory / LINEAGE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise ValueError(f"{directory / LINEAGE} cannot be read: {error}") from None
+    lineage = _parse_lineage(directory)
     for file, checksum in lineage["files"].items():
         check(directory / file, checksum)
     local = (directory.parent / lineage["language_model"]).resolve()
@@ -183,6 +180,23 @@ def read_lineage(directory: Path) -> dict[str, Any]:
     for entry in lineage["merged"]:
         entry["path"] = str((directory.parent / entry["path"]).resolve())
         check(Path(entry["path"]) / ADAPTER_FILE, entry["sha256"])
+    return lineage
+
+
+def stages(directory: Path) -> tuple[int, ...]:
+    """The stages whose learning a directory holds, in order, as the lineages say; none for the whole layout."""
+    if not (directory / LINEAGE).exists():
+        return ()
+    lineage = _parse_lineage(directory)
+    earlier = [_parse_lineage(directory.parent / entry["path"])["stage"] for entry in lineage["merged"]]
+    return (*earlier, lineage["stage"])
+
+
+def _parse_lineage(directory: Path) -> dict[str, Any]:
+    try:
+        lineage: dict[str, Any] = json.loads((directory / LINEAGE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory / LINEAGE} cannot be read: {error}") from None
     return lineage
 
 

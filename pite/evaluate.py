@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from dataloaders.store import FeatureStore
+from pite import devices
 from pite.generate import Generator
 from pite.grounding import (
     QUESTION,
@@ -35,7 +35,7 @@ from pite.metrics import (
     query_blind_bound,
     trajectory_l1,
 )
-from pite.trajectories import predict_trajectories, read_samples
+from pite.trajectories import caution, predict_trajectories, read_samples
 
 ROOM = "evaluation"
 """Folder of the held-out annotations and videos in a data folder, and the first part of their features' keys."""
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status, 2 after a one-sentence error."""
     arguments = _parser().parse_args(argv)
     try:
+        devices.take(arguments.device)
         print(arguments.run(arguments))
     except ValueError as error:
         print(f"pite.evaluate: {error}", file=sys.stderr)
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _grounding(arguments: argparse.Namespace) -> str:
+    for flag, value in (("--batch-size", arguments.batch_size), ("--num-frames", arguments.num_frames)):
+        if value < 1:
+            raise ValueError(f"{flag} must be at least 1, not {value}")
     if arguments.model is None:
         if arguments.predictions is None or arguments.ground_truth is None:
             raise ValueError("grounding needs --predictions and --ground-truth, or --model, --data and --store")
@@ -90,6 +94,8 @@ def _grounding(arguments: argparse.Namespace) -> str:
 def _trajectories(arguments: argparse.Namespace) -> str:
     data, read_features = _data_and_store(arguments)
     generator = _generator(arguments)
+    if doubt := caution(arguments.model):
+        print(f"pite.evaluate: {doubt}", file=sys.stderr)
     samples = list(read_samples(data / "pite_143k.jsonl", generator.model, generator.tokenizer))
     predicted, true = predict_trajectories(generator.model, samples, read_features)
     return (
@@ -145,9 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         task.add_argument("--model", type=Path, metavar="DIR", required=task is trajectories, help="a stage's output")
         task.add_argument("--data", type=Path, metavar="DIR", help="data folder with evaluation/")
         task.add_argument("--store", type=Path, metavar="DIR", help="features that engine.encode made of it")
-        task.add_argument(
-            "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-        )
+        task.add_argument("--device", default=devices.default(), help="cpu, cuda or cuda:1 (default: %(default)s)")
     return parser
 
 

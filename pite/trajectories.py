@@ -13,6 +13,7 @@ from dataloaders.batch import collate
 from dataloaders.formats import Where, iter_json, read_pite
 from dataloaders.prompts import tokenize
 from dataloaders.records import TokenizedSample
+from pite import checkpoint
 from pite.model import PiTe
 
 
@@ -25,6 +26,22 @@ def read_samples(path: Path, model: PiTe, tokenizer: PreTrainedTokenizerBase) ->
         sample = tokenize(read_pite(record, Where(path, offset), path.parent, **shape), tokenizer, **shape)
         if len(sample.trajectory):
             yield sample
+
+
+def caution(directory: Path) -> str | None:
+    """One sentence where a stage's output has a trajectory head that did not learn on its hidden states; else None.
+
+    The whole layout says nothing of its stages.
+    """
+    stages = checkpoint.stages(directory)
+    if not stages or stages[-1] == 2:
+        return None
+    if 2 not in stages:
+        return f"{directory} is of stage {stages[-1]} without a stage 2, so its trajectory head never learned anything"
+    return (
+        f"{directory} is of stage {stages[-1]}, which changed the hidden states that its trajectory head, learned in "
+        "stage 2, reads: stage 2's own output is where the head fits"
+    )
 
 
 @torch.inference_mode()

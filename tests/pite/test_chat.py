@@ -8,10 +8,12 @@ import av
 import numpy as np
 import pytest
 
-from pite import chat, evaluate
+from engine.tiny_tokenizer import build_tokenizer
+from pite import chat, checkpoint, evaluate
 from pite.generate import Answer, Generator
 from pite.mentions import find_phrases
 from tests.held_out import CHANNELS, FRAMES, make_held_out, save_clip
+from tests.samples import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,42 @@ def test_trajectories_are_measured_on_held_out_answers(made: Path, capsys: pytes
     assert evaluated(made, "trajectories") == 0
     lines = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[:3])
     assert float(lines["L1"]) > float(lines["constant"]) > float(lines["unmoved"]) > 0
+
+
+@pytest.fixture(scope="module")
+def stages(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Outputs of stages 1, 2 and 3 in a row, and of a stage 3 that had no stage 2 before it."""
+    root = tmp_path_factory.mktemp("stages")
+    tokenizer = build_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    for name, stage, merged in (("1", 1, ()), ("2", 2, ("1",)), ("3", 3, ("1", "2")), ("3-alone", 3, ("1",))):
+        (root / name).mkdir()
+        tokenizer.save_pretrained(str(root / name))
+        lineage = {"stage": stage, "language_model": f"{made}/model", "merged": [f"{root}/{m}" for m in merged]}
+        checkpoint.save_stage(model, root / name, lineage)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("stage", "doubt"),
+    [
+        ("1", "is of stage 1 without a stage 2, so its trajectory head never learned anything"),
+        ("2", None),
+        ("3", "is of stage 3, which changed the hidden states that its trajectory head, learned in stage 2, reads"),
+        ("3-alone", "is of stage 3 without a stage 2, so its trajectory head never learned anything"),
+    ],
+)
+def test_a_head_that_did_not_learn_on_these_states_is_said_so(
+    made: Path, stages: Path, tmp_path: Path, stage: str, doubt: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--model", f"{stages}/{stage}", "--device", "cpu"]
+    assert evaluate.main(["trajectories", *where, "--data", f"{made}/data", "--store", f"{made}/store"]) == 0
+    about = ["--video", f"{made}/data/evaluation/videos/e000000.mp4", "--clip", f"{made}/clip", "--query", "What?"]
+    assert chat.main([*where, *about, "--max-new-tokens", "4", "--trajectory", f"{tmp_path}/overlay.mp4"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pite.")]
+    assert len(said) == (2 if doubt else 0)
+    for line, who in zip(said, ("evaluate", "chat")):
+        assert line.startswith(f"pite.{who}: {stages}/{stage} {doubt}")
 
 
 @pytest.mark.parametrize(
