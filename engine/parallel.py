@@ -57,7 +57,7 @@ class World:
                 device_id=torch.device(kind) if on_gpu else None,
                 timeout=timedelta(hours=SETUP_HOURS),
             )
-        return World(rank, size, torch.device(kind), Watch(rank, size, stall))
+        return World(rank, size, torch.device(kind), Watch(rank, size, stall, torch.device(kind)))
 
     @property
     def is_main(self) -> bool:

@@ -3,9 +3,9 @@
 Only what learns is in it, which every rank has whole under any layout: rank 0 writes it, any number of ranks reads it.
 The step waits for a copy in host memory; a thread writes that copy while training goes on. torch.distributed.checkpoint
 would share the writing among the ranks, but its metadata file is a pickle, and there is little to share: 12 bytes for
-each of 160 or 250 million numbers. A checkpoint is a directory `step-00000100` of one safetensors file (trainable parameters and AdamW's moments) and one
-JSON file. It is written beside and renamed, so a kill or a full disk leaves the previous one whole. The data need no
-state: the batch plan is a function of the step.
+each of 160 or 250 million numbers. A checkpoint is a directory `step-00000100` of one safetensors file (trainable
+parameters and AdamW's moments) and one JSON file. It is written beside and renamed, so a kill or a full disk leaves the
+previous one whole. The data need no state: the batch plan is a function of the step.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class Writer:
 
     def _write(self, step: int, copied: torch.cuda.Event | None) -> None:
         if copied is not None:
+            torch.cuda.set_device(copied.device)  # a thread starts on device 0, and would open a context there
             copied.synchronize()
         try:
             save(self._directory, step, self._copies, self._fingerprint, self._keep)

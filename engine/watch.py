@@ -47,11 +47,19 @@ class Watch:
     """Watches the other ranks of a run, and is watched.
 
     stall   seconds in which every rank must reach the end of a step
+    device  of this rank, whose events `arrived` is given
     Raises nothing: a finding ends the process with status 1 from the thread, since the main thread may be waiting for ever.
     """
 
-    def __init__(self, rank: int, size: int, stall: float, finding: Callable[[str], None] | None = None) -> None:
-        self._rank, self._size, self._stall = rank, size, stall
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        stall: float,
+        device: torch.device,
+        finding: Callable[[str], None] | None = None,
+    ) -> None:
+        self._rank, self._size, self._stall, self._device = rank, size, stall, device
         # Large worlds beat slower: every rank reads every other's.
         self._interval = min(max(0.5, size / 128), stall / 4)
         self._finding = finding or _end
@@ -114,6 +122,9 @@ class Watch:
                 time.sleep(3 * self._interval)  # the store goes with this process: let the others read first
 
     def _work(self) -> None:
+        if self._device.type == "cuda":
+            # A thread starts on device 0, and asking for an event there would open a context of half a GB for every rank.
+            torch.cuda.set_device(self._device)
         last = time.monotonic()
         while not self._stop.wait(self._interval):
             try:

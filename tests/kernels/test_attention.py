@@ -278,7 +278,9 @@ def test_a_backend_that_is_installed_and_does_not_work_is_passed_over(stand_ins,
     stand_ins.update({"flash_attn.cute": bad, "varlen_attn": good})
     with caplog.at_level("INFO"):
         assert attention.choose_backend(*KIND) == "varlen_attn"
-    assert [m for m in caplog.messages if re.match("packed_attention leaves flash_attn.cute out: (" + BAD[bad] + ")", m)]
+    assert [
+        m for m in caplog.messages if re.match("packed_attention leaves flash_attn.cute out: (" + BAD[bad] + ")", m)
+    ]
     assert caplog.messages[-1] == "packed_attention uses varlen_attn"
     stand_ins.clear()  # the trial is made once
     assert attention.choose_backend(*KIND) == "varlen_attn"
