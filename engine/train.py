@@ -39,6 +39,7 @@ from engine.recipes import LANGUAGE_MODELS, Recipe, Stage
 from engine.run import run
 from engine.train_config import TrainConfig
 from engine.watch import say_end
+from kernels.attention import choose_backend
 from pite import checkpoint
 from pite.config import PiTeConfig
 
@@ -162,7 +163,11 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         token_budget=config.token_budget,
         longest=int(dataset.tokens.max()),
     )
-    world.say(f"stage {stage}: {layout.describe(pite_config.llm.num_hidden_layers)}")
+    llm_config = pite_config.llm
+    attention = choose_backend(
+        world.device, dtype, llm_config.num_attention_heads, llm_config.num_key_value_heads, pite_config.head_dim
+    )
+    world.say(f"stage {stage}: {layout.describe(llm_config.num_hidden_layers)}, attention by {attention}")
     if dataset.tokens.max() > layout.token_budget:
         raise ValueError(
             f"the longest sample has {dataset.tokens.max():,} tokens and a micro-batch holds {layout.token_budget:,}: "

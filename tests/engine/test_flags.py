@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import metrics
+from engine import metrics, train
+from engine.build import random_shape
 from engine.parallel import World
 from engine.preflight import claimed
 from engine.train import main
@@ -41,6 +42,18 @@ def test_chosen_steps_are_profiled(workspace: Path, tmp_path: Path):
     # One launch for the adapter and the decoder and one for the heads, which have their own rate, in each step.
     assert sum("_fused_adamw_" in name and name.startswith("aten::") for name in events) == 2 * 2
     assert any("lora_linear" in name for name in events)
+
+
+def test_the_attention_that_serves_is_named(workspace: Path, tmp_path: Path, capsys, monkeypatch):
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(train, "choose_backend", lambda *kind: asked.append(kind) or "varlen_attn")
+    assert main(train_arguments(workspace, tmp_path, "1", llm="random", max_steps=1)) == 0
+    (layout,) = (line for line in capsys.readouterr().err.splitlines() if "tokens a micro-batch" in line)
+    assert layout.endswith(", attention by varlen_attn")
+    llama = random_shape("tiny", 3, 1, 1).llm
+    heads = llama.num_attention_heads
+    width = llama.hidden_size // heads
+    assert asked == [(torch.device("cpu"), torch.float32, heads, llama.num_key_value_heads, width)]
 
 
 def test_compile_is_passed_on_to_every_layer(workspace: Path, tmp_path: Path, monkeypatch):
