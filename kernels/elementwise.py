@@ -5,6 +5,7 @@ They are memory-bound and solved; what is ours is the packed (T, ...) shape and 
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -16,13 +17,30 @@ from torch import Tensor
 
 from kernels import reference
 
+log = logging.getLogger(__name__)
+
+_LIGER = (
+    "LigerFusedAddRMSNormFunction",
+    "LigerRMSNormFunction",
+    "LigerRopeFunction",
+    "LigerFusedGateUpSiLUMulFunction",
+    "LigerSiLUMulFunction",
+)
+
 
 @lru_cache
 def _liger() -> ModuleType | None:
     try:
-        return import_module("liger_kernel.ops")
+        liger = import_module("liger_kernel.ops")
     except ImportError:
         return None
+    missing = [name for name in _LIGER if not hasattr(liger, name)]
+    if missing:
+        log.warning(
+            "kernels: this liger-kernel has no %s, as 0.8.2 and later do; PyTorch serves instead.", ", ".join(missing)
+        )
+        return None
+    return liger
 
 
 def _liger_for(x: Tensor) -> ModuleType | None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from kernels import apply_rope, reference, rms_norm, rope_tables, swiglu
+from kernels import apply_rope, elementwise, reference, rms_norm, rope_tables, swiglu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,3 +50,21 @@ def test_swiglu_from_two_tensors_or_one():
     gate, up = torch.randn(6, 10), torch.randn(6, 10)
     torch.testing.assert_close(swiglu(gate, up), torch.nn.functional.silu(gate) * up)
     torch.testing.assert_close(swiglu(torch.cat([gate, up], -1)), swiglu(gate, up))
+
+
+@pytest.mark.parametrize("missing", [[], ["LigerFusedGateUpSiLUMulFunction"]], ids=["current", "0.8.1"])
+def test_a_liger_kernel_too_old_is_left_aside_as_a_whole(monkeypatch, caplog, missing):
+    stand_in = ModuleType("liger_kernel.ops")
+    for name in set(elementwise._LIGER) - set(missing):
+        setattr(stand_in, name, object)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", stand_in)
+    # The function without its cache.
+    assert elementwise._liger.__wrapped__() is (None if missing else stand_in)
+    assert caplog.messages == [
+        f"kernels: this liger-kernel has no {name}, as 0.8.2 and later do; PyTorch serves instead." for name in missing
+    ]
+
+
+def test_every_function_asked_of_liger_is_looked_for():
+    source = inspect.getsource(elementwise)
+    assert set(re.findall(r"liger\.(Liger\w+)", source)) == set(elementwise._LIGER)
