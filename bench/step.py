@@ -134,7 +134,8 @@ def measure(model: str, problem: Problem, rounds: int, peers: Sequence[str] = TO
             step = PEERS[name](problem)
             loss = float(step(update=False)[0])
         except Exception as error:  # whatever a peer fails of, it is no reason to lose the others
-            rows.append(Row(model, name, problem=f"{type(error).__name__}: {str(error).splitlines()[0]}"))
+            kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
+            rows.append(Row(model, name, problem=kind + str(error).partition("\n")[0]))
             continue
         exact = dtype == torch.float32 and name != FP8
         if not abs(loss - expected) <= (1e-4 if exact else 2e-2) * abs(expected):
