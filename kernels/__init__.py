@@ -3,6 +3,14 @@
 docs/kernels.md shows how another model adopts them; `kernels.reference` has every op in plain PyTorch.
 """
 
+from importlib.metadata import distributions
+
+if any(distributions(name="kernels")):
+    raise ImportError(
+        "another distribution named `kernels` (Hugging Face's) is installed, and transformers would take this package "
+        "for it: run `pip uninstall kernels`, which transformers does without"
+    )
+
 from kernels.attention import packed_attention
 from kernels.cross_entropy import FusedLinearCrossEntropyLoss, linear_cross_entropy
 from kernels.elementwise import apply_rope, rms_norm, rope_tables, swiglu
