@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -196,17 +196,7 @@ class FeatureWriter:
     def __init__(self, store: FeatureStore, rank: int = 0, shard_records: int = 1024) -> None:
         self.path, self.manifest, self.rank, self.shard_records = store.path, store.manifest, rank, shard_records
         self._records: dict[str, np.ndarray] = {}
-        # The kernel drops the lock with the process, however it ends.
-        self._lock = (self.path / f".{rank:05d}.lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise ValueError(
-                f"another process is writing to {self.path} as rank {rank}; wait for it or stop it"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+        self._lock = lock(self.path, rank)
         taken = [int(p.stem.partition("-")[2]) for p in self.path.glob(f"{rank:05d}-*.[sp]*")]
         self._number = max(taken, default=-1) + 1
 
@@ -257,6 +247,23 @@ class FeatureWriter:
             self.flush()
         finally:
             self._lock.close()
+
+
+def lock(path: Path, rank: int) -> IO[str]:
+    """The lock of whoever writes to a store under a rank's name, until it is closed.
+
+    Raises ValueError while another process holds it.
+    """
+    # The kernel drops the lock with the process, however it ends.
+    file = (path / f".{rank:05d}.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another process is writing to {path} as rank {rank}; wait for it or stop it") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 class Index(NamedTuple):

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from dataloaders.store import FeatureStore, FeatureWriter, Manifest, read_indices
+from dataloaders.formats import ROOMS, Room, iter_media
+from dataloaders.ledger import LEDGER, Failure, Ledger, read_failures
+from dataloaders.store import MANIFEST, FeatureStore, FeatureWriter, Manifest, lock, read_indices
 
 _AS_PITE = "linspace truncated"
+_RANK = re.compile(r"\.?(\d{5})[-.]")
+"""How the files of a store begin that a rank writes: shards, their indices, what is not yet renamed, and locks."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Report:
     records, shards  that were read
     damage           a sentence for each damaged shard, by its index file
     repeated         keys that more than one shard holds; readers take the last
-    stray            files without an index or a name, which killed writers left
+    stray            files without an index or a name, which killed writers left; together of `stray_bytes`
     """
 
     records: int
@@ -39,6 +46,7 @@ class Report:
     damage: dict[Path, str]
     repeated: list[str]
     stray: list[Path]
+    stray_bytes: int
 
 
 def verify(path: Path, threads: int = 8) -> Report:
@@ -54,7 +62,33 @@ def verify(path: Path, threads: int = 8) -> Report:
     known = {file for index in indices for file in (index, index.with_suffix(".safetensors"))}
     stray = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".tmp") and p not in known]
     repeated = [key for key, count in counts.items() if count > 1]
-    return Report(len(counts), len(whole), damage, repeated, stray)
+    return Report(len(counts), len(whole), damage, repeated, stray, sum(map(_size, stray)))
+
+
+def _size(file: Path) -> int:
+    """Bytes, 0 for what a running writer has renamed meanwhile."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def discard(path: Path) -> Report:
+    """As `verify`, and remove what it found: the indices of damaged shards, and what killed writers left.
+
+    Raises ValueError, nothing removed, while a process writes to the store: of its unfinished shard the name is taken and
+    the index not yet written, as of one that a killed writer left. Of writers that begin meanwhile nothing is touched.
+    """
+    ranks = {int(found[1]) for file in path.iterdir() if (found := _RANK.match(file.name))}
+    with ExitStack() as locks:
+        for rank in sorted(ranks):
+            locks.enter_context(lock(path, rank))
+        report = verify(path)
+        for file in (*report.damage, *report.stray):
+            found = _RANK.match(file.name)
+            if found is None or int(found[1]) in ranks:
+                file.unlink(missing_ok=True)
+    return report
 
 
 def _damaged_record(index: Path, start: int, manifest: Manifest) -> str | None:
@@ -164,29 +198,77 @@ def import_npy(folder: NpyFolder, output: Path, manifest: Manifest, shard_record
     return len(new)
 
 
+def stores_in(path: Path) -> list[Path]:
+    """The store at `path`, or those in it, as engine.encode fills a folder. Raises ValueError where there is none."""
+    if (path / MANIFEST).exists():
+        return [path]
+    stores = [manifest.parent for manifest in sorted(path.glob(f"*/{MANIFEST}"))]
+    if not stores:
+        raise ValueError(f"{path} is no feature store and holds none: make one with engine.encode")
+    return stores
+
+
+def note_missing(folder: Path, output: Path, data: Path, room: str, budget: float) -> int:
+    """Write down, in the ledger beside a store, the media of a data folder's room that neither it nor `folder` holds.
+
+    folder  of the `.npy` files that were imported; a line names the one that is missing
+    budget  share of the room's media that may be missing
+    Returns how many are; those that the ledger names already are not written again. Raises ValueError, nothing written,
+    for an unknown room and where more are missing than the budget allows.
+    """
+    if not 0 <= budget <= 1:
+        raise ValueError(f"--failure-budget is a share between 0 and 1, not {budget}")
+    name = room.partition("/")[0]
+    if name not in ROOMS:
+        raise ValueError(f"--room must begin with {', '.join(ROOMS)}, not {name!r}")
+    # Records that name no media are training's to count.
+    named = iter_media(data, [cast(Room, name)], lambda _: None)
+    media = [m for m in named if m.key.rpartition("/")[0] == room]
+    if not media:
+        raise ValueError(f"{data} names no media whose keys begin with {room}/")
+    store = FeatureStore(output)
+    missing = [m.key for m in media if m.key not in store]
+    if len(missing) > budget * len(media):
+        raise ValueError(
+            f"{len(missing):,} of {len(media):,} media of {room} have no file in {folder}, {missing[0]!r} among them, more "
+            f"than the failure budget of {budget:.2%}; raise --failure-budget to train without them"
+        )
+    ledger = Ledger(output.parent / LEDGER, len(media), 1.0)
+    known = {failure.id for failure in read_failures(ledger.path)}
+    for key in missing:
+        if key not in known:
+            file = folder / f"{key.rpartition('/')[2]}.npy"
+            ledger.add(Failure(key, str(file), "import", f"{file.name}: not among the imported files"))
+    return len(missing)
+
+
 def _inspect(options: argparse.Namespace) -> int:
-    store = FeatureStore(options.store)
-    shards = sorted(options.store.glob("*.safetensors"))
-    for name, value in asdict(store.manifest).items():
-        print(f"{name:<14} {value}")
-    print(f"{'records':<14} {len(store):,} in {len(list(options.store.glob('*.parquet'))):,} shards")
-    print(f"{'size':<14} {sum(s.stat().st_size for s in shards) / 1e9:.3f} GB")
-    for room, count in sorted(Counter(key.partition("/")[0] for key in store.keys).items()):
-        print(f"  {room:<12} {count:,}")
+    for path in stores_in(options.store):
+        if path != options.store:
+            print(path)
+        store = FeatureStore(path)
+        shards = sorted(path.glob("*.safetensors"))
+        for name, value in asdict(store.manifest).items():
+            print(f"{name:<14} {value}")
+        print(f"{'records':<14} {len(store):,} in {len(list(path.glob('*.parquet'))):,} shards")
+        print(f"{'size':<14} {sum(s.stat().st_size for s in shards) / 1e9:.3f} GB")
+        for room, count in sorted(Counter(key.partition("/")[0] for key in store.keys).items()):
+            print(f"  {room:<12} {count:,}")
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    report = verify(options.store)
-    for line in _lines(report):
-        print(line)
-    if options.discard:
-        for file in (*report.damage, *report.stray):
-            file.unlink()
-        if report.damage:
+    damaged = 0
+    for path in stores_in(options.store):
+        report = discard(path) if options.discard else verify(path)
+        for line in _lines(report):
+            print(line)
+        if options.discard and report.damage:
             print("the damaged shards are discarded; run engine.encode to make their records again")
-    print(f"{report.records:,} records in {report.shards:,} shards read, {len(report.damage):,} shards damaged")
-    return 1 if report.damage else 0
+        what = f"{report.records:,} records in {report.shards:,} shards read, {len(report.damage):,} shards damaged"
+        print(what if path == options.store else f"{path}: {what}")
+        damaged += len(report.damage)
+    return 1 if damaged else 0
 
 
 def _lines(report: Report) -> Iterator[str]:
@@ -194,8 +276,7 @@ def _lines(report: Report) -> Iterator[str]:
     if report.repeated:
         yield f"{len(report.repeated):,} keys stand in more than one shard, {report.repeated[0]!r} among them"
     if report.stray:
-        size = sum(p.stat().st_size for p in report.stray)
-        yield f"{len(report.stray):,} files of {size / 1e6:.1f} MB, left by killed writers, belong to no shard"
+        yield f"{len(report.stray):,} files of {report.stray_bytes / 1e6:.1f} MB, left by killed writers, belong to no shard"
 
 
 def _merge(options: argparse.Namespace) -> int:
@@ -214,6 +295,10 @@ def _import(options: argparse.Namespace) -> int:
         )
     copied = import_npy(folder, options.output, manifest, options.shard_records)
     print(f"{copied:,} records copied; {options.output} holds {len(FeatureStore(options.output)):,}")
+    if options.data is not None:
+        missing = note_missing(options.folder, options.output, options.data, options.room, options.failure_budget)
+        where = f"; training leaves them out, and {options.output.parent / LEDGER} names them" if missing else ""
+        print(f"{missing:,} media of {options.data / options.room} have no features{where}")
     return 0
 
 
@@ -223,13 +308,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="inspect|verify|merge|import")
 
     command = commands.add_parser("inspect", help="what a store was made of, and how much it holds")
-    command.add_argument("store", type=Path)
+    command.add_argument("store", type=Path, help="a store, or a folder of stores such as engine.encode fills")
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser("verify", help="compare every record with its checksum")
-    command.add_argument("store", type=Path)
+    command.add_argument("store", type=Path, help="a store, or a folder of stores such as engine.encode fills")
     command.add_argument(
-        "--discard", action="store_true", help="remove damaged shards' indices and what killed writers left"
+        "--discard",
+        action="store_true",
+        help="remove damaged shards' indices and what killed writers left; refused while a process writes",
     )
     command.set_defaults(run=_verify)
 
@@ -249,6 +336,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     origin.add_argument("--like", type=Path, metavar="STORE", help="they were made as the features of this store were")
     command.add_argument("--sampling", default=_AS_PITE, help=f"rule that picked the frames (default: {_AS_PITE})")
     command.add_argument("--preprocess", default="imported", help="resize, crop and normalisation (default: imported)")
+    command.add_argument(
+        "--data",
+        type=Path,
+        help="data folder whose media of this room are looked for; those without a file are written to the ledger beside "
+        "OUTPUT, so that training leaves them out",
+    )
+    command.add_argument(
+        "--failure-budget",
+        type=float,
+        default=0.01,
+        help="with --data: share of the room's media that may have no file (default: %(default)s)",
+    )
     command.set_defaults(run=_import)
 
     options = parser.parse_args(arguments)

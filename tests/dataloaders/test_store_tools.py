@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataloaders import store_tools
 from dataloaders.store import FeatureStore, FeatureWriter
-from dataloaders.store_tools import NpyFolder, import_npy, main, merge, verify
+from dataloaders.store_tools import NpyFolder, discard, import_npy, main, merge, verify
 from tests.dataloaders.test_store import KEYS, MANIFEST, check, record, write
 
 
@@ -76,6 +77,60 @@ def test_what_killed_writers_left(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "2 files of 0.0 MB, left by killed writers" in capsys.readouterr().out
     assert verify(tmp_path).stray == []
     check(tmp_path, KEYS[:4] + KEYS[8:])
+
+
+def test_nothing_is_discarded_while_a_process_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Between a shard's name and its index, a running writer's files look like those of a killed one."""
+    write(tmp_path, KEYS[:4])
+    with FeatureWriter(FeatureStore(tmp_path), rank=1, shard_records=1) as writer:
+        unfinished = writer._take_name()
+        assert verify(tmp_path).stray == [unfinished]
+        assert main(["verify", str(tmp_path), "--discard"]) == 1
+        sentence = f"dataloaders.store: another process is writing to {tmp_path} as rank 1; wait for it or stop it\n"
+        assert capsys.readouterr().err == sentence
+        assert unfinished.exists()
+        writer.add({KEYS[4]: record(KEYS[4])})
+    assert discard(tmp_path).stray == [unfinished] and not unfinished.exists()
+    check(tmp_path, KEYS[:5])
+
+
+def test_a_writer_that_begins_during_a_discard_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rank that discarding locked it is refused; of another it is left alone."""
+    write(tmp_path, KEYS[:4])
+    begun: list[Path] = []
+    real = store_tools.verify
+
+    def slow(path: Path) -> store_tools.Report:
+        with pytest.raises(ValueError, match=r"another process is writing to .* as rank 0"):
+            FeatureWriter(FeatureStore(path))
+        with FeatureWriter(FeatureStore(path), rank=7) as writer:
+            begun.append(writer._take_name())
+        return real(path)
+
+    monkeypatch.setattr(store_tools, "verify", slow)
+    assert discard(tmp_path).stray == begun and begun[0].exists()
+
+
+def test_a_folder_of_stores_is_looked_at_as_a_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As engine.encode fills it, with a ledger and samples beside the stores."""
+    write(tmp_path / "videos", KEYS[:8])
+    write(tmp_path / "images", KEYS[8:])
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "failures.jsonl").touch()
+    assert main(["inspect", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("/")] == [f"{tmp_path}/images", f"{tmp_path}/videos"]
+    assert [line.split()[1] for line in lines if line.startswith("records")] == ["3", "8"]
+    assert main(["verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/images: 3 records in 1 shards read, 0 shards damaged",
+        f"{tmp_path}/videos: 8 records in 2 shards read, 0 shards damaged",
+    ]
+    (tmp_path / "videos/00000-000001.safetensors").unlink()
+    assert main(["verify", str(tmp_path), "--discard"]) == 1
+    assert "videos/00000-000001.safetensors is missing" in capsys.readouterr().out
+    check(tmp_path / "videos", KEYS[:4])
+    check(tmp_path / "images", KEYS[8:])
 
 
 def test_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
