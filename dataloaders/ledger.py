@@ -24,7 +24,7 @@ class Failure:
 
     id      its key
     path    its file
-    stage   what was being done: "decode" or "encode"
+    stage   what was being done: "decode" or "encode", or "import" of features that others made
     reason  one sentence
     """
 
