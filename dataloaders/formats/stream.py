@@ -1,7 +1,7 @@
 """JSON files of any size, one record at a time, and any record again by its bytes.
 
 A record is found by a regular expression over the mapped file that knows strings and brackets and nothing else, then
-parsed alone; so a gigabyte of JSON array costs the memory of one record, and training later reads records by offset.
+parsed alone; so a gigabyte of JSON array costs the memory of one record, and processes read records by offset.
 """
 
 from __future__ import annotations
@@ -67,13 +67,6 @@ def iter_raw(path: Path) -> Iterator[tuple[int, bytes]]:
         with mapped:
             for offset, length in _find_records(path, mapped):
                 yield offset, mapped[offset : offset + length]
-
-
-def load_json(path: Path, offset: int, length: int) -> Record:
-    """Read one record again, by the numbers that `iter_json` gave for it."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        return parse_json(file.read(length), Where(path, offset))
 
 
 def _iter_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
