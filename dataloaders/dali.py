@@ -158,7 +158,7 @@ class DaliDecoder:
             _LOG.info("DALI's pipeline is built anew: %s", gist(error))
             self._start_anew()
             frames = self._search(flight.tickets)
-        self._failed += sum(isinstance(f, str) for f in frames)
+        self._failed += sum(isinstance(f, str) and f == _CANNOT for f in frames)
         self._succeeded |= any(not isinstance(f, str) for f in frames)
         return frames
 

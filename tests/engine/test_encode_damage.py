@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 from tqdm import tqdm
 
+from dataloaders import dali
 from dataloaders.ledger import read_failures
 from dataloaders.store import FeatureStore, FeatureWriter
 from engine.encode import EncodeConfig, encode, make_jobs
 from engine.encode_check import verify
 from tests.clips import save_clip, write_data
-from tests.damage import damage
+from tests.damage import damage, decode_or_hang
 from tests.media import needs_dali, write_video
 
 N = 5
@@ -149,6 +150,46 @@ def test_two_hundred_damaged_files(
 
 def _parts(pattern: str, reason: str) -> list[str]:
     return re.findall(pattern, reason) or ["\0"]
+
+
+@needs_dali
+def test_dali_hangs_and_so_does_one_file(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first pipeline stops for ever: its batch is PyAV's, and the file that hangs PyAV too is in the ledger."""
+    from nvidia.dali import fn
+
+    videos = tmp_path / "data/stage2/videos"
+    names = [f"v{i}" for i in range(20)]
+    for i, name in enumerate(names):
+        write_video(videos / f"{name}.mp4", 12 + i, codec="libvpx-vp9", options={"cpu-used": "8"})
+    annotations = [{"id": name, "conversations": [], "meta": {"duration": 1.0, "token": {}}} for name in names]
+    (tmp_path / "data/stage2/pite_143k.jsonl").write_text("".join(json.dumps(r) + "\n" for r in annotations))
+    config = EncodeConfig(
+        data=tmp_path / "data", store=tmp_path / "pyav", clip=str(clip), num_frames=N, batch_size=N, workers=0
+    )
+    encode(config)
+
+    released, read, pipelines = threading.Event(), fn.io.file.read, []
+
+    def read_or_hang(path: object, **options: object) -> object:
+        pipelines.append(path)
+        return read(
+            fn.python_function(path, function=lambda p: (released.wait(), p)[1]) if len(pipelines) == 1 else path
+        )
+
+    monkeypatch.setattr(fn.io.file, "read", read_or_hang)
+    monkeypatch.setattr(dali, "decode_cropped", decode_or_hang)
+    hanging = replace(config, store=tmp_path / "dali", workers=1, decoder="dali", time_limit=2.0, failure_budget=0.1)
+    try:
+        summary = encode(hanging)
+    finally:
+        released.set()
+    assert (summary.encoded, summary.failed) == (19, 1) and len(pipelines) == 2
+    assert summary.decoders == {"PyAV (DALI gave nothing for 2 s)": 15, "DALI (vp9)": 4}
+    (failure,) = read_failures(hanging.store / "failures.jsonl")
+    assert failure.id == "stage2/v2" and failure.reason.endswith("v2.mp4: it took more than 2 s and was stopped")
+    expected, found = records(config.store), records(hanging.store)
+    assert {k: found[k] for k in names[:16] if k != "v2"} == {k: expected[k] for k in names[:16] if k != "v2"}
+    assert found.keys() == expected.keys() - {"v2"}
 
 
 def test_killed_at_twenty_moments(clip: Path, tmp_path: Path) -> None:
