@@ -18,6 +18,7 @@ import kernels
 import kernels.reference
 from bench.kernel_inputs import DOCUMENT, RANK, Inputs
 from bench.measure import Step
+from kernels import attention
 
 
 def trajectory_ours(x: Inputs) -> Step:
@@ -280,6 +281,6 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[Inputs], Step]]] = {
     "attention": {
         OURS: attention_step("auto"),
         PLAIN: attention_documents,
-        **{name: attention_step(name) for name in ("flash_attn", "xformers", "varlen_attn")},
+        **{name: attention_step(name) for name in attention.BACKENDS[:-1]},
     },
 }

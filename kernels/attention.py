@@ -80,8 +80,11 @@ def choose_backend(
 ) -> str:
     """The name in BACKENDS of what "auto" takes for such calls; "sdpa" for all but half precision on CUDA.
 
+    device  with its index
     On CUDA it is the first back end that computes a small forward and backward pass like SDPA; the others are logged
-    with the reason. The trial is made once, and waits for the device: call this before a CUDA graph is captured.
+    with the reason. The trial is made once and waits for the device. A model's forward pass makes it by itself; call
+    this beforehand where that would be first inside a CUDA graph's capture, or inside a backward pass, which the
+    trial's own would wait for.
     """
     if device.type not in _KERNEL_DEVICES or dtype not in _KERNEL_DTYPES:
         return "sdpa"
