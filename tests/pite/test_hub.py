@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
 from pite import checkpoint, clip, hub
@@ -61,3 +62,21 @@ def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(hub, "snapshot_download", offline)
     with pytest.raises(ValueError, match=r"^owner/a could not be had from the Hugging Face hub: no way to owner/a$"):
         hub.resolve("owner/a", clip._FILES)
+
+
+@pytest.mark.parametrize(("repository", "weight"), [("both", "model.safetensors"), ("hidden", "pytorch_model.bin")])
+def test_what_was_fetched_before_serves_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: str, weight: str
+) -> None:
+    """By the hub's own code: it finds the cached snapshot, and does not ask for what it cannot get."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / f"models--owner--{repository}"
+    snapshot = folder / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    for name in ("config.json", "preprocessor_config.json"):
+        (snapshot / name).touch()
+    (snapshot / weight).touch()
+    assert hub.resolve(f"owner/{repository}", clip._FILES) == snapshot
