@@ -62,5 +62,5 @@ def check_encoded(dataset: StageDataset, store: Path) -> None:
     if forgotten:
         raise ValueError(
             f"{len(forgotten):,} media, {forgotten[0]!r} among them, are neither in the feature store {store} nor in its "
-            "ledger of failures; run engine.encode first"
+            "ledger of failures; run engine.encode first (for imported features, dataloaders.store import --data)"
         )
