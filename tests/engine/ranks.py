@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["engine.train", "torch.utils.tensorboard", "torch.distributed.fsdp", "peft"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["engine.train", "engine.encode", "torch.utils.tensorboard", "torch.distributed.fsdp", "peft"]
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def launch(size: int, logs: Path, function: Callable[..., int], *arguments: Any)
     logs.mkdir(parents=True, exist_ok=True)
     files = [logs / f"rank{rank}.log" for rank in range(size)]
     processes = [
-        _CONTEXT.Process(target=_be_rank, args=(rank, size, port, files[rank], function, arguments))
+        CONTEXT.Process(target=_be_rank, args=(rank, size, port, files[rank], function, arguments))
         for rank in range(size)
     ]
     for process in processes:

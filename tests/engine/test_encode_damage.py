@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tqdm import tqdm
 
 from dataloaders import dali
 from dataloaders.ledger import read_failures
@@ -25,6 +23,7 @@ from engine.encode import EncodeConfig, encode, make_jobs
 from engine.encode_check import verify
 from tests.clips import save_clip, write_data
 from tests.damage import damage, decode_or_hang
+from tests.engine.ranks import CONTEXT
 from tests.media import needs_dali, write_video
 
 N = 5
@@ -200,10 +199,9 @@ def test_killed_at_twenty_moments(clip: Path, tmp_path: Path) -> None:
     )
     encode(config)
     killed = replace(config, store=tmp_path / "killed")
-    fork = multiprocessing.get_context("fork")  # A start of Python and torch for each kill would take minutes.
     rng, progress = random.Random(0), [0]
     for _ in range(20):
-        process = fork.Process(target=_run, args=(killed,))
+        process = CONTEXT.Process(target=_run, args=(killed,))
         process.start()
         # A moment is so many more records, on a machine of any speed, and then some milliseconds.
         more = min(60, progress[-1] + rng.randint(0, 3))
@@ -224,8 +222,7 @@ def test_killed_at_twenty_moments(clip: Path, tmp_path: Path) -> None:
 
 
 def _run(config: EncodeConfig) -> None:
-    # A forked child shares the bar's lock, and would take it along; and the bar would be torn over the test's output.
-    tqdm.set_lock(threading.RLock())
+    # The bar would be torn over the test's output.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     encode(config)
     time.sleep(60)
