@@ -47,7 +47,7 @@ class TrainConfig:
     narrative_timing: NarrativeTiming = "words"
     """find a narrative's utterances in its caption by their words, or by their relative position"""
     token_budget: int | None = None
-    """most tokens of a micro-batch on one device; what its memory holds, up to 16384, unless given; 1024 on a CPU"""
+    """most tokens of a micro-batch on one device; what its memory holds, up to 16384, unless given; 1024 a thread on a CPU"""
     epochs: int | None = None
     """passes over the data"""
     max_steps: int | None = None
