@@ -16,12 +16,11 @@ from pite.draw import Track, save_strip, save_video
 from pite.generate import Generator
 from pite.grounding import Events, Prediction, ious, read_ground_truth, read_predictions
 from pite.metrics import (
-    best_constant_l1,
+    TrajectoryScores,
     best_fixed_interval,
-    best_still_l1,
     grounding_scores,
     query_blind_bound,
-    trajectory_l1,
+    trajectory_scores,
 )
 from pite.trajectories import predict_trajectories, read_samples
 
@@ -71,23 +70,11 @@ def _grounding(predictions: Sequence[Prediction], truth: dict[str, Events], num_
     )
 
 
-@dataclass(frozen=True)
-class Trajectories:
-    """L1 of the trajectory head over held-out answers, and the bounds to read it against.
-
-    best_constant  one trajectory given to every phrase, the best in hindsight
-    best_still     each phrase's own points where they are best when they may not move, in hindsight: knows where, not when
-    """
-
-    l1: float
-    best_constant: float
-    best_still: float
-
-
-def measure_trajectories(generator: Generator, annotations: Path, features: Features) -> Trajectories:
+def measure_trajectories(generator: Generator, annotations: Path, features: Features) -> TrajectoryScores:
+    """Of the trajectory head, over the answers of some annotations."""
     samples = list(read_samples(annotations, generator.model, generator.tokenizer))
     predicted, true = predict_trajectories(generator.model, samples, features)
-    return Trajectories(trajectory_l1(predicted, true), best_constant_l1(true), best_still_l1(true))
+    return trajectory_scores(predicted, true)
 
 
 def draw_example(

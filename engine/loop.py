@@ -1,9 +1,10 @@
 """The training loop, and nothing else.
 
 One optimizer step is: micro-batches forward and backward, gradients summed over ranks while the last backward still
-runs, clip, update, report. Losses arrive already divided by the global batch's normalizers, so that micro-batches and ranks are summed, never averaged.
-A step's numbers are read one step late, when the device has long had them; an update with a non-finite loss or
-gradient is withheld on the device itself, and so are all that follow until the host has seen it and stops.
+runs, clip, update, report. Losses arrive already divided by the global batch's normalizers, so that micro-batches and
+ranks are summed, never averaged. A step's numbers are read one step late, when the device has long had them; an update
+with a non-finite loss or gradient is withheld on the device itself, and so are all that follow until the host has seen
+it and stops.
 """
 
 from __future__ import annotations

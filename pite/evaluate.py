@@ -27,14 +27,7 @@ from pite.grounding import (
     read_predictions,
     write_predictions,
 )
-from pite.metrics import (
-    best_constant_l1,
-    best_fixed_interval,
-    best_still_l1,
-    grounding_scores,
-    query_blind_bound,
-    trajectory_l1,
-)
+from pite.metrics import best_fixed_interval, grounding_scores, query_blind_bound, trajectory_scores
 from pite.trajectories import caution, predict_trajectories, read_samples
 
 ROOM = "evaluation"
@@ -98,10 +91,11 @@ def _trajectories(arguments: argparse.Namespace) -> str:
         print(f"pite.evaluate: {doubt}", file=sys.stderr)
     samples = list(read_samples(data / "pite_143k.jsonl", generator.model, generator.tokenizer))
     predicted, true = predict_trajectories(generator.model, samples, read_features)
+    scores = trajectory_scores(predicted, true)
     return (
-        f"L1       {trajectory_l1(predicted, true):.4f}\n"
-        f"constant {best_constant_l1(true):.4f}\n"
-        f"unmoved  {best_still_l1(true):.4f}\n"
+        f"L1       {scores.l1:.4f}\n"
+        f"constant {scores.best_constant:.4f}\n"
+        f"unmoved  {scores.best_still:.4f}\n"
         f"over {len(true)} tokens of {len(samples)} answers"
     )
 

@@ -127,6 +127,24 @@ def best_still_l1(true: np.ndarray) -> float:
     return trajectory_l1(np.broadcast_to(still, true.shape), true)
 
 
+@dataclass(frozen=True)
+class TrajectoryScores:
+    """Mean absolute error of predicted trajectories, and the bounds to read it against.
+
+    best_constant  one trajectory given to every phrase, the best in hindsight
+    best_still     each phrase's own points where they are best when they may not move, in hindsight: knows where, not when
+    """
+
+    l1: float
+    best_constant: float
+    best_still: float
+
+
+def trajectory_scores(predicted: np.ndarray, true: np.ndarray) -> TrajectoryScores:
+    """Scores of (M, P, N, 2) trajectories. Raises ValueError as `trajectory_l1`."""
+    return TrajectoryScores(trajectory_l1(predicted, true), best_constant_l1(true), best_still_l1(true))
+
+
 def best_constant_l1(true: np.ndarray) -> float:
     """Trajectory L1 of the best constant predictor, fitted on the very (M, P, N, 2) trajectories it is scored on."""
     return trajectory_l1(np.broadcast_to(best_constant_trajectory(true), true.shape), true)

@@ -2,9 +2,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.clips import save_clip
 from tests.engine.workspace import make_workspace
 
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("clip")
+    save_clip(directory)
+    return directory

@@ -32,13 +32,6 @@ VIDEOS, IMAGES = 6, 3
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("clip")
-    save_clip(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("world") / "data", VIDEOS, IMAGES)
 

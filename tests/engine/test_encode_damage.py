@@ -21,7 +21,7 @@ from dataloaders.ledger import read_failures
 from dataloaders.store import FeatureStore, FeatureWriter
 from engine.encode import EncodeConfig, encode, make_jobs
 from engine.encode_check import verify
-from tests.clips import save_clip, write_data
+from tests.clips import write_data
 from tests.damage import damage, decode_or_hang
 from tests.engine.ranks import CONTEXT
 from tests.media import needs_dali, write_video
@@ -46,13 +46,6 @@ REASONS = {
 """What may be said of each kind of damage, where it is noticed at all. Kinds that must be noticed are in CERTAIN."""
 
 CERTAIN = {"truncated", "junk", "empty", "audio", "still"}
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("clip")
-    save_clip(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
