@@ -277,22 +277,38 @@ class Index(NamedTuple):
 def read_indices(path: Path, manifest: Manifest) -> dict[Path, Index]:
     """The index files of a store, in order, each with what it says and whether its shard is as long as its records."""
     files = sorted(path.glob("*.parquet"))
+    # Threads wait for the disk; what computes would only get in each other's way there.
     with ThreadPoolExecutor(_OPENING_THREADS) as pool:
-        return dict(zip(files, pool.map(lambda file: _read_index(file, manifest), files)))
+        contents = pool.map(_content, files)
+        return {file: _parse_index(file, *content, manifest) for file, content in zip(files, contents)}
 
 
-def _read_index(index: Path, manifest: Manifest) -> Index:
+def _content(index: Path) -> tuple[bytes | OSError, tuple[int, int] | None]:
+    """An index file's bytes, and its shard's size and where the tensor begins; None where there is no whole header."""
     shard = index.with_suffix(".safetensors")
     try:
-        with pq.ParquetFile(index) as file:
+        extent = shard.stat().st_size, _data_start(shard)
+    except (OSError, struct.error):
+        extent = None
+    try:
+        return index.read_bytes(), extent
+    except OSError as error:
+        return error, extent
+
+
+def _parse_index(index: Path, content: bytes | OSError, extent: tuple[int, int] | None, manifest: Manifest) -> Index:
+    shard = index.with_suffix(".safetensors")
+    try:
+        if isinstance(content, OSError):
+            raise content
+        with pq.ParquetFile(pa.BufferReader(content)) as file:
             keys = file.read(["key"], use_threads=False)["key"].to_pylist()
     except (pa.ArrowInvalid, OSError, KeyError) as error:
         return Index([], 0, f"the index {index} is damaged ({error})")
-    try:
-        size, start = shard.stat().st_size, _data_start(shard)
-        needed = start + len(keys) * manifest.tokens * manifest.channels * 2
-    except (OSError, struct.error):
+    if extent is None:
         return Index([], 0, f"the shard {shard} is missing or empty")
+    size, start = extent
+    needed = start + len(keys) * manifest.tokens * manifest.channels * 2
     return Index(keys, start, None if size == needed else f"the shard {shard} holds {size} bytes instead of {needed}")
 
 
