@@ -226,6 +226,37 @@ def lora_bare(x: Inputs) -> Step:
     return lambda: [torch.mm(x.hidden.detach(), x.weight.t()), torch.mm(x.upstream, x.weight)]
 
 
+def rope_step(rotate: Callable[[Tensor, Inputs], tuple[Tensor, ...]]) -> Callable[[Inputs], Step]:
+    """Of a copy of the fused projection, since ours overwrites what it is given."""
+
+    def build(x: Inputs) -> Step:
+        def step() -> list[Tensor]:
+            q, k, v = rotate(x.fused.clone(), x)
+            return [q, k, *torch.autograd.grad((q, k, v), x.fused, x.upstreams)]
+
+        return step
+
+    return build
+
+
+def _rope_ours(fused: Tensor, x: Inputs) -> tuple[Tensor, ...]:
+    return kernels.rope_qkv(fused, *x.tables, head_dim=x.tables[0].shape[1], key_heads=x.upstreams[0].shape[1])
+
+
+def _rope_apart(rotate: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor, Inputs], tuple[Tensor, ...]]:
+    def split(fused: Tensor, x: Inputs) -> tuple[Tensor, ...]:
+        q, k, v = fused.unflatten(-1, (-1, x.tables[0].shape[1])).chunk(3, 1)
+        return *rotate(q, k, *x.tables), v
+
+    return split
+
+
+def rope_liger(x: Inputs) -> Step:
+    _needs_gpu(x)
+    import_module("liger_kernel.ops")
+    return rope_step(_rope_apart(kernels.apply_rope))(x)
+
+
 def attention_documents(x: Inputs) -> Step:
     """One SDPA call per document."""
 
@@ -277,6 +308,11 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[Inputs], Step]]] = {
         "peft": lora_peft,
         **dict(zip(CANDIDATES, (lora_concatenated, lora_low_rank_last))),
         BARE: lora_bare,
+    },
+    "rope": {
+        OURS: rope_step(_rope_ours),
+        PLAIN: rope_step(_rope_apart(kernels.reference.apply_rope)),
+        "liger-kernel": rope_liger,
     },
     "attention": {
         OURS: attention_step("auto"),

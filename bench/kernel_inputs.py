@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import rope_tables
+
 POINTS, FRAMES, RANK = 3, 100, 64
 DOCUMENT = 204  # tokens of a typical sample: 100 frames, a question, an answer
 
@@ -51,6 +53,9 @@ class Case:
             # Three stacked square layers: y and dX through W, and the four thin products of A and B.
             flops = 4 * self.tokens * self.depth * 3 * self.depth + 6 * self.tokens * 2 * self.depth * 3 * RANK
             return flops, size * (self.tokens * self.depth * 8 + 6 * self.depth**2)
+        if self.op == "rope":
+            # A copy of q, k, v; q and k rotated; three gradients read, and written as one.
+            return 12.0 * self.tokens * self.depth, size * (6 + 4 + 6) * self.tokens * self.depth
         if self.op == "attention":
             return 7 * self.tokens * DOCUMENT * self.depth, size * 8 * self.tokens * self.depth
         gemms = 3 if self.op == "trajectory" or not self.frozen else 2
@@ -84,6 +89,12 @@ class Inputs:
             self.lora_a = normal(3 * RANK, d, scale=d**-0.5).requires_grad_()
             self.lora_b = normal(3 * d, RANK, scale=RANK**-0.5).requires_grad_()
             self.upstream = normal(case.tokens, 3 * d)
+        elif case.op == "rope":
+            heads = max(1, d // 128)
+            self.fused = normal(case.tokens, 3 * d).requires_grad_()
+            positions = torch.arange(case.tokens, device=device) % DOCUMENT
+            self.tables = list(rope_tables(positions, d // heads, dtype=case.dtype))
+            self.upstreams = [normal(case.tokens, heads, d // heads) for _ in range(3)]
         elif case.op == "attention":
             heads = max(1, d // 128)
             self.qkv = [normal(case.tokens, heads, d // heads).requires_grad_() for _ in range(3)]
@@ -126,13 +137,13 @@ def gpu_cases() -> list[Case]:
     cases = []
     for depth in (4096, 5120):
         cases += [Case(op, 16384, depth, f) for op in ("trajectory", "cross_entropy") for f in (1.0, 0.5, 0.25, 0.1)]
-        cases += [Case(op, 16384, depth) for op in ("lora", "attention")]
+        cases += [Case(op, 16384, depth) for op in ("lora", "rope", "attention")]
     trainable = [Case("cross_entropy", 16384, 4096, f, frozen=False) for f in (1.0, 0.25)]
     return [*cases, *trainable, Case("cross_entropy", 16384, 4096, smoothing=0.0)]
 
 
 def cpu_cases() -> list[Case]:
-    """Shapes a CPU runs in a blink, in float32."""
+    """Shapes a CPU runs in a blink, in float32; rotary embedding is plain PyTorch there."""
     small = [Case("trajectory", 1024, 512, f, dtype=torch.float32) for f in (1.0, 0.5, 0.25, 0.1)]
     small += [Case("cross_entropy", 512, 256, f, vocabulary=4000, dtype=torch.float32) for f in (1.0, 0.25, 0.1)]
     return [*small, Case("lora", 512, 256, dtype=torch.float32), Case("attention", 1024, 256, dtype=torch.float32)]

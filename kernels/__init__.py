@@ -16,6 +16,7 @@ from kernels.cross_entropy import FusedLinearCrossEntropyLoss, linear_cross_entr
 from kernels.elementwise import apply_rope, rms_norm, rope_tables, swiglu
 from kernels.fp8 import Fp8Weight, quantize_weight
 from kernels.lora import lora_linear
+from kernels.rope import rope_qkv
 from kernels.trajectory import FusedTrajectoryL1Loss, trajectory_l1
 from kernels.two_head import two_head_loss
 
@@ -29,6 +30,7 @@ __all__ = [
     "packed_attention",
     "quantize_weight",
     "rms_norm",
+    "rope_qkv",
     "rope_tables",
     "swiglu",
     "trajectory_l1",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from kernels import Fp8Weight, apply_rope, lora_linear, packed_attention, quantize_weight, rms_norm, swiglu
+from kernels import Fp8Weight, lora_linear, packed_attention, quantize_weight, rms_norm, rope_qkv, swiglu
 from pite.config import PiTeConfig
 
 
@@ -81,15 +81,18 @@ class LoRALinear(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU MLP, (T, d) to (T, d)."""
+    """Pre-norm attention and SwiGLU MLP: from a stream (T, d) and what is to be added to it, (T, d), to the next two.
+
+    The addition waits for the norm that follows it, with which it is one kernel, forward and backward.
+    """
 
     def __init__(self, config: PiTeConfig, dtype: torch.dtype) -> None:
         super().__init__()
         llm = config.llm
         self.eps = llm.rms_norm_eps
-        self.head_dim = config.head_dim
+        self.head_dim, self.key_heads = config.head_dim, llm.num_key_value_heads
         queries = llm.num_attention_heads * config.head_dim
-        keys = llm.num_key_value_heads * config.head_dim
+        keys = self.key_heads * config.head_dim
         self.input_norm = nn.Parameter(torch.empty(llm.hidden_size, dtype=dtype), requires_grad=False)
         self.post_attention_norm = nn.Parameter(torch.empty(llm.hidden_size, dtype=dtype), requires_grad=False)
         self.qkv = LoRALinear(llm.hidden_size, (queries, keys, keys), dtype)
@@ -98,25 +101,35 @@ class DecoderLayer(nn.Module):
         self.down = LoRALinear(llm.intermediate_size, (llm.hidden_size,), dtype)
         self.recompute = False
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        # Recomputed from x in the backward pass: inside forward, where FSDP's hooks have gathered the weights.
-        if self.recompute and torch.is_grad_enabled():
-            arguments = (x, cos, sin, cu_seqlens, max_seqlen)
-            return cast(Tensor, checkpoint(self._compute, *arguments, use_reentrant=False, preserve_rng_state=False))
-        return self._compute(x, cos, sin, cu_seqlens, max_seqlen)
+    def forward(
+        self, x: Tensor, added: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> tuple[Tensor, Tensor]:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._compute(x, added, cos, sin, cu_seqlens, max_seqlen)
+        # Recomputed in the backward pass: inside forward, where FSDP's hooks have gathered the weights. One input is
+        # kept, where the two would take twice the memory.
+        arguments = (x if added is None else x + added, None, cos, sin, cu_seqlens, max_seqlen)
+        again = checkpoint(self._compute, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return cast("tuple[Tensor, Tensor]", again)
 
-    def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        q, k, v = self._before(x, cos, sin)
+    def _compute(
+        self, x: Tensor, added: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> tuple[Tensor, Tensor]:
+        x, q, k, v = self._before(x, added, cos, sin)
         return self._after(x, packed_attention(q, k, v, cu_seqlens, max_seqlen))
 
-    def _before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(rms_norm(x, self.input_norm, eps=self.eps)).split(self.qkv.splits, dim=-1)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-        return *apply_rope(q, k, cos, sin), v
+    def _before(
+        self, x: Tensor, added: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if added is None:
+            normed = rms_norm(x, self.input_norm, eps=self.eps)
+        else:
+            normed, x = rms_norm(added, self.input_norm, eps=self.eps, residual=x)
+        return x, *rope_qkv(self.qkv(normed), cos, sin, head_dim=self.head_dim, key_heads=self.key_heads)
 
-    def _after(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.o(attended.flatten(-2))
-        return x + self.down(swiglu(self.gate_up(rms_norm(x, self.post_attention_norm, eps=self.eps))))
+    def _after(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        normed, x = rms_norm(self.o(attended.flatten(-2)), self.post_attention_norm, eps=self.eps, residual=x)
+        return x, self.down(swiglu(self.gate_up(normed)))
 
 
 class Decoder(nn.Module):
@@ -161,6 +174,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Final-norm hidden states (T, d) of the packed input embeddings x (T, d)."""
         cos, sin = self.rotary(position_ids, x.dtype)
-        for layer in self.layers:
-            x = layer(x, cos, sin, cu_seqlens, max_seqlen)
-        return rms_norm(x, self.norm, eps=self.eps)
+        x, added = self.layers[0](x, None, cos, sin, cu_seqlens, max_seqlen)
+        for layer in self.layers[1:]:
+            x, added = layer(x, added, cos, sin, cu_seqlens, max_seqlen)
+        return rms_norm(added, self.norm, eps=self.eps, residual=x)[0]

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from kernels import apply_rope, elementwise, reference, rms_norm, rope_tables, swiglu
+from kernels import apply_rope, elementwise, reference, rms_norm, rope_qkv, rope_tables, swiglu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,6 +44,23 @@ def test_rope_is_llamas_with_positions_that_restart():
         torch.testing.assert_close(a, b[0].transpose(0, 1))
     with pytest.raises(ValueError, match="even"):
         rope_tables(positions, 15)
+
+
+def test_rope_of_a_fused_projection_is_that_of_its_parts():
+    qkv, tables = torch.randn(9, (4 + 2 * 2) * 16), rope_tables(torch.arange(9), 16)
+    q, k, v = (t.unflatten(-1, (-1, 16)) for t in qkv.split([64, 32, 32], -1))
+    ours = rope_qkv(qkv, *tables, head_dim=16, key_heads=2)
+    for a, b in zip(ours, (*apply_rope(q, k, *tables), v)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for options in (
+        {"head_dim": 15, "key_heads": 2},
+        {"head_dim": 16, "key_heads": 3},
+        {"head_dim": 16, "key_heads": 4},
+    ):
+        with pytest.raises(ValueError, match="does not hold q, k, v"):
+            rope_qkv(qkv, *tables, **options)
+    with pytest.raises(ValueError, match="must be 9 x 16"):
+        rope_qkv(qkv, tables[0][:8], tables[1], head_dim=16, key_heads=2)
 
 
 def test_swiglu_from_two_tensors_or_one():

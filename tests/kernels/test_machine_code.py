@@ -13,7 +13,7 @@ from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.fp8 import LARGEST  # noqa: E402
-from kernels.gpu import cross_entropy, fp8, lora, shared, trajectory  # noqa: E402
+from kernels.gpu import cross_entropy, fp8, lora, rope, shared, trajectory  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one block may use
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -61,6 +61,11 @@ def quantize_rows(dtype, width):
     return fp8.quantize_rows_kernel, signature, {"LARGEST": LARGEST} | fp8.tiles(width)
 
 
+def rotate(dtype, width, back):
+    x = TYPES[dtype]
+    return rope.rotate_kernel, [x, x, x, x, *["i32"] * 8], {"BACK": back} | rope.tiles(width // 2)
+
+
 GEMMS = {
     lora.thin_products_kernel,
     trajectory.forward_kernel,
@@ -78,6 +83,9 @@ VARIANTS = {
     **{f"lora thin products {d}": thin_products(d, 64) for d in (torch.bfloat16, torch.float16)},
     **{f"lora thin products bfloat16, rank {r}": thin_products(torch.bfloat16, r) for r in (16, 128)},
     **{f"quantise rows {d}": quantize_rows(d, 4096) for d in TYPES},
+    **{f"rotate {d}": rotate(d, 128, False) for d in TYPES},
+    "rotate bfloat16, back": rotate(torch.bfloat16, 128, True),
+    "rotate bfloat16, heads of 64": rotate(torch.bfloat16, 64, False),
     "trajectory link": (
         trajectory.link_kernel,
         ["*i64", "*i32", "*i32", "i32", "i32"],
