@@ -112,17 +112,17 @@ def memory(
     the largest.
 
     Trained parameters cost 16 bytes each: float32 value, gradient and AdamW's two moments. A kept layer holds, per
-    token: both norms' inputs and outputs, the fused q,k,v output (v is a view of it) and the rotated q and k, the
-    attention output, gate, up and their product, and the LoRA's x A'. A recomputed one holds its input; while backward
-    is in it, it is a kept one. Working memory is the MLP's gradients. Sharded weights are whole for two layers at a
-    time, the one that computes and the one that is fetched ahead, and for the embeddings and the vocabulary head.
+    token: both norms' inputs and outputs, q, k, v in their projection's output, the attention output, gate, up and
+    their product, and the LoRA's x A'. A recomputed one holds its input; while backward is in it, it is a kept one.
+    Working memory is the MLP's gradients. Sharded weights are whole for two layers at a time, the one that computes and
+    the one that is fetched ahead, and for the embeddings and the vocabulary head.
     """
     llm = config.llm
     hidden, inner = llm.hidden_size, llm.intermediate_size
     queries = llm.num_attention_heads * config.head_dim
     keys = llm.num_key_value_heads * config.head_dim
     rank = count.lora // max(1, _lora_rows(config))
-    kept = 4 * hidden + 3 * queries + 3 * keys + 3 * inner + 7 * rank
+    kept = 4 * hidden + 2 * queries + 2 * keys + 3 * inner + 7 * rank
     layers = llm.num_hidden_layers
     held = kept * (layers - recompute) + hidden * recompute + (kept if recompute else 0)
     working = width * (3 * inner + 3 * hidden) + 2 * inner * fp8

@@ -6,18 +6,16 @@ is called directly. On a GPU, `bench.gpu` repeats the proof with torch's own syn
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from kernels.gpu import cross_entropy, lora, shared, trajectory
+from tests.fake_cuda import PeakMemory
 from tests.kernels.helpers import Heads, make_heads
 
 VALUES = (DataDependentOutputException, DynamicOutputShapeException, RuntimeError)
@@ -94,30 +92,6 @@ def test_lora(heads, launches):
     grad_low, grad_b = lora.thin_products(grad, lora_b, low, 2.0, [64, 16, 16])
     assert grad_low.shape == low.shape and grad_b.shape == lora_b.shape
     assert launches == ["thin_products_kernel"] * 3
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages that operators make while this is on: those alive now, and the most that ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.given: set[int] = set()
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.given |= {s._cdata for s in storages((args, kwargs))} - self.alive.keys()
-        out = func(*args, **(kwargs or {}))
-        for storage in storages(out):
-            if storage._cdata not in self.alive.keys() | self.given:
-                self.alive[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return out
-
-
-def storages(tree):
-    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 @pytest.mark.parametrize("depth", [4096, 5120])
