@@ -7,7 +7,7 @@ decoding; where even that was wrong the video is decoded once more.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -242,18 +242,40 @@ def _decode(
 ) -> tuple[int, dict[int, np.ndarray]]:
     """Decode once: how many frames there are, and those at the `chosen` indices."""
     wanted = set(chosen.tolist())
-    # One for all frames: making its scaler anew costs more than decoding a small frame.
-    reformatter = VideoReformatter()
     frames: dict[int, np.ndarray] = {}
     seen = 0
-    for frame in _frames(path, split, origin):
-        if seen in wanted:
-            if frame.is_corrupt:
-                raise DecodeError(f"{path}: frame {seen} is damaged")
-            array = _upright(reformatter.reformat(frame, format="rgb24"), frame.rotation)
-            frames[seen] = array if transform is None else transform(array)
-        seen += 1
+    for seen, array in enumerate(_pictures(path, wanted, split, origin), 1):
+        if array is not None:
+            frames[seen - 1] = array if transform is None else transform(array)
     return seen, frames
+
+
+def iter_frames(path: Path, wanted: Container[int]) -> Iterator[np.ndarray | None]:
+    """Every frame of a video in order, (H, W, 3) uint8 RGB, turned upright; None for those whose index is not `wanted`.
+
+    One at a time, for what would not fit in memory together. Raises DecodeError; a file that ends early is for the caller
+    to notice, who knows from `probe` how many frames there are.
+    """
+    _check_readable(path)
+    try:
+        yield from _pictures(path, wanted, None, None)
+    except av.EOFError:
+        raise DecodeError(_no_frame(path, None)) from None
+    except av.FFmpegError as error:
+        raise DecodeError(f"{path}: {error.strerror}; is it a video?") from None
+
+
+def _pictures(path: Path, wanted: Container[int], split: Clip, origin: int | None) -> Iterator[np.ndarray | None]:
+    """The frames of a clip in order, as RGB where wanted."""
+    # One for all frames: making its scaler anew costs more than decoding a small frame.
+    reformatter = VideoReformatter()
+    for index, frame in enumerate(_frames(path, split, origin)):
+        if index not in wanted:
+            yield None
+            continue
+        if frame.is_corrupt:
+            raise DecodeError(f"{path}: frame {index} is damaged")
+        yield _upright(reformatter.reformat(frame, format="rgb24"), frame.rotation)
 
 
 def _frames(path: Path, split: Clip, origin: int | None) -> Iterator[VideoFrame]:

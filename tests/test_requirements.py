@@ -14,8 +14,8 @@ from packaging.utils import canonicalize_name
 
 from tests.test_arrows import ALLOWED, ROOT, imported_packages
 
-OPTIONAL = {"nvidia", "torchcodec"}
-"""Decoders that are used where they are installed."""
+OPTIONAL = {"nvidia", "torchcodec", "cv2", "stanza"}
+"""Decoders that are used where they are installed, and what annotation alone takes."""
 
 # Imported by name, by transformers for Vicuna's tokenizer, or by torch for the curves.
 WITHOUT_AN_IMPORT = {"liger-kernel", "sentencepiece", "protobuf", "tensorboard"}

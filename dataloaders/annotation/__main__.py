@@ -1,0 +1,220 @@
+"""Make PiTe-143k records of videos and their event captions.
+
+python -m dataloaders.annotation --captions train.json --videos DATA/stage2/videos --output DATA/stage2/pite_143k.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dataloaders.annotation.pipeline import Settings, Video, annotate, load_models
+from dataloaders.annotation.steps import STEPS, join_records, step_path
+from dataloaders.annotation.tracking import opencv
+from dataloaders.decode import TIME_LIMIT
+from dataloaders.files import write_atomically
+from dataloaders.formats import Where, iter_json, read_activitynet
+from dataloaders.formats.fields import find_media, identifier
+from dataloaders.ledger import LEDGER, Failure, Ledger
+from dataloaders.records import RecordError
+from dataloaders.video import DecodeError
+from dataloaders.workers import TaskLost, Workers
+
+SETTINGS = "settings.json"
+
+
+def read_captions(captions: Path, videos: Path) -> Iterator[Video | Failure]:
+    """The captioned videos in the file's order, or why one cannot be read. Raises ValueError for a file that is no JSON."""
+    seen: set[str] = set()
+    for offset, _, record in iter_json(captions):
+        where = Where(captions, offset)
+        try:
+            name = identifier(record, "id", where)
+            if name in seen:
+                raise RecordError(f"{where}: id {name!r} stands twice")
+            seen.add(name)
+            yield Video(name, find_media(videos, name, ".mp4"), captions.stem, read_activitynet(record, where, videos))
+        except RecordError as error:
+            yield Failure(str(record.get("id")), str(captions), "read", str(error))
+
+
+def attempt(video: Video, settings: Settings) -> Failure | None:
+    """Annotate a video, turning what is raised into a failure. OpenCV and models can raise anything at one bad file."""
+    try:
+        annotate(video, settings)
+    except DecodeError as error:
+        return Failure(video.name, str(video.path), "decode", str(error))
+    except ValueError as error:
+        return Failure(video.name, str(video.path), "annotate", str(error))
+    except OSError:
+        raise  # A full disk is nobody's fault but ours.
+    except Exception as error:
+        return Failure(video.name, str(video.path), "annotate", f"{video.path}: {type(error).__name__}: {error}")
+    return None
+
+
+def annotate_all(
+    videos: Sequence[Video], settings: Settings, workers: int, time_limit: float = TIME_LIMIT
+) -> Iterator[Failure | None]:
+    """One result for each video, in order, by `workers` processes; 0 is this one alone.
+
+    time_limit  seconds that a video may take before its process is killed; not kept by 0 workers
+    Raises ValueError for models that cannot be loaded.
+    """
+    if not workers:
+        load_models(settings)
+        yield from map(partial(attempt, settings=settings), videos)
+        return
+    with Workers(workers, time_limit) as pool:
+        pool.submit(load_models, settings).result()
+        waiting: deque[tuple[Video, Future[Failure | None]]] = deque()
+        remaining = iter(videos)
+        while True:
+            while len(waiting) < 4 * workers and (video := next(remaining, None)) is not None:
+                waiting.append((video, pool.submit(attempt, video, settings)))
+            if not waiting:
+                return
+            video, answer = waiting.popleft()
+            try:
+                yield answer.result()
+            except TaskLost as error:
+                yield Failure(video.name, str(video.path), "annotate", f"{video.path}: {error}")
+
+
+def check_made_alike(settings: Settings) -> None:
+    """Write down what makes each step; raises ValueError where files of a step are there that were made otherwise."""
+    path, wanted = settings.work / SETTINGS, settings.makers()
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for step, made in wanted.items():
+        if known.get(step, made) != made and (settings.work / step).is_dir():
+            later = " and ".join(str(settings.work / other) for other in STEPS[STEPS.index(step) :])
+            raise ValueError(
+                f"{settings.work / step} was made with {known[step]}, not {made}: remove {later}, or choose another --work"
+            )
+    settings.work.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(known | wanted, indent=1))
+
+
+def summary(counts: Sequence[dict[str, int]]) -> str:
+    total = sum((Counter(each) for each in counts), Counter[str]())
+    return (
+        f"{len(counts):,} videos, {total['events']:,} events, {total['phrases']:,} phrases; {total['found']:,} of them found "
+        f"in their event's first frame, {total['followed']:,} followed, {total['trajectories']:,} with a trajectory"
+    )
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Annotate what this process, of those that torchrun started, has to; the only one joins the records."""
+    rank, size, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = f"cuda:{local}" if flags.device == "cuda" else flags.device
+    work = flags.work or flags.output.with_suffix(".steps")
+    if flags.segmenter and not flags.detector:
+        raise ValueError("--segmenter fills the boxes of a --detector; give that, too")
+    if flags.workers < 0 or flags.time_limit <= 0:
+        raise ValueError("--workers must be 0 or more, and --time-limit more than 0")
+    if flags.num_points < 1 or flags.num_frames < 2:
+        raise ValueError("--num-points must be at least 1, and --num-frames at least 2")
+    if not flags.videos.is_dir():
+        raise ValueError(f"--videos: {flags.videos} is no folder")
+    settings = Settings(
+        work,
+        flags.num_frames,
+        flags.num_points,
+        flags.stanza,
+        flags.detector,
+        flags.segmenter,
+        flags.threshold,
+        device,
+        flags.until,
+    )
+    found = list(read_captions(flags.captions, flags.videos))
+    videos = [video for video in found if isinstance(video, Video)]
+    check_made_alike(settings)
+    ledger = Ledger(work / LEDGER, len(found), flags.failure_budget)
+    if rank == 0:
+        for failure in found:
+            if isinstance(failure, Failure):
+                ledger.add(failure)
+    mine = [v for v in videos[rank::size] if not _is_done(work, flags.until, v)]
+    if STEPS.index(flags.until) >= STEPS.index("tracks") and any(not _is_done(work, "tracks", v) for v in mine):
+        opencv()
+    failed = 0
+    workers = min(flags.workers, len(mine))
+    results = annotate_all(mine, settings, workers, flags.time_limit) if mine else iter(())
+    for failure in tqdm(results, "annotating", len(mine), unit=" videos", disable=None):
+        if failure is not None:
+            failed += 1
+            ledger.add(failure)
+    print(f"{len(mine) - failed:,} videos annotated" + (f", {failed:,} failed: see {work / LEDGER}" if failed else ""))
+    if flags.until != "records":
+        print(f"the steps' files are in {work}")
+    elif size > 1:
+        print(f"when all processes are done, the same command without torchrun writes {flags.output}")
+    else:
+        counts = join_records((step_path(work, "records", v.name) for v in videos), flags.output)
+        print(f"{flags.output}: {summary(counts)}")
+    return 0
+
+
+def _is_done(work: Path, step: str, video: Video) -> bool:
+    return step_path(work, step, video.name).exists()
+
+
+def parser() -> argparse.ArgumentParser:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    command = argparse.ArgumentParser(
+        "python -m dataloaders.annotation", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
+    command.add_argument(
+        "--captions", type=Path, required=True, help="ActivityNet Captions' {id: {duration, timestamps, sentences}}"
+    )
+    command.add_argument("--videos", type=Path, required=True, help="folder of {id}.mp4, or .mkv, .webm, ...")
+    command.add_argument(
+        "--output", type=Path, required=True, help="such as DATA/stage2/pite_143k.jsonl; replaced whole"
+    )
+    command.add_argument(
+        "--work", type=Path, help="folder of the steps' files (default: OUTPUT with .steps for .jsonl)"
+    )
+    command.add_argument("--until", choices=STEPS, default="records", help="last step to take (default: records)")
+    command.add_argument("--stanza", type=Path, metavar="DIR", help="Stanza's models, for phrases that are not given")
+    command.add_argument("--detector", type=Path, metavar="DIR", help="a GroundingDINO, for masks that are not given")
+    command.add_argument("--segmenter", type=Path, metavar="DIR", help="a SAM; without it a mask is the detector's box")
+    command.add_argument("--threshold", type=float, default=0.35, help="least score of a detection (default: 0.35)")
+    command.add_argument("--device", default="cpu", help="cpu or cuda, for the models (default: cpu)")
+    command.add_argument("--num-frames", type=int, default=100, help="N that the model will see (default: 100)")
+    command.add_argument("--num-points", type=int, default=3, help="P key points of a trajectory (default: 3)")
+    command.add_argument(
+        "--workers",
+        type=int,
+        default=cores,
+        help="processes, each with models of its own; 0 for this one alone (default: one per core)",
+    )
+    command.add_argument(
+        "--time-limit", type=float, default=TIME_LIMIT, help="seconds that a video may take (default: %(default)g)"
+    )
+    command.add_argument(
+        "--failure-budget", type=float, default=0.01, help="share of videos that may fail (default: 0.01)"
+    )
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return run(parser().parse_args(argv))
+    except (ValueError, OSError) as error:
+        print(f"dataloaders.annotation: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

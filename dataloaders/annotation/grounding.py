@@ -1,0 +1,101 @@
+"""Where a phrase's object is in a frame: GroundingDINO's best box, and SAM's mask in it, from local directories.
+
+PiTe used GLaMM, which is a code base of its own; its masks, or anybody's, come in by their files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+BATCH = 8
+"""Phrases that are looked for at a time."""
+
+
+class Grounding:
+    """A detector by text and, where one is given, a segmenter: `grounding(image, phrases)`.
+
+    detector   directory of a GroundingDINO in Hugging Face's format
+    segmenter  directory of a SAM; None takes the whole box, background included
+    threshold  score from 0 to 1 below which a box counts as nothing found
+    Reads safetensors only and runs no code of the directories. Raises ValueError where they hold something else.
+    """
+
+    def __init__(self, detector: Path, segmenter: Path | None, device: str = "cpu", threshold: float = 0.35) -> None:
+        from transformers import AutoModelForMaskGeneration, AutoModelForZeroShotObjectDetection
+
+        self.device, self.threshold = torch.device(device), threshold
+        self._processor, self._detector = _load(AutoModelForZeroShotObjectDetection, detector, self.device)
+        if not hasattr(self._processor, "post_process_grounded_object_detection"):
+            raise ValueError(f"{detector}: a {self._detector.config.model_type}, where a GroundingDINO is needed")
+        self._segmenter = None
+        if segmenter is not None:
+            self._sam_processor, self._segmenter = _load(AutoModelForMaskGeneration, segmenter, self.device)
+            if self._segmenter.config.model_type != "sam":
+                raise ValueError(f"{segmenter}: a {self._segmenter.config.model_type}, where a SAM is needed")
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray, phrases: Sequence[str]) -> list[np.ndarray | None]:
+        """A mask (H, W) bool, or None, for each phrase in an image (H, W, 3) uint8 RGB."""
+        boxes = [box for i in range(0, len(phrases), BATCH) for box in self._boxes(image, phrases[i : i + BATCH])]
+        masks = iter(self._masks(image, [box for box in boxes if box is not None]))
+        found = [None if box is None else next(masks) for box in boxes]
+        return [mask if mask is not None and mask.any() else None for mask in found]
+
+    def _boxes(self, image: np.ndarray, phrases: Sequence[str]) -> list[np.ndarray | None]:
+        """The best box [x0, y0, x1, y1] in pixels for each phrase, at the threshold or above."""
+        # The detector was trained on lower case and on full stops between phrases.
+        texts = [f"{phrase.lower().rstrip(' .')}." for phrase in phrases]
+        inputs = self._processor(images=[image] * len(texts), text=texts, return_tensors="pt", padding=True)
+        inputs = inputs.to(self.device)
+        results = self._processor.post_process_grounded_object_detection(
+            self._detector(**inputs),
+            inputs["input_ids"],
+            threshold=self.threshold,
+            target_sizes=[image.shape[:2]] * len(texts),
+        )
+        limits = np.array(image.shape[1::-1] * 2)
+        best = [r["boxes"][r["scores"].argmax()] if len(r["scores"]) else None for r in results]
+        return [None if box is None else box.float().cpu().numpy().clip(0, limits) for box in best]
+
+    def _masks(self, image: np.ndarray, boxes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if not boxes:
+            return []
+        if self._segmenter is None:
+            return [_filled(image, box) for box in boxes]
+        given = [[box.tolist() for box in boxes]]
+        inputs = self._sam_processor(images=image, input_boxes=given, return_tensors="pt")
+        outputs = self._segmenter(
+            pixel_values=inputs["pixel_values"].to(self.device),
+            input_boxes=inputs["input_boxes"].float().to(self.device),
+            multimask_output=False,
+        )
+        masks = self._sam_processor.image_processor.post_process_masks(
+            outputs.pred_masks.cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        )
+        return list(masks[0][:, 0].numpy())
+
+
+def _filled(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+    mask = np.zeros(image.shape[:2], bool)
+    left, top, right, bottom = box.round().astype(int)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def _load(kind: Any, directory: Path, device: torch.device) -> tuple[Any, Any]:
+    """A processor and a model. Raises ValueError with the library's own first line where they cannot be loaded."""
+    from transformers import AutoProcessor
+
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory}: no model directory of Hugging Face's format: it holds no config.json")
+    try:
+        processor = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        model = kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False, use_safetensors=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{directory}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    return processor, model.to(device).eval()

@@ -1,0 +1,102 @@
+"""Noun phrases of a sentence: those of the lowest layer of its constituency tree, as PiTe takes them (section 3.1).
+
+The parser is Stanza's with a model directory of one's own, which is installed apart: no parser worth using ships its
+English model in a wheel. It loads its models with weights_only=True and is told to fetch nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from dataloaders.annotation.steps import Phrase
+
+_POSSESSIVE = "POS"
+
+
+class Tree(Protocol):
+    """A constituency tree as Stanza gives it: a leaf is a word and has no children, a leaf's parent is its part of speech."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def children(self) -> Sequence[Tree]: ...
+
+
+def lowest_noun_phrases(tree: Tree, spans: Sequence[tuple[int, int]], text: str) -> list[Phrase]:
+    """Noun phrases of a tree that hold no other one, in order.
+
+    spans  (start, end) in `text` of every leaf
+    A phrase without a noun, such as "she" or "there", names nothing that could be looked for, and a possessive ending is
+    not part of its phrase: both are left out.
+    """
+    phrases = []
+    for node, first in _walk(tree, 0):
+        if not _is_noun_phrase(node) or any(_is_noun_phrase(below) for below, _ in _walk(node, 0) if below is not node):
+            continue
+        tags = [tag for child in node.children for tag in _tags(child)]
+        last = first + len(tags) - (tags[-1] == _POSSESSIVE)
+        if any(tag.startswith("NN") for tag in tags):
+            start, end = spans[first][0], spans[last - 1][1]
+            phrases.append(Phrase(text[start:end], start))
+    return phrases
+
+
+class StanzaPhrases:
+    """Stanza's English constituency parser from a local directory. Raises ValueError where that, or Stanza, is missing.
+
+    directory  what `stanza.download("en", model_dir=...)` filled on a machine with a network
+    """
+
+    def __init__(self, directory: Path, device: str = "cpu") -> None:
+        try:
+            import stanza
+        except ImportError:
+            raise ValueError(
+                "--stanza needs Stanza: pip install stanza, or write the phrases' files yourself"
+            ) from None
+        if not (directory / "en" / "constituency").is_dir():
+            raise ValueError(f"{directory}: no Stanza models, which would hold en/constituency; see stanza.download")
+        self._pipeline = stanza.Pipeline(
+            "en",
+            dir=str(directory),
+            processors="tokenize,pos,constituency",
+            download_method=None,
+            device=device,
+            verbose=False,
+        )
+
+    def __call__(self, sentence: str) -> list[Phrase]:
+        """The lowest noun phrases of a caption, which may be several sentences."""
+        return [phrase for parsed in self._pipeline(sentence).sentences for phrase in phrases_of(parsed, sentence)]
+
+
+def phrases_of(parsed: Any, text: str) -> list[Phrase]:
+    """The lowest noun phrases of a Stanza sentence. Of a word that Stanza split, such as "don't", all parts have its span."""
+    spans = [(token.start_char, token.end_char) for token in parsed.tokens for _ in token.words]
+    return lowest_noun_phrases(parsed.constituency, spans, text)
+
+
+def _walk(tree: Tree, first: int) -> Iterator[tuple[Tree, int]]:
+    """Every node and the number of its first leaf, parents before children."""
+    yield tree, first
+    for child in tree.children:
+        yield from _walk(child, first)
+        first += _leaves(child)
+
+
+def _leaves(tree: Tree) -> int:
+    return sum(_leaves(child) for child in tree.children) if tree.children else 1
+
+
+def _tags(tree: Tree) -> list[str]:
+    """Parts of speech of a subtree, one for each leaf."""
+    if all(not child.children for child in tree.children):
+        return [tree.label] * max(len(tree.children), 1)
+    return [tag for child in tree.children for tag in _tags(child)]
+
+
+def _is_noun_phrase(tree: Tree) -> bool:
+    return bool(tree.children) and tree.label.split("-")[0] == "NP"

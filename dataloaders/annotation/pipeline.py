@@ -1,0 +1,171 @@
+"""One video through the four steps, each of which is skipped where its file is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataloaders.annotation import steps
+from dataloaders.annotation.key_points import key_points
+from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, step_path
+from dataloaders.annotation.telling import pite_record
+from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, first_frames, track_events
+from dataloaders.containers import duration
+from dataloaders.formats.activitynet import EventVideo
+from dataloaders.formats.pite_143k import read_pite
+from dataloaders.video import DecodeError
+
+if TYPE_CHECKING:
+    from dataloaders.annotation.grounding import Grounding
+
+DURATION_TOLERANCE = 0.02
+"""Share of a video's length by which its file may differ from its captions' `duration`, or a second where that is more."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What makes each step.
+
+    work        folder of the steps' files
+    num_frames  N: events are sampled at least as densely as N frames sample the video
+    num_points  P key points of a trajectory
+    stanza      directory of Stanza's models; None where phrases are given
+    detector, segmenter  directories for `Grounding`; None where masks are given
+    threshold   of the detector's score
+    device      for models
+    until       last step to take, of `steps.STEPS`
+    """
+
+    work: Path
+    num_frames: int = 100
+    num_points: int = 3
+    stanza: Path | None = None
+    detector: Path | None = None
+    segmenter: Path | None = None
+    threshold: float = 0.35
+    device: str = "cpu"
+    until: str = "records"
+
+    def makers(self) -> dict[str, dict[str, Any]]:
+        """By step, what decides its files' contents; nothing for steps that this run cannot make."""
+        made: dict[str, dict[str, Any]] = {}
+        if self.stanza:
+            made["phrases"] = {"stanza": _name(self.stanza)}
+        if self.detector:
+            segmenter = self.segmenter and _name(self.segmenter)
+            made["masks"] = {"detector": _name(self.detector), "segmenter": segmenter, "threshold": self.threshold}
+        made["tracks"] = {"num_frames": self.num_frames, **asdict(LucasKanade())}
+        made["records"] = {"num_points": self.num_points}
+        return {step: made[step] for step in STEPS[: STEPS.index(self.until) + 1] if step in made}
+
+
+def _name(directory: Path) -> str:
+    return str(directory.resolve())
+
+
+@dataclass(frozen=True)
+class Video:
+    """A captioned video and its file. name is the captions' id."""
+
+    name: str
+    path: Path
+    source: str
+    captions: EventVideo
+
+
+def annotate(video: Video, settings: Settings) -> None:
+    """Take the steps that `video` lacks. Raises ValueError, of which DecodeError and RecordError are, in one sentence."""
+    work, name = settings.work, video.name
+    path = {step: step_path(work, step, name) for step in STEPS}
+    last = STEPS.index(settings.until)
+    if path[settings.until].exists():
+        return
+    if not path["phrases"].exists():
+        parser = _parser(settings)
+        if parser is None:
+            raise ValueError(f"{path['phrases']}: no such file; write it, or let --stanza make it")
+        steps.write_phrases(path["phrases"], video.captions, [parser(e.sentence) for e in video.captions.events])
+    phrases = steps.read_phrases(path["phrases"], video.captions)
+    if last == 0:
+        return
+    if not path["masks"].exists():
+        _make_masks(path["masks"], video, phrases, settings)
+    masks = steps.read_masks(path["masks"], phrases)
+    if last == 1:
+        return
+    if not path["tracks"].exists():
+        moments = _moments(video, settings)
+        steps.write_tracks(path["tracks"], track_events(video.path, moments, masks))
+    tracks = steps.read_tracks(path["tracks"], phrases)
+    if last == 2:
+        return
+    points = {
+        key: found for key, track in tracks.items() if (found := key_points(track, settings.num_points)) is not None
+    }
+    record = pite_record(name, video.source, video.captions, phrases, points)
+    # What our own reader would refuse in training is refused here, where the reason can still be removed.
+    read_pite(record, name, work, num_frames=settings.num_frames, num_points=settings.num_points)
+    counts = {
+        "events": len(phrases),
+        "phrases": sum(map(len, phrases)),
+        "found": sum(mask is not None for event in masks for mask in event),
+        "followed": len(tracks),
+        "trajectories": len(points),
+    }
+    steps.write_json(path["records"], {"record": record, "counts": counts})
+
+
+def _make_masks(path: Path, video: Video, phrases: Phrases, settings: Settings) -> None:
+    grounding = _grounding(settings)
+    if grounding is None:
+        raise ValueError(f"{path}: no such file; write it, or let --detector and --segmenter make it")
+    moments = _moments(video, settings)
+    frames = first_frames(video.path, [m for m, found in zip(moments, phrases) if found])
+    masks: Masks = [
+        grounding(frames[each.first], [phrase.text for phrase in found]) if found else []
+        for each, found in zip(moments, phrases)
+    ]
+    steps.write_masks(path, masks)
+
+
+def _moments(video: Video, settings: Settings) -> Sequence[Moments]:
+    """Raises DecodeError where the file is much longer or shorter than its captions say: it is another one then."""
+    said = video.captions.duration
+    try:
+        lasts = duration(video.path)
+    except OSError as error:
+        raise DecodeError(f"{video.path}: {error.strerror}") from None
+    if lasts is not None and abs(lasts - said) > max(1.0, DURATION_TOLERANCE * said):
+        raise DecodeError(
+            f"{video.path}: lasts {lasts:.1f} s where its captions say {said:.1f} s; is it another video?"
+        )
+    total = count_frames(video.path)
+    return [Moments.of(event, said, total, settings.num_frames) for event in video.captions.events]
+
+
+@lru_cache(1)
+def _parser(settings: Settings) -> Callable[[str], list[Phrase]] | None:
+    """Once for each process."""
+    from dataloaders.annotation.phrases import StanzaPhrases
+
+    return StanzaPhrases(settings.stanza, settings.device) if settings.stanza else None
+
+
+@lru_cache(1)
+def _grounding(settings: Settings) -> Grounding | None:
+    """Once for each process."""
+    if settings.detector is None:
+        return None
+    from dataloaders.annotation.grounding import Grounding
+
+    return Grounding(settings.detector, settings.segmenter, settings.device, settings.threshold)
+
+
+def load_models(settings: Settings) -> None:
+    """Load what the run names, so that a wrong directory is told before the first video. Raises ValueError."""
+    _parser(settings)
+    if settings.until != "phrases":
+        _grounding(settings)
