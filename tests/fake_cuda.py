@@ -1,15 +1,18 @@
-"""The CUDA code without a GPU: every line of Python runs on fake tensors that say they are on CUDA, and launches nothing.
+"""The CUDA code without a GPU: every line of Python runs on fake tensors that say they are on CUDA.
 
-What it allocates is counted tensor by tensor. Only attention has a stand-in, which makes what flash-attn makes.
+What it allocates is counted tensor by tensor, and what it would launch with Triton is recorded, ready to be compiled.
+Only attention has a stand-in, which makes what flash-attn makes.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,18 +97,73 @@ class _Flash(torch.autograd.Function):
         return *(torch.empty_like(t) for t in (q, k, v)), *[None] * 4
 
 
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One of the programs that Triton would compile: a kernel for these types, constants and 16-divisible arguments."""
+
+    kernel: Any
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @staticmethod
+    def of(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+        """As Triton specialises it. Raises TypeError where the call does not fit the kernel's parameters."""
+        bound = inspect.signature(kernel.fn).bind(
+            *arguments, **{name: options.pop(name) for name in kernel.arg_names if name in options}
+        )
+        bound.apply_defaults()
+        types, constants, divisible = {}, {}, []
+        for i, parameter in enumerate(kernel.params):
+            value = bound.arguments[parameter.name]
+            number = type(value) is int and not parameter.is_constexpr
+            if parameter.is_constexpr or value is None or (number and value == 1):
+                types[parameter.name] = "constexpr"
+                constants[parameter.name] = getattr(value, "value", value)
+                continue
+            if isinstance(value, Tensor):
+                types[parameter.name] = POINTERS[value.dtype]
+            else:
+                types[parameter.name] = {bool: "i1", int: "i32", float: "fp32"}[type(value)]
+            # The allocator's blocks are, and so is a view's start where its offset is.
+            at = value.storage_offset() * value.itemsize if isinstance(value, Tensor) else value
+            if type(value) is not float and at % 16 == 0:
+                divisible.append(i)
+        return Launch(
+            kernel, tuple(types.items()), tuple(constants.items()), tuple(divisible), tuple(sorted(options.items()))
+        )
+
+
 @contextmanager
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    """Within it tensors are fake and say `is_cuda`; Triton launches, liger-kernel's too, do nothing."""
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Launch]]:
+    """Within it tensors are fake and say `is_cuda`; Triton's launches, liger-kernel's too, are added to what it yields."""
     from triton.runtime.jit import JITFunction
+
+    launches: set[Launch] = set()
+
+    def record(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        assert all(type(n) is int and n > 0 for n in grid)
+        launches.add(Launch.of(kernel, arguments, options))
 
     # Their device stays the CPU: autograd's engine has no other where torch is built without CUDA.
     monkeypatch.setattr(FakeTensor, "is_cuda", True)
-    monkeypatch.setattr(JITFunction, "run", lambda *arguments, **options: None)
+    monkeypatch.setattr(JITFunction, "run", record)
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch, "_assert_async", lambda *arguments: None)
     monkeypatch.setitem(attention._loaded, "stand-in", _Flash.apply)
     monkeypatch.setattr(attention, "choose_backend", lambda *arguments: "stand-in")
-    with FakeTensorMode() as mode:
-        yield mode
+    with FakeTensorMode():
+        yield launches

@@ -5,17 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataloaders.batch import PackedBatch
 from engine.budget import DEVICES
-from engine.gradients import Gradients
-from engine.loop import backward_order, compute_losses, make_optimizer
+from engine.loop import compute_losses
 from engine.memory import LARGEST_BUDGET, SPARE, choose_layout, count_parameters, memory
 from engine.recipes import recipe
 from engine.train import main
 from pite.config import PiTeConfig
-from pite.model import PiTe
 from tests.engine.workspace import train_arguments
-from tests.fake_cuda import PeakMemory, fake_cuda
 from tests.samples import random_batch, tiny_model
 
 
@@ -58,66 +54,6 @@ def test_shards_share_the_weights():
     copied, sharded = (memory(config, count, 0, shards=n).weights for n in (1, 8))
     assert copied == pytest.approx(26.0e9, rel=0.01)
     assert copied / 8 < sharded < copied / 8 + 2 * 0.65e9 + 0.7e9
-
-
-def counted_peak(size: str, tokens: int, recompute: int, fp8: bool) -> float:
-    """Bytes of a stage-2 step's peak as the CUDA code allocates, AdamW's moments there from a step before."""
-    stage, config, documents = recipe(size, 2), PiTeConfig.preset(size), tokens // 216
-    peak = PeakMemory()
-    model = PiTe(config, torch.bfloat16)
-    model.add_lora(stage.lora_rank, stage.lora_alpha)
-    if fp8:
-        model.quantize()
-    model.set_trainable(stage.learns)
-    model.decoder.recompute(recompute)
-    for parameter in model.parameters():
-        peak.own(parameter)
-
-    def integers(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int64)
-
-    with peak:
-        optimizer = make_optimizer(model, stage)
-        optimizer.found_inf = torch.zeros(())
-        gradients = Gradients(backward_order(model), 1)
-        optimizer.step()
-        frames, targets, placed = documents * config.num_frames, documents * 65, documents * 25
-        batch = PackedBatch(
-            token_ids=integers(tokens),
-            position_ids=integers(tokens).int(),
-            cu_seqlens=integers(documents + 1).int(),
-            max_seqlen=2048,
-            features=torch.empty(frames, config.vision_feature_size, dtype=torch.float16),
-            feature_rows=integers(frames),
-            target_ids=integers(targets),
-            target_rows=integers(targets),
-            trajectory=torch.empty(placed, config.num_points, config.num_frames, 2),
-            trajectory_rows=integers(placed),
-            normalizers=torch.empty(2),
-            sample_ids=("a sample",) * documents,
-        )
-        before = peak.now
-        compute_losses(model, batch, stage, "skip").total.backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in model.trainable()], 1.0)
-        optimizer.step()
-        gradients.zero()
-    assert peak.now - before < 1e6, "a step leaves nothing behind"
-    return peak.peak
-
-
-@pytest.mark.parametrize(
-    ("size", "tokens", "recompute", "fp8"),
-    [("7b", 16384, 0, False), ("7b", 8192, 8, True), ("13b", 5120, 0, False), ("13b", 4096, 40, False)],
-)
-def test_the_estimate_is_what_the_cuda_code_allocates(size, tokens, recompute, fp8, monkeypatch, capsys):
-    """Never less, and at most 5% more."""
-    config = PiTeConfig.preset(size)
-    needed = memory(config, count_parameters(config, recipe(size, 2)), tokens, fp8=fp8, recompute=recompute).total
-    with fake_cuda(monkeypatch):
-        counted = counted_peak(size, tokens, recompute, fp8)
-    with capsys.disabled():
-        print(f"\n{size}, {tokens:,} tokens: {needed / 1e9:.2f} GB estimated, {counted / 1e9:.2f} counted")
-    assert 1.0 <= needed / counted <= 1.05
 
 
 def saved_bytes(model, batch, layers: int) -> int:

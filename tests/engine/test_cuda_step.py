@@ -1,0 +1,109 @@
+"""A whole training step of the CUDA code at real shapes, without a GPU: nothing waits, what it takes, what it launches.
+
+On fake tensors (`tests.fake_cuda`) a look at a value raises, so that a step that ends has made the host wait for nothing.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from dataloaders.batch import PackedBatch  # noqa: E402
+from engine.gradients import Gradients  # noqa: E402
+from engine.loop import backward_order, compute_losses, make_optimizer  # noqa: E402
+from engine.memory import count_parameters, memory  # noqa: E402
+from engine.recipes import Stage, recipe  # noqa: E402
+from pite.config import PiTeConfig  # noqa: E402
+from pite.model import PiTe  # noqa: E402
+from tests.fake_cuda import PeakMemory, fake_cuda  # noqa: E402
+
+
+def packed_batch(config: PiTeConfig, tokens: int, stage: Stage) -> PackedBatch:
+    """Samples of 216 tokens, of which 65 are supervised and 25 have a trajectory, or in stage 1 a point."""
+    documents = tokens // 216
+    frames, targets, placed = documents * config.num_frames, documents * 65, documents * 25
+    points = (1, 1) if stage == 1 else (config.num_points, config.num_frames)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int64)
+
+    return PackedBatch(
+        token_ids=integers(tokens),
+        position_ids=integers(tokens).int(),
+        cu_seqlens=integers(documents + 1).int(),
+        max_seqlen=2048,
+        features=torch.empty(frames, config.vision_feature_size, dtype=torch.float16),
+        feature_rows=integers(frames),
+        target_ids=integers(targets),
+        target_rows=integers(targets),
+        trajectory=torch.empty(placed, *points, 2),
+        trajectory_rows=integers(placed),
+        normalizers=torch.empty(2),
+        sample_ids=("a sample",) * documents,
+    )
+
+
+def training_step(size: str, tokens: int, *, stage: Stage = 2, recompute: int = 0, fp8: bool = False) -> PeakMemory:
+    """Bytes of a step, AdamW's moments there from a step before."""
+    config, recipe_ = PiTeConfig.preset(size), recipe(size, stage)
+    peak = PeakMemory()
+    model = PiTe(config, torch.bfloat16)
+    model.add_lora(recipe_.lora_rank, recipe_.lora_alpha)
+    if fp8:
+        model.quantize()
+    model.set_trainable(recipe_.learns)
+    model.decoder.recompute(recompute)
+    for parameter in model.parameters():
+        peak.own(parameter)
+    with peak:
+        optimizer = make_optimizer(model, recipe_)
+        optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+        gradients = Gradients(backward_order(model), 1)
+        optimizer.step()
+        batch = packed_batch(config, tokens, stage)
+        before = peak.now
+        compute_losses(model, batch, recipe_, "skip").total.backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in model.trainable()], 1.0)
+        optimizer.step()
+        gradients.zero()
+    assert peak.now - before < 1e6, "a step leaves nothing behind"
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "recompute", "fp8"),
+    [("7b", 16384, 0, False), ("7b", 8192, 8, True), ("13b", 5120, 0, False), ("13b", 4096, 40, False)],
+)
+def test_the_estimate_is_what_a_step_allocates(size, tokens, recompute, fp8, monkeypatch, capsys):
+    """Never less, and at most 5% more."""
+    config = PiTeConfig.preset(size)
+    needed = memory(config, count_parameters(config, recipe(size, 2)), tokens, fp8=fp8, recompute=recompute).total
+    with fake_cuda(monkeypatch):
+        counted = training_step(size, tokens, recompute=recompute, fp8=fp8).peak
+    with capsys.disabled():
+        print(f"\n{size}, {tokens:,} tokens: {needed / 1e9:.2f} GB estimated, {counted / 1e9:.2f} counted")
+    assert 1.0 <= needed / counted <= 1.05
+
+
+@pytest.mark.parametrize(
+    ("capability", "fp8", "expected"),
+    [(80, False, {"rotate_kernel", "forward_kernel", "thin_products_kernel"}), (90, True, {"quantize_rows_kernel"})],
+)
+def test_everything_a_step_launches_compiles(capability, fp8, expected, monkeypatch):
+    """Triton's programs, liger-kernel's too, with the very arguments of the call; cuBLAS and attention are not Triton's."""
+    assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
+    with fake_cuda(monkeypatch) as launches:
+        for stage in (1, 2):
+            training_step("7b", 16384, stage=stage, recompute=1, fp8=fp8)
+    for launch in launches:
+        divisible = {(i,): [["tt.divisibility", 16]] for i in launch.divisible}
+        source = ASTSource(launch.kernel, dict(launch.types), dict(launch.constants), divisible)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+        assert compiled.asm["cubin"]
+    names = {launch.kernel.fn.__name__ for launch in launches}
+    assert names >= {"_fused_add_rms_norm_forward_kernel", "_swiglu_fused_gate_up_backward_kernel"} | expected
