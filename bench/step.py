@@ -9,7 +9,7 @@ timed in turn; none is timed before its loss agrees with ours. Useful tokens are
   hf padded        transformers + peft as the predecessors train: right-padded micro-batches of eight samples in order,
                    gradient checkpointing, full logits, the head on every position (VTimeLLM's recipe)
   hf padded, kept  the same without gradient checkpointing
-  hf packed        transformers + peft + liger-kernel on the packed row (CUDA with flash-attn)
+  hf packed        transformers + peft on the packed row, with liger-kernel on CUDA; attention is flash-attn's, else ours
   unsloth          `hf padded` with unsloth's Llama and its gradient checkpointing. It patches transformers for the whole
                    process, so it is not among the others: `--only unsloth` times it beside ours
 """

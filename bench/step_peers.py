@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from bench.step_problem import RECIPE, Problem, Step
 from dataloaders.batch import PackedBatch
 from dataloaders.plan import split_batch
 from dataloaders.records import ABSENT
 from engine.tiny_tokenizer import build_tokenizer
+from kernels import packed_attention
 from pite import names
 from pite.generate import language_model
 
@@ -57,13 +60,9 @@ class HuggingFace(nn.Module):
         model = self.problem.model
         return model.embed(batch.token_ids, batch.features, batch.feature_rows).detach()
 
-    def loss(self, hidden: Tensor, logits: Tensor, labels: Tensor, tracks: Tensor) -> Tensor:
-        """hidden (..., d) predicts labels (...) and tracks (..., P, N, 2); -100 and (-1, -1) carry no loss."""
+    def loss(self, hidden: Tensor, ce: Tensor, tracks: Tensor) -> Tensor:
+        """hidden (..., d) predicts tracks (..., P, N, 2), of which (-1, -1) carries no loss; ce is summed over tokens."""
         tokens, coordinates = self.problem.normalizers
-        smoothing = RECIPE.label_smoothing
-        ce = F.cross_entropy(
-            logits.float().flatten(0, -2), labels.flatten(), label_smoothing=smoothing, reduction="sum"
-        )
         predicted = self.head(hidden.to(self.head.weight.dtype)).view(tracks.shape)
         present = (tracks != ABSENT).all(-1, keepdim=True)
         return ce / tokens + RECIPE.trajectory_weight * ((predicted - tracks).abs() * present).sum() / coordinates
@@ -121,24 +120,39 @@ def _padded(model: HuggingFace) -> Step:
             at = torch.from_numpy(sample.trajectory_positions - 1).to(device)
             tracks[row, at] = torch.from_numpy(sample.trajectory).to(device)
         batches.append((embedded, mask, labels, tracks))
-    return _hf_step(model, batches, lambda embedded, mask: {"inputs_embeds": embedded, "attention_mask": mask})
+
+    def forward(embedded: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        out = model.llama(inputs_embeds=embedded, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        return out.hidden_states[-1], _cross_entropy(out.logits, labels)
+
+    return _hf_step(model, batches, forward)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    options: dict[str, Any] = {"label_smoothing": RECIPE.label_smoothing, "reduction": "sum"}
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), **options)
 
 
 def packed_step(problem: Problem) -> Step:
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    """The packed row through transformers and peft, on CUDA with liger-kernel's layers and its fused linear cross-entropy.
 
-    if problem.model.device.type != "cuda":
-        raise ValueError("packing in transformers needs flash-attn, which needs CUDA")
-    import flash_attn  # noqa: F401
-
+    Attention is flash-attn where that is installed, else ours: then it is not what differs.
+    """
     model = HuggingFace(problem)
     llama = model.llama.get_base_model()
-    apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, model=llama)
-    llama.set_attn_implementation("flash_attention_2")
+    fused = None
+    if problem.model.device.type == "cuda":
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, model=llama)
+        fused = LigerFusedLinearCrossEntropyLoss(label_smoothing=RECIPE.label_smoothing, reduction="sum")
+    AttentionInterface.register("packed", _attend)
+    installed = problem.model.device.type == "cuda" and find_spec("flash_attn") is not None
+    llama.set_attn_implementation("flash_attention_2" if installed else "packed")
     config, device = problem.model.config, problem.model.device
     (bins,) = split_batch([len(s.token_ids) for s in problem.samples], 1, problem.token_budget)
     batches = []
-    for members in bins:
+    for members in filter(None, bins):
         batch = problem.pack(members)
         labels = torch.full((1, batch.num_tokens), -100, device=device)
         labels[0, batch.target_rows] = batch.target_ids
@@ -146,19 +160,52 @@ def packed_step(problem: Problem) -> Step:
             (1, batch.num_tokens, config.num_points, config.num_frames, 2), float(ABSENT), device=device
         )
         tracks[0, batch.trajectory_rows] = batch.trajectory
-        batches.append((model.embed(batch)[None], batch.position_ids.long()[None], labels, tracks))
-    return _hf_step(model, batches, lambda embedded, at: {"inputs_embeds": embedded, "position_ids": at})
+        batches.append((model.embed(batch)[None], batch, labels, tracks))
+
+    def forward(embedded: Tensor, batch: PackedBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
+        bounds, longest = batch.cu_seqlens, batch.max_seqlen
+        hidden = llama.model(
+            inputs_embeds=embedded,
+            position_ids=batch.position_ids.long()[None],
+            cu_seq_lens_q=bounds,
+            cu_seq_lens_k=bounds,
+            max_length_q=longest,
+            max_length_k=longest,
+            use_cache=False,
+        ).last_hidden_state
+        if fused is None:
+            return hidden, _cross_entropy(llama.lm_head(hidden), labels)
+        return hidden, fused(llama.lm_head.weight, hidden[0], labels[0])
+
+    return _hf_step(model, batches, forward)
 
 
-def _hf_step(model: HuggingFace, batches: list[Any], inputs: Callable[[Tensor, Tensor], dict[str, Tensor]]) -> Step:
+def _attend(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """One row of packed documents, for transformers: q (1, H, T, D), k and v (1, K, T, D)."""
+    q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
+    return packed_attention(q, k, v, cu_seq_lens_q, max_length_q, scale=scaling)[None], None
+
+
+def _hf_step(model: HuggingFace, batches: list[Any], forward: Callable[..., tuple[Tensor, Tensor]]) -> Step:
+    """`forward` gives the hidden states and the summed cross-entropy of a batch's first three entries."""
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=RECIPE.learning_rate, weight_decay=0.0, fused=True)
 
     def step(update: bool = True) -> Sequence[Tensor]:
         total = torch.zeros((), device=model.head.weight.device)
-        for embedded, second, labels, tracks in batches:
-            out = model.llama(**inputs(embedded, second), output_hidden_states=True, use_cache=False)
-            loss = model.loss(out.hidden_states[-1], out.logits, labels, tracks)
+        for *inputs, tracks in batches:
+            loss = model.loss(*forward(*inputs), tracks)
             loss.backward()
             total += loss.detach()
         if update:

@@ -7,6 +7,7 @@ merged and the Llama module is assembled around the model's own tensors, without
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from pite.model import PiTe
 def language_model(model: PiTe) -> LlamaForCausalLM:
     """transformers' LlamaForCausalLM in evaluation mode; it shares the model's weights, except those a LoRA touches."""
     with torch.device("meta"):
-        llama = LlamaForCausalLM(model.config.llm)
+        # A configuration of its own: transformers keeps the choice of attention in it, among other things.
+        llama = LlamaForCausalLM(deepcopy(model.config.llm))
     tensors = names.merged_tensors(model)
     tied = model.lm_head is None
     llama.load_state_dict(tensors, strict=not tied, assign=True)
