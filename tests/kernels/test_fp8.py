@@ -48,9 +48,11 @@ def test_the_emulation_is_what_pytorch_multiplies(dtype):
     x, weight = normal(33, 64, dtype=dtype), quantize_weight(normal(48, 64, seed=1, dtype=dtype))
     quantized, scales = quantize_rows(x)
     row_wise = F.ScalingType.RowWise
-    expected = F.scaled_mm(
-        quantized, weight.rows.t(), scales[:, None], row_wise, weight.row_scales[None], row_wise, output_dtype=dtype
-    )
+    factors = (quantized, weight.rows.t(), scales[:, None], row_wise, weight.row_scales[None], row_wise)
+    try:
+        expected = F.scaled_mm(*factors, output_dtype=dtype)
+    except NotImplementedError:
+        pytest.skip("this torch has no float8 product on the CPU, as 2.13 does")
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-3}
     torch.testing.assert_close(product(x, weight.rows, weight.row_scales), expected, **tolerance)
 
