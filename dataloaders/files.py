@@ -50,20 +50,25 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
     try:
         beside.mkdir()
         yield beside
-        for file in beside.iterdir():
-            sync(file)
-        sync(beside)
-        if path.exists():
-            old = path.with_name(f".{path.name}.old.tmp")
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-            beside.rename(path)
-            shutil.rmtree(old)
-        else:
-            beside.rename(path)
-        sync(path.parent)
+        put_in_place(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def put_in_place(beside: Path, path: Path) -> None:
+    """Flush the finished directory `beside` to disk and make it `path`; an existing `path` is replaced."""
+    for file in beside.iterdir():
+        sync(file)
+    sync(beside)
+    if path.exists():
+        old = path.with_name(f".{path.name}.old.tmp")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        beside.rename(path)
+        shutil.rmtree(old)
+    else:
+        beside.rename(path)
+    sync(path.parent)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

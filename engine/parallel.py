@@ -37,7 +37,7 @@ class World:
 
     @staticmethod
     def join(device: str | None = None, stall: float = 600.0) -> World:
-        """Read torchrun's environment; join its process group (NCCL on CUDA, gloo elsewhere) when there is one.
+        """Read torchrun's environment; join its process group, when there is one: gloo, and NCCL on CUDA.
 
         stall  seconds after which a rank that does not reach the end of a step ends the run
         """
@@ -53,7 +53,7 @@ class World:
         if not dist.is_initialized():
             on_gpu = kind.startswith("cuda")
             dist.init_process_group(
-                "nccl" if on_gpu else "gloo",
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                 device_id=torch.device(kind) if on_gpu else None,
                 timeout=timedelta(hours=SETUP_HOURS),
             )

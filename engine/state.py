@@ -1,29 +1,43 @@
 """Training checkpoints: everything a resumed run needs to continue bit for bit, and nothing that is frozen.
 
 Only what learns is in it, which every rank has whole under any layout: rank 0 writes it, any number of ranks reads it.
-The step waits for a copy in host memory; a thread writes that copy while training goes on. torch.distributed.checkpoint
-would share the writing among the ranks, but its metadata file is a pickle, and there is little to share: 12 bytes for
-each of 160 or 250 million numbers. A checkpoint is a directory `step-00000100` of one safetensors file (trainable
-parameters and AdamW's moments) and one JSON file. It is written beside and renamed, so a kill or a full disk leaves the
-previous one whole. The data need no state: the batch plan is a function of the step.
+torch.distributed.checkpoint does both. The step waits for a copy in host memory; DCP's thread writes that copy while
+training goes on. A checkpoint is a directory `step-00000100` of safetensors files with their index (trainable
+parameters and AdamW's moments; DCP's usual format would be a pickle) and one JSON file of ours with their checksums. It
+is written beside and renamed, so a kill or a full disk leaves the previous one whole. The data need no state: the batch
+plan is a function of the step.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import threading
+import warnings
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.storage import WriteResult
 
-from dataloaders.files import directory_written_atomically, sha256, write_tensors
+from dataloaders.files import put_in_place, sha256
 
-TENSORS, STATE = "state.safetensors", "state.json"
+# That one process alone saves, or loads for itself, is what is meant.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+STATE = "state.json"
+FILE_BYTES = 25 * 2**20
+"""About a file's size. Python stands still while safetensors serializes one: at this size too briefly for a step to notice."""
+
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -49,19 +63,26 @@ def tensors_of(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optim
     return tensors
 
 
-def save(directory: Path, step: int, tensors: dict[str, Tensor], fingerprint: dict[str, Any], keep: int) -> Checkpoint:
-    """Write `step-XXXXXXXX` under `directory` and remove all but the newest `keep`.
+class _Storage(HuggingFaceStorageWriter):
+    """DCP's writer of one checkpoint: into a hidden directory that becomes `target` when all is in it."""
 
-    Raises OSError when the disk is full; what was there before is untouched then.
-    """
-    target = directory / f"step-{step:08d}"
-    with directory_written_atomically(target) as beside:
-        write_tensors(beside / TENSORS, tensors)
-        content = {"step": step, "fingerprint": fingerprint, "sha256": sha256(beside / TENSORS)}
+    def __init__(self, target: Path, tensors: dict[str, Tensor], content: dict[str, Any], keep: int) -> None:
+        ends = accumulate(tensor.nbytes for tensor in tensors.values())
+        files = {name: 1 + end // FILE_BYTES for name, end in zip(tensors, ends)}
+        super().__init__(str(target.with_name(f".{target.name}.tmp")), files)
+        # All it gets is in host memory: to copy ahead, DCP's thread would open a CUDA context on device 0.
+        self.per_thread_copy_ahead = 0
+        self._target, self._content, self._keep = target, content, keep
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """After the last tensor, still in DCP's thread."""
+        super().finish(metadata, results)
+        beside = Path(self.path)
+        content = {**self._content, "sha256": {file.name: sha256(file) for file in beside.iterdir()}}
         (beside / STATE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    for old in _complete(directory)[:-keep]:
-        shutil.rmtree(old)
-    return Checkpoint(target, step)
+        put_in_place(beside, self._target)
+        for old in _complete(self._target.parent)[: -self._keep]:
+            shutil.rmtree(old)
 
 
 class Writer:
@@ -72,50 +93,45 @@ class Writer:
 
     def __init__(self, directory: Path, fingerprint: dict[str, Any], keep: int) -> None:
         self._directory, self._fingerprint, self._keep = directory, fingerprint, keep
-        self._copies: dict[str, Tensor] = {}
-        self._thread: threading.Thread | None = None
-        self._error: tuple[int, OSError] | None = None
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
+        self._saving: tuple[int, Future[Metadata]] | None = None
 
     def save(self, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """Copy the state as it is after everything queued so far, and have it written."""
         self.wait()
-        source = tensors_of(parameters, optimizer)
-        if not self._copies:
-            # Made once: page-locked memory is dear to allocate, and only from it are copies asynchronous.
-            self._copies = {n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for n, t in source.items()}
-        for name, tensor in source.items():
-            self._copies[name].copy_(tensor, non_blocking=True)
-        copied = None
-        if any(t.is_cuda for t in source.values()):
-            copied = torch.cuda.Event()
-            copied.record()
-        self._thread = threading.Thread(target=self._write, args=(step, copied), name="checkpoint")
-        self._thread.start()
+        _remove_unfinished(self._directory)
+        tensors = tensors_of(parameters, optimizer)
+        if self._stager.state_dict_cache is None:
+            # Made once, since page-locked memory is dear to allocate; the stager's own would be that on a CPU too.
+            self._stager.state_dict_cache = {
+                n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for n, t in tensors.items()
+            }
+        content = {"step": step, "fingerprint": self._fingerprint}
+        storage = _Storage(self._directory / f"step-{step:08d}", tensors, content, self._keep)
+        saving = dcp.async_save(tensors, storage_writer=storage, async_stager=self._stager, no_dist=True)
+        self._saving = step, cast("Future[Metadata]", saving)
 
     def wait(self) -> None:
         """Until the last checkpoint is whole on disk."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            (step, error), self._error = self._error, None
-            whole, _ = newest(self._directory)
-            kept = f"the last whole one is {whole.path}" if whole else "there is none yet"
-            raise ValueError(f"checkpoint of step {step} could not be written ({error.strerror}); {kept}") from error
+        if self._saving is None:
+            return
+        (step, saving), self._saving = self._saving, None
+        error = saving.exception()
+        if error is None:
+            return
+        _remove_unfinished(self._directory)
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        if not isinstance(error, OSError):
+            raise error
+        whole, _ = newest(self._directory)
+        kept = f"the last whole one is {whole.path}" if whole else "there is none yet"
+        raise ValueError(f"checkpoint of step {step} could not be written ({error.strerror}); {kept}") from error
 
     def check(self) -> None:
         """Raise what the last checkpoint ran into, if it has; wait for nothing."""
-        if self._thread is not None and not self._thread.is_alive():
+        if self._saving is not None and self._saving[1].done():
             self.wait()
-
-    def _write(self, step: int, copied: torch.cuda.Event | None) -> None:
-        if copied is not None:
-            torch.cuda.set_device(copied.device)  # a thread starts on device 0, and would open a context there
-            copied.synchronize()
-        try:
-            save(self._directory, step, self._copies, self._fingerprint, self._keep)
-        except OSError as error:
-            self._error = (step, error)
 
     def __enter__(self) -> Writer:
         return self
@@ -123,18 +139,29 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        elif self._thread is not None:
-            self._thread.join()
+        else:
+            # What ended the run is told, not what came of its last checkpoint.
+            with suppress(Exception):
+                self.wait()
 
 
 def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a sentence for each newer one that is not."""
+    """The newest checkpoint that is whole, and a sentence for each newer one that is not.
+
+    Raises ResumeError at one that this version cannot read.
+    """
     complaints: list[str] = []
     for path in reversed(_complete(directory)):
+        if (path / "state.safetensors").exists():
+            raise ResumeError(
+                f"checkpoint {path} was written by an earlier version: finish the run with that one, "
+                "or start afresh in another --output"
+            )
         try:
             content = json.loads((path / STATE).read_text())
-            if sha256(path / TENSORS) != content["sha256"]:
-                raise ValueError("its tensors do not match their checksum")
+            for name, checksum in content["sha256"].items():
+                if sha256(path / name) != checksum:
+                    raise ValueError(f"{name} does not match its checksum")
             return Checkpoint(path, content["step"]), complaints
         except (OSError, ValueError, KeyError) as error:
             complaints.append(f"checkpoint {path} is damaged ({error}): falling back to the one before")
@@ -162,15 +189,21 @@ def restore(
     Raises ResumeError naming the first difference when it was made by a run with another fingerprint.
     """
     compare(json.loads((checkpoint.path / STATE).read_text())["fingerprint"], fingerprint, checkpoint.path)
-    tensors = load_file(checkpoint.path / TENSORS)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
-            moments = {moment: tensors[f"{moment}/{name}"] for moment in _MOMENTS}
-            optimizer.state[parameter] = {m: t if m == "step" else t.to(parameter.device) for m, t in moments.items()}
-            if parameter.is_cuda:
-                optimizer.state[parameter]["step"] = moments["step"].to(parameter.device)
+    for parameter in parameters.values():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    reader = HuggingFaceStorageReader(str(checkpoint.path))
+    dcp.load(tensors_of(parameters, optimizer), storage_reader=reader, no_dist=True)
 
 
 def _complete(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob("step-*") if p.is_dir())
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """What a write left behind that failed or was killed."""
+    for path in directory.glob(".step-*"):
+        shutil.rmtree(path)

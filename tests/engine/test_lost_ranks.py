@@ -133,9 +133,9 @@ def test_a_dead_rank_is_named(workspace: Path, tmp_path: Path, victim: int):
 
 def test_an_error_of_one_rank_is_told_by_the_others(workspace: Path, tmp_path: Path):
     full = """
-from engine import state
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 def full(*rest): raise OSError(28, "No space left on device")
-state.save = full"""
+HuggingFaceStorageWriter.write_data = full"""
     ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path, "1"), full + SLOW)
     assert ranks.wait(END_WITHIN) == [1, 1]
     assert "checkpoint of step 2 could not be written (No space left on device); there is none yet" in ranks.said(0)
