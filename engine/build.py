@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
 from dataloaders.dataset import StageDataset
@@ -17,7 +18,7 @@ from engine.memory import Layout
 from engine.parallel import World, shard_frozen
 from engine.recipes import Recipe, Size, Stage
 from engine.tiny_tokenizer import build_tokenizer
-from pite import checkpoint
+from pite import checkpoint, names
 from pite.config import PiTeConfig
 from pite.model import PiTe
 
@@ -78,7 +79,7 @@ def build_model(
     config: PiTeConfig,
     *,
     llm: Path | None,
-    start: Path | None,
+    merged: Sequence[str],
     dataset: StageDataset,
     store: FeatureStore,
     seed: int,
@@ -88,33 +89,33 @@ def build_model(
     world: World,
     layout: Layout,
 ) -> PiTe:
-    """A stage's model before its first step, laid out over the ranks.
+    """A stage's model before its first step, laid out over the ranks, made on the device one decoder layer at a time.
 
-    llm    of the language model; None for random weights
-    start  an earlier stage's output; None for the language model itself
-    fp8    whether the layers' frozen weights, with all that was merged into them, become float8
+    llm     of the language model; None for random weights
+    merged  outputs of earlier stages, in order: their LoRA is merged, and the last one's adapter and heads go on
+    fp8     whether the layers' frozen weights, with all that was merged into them, become float8
     """
-    # What is to be sharded does not fit the device whole.
-    device = "cpu" if layout.shards > 1 else str(world.device)
-    if start is None:
-        if llm is None:
-            model = checkpoint.random_model(config, dtype=dtype, device=device, seed=seed)
-        else:
-            model = checkpoint.load_language_model(llm, config, dtype=dtype, device=device, seed=seed)
-        if recipe.align_adapter:
-            align_adapter(model, dataset, store)
-    else:
-        model = PiTe.from_pretrained(start, dtype=dtype, device=device)
-        model.merge_lora()
+    origin = checkpoint.Origin(config, llm, [*map(Path, merged)], dtype=dtype, device=str(world.device), seed=seed)
+    model = origin.without_layers()
+    if merged:
+        checkpoint.load_heads(model, Path(merged[-1]))
+    elif recipe.align_adapter:
+        align_adapter(model, dataset, store)
     if stage == 2 and head_init:
         model.initialize_trajectory_head()
-    model.add_lora(recipe.lora_rank, recipe.lora_alpha, seed=seed + stage)
+    mesh = init_device_mesh(world.device.type, (world.size,)) if layout.shards > 1 else None
+    draws = torch.Generator().manual_seed(seed + stage)
+    for i in origin.layers(model):
+        for _, linear, _ in names.linear_layers(model, i):
+            linear.add_lora(recipe.lora_rank, recipe.lora_alpha, draws)
+            if fp8:
+                linear.quantize()
+        if mesh is not None:
+            shard_frozen(model.decoder.layers[i], mesh)
+    if mesh is not None:
+        shard_frozen(model, mesh)
     model.set_trainable(recipe.learns)
     model.decoder.recompute(layout.recompute)
-    if fp8:
-        model.quantize()
-    if layout.shards > 1:
-        shard_frozen(model, world)
     return model
 
 

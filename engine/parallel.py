@@ -15,10 +15,11 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from engine.watch import Watch
 from pite import names
-from pite.model import PiTe
 
 T = TypeVar("T")
 
@@ -99,20 +100,12 @@ class World:
             dist.destroy_process_group()
 
 
-def shard_frozen(model: PiTe, world: World) -> None:
-    """Spread the frozen weights over all ranks (FSDP2); a layer's are gathered while it computes, forward and backward.
+def shard_frozen(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread a decoder layer's frozen weights, or at last the rest of a model's, over all ranks (FSDP2).
 
-    The model may be on the CPU: each layer moves to the rank's device as it is sharded, so that the whole never is
-    there. Adapter, heads and LoRA stay whole on every rank.
+    A layer's are gathered while it computes, forward and backward. Adapter, heads and LoRA stay whole on every rank.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    whole = {p for name in names.HEADS for p in getattr(model, name).parameters()}
-    whole |= {p for name, p in model.named_parameters() if "lora_" in name}
-    for parameter in whole:
-        parameter.data = parameter.data.to(world.device)
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    for layer in model.decoder.layers:
-        fully_shard(layer, mesh=mesh, ignored_params=whole)
-    fully_shard(model, mesh=mesh, ignored_params=whole)
+    whole = {p for name, p in module.named_parameters() if "lora_" in name or name.startswith(names.HEADS)}
+    fully_shard(module, mesh=mesh, ignored_params=whole)

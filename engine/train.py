@@ -105,8 +105,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         else world.from_main(lambda: language_model_checksum(llm)),
         "frames and points": [pite_config.num_frames, pite_config.num_points],
     }
-    start = config.start(stage)
-    merged = merged_stages(stage, start, same_as_before)
+    merged = merged_stages(stage, config.start(stage), same_as_before)
     settings = {
         **same_as_before,
         "features": asdict(Manifest.load(config.features(stage))),
@@ -190,7 +189,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         pin_memory=world.device.type == "cuda",
     )
     model = build_model(
-        stage, recipe, pite_config, llm=llm, start=start, dataset=dataset, store=store, seed=config.seed,
+        stage, recipe, pite_config, llm=llm, merged=merged, dataset=dataset, store=store, seed=config.seed,
         head_init=config.head_init, dtype=dtype, fp8=fp8, world=world, layout=layout,
     )  # fmt: skip
     if config.compile:

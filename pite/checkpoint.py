@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,28 +52,12 @@ def load_language_model(
     directory: Path, config: PiTeConfig, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0
 ) -> PiTe:
     """Load a whole-layout or plain Llama directory; PiTe's tensors that it lacks are initialised, the same each time."""
-    model = empty(config, dtype, device)
-    initialize_heads(model, seed)
-    copy_into(
-        {**names.language_model_tensors(model), **names.head_tensors(model)},
-        hub.weights(directory),
-        directory,
-        optional=names.HEADS,
-    )
-    return model
+    return Origin(config, directory, dtype=dtype, device=device, seed=seed).model()
 
 
 def random_model(config: PiTeConfig, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> PiTe:
     """A model of the right shape with random weights, for throughput runs and tests."""
-    model = empty(config, dtype, device)
-    initialize_heads(model, seed)
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, tensor in names.language_model_tensors(model).items():
-        if name.endswith("norm.weight"):
-            tensor.fill_(1)
-        else:
-            tensor.normal_(0, config.llm.initializer_range, generator=generator)
-    return model
+    return Origin(config, None, dtype=dtype, device=device, seed=seed).model()
 
 
 def empty(config: PiTeConfig, dtype: torch.dtype, device: str) -> PiTe:
@@ -83,6 +67,73 @@ def empty(config: PiTeConfig, dtype: torch.dtype, device: str) -> PiTe:
     with torch.device("meta"):
         model = PiTe(config, dtype)
     return model if device == "meta" else model.to_empty(device=device)
+
+
+class Origin:
+    """What a model is filled from, one decoder layer at a time: files or random numbers, earlier stages merged in.
+
+    llm     directory of a whole model or plain Llama; None for random weights
+    merged  directories of earlier stages' adapters, in order
+    device  where each part is made: the host holds no more than a tensor on its way there, and mapped files
+    All names and shapes are compared at once. Raises ValueError naming the directory and tensor that do not fit.
+    """
+
+    def __init__(
+        self,
+        config: PiTeConfig,
+        llm: Path | None,
+        merged: Sequence[Path] = (),
+        *,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self._config, self._dtype, self._device, self._seed = config, dtype, device, seed
+        self._weights = None if llm is None else hub.Weights(llm)
+        self._generator = torch.Generator(device).manual_seed(seed)
+        if llm is not None and self._weights is not None:
+            model = empty(config, dtype, "meta")
+            expected = {**names.language_model_tensors(model), **names.head_tensors(model)}
+            compare(expected, self._weights, llm, optional=names.HEADS)
+        self._adapters = [_Adapter(directory, config) for directory in merged]
+
+    def model(self) -> PiTe:
+        """The whole."""
+        model = self.without_layers()
+        for _ in self.layers(model):
+            pass
+        return model
+
+    def without_layers(self) -> PiTe:
+        """A model whose decoder layers are still on the meta device."""
+        model = empty(self._config, self._dtype, "meta")
+        for module in (model, model.decoder, *(getattr(model, name) for name in names.HEADS)):
+            module.to_empty(device=self._device, recurse=False)
+        initialize_heads(model, self._seed)
+        self._fill(names.outer_tensors(model))
+        if self._weights is not None:
+            self._fill({name: tensor for name, tensor in names.head_tensors(model).items() if name in self._weights})
+        return model
+
+    def layers(self, model: PiTe) -> Iterator[int]:
+        """Fill a model's decoder layers in order, each when the one before has been dealt with; gives their numbers."""
+        for i, layer in enumerate(model.decoder.layers):
+            layer.to_empty(device=self._device)
+            self._fill(names.layer_tensors(model, i))
+            for adapter in self._adapters:
+                adapter.attach(model, i)
+                for _, linear, _ in names.linear_layers(model, i):
+                    linear.merge_lora()
+            yield i
+
+    def _fill(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if self._weights is not None:
+                tensor.copy_(self._weights[name])
+            elif name.endswith("norm.weight"):
+                tensor.fill_(1)
+            else:
+                tensor.normal_(0, self._config.llm.initializer_range, generator=self._generator)
 
 
 @torch.no_grad()
@@ -212,51 +263,67 @@ def check(file: Path, checksum: str) -> None:
 def _load_stage(directory: Path, dtype: torch.dtype, device: str) -> PiTe:
     lineage = read_lineage(directory)
     base = resolve(lineage["language_model"])
-    model = load_language_model(base, PiTeConfig.load(directory), dtype=dtype, device=device)
-    for entry in lineage["merged"]:
-        load_lora(model, Path(entry["path"]))
-        model.merge_lora()
+    merged = [Path(entry["path"]) for entry in lineage["merged"]]
+    model = Origin(PiTeConfig.load(directory), base, merged, dtype=dtype, device=device).model()
     load_lora(model, directory)
     load_heads(model, directory)
     return model
 
 
+class _Adapter:
+    """A PEFT adapter of plain LoRA on all seven projections. Raises ValueError for any other kind."""
+
+    def __init__(self, directory: Path, config: PiTeConfig) -> None:
+        path = directory / "adapter_config.json"
+        if not path.exists():
+            raise ValueError(f"{directory} holds no adapter_config.json: it is no PEFT adapter")
+        given = json.loads(path.read_text())
+        for flag in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
+            if given.get(flag):
+                raise ValueError(f"{path}: {flag} is not supported, only plain LoRA is")
+        self._rank, self._alpha = given["r"], given["lora_alpha"]
+        self._weights = hub.Weights(directory, stem="adapter_model")
+        model = empty(config, torch.float32, "meta")
+        model.add_lora(self._rank, self._alpha)
+        compare(names.lora_tensors(model), self._weights, directory)
+
+    def attach(self, model: PiTe, i: int) -> None:
+        """Give decoder layer i its LoRA."""
+        for _, linear, _ in names.linear_layers(model, i):
+            linear.add_lora(self._rank, self._alpha, torch.Generator())
+        for name, tensor in names.lora_tensors(model, i).items():
+            tensor.copy_(self._weights[name])
+
+
 def load_lora(model: PiTe, directory: Path) -> None:
     """Attach a PEFT adapter of plain LoRA on all seven projections. Raises ValueError for any other kind."""
-    path = directory / "adapter_config.json"
-    if not path.exists():
-        raise ValueError(f"{directory} holds no adapter_config.json: it is no PEFT adapter")
-    config = json.loads(path.read_text())
-    for flag in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
-        if config.get(flag):
-            raise ValueError(f"{path}: {flag} is not supported, only plain LoRA is")
-    model.add_lora(config["r"], config["lora_alpha"])
-    copy_into(names.lora_tensors(model), hub.weights(directory, stem="adapter_model"), directory)
+    adapter = _Adapter(directory, model.config)
+    for i in range(len(model.decoder.layers)):
+        adapter.attach(model, i)
 
 
 def load_heads(model: PiTe, directory: Path) -> None:
-    copy_into(names.head_tensors(model), iter(load_file(directory / HEADS_FILE).items()), directory)
+    """Copy a stage's adapter and heads into a model. Raises ValueError when they are of another shape."""
+    tensors, found = names.head_tensors(model), load_file(directory / HEADS_FILE)
+    compare(tensors, found, directory)
+    for name, tensor in tensors.items():
+        tensor.copy_(found[name])
 
 
-@torch.no_grad()
-def copy_into(
-    destinations: dict[str, Tensor], source: Iterator[tuple[str, Tensor]], where: Path, optional: tuple[str, ...] = ()
+def compare(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: Path, optional: tuple[str, ...] = ()
 ) -> None:
-    """Copy named tensors into their views; `optional` names modules that may be absent, each as a whole."""
-    missing = set(destinations)
-    present = set()
-    for name, tensor in source:
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in destinations):
+    """Raise ValueError unless names and shapes agree; `optional` names modules that may be absent, each as a whole."""
+    for name, tensor in found.items():
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected):
             continue
-        if name not in destinations:
+        if name not in expected:
             raise ValueError(f"{where}: unexpected tensor {name}")
-        if tensor.shape != destinations[name].shape:
-            expected = tuple(destinations[name].shape)
-            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, the configuration asks for {expected}")
-        destinations[name].copy_(tensor)
-        missing.discard(name)
-        present.add(_module(name))
-    missing = {name for name in missing if _module(name) not in optional or _module(name) in present}
+        if tensor.shape != expected[name].shape:
+            shape = tuple(expected[name].shape)
+            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, the configuration asks for {shape}")
+    present = {_module(name) for name in found}
+    missing = {n for n in expected if n not in found and (_module(n) not in optional or _module(n) in present)}
     if missing:
         raise ValueError(f"{where}: {len(missing)} tensors are missing, {min(missing)} among them")
 

@@ -121,7 +121,7 @@ def _load(directory: Path) -> CLIPVisionModelWithProjection:
         loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
             None,
             config=config,
-            state_dict=dict(hub.weights(directory)),
+            state_dict=dict(hub.Weights(directory)),
             dtype=torch.float32,
             output_loading_info=True,
         )

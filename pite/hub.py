@@ -6,7 +6,9 @@ Only safetensors and `torch.load(weights_only=True)` are read.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,29 +48,49 @@ def resolve(path_or_name: str | Path, files: Sequence[str]) -> Path:
     return directory
 
 
-def weights(directory: Path, stem: str = "model") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a directory's safetensors (preferred) or torch files, read lazily from mapped memory.
+class Weights(Mapping[str, Tensor]):
+    """Every tensor of a directory's safetensors (preferred) or torch files, read from mapped memory when it is asked for.
 
     Raises ValueError where there is neither, and naming a file that cannot be read.
     """
-    files = sorted(directory.glob(f"{stem}*.safetensors"))
-    files = files or sorted(directory.glob(f"{stem}*.bin")) or sorted(directory.glob(f"pytorch_{stem}*.bin"))
-    if not files:
-        raise ValueError(f"{directory} holds no {stem}*.safetensors and no *.bin weights")
-    for file in files:
-        try:
-            yield from _safetensors(file) if file.suffix == ".safetensors" else _torch_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} cannot be read: {_first_line(error)}") from None
+
+    def __init__(self, directory: Path, stem: str = "model") -> None:
+        files = sorted(directory.glob(f"{stem}*.safetensors"))
+        files = files or sorted(directory.glob(f"{stem}*.bin")) or sorted(directory.glob(f"pytorch_{stem}*.bin"))
+        if not files:
+            raise ValueError(f"{directory} holds no {stem}*.safetensors and no *.bin weights")
+        self._tensors: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
+        for file in files:
+            with _readable(file):
+                found = _safetensors(file) if file.suffix == ".safetensors" else _torch_file(file)
+            self._tensors |= {name: (file, read) for name, read in found.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, read = self._tensors[name]
+        with _readable(file):
+            return read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
-def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, framework="pt") as shard:
-        for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
-            yield name, shard.get_tensor(name)
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {_first_line(error)}") from None
 
 
-def _torch_file(file: Path) -> Iterator[tuple[str, Tensor]]:
+def _safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
+    shard = safe_open(file, framework="pt")
+    return {name: partial(shard.get_tensor, name) for name in shard.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
+def _torch_file(file: Path) -> dict[str, Callable[[], Tensor]]:
     try:
         # What torch wrote before 1.6 is no archive and cannot be mapped.
         content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
@@ -76,7 +98,7 @@ def _torch_file(file: Path) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{file} cannot be read: {_first_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} cannot be read: it holds no tensors by name, but {type(content).__name__}")
-    yield from content.items()
+    return {name: partial(content.__getitem__, name) for name in content}
 
 
 def _first_line(error: Exception) -> str:

@@ -27,11 +27,12 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
 HEADS = ("vision_adapter", "localization_projector", "trajectory_projector")
 
 
-def linear_layers(model: PiTe) -> Iterator[tuple[str, LoRALinear, tuple[str, ...]]]:
-    """Each fused linear layer with its prefix (`model.layers.3.`) and the names of its parts."""
+def linear_layers(model: PiTe, only: int | None = None) -> Iterator[tuple[str, LoRALinear, tuple[str, ...]]]:
+    """Each fused linear layer, or those of one decoder layer, with its prefix (`model.layers.3.`) and its parts' names."""
     for i, layer in enumerate(model.decoder.layers):
-        for attribute, parts in PROJECTIONS.items():
-            yield f"model.layers.{i}.", getattr(layer, attribute), parts
+        if only in (None, i):
+            for attribute, parts in PROJECTIONS.items():
+                yield f"model.layers.{i}.", getattr(layer, attribute), parts
 
 
 def values(parameter: nn.Parameter) -> Tensor:
@@ -45,16 +46,28 @@ def language_model_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = v
     """
     if any(linear.quantized for _, linear, _ in linear_layers(model)):
         raise ValueError("this model's frozen weights are float8, for training only: load the model again to save them")
-    tensors: dict[str, Tensor] = {
-        "model.embed_tokens.weight": of(model.decoder.embed_tokens),
-        "model.norm.weight": of(model.decoder.norm),
-    }
+    tensors = outer_tensors(model, of)
+    for i in range(len(model.decoder.layers)):
+        tensors |= layer_tensors(model, i, of)
+    return tensors
+
+
+def outer_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = values) -> dict[str, Tensor]:
+    """Those of `language_model_tensors` that are in no decoder layer."""
+    outer = {"model.embed_tokens.weight": model.decoder.embed_tokens, "model.norm.weight": model.decoder.norm}
     if model.lm_head is not None:
-        tensors["lm_head.weight"] = of(model.lm_head)
-    for i, layer in enumerate(cast("Iterator[DecoderLayer]", model.decoder.layers)):
-        tensors[f"model.layers.{i}.input_layernorm.weight"] = of(layer.input_norm)
-        tensors[f"model.layers.{i}.post_attention_layernorm.weight"] = of(layer.post_attention_norm)
-    for prefix, linear, parts in linear_layers(model):
+        outer["lm_head.weight"] = model.lm_head
+    return {name: of(parameter) for name, parameter in outer.items()}
+
+
+def layer_tensors(model: PiTe, i: int, of: Callable[[nn.Parameter], Tensor] = values) -> dict[str, Tensor]:
+    """Those of `language_model_tensors` that are in decoder layer i."""
+    layer = cast("DecoderLayer", model.decoder.layers[i])
+    tensors = {
+        f"model.layers.{i}.input_layernorm.weight": of(layer.input_norm),
+        f"model.layers.{i}.post_attention_layernorm.weight": of(layer.post_attention_norm),
+    }
+    for prefix, linear, parts in linear_layers(model, i):
         for name, view in zip(parts, of(linear.weight).split(linear.splits)):
             tensors[f"{prefix}{name}.weight"] = view
     return tensors
@@ -78,10 +91,10 @@ def merged_tensors(model: PiTe) -> dict[str, Tensor]:
     return tensors
 
 
-def lora_tensors(model: PiTe) -> dict[str, Tensor]:
-    """PEFT names -> views of the LoRA matrices, A (r, in) and B (out, r). Empty when the model has no LoRA."""
+def lora_tensors(model: PiTe, only: int | None = None) -> dict[str, Tensor]:
+    """PEFT names -> views of the LoRA matrices, A (r, in) and B (out, r), of all layers or one. Empty without a LoRA."""
     tensors: dict[str, Tensor] = {}
-    for prefix, linear, parts in linear_layers(model):
+    for prefix, linear, parts in linear_layers(model, only):
         if linear.lora_a is None or linear.lora_b is None:
             continue
         halves = zip(parts, linear.lora_a.data.chunk(len(parts)), linear.lora_b.data.split(linear.splits))

@@ -1,17 +1,31 @@
-"""How a stage's model starts: the adapter in the words of the captions, the coordinate heads near the centre."""
+"""How a stage's model starts: its weights, the adapter in the words of the captions, coordinate heads near the centre."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from dataloaders.records import TokenizedSample
-from engine.build import align_adapter
-from tests.samples import tiny_model
+from engine.build import align_adapter, build_model
+from engine.memory import Layout, Memory
+from engine.parallel import World
+from engine.recipes import recipe
+from kernels import quantize_weight
+from pite import checkpoint, names
+from tests.engine.live_bytes import LiveBytes
+from tests.engine.ranks import launch
+from tests.samples import tiny_config, tiny_model
 
 WORDS, ALWAYS, FRAME = (7, 8, 9), 5, 0
+LAYERS, RANKS, SEED = 24, 2, 5
+RECIPE = replace(recipe("tiny", 3), lora_rank=2)
 
 
 class Features(dict):
@@ -52,3 +66,75 @@ def test_coordinate_heads_start_near_the_centre_of_the_frame():
         predicted = model.predict(hidden, head)
         assert (predicted - 0.5).abs().max() < 0.25
         assert predicted.std() > 0.01
+
+
+def build_stage_3(directory: Path, shards: int, fp8: bool) -> int:
+    """Two earlier stages merged, bfloat16; leaves what was built and the bytes that lived meanwhile."""
+    world = World.join("cpu")
+    with LiveBytes() as live:
+        model = build_model(
+            3, RECIPE, tiny_config(num_hidden_layers=LAYERS), llm=directory / "llm",
+            merged=[str(directory / "one"), str(directory / "two")], dataset=None, store=None, seed=SEED,
+            head_init=True, dtype=torch.bfloat16, fp8=fp8, world=world, layout=Layout(shards, 0, 1, Memory(0, 0, 0, 0)),
+        )  # fmt: skip
+        kept, extra = live.now, live.peak - live.now
+    parameters = dict(model.named_parameters())
+    sharded = {name for name, p in parameters.items() if isinstance(p, DTensor)}
+    built = {name: p.to_local() if name in sharded else p.data for name, p in parameters.items()}
+    torch.save((built, sharded, kept, extra), directory / f"{shards}-{fp8}-{world.rank}.pt")
+    world.leave()
+    return 0
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model of many small layers, and two stages trained on it."""
+    root = tmp_path_factory.mktemp("stages")
+    tiny_model(lora=False, num_hidden_layers=LAYERS).save_pretrained(root / "llm")
+    for i, stage in enumerate(("one", "two")):
+        (root / stage).mkdir()
+        lineage = {"stage": i + 1, "language_model": str(root / "llm"), "merged": [str(root / "one")] * i}
+        model = tiny_model(seed=i + 1, num_hidden_layers=LAYERS)
+        checkpoint.save_stage(model, root / stage, lineage)
+    return root
+
+
+@pytest.mark.parametrize("shards, fp8", [(1, False), (RANKS, False), (RANKS, True)])
+def test_a_model_is_built_a_layer_at_a_time(stages: Path, shards: int, fp8: bool):
+    ranks = launch(shards, stages / "logs", build_stage_3, stages, shards, fp8)
+    assert ranks.wait() == [0] * shards, ranks.said(0)
+
+    # Every weight by its own arithmetic: bfloat16 of the file, then twice a float32 sum rounded once.
+    expected = {name: tensor.bfloat16() for name, tensor in load_file(stages / "llm" / "model.safetensors").items()}
+    for stage in ("one", "two"):
+        lora = load_file(stages / stage / "adapter_model.safetensors")
+        for name in [n for n in lora if "lora_B" in n]:
+            target = name.removeprefix("base_model.model.").replace("lora_B.", "")
+            update = lora[name] @ lora[name.replace("lora_B", "lora_A")]
+            expected[target] = (expected[target].float() + 2 * update).bfloat16()
+    model = checkpoint.empty(tiny_config(num_hidden_layers=LAYERS), torch.bfloat16, "cpu")
+    for name, tensor in names.language_model_tensors(model).items():
+        tensor.copy_(expected[name])
+    checkpoint.load_heads(model, stages / "two")
+    model.add_lora(RECIPE.lora_rank, RECIPE.lora_alpha, seed=SEED + 3)
+    layers = sum(p.nbytes for name, p in model.named_parameters() if "layers" in name and "lora" not in name)
+    outside = sum(p.nbytes for name, p in model.named_parameters() if "layers" not in name)
+    learning = {
+        name: p.nbytes for name, p in model.named_parameters() if "lora_" in name or name.startswith(names.HEADS)
+    }
+    wanted = {name: p.data for name, p in model.named_parameters()}
+    if fp8:
+        for name in [n for n in wanted if n.endswith(("qkv.weight", "o.weight", "gate_up.weight", "down.weight"))]:
+            for kind, tensor in quantize_weight(wanted.pop(name))._asdict().items():
+                wanted[name.replace("weight", kind)] = tensor
+
+    for rank in range(shards):
+        built, sharded, kept, extra = torch.load(stages / f"{shards}-{fp8}-{rank}.pt")
+        assert built.keys() == wanted.keys()
+        assert sharded == (set(wanted) - set(learning) if shards > 1 else set())
+        for name, tensor in wanted.items():
+            assert torch.equal(built[name], tensor.chunk(shards)[rank] if name in sharded else tensor), name
+        assert kept <= 1.1 * (layers + outside) / shards + sum(learning.values())
+        # One layer, its float32 copies while it is merged or quantised, and what is outside the layers.
+        assert extra <= 4 * layers / LAYERS + outside, f"{extra / layers:.0%} of all layers"
+        assert 4 * layers / LAYERS + outside < layers / 5

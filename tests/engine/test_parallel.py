@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from dataloaders.batch import collate
 from dataloaders.plan import split_batch
@@ -29,7 +30,9 @@ def losses_and_gradients(world: World, micro_batches: int, sharded: bool, steps:
     normalizers = tuple(collate(samples, features).normalizers.tolist())
     model.decoder.recompute(1 if micro_batches == 2 else 0)
     if sharded:
-        shard_frozen(model, world)
+        mesh = init_device_mesh("cpu", (world.size,))
+        for module in (*model.decoder.layers, model):
+            shard_frozen(module, mesh)
     lengths = [len(s.token_ids) for s in samples]
     bins = split_batch(lengths, world.size * micro_batches, token_budget=10_000)
     mine = [b[0] for b in bins[world.rank * micro_batches : (world.rank + 1) * micro_batches]]
