@@ -171,7 +171,7 @@ def train(
                 group["lr"] = rate * group["rate_ratio"]
 
             sums = torch.zeros(4, device=device)
-            sums[3] = float(interrupted())
+            sums[3].fill_(float(interrupted()))  # an assignment would copy from the host and wait
             for left, batch in zip(range(len(current.micro_batches))[::-1], current.micro_batches):
                 losses = compute_losses(model, batch.to(device), recipe, absent)
                 if left == 0:
