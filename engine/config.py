@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from engine.once import say_error
+
 T = TypeVar("T")
 
 _MISSING = object()
@@ -24,7 +26,8 @@ _MISSING = object()
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        say_error(self.prog, message)
+        self.exit(2)
 
 
 def parse(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None) -> T:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +19,19 @@ from engine.train_config import TrainConfig
 from kernels.fp8 import why_unsupported
 
 
+def agree(world: World, check: Callable[[], None]) -> None:
+    """Make a check on every rank; where it fails on any, all raise the same ValueError, which names one unless all fail."""
+    failed: str | None = None
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        failed = str(error)
+    every = world.gather(failed)
+    for rank, sentence in enumerate(every):
+        if sentence is not None:
+            raise ValueError(sentence if set(every) == {sentence} else f"rank {rank}: {sentence}")
+
+
 def check_given(config: TrainConfig) -> None:
     """Raise ValueError or OSError where the data or features of any stage to come are missing."""
     rooms: dict[Stage, Room] = {1: "stage1", 2: "stage2", 3: "stage3"}
@@ -29,19 +42,19 @@ def check_given(config: TrainConfig) -> None:
 
 @contextmanager
 def claimed(output: Path, world: World) -> Iterator[None]:
-    """Keep other runs out of a run's folder within the block. Raises ValueError where another is in it."""
-    if not world.is_main:
+    """Keep other runs out of a run's folder within the block. Raises ValueError, on all ranks, where another is in it."""
+    with ExitStack() as held:
+        agree(world, lambda: _claim(output, held) if world.is_main else None)
         yield
-        return
+
+
+def _claim(output: Path, held: ExitStack) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{output} is being written by another run; wait for it or choose another --output"
-            ) from error
-        yield
+    lock = held.enter_context((output / ".lock").open("a"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{output} is being written by another run; wait for it or choose another --output") from error
 
 
 def check_fp8(world: World, dtype: torch.dtype) -> None:

@@ -32,9 +32,10 @@ from engine.data import StepSource
 from engine.loop import NonFiniteError
 from engine.memory import choose_layout, count_parameters
 from engine.metrics import require_wandb
+from engine.once import say_error
 from engine.parallel import World
 from engine.plots import plot_losses
-from engine.preflight import check_encoded, check_fp8, check_given, claimed
+from engine.preflight import agree, check_encoded, check_fp8, check_given, claimed
 from engine.recipes import LANGUAGE_MODELS, Recipe, Stage
 from engine.run import run
 from engine.train_config import TrainConfig
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.wandb is not None:
             require_wandb()
         world = World.join(config.device, config.stall_timeout)
-        check_given(config)
+        agree(world, lambda: check_given(config))
         with claimed(config.output, world):
             for stage in config.stages:
                 if not train_stage(config, stage, world):
@@ -69,10 +70,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"engine.train: {error}", file=sys.stderr)
         alone_because = None
     except torch.OutOfMemoryError as error:
-        print(f"engine.train: {error}\nLower --token-budget, which is one micro-batch's tokens.", file=sys.stderr)
+        say_error("engine.train", f"{error}\nLower --token-budget, which is one micro-batch's tokens.")
         alone_because = "out of memory"
     except (ValueError, OSError) as error:
-        print(f"engine.train: {error}", file=sys.stderr)
+        say_error("engine.train", str(error))
         alone_because = str(error)
     except RuntimeError:
         # A collective that failed says nothing of its cause; the watch may know it.
@@ -98,7 +99,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     dtype = config.torch_dtype(world.device)
     fp8 = config.frozen_dtype == "fp8"
     if fp8:
-        check_fp8(world, dtype)
+        agree(world, lambda: check_fp8(world, dtype))
     same_as_before = {
         "language model": f"random {config.model}, seed {config.seed}"
         if llm is None
