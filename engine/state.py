@@ -36,7 +36,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 
 STATE = "state.json"
 FILE_BYTES = 25 * 2**20
-"""About a file's size. Python stands still while safetensors serializes one: at this size too briefly for a step to notice."""
+"""About a file's size. Python stands still while safetensors serializes one: about 0.03 s, but 0.65 s for 480 MB in one."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
