@@ -22,6 +22,8 @@ from bench.kernel_inputs import Case, Inputs, cpu_cases, gpu_cases
 from bench.kernel_rows import Checked, Row, measure
 from bench.measure import environment, roofline
 from bench.step import TOGETHER, UNSLOTH
+from bench.step_loop import loop_waits
+from bench.step_problem import make_problem, tiny_shape
 from bench.tiles import measure_tiles
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,6 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.output or RESULTS / f"{described['device'].split(',')[0].replace(' ', '_')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     waits = {c.name: host_waits(c, device) for c in cases} if device.type == "cuda" else {}
+    if device.type == "cuda":
+        waits["engine.loop.train"] = loop_waits(make_problem(tiny_shape(), device, torch.bfloat16, 16, 2048))
     roof = roofline(device, cases[0].dtype)
     print(f"roofline: {roof.flops / 1e12:.1f} TFLOP/s, {roof.bandwidth / 1e9:.0f} GB/s")
     content: dict[str, Any] = {

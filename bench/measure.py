@@ -85,7 +85,7 @@ def interleaved(steps: Mapping[str, Step], device: torch.device, rounds: int, wa
                 start = clock()
                 step()
                 seconds[name].append(clock() - start)
-    return {name: _timing(values, peaks.get(name)) for name, values in seconds.items()}
+    return {name: timing(values, peaks.get(name)) for name, values in seconds.items()}
 
 
 def _cuda_seconds(step: Step, device: torch.device) -> float:
@@ -98,7 +98,8 @@ def _cuda_seconds(step: Step, device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def _timing(values: list[float], peak: int | None) -> Timing:
+def timing(values: list[float], peak: int | None) -> Timing:
+    """Median and deciles of some seconds."""
     ordered = sorted(values)
     tenth = len(ordered) // 10
     return Timing(median(ordered), ordered[tenth], ordered[-1 - tenth], peak)

@@ -3,7 +3,9 @@
 Every implementation trains the same LoRA and trajectory head of the same weights on the same samples, with AdamW, and is
 timed in turn; none is timed before its loss agrees with ours. Useful tokens are the samples' own, padding never counts.
 
-  pite             packed, as engine.train runs it
+  pite             packed: forward, backward, clipping and update as engine.train runs them
+  pite loop        engine.loop.train itself: with collation, copies to the device and the check for finite numbers; not in
+                   turn with the others, but before them
   pite compiled    the same with --compile
   pite fp8         the same with --frozen-dtype fp8 (sm_89 and newer)
   hf padded        transformers + peft as the predecessors train: right-padded micro-batches of eight samples in order,
@@ -28,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import environment, interleaved
+from bench.measure import Timing, environment, interleaved
+from bench.step_loop import loop_timing
 from bench.step_peers import packed_step, padded_step, unsloth_step
 from bench.step_problem import RECIPE, Problem, Step, make_problem, paper_shape, tiny_shape
 from dataloaders.plan import split_batch
@@ -41,7 +44,7 @@ from pite.config import PiTeConfig
 from pite.model import PiTe
 
 RESULTS = Path(__file__).parent / "results"
-OURS, COMPILED, FP8, UNSLOTH = "pite", "pite compiled", "pite fp8", "unsloth"
+OURS, LOOP, COMPILED, FP8, UNSLOTH = "pite", "pite loop", "pite compiled", "pite fp8", "unsloth"
 
 
 def beside(config: PiTeConfig, peers: Sequence[str]) -> float:
@@ -102,12 +105,19 @@ PEERS: dict[str, Callable[[Problem], Any]] = {
     "hf packed": packed_step,
     UNSLOTH: unsloth_step,
 }
-TOGETHER = tuple(name for name in PEERS if name != UNSLOTH)
+CHOICES = (*PEERS, LOOP)
+TOGETHER = tuple(name for name in CHOICES if name != UNSLOTH)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation's numbers; `problem` says why there are none. Bytes are those of a process that runs it alone."""
+    """One implementation's numbers; `problem` says why there are none.
+
+    peak_gb       most that tensors took: of ours with nothing else there; of a peer, what was allocated since it was
+                  built, and the frozen weights that it shares
+    reserved_gb   what the allocator held for it, of ours alone
+    estimated_gb  `engine.memory`'s forecast of peak_gb
+    """
 
     model: str
     implementation: str
@@ -119,51 +129,83 @@ class Row:
     peak_gb: float | None = None
     estimated_gb: float | None = None
     problem: str | None = None
+    reserved_gb: float | None = None
 
 
 def measure(model: str, problem: Problem, rounds: int, peers: Sequence[str] = TOGETHER) -> list[Row]:
     """Time ours and the peers whose loss agrees with it within the dtype's rounding, interleaved."""
     device, dtype = problem.model.device, problem.model.dtype
+    memory: dict[str, tuple[float, float]] = {}
     steps: dict[str, Any] = {OURS: pite_step(problem)}
+    if device.type == "cuda":
+        memory[OURS] = _peak(steps[OURS], device)
+    # The peers start from what has become of our weights by now.
     expected = float(steps[OURS](update=False)[0])
     rows: list[Row] = []
+    timings: dict[str, Timing] = {}
+
+    def disagrees(name: str, loss: float) -> bool:
+        exact = dtype == torch.float32 and name != FP8
+        if abs(loss - expected) <= (1e-4 if exact else 2e-2) * abs(expected):
+            return False
+        rows.append(Row(model, name, problem=f"its loss is {loss:.6f}, ours {expected:.6f}"))
+        return True
+
+    if LOOP in peers:
+        timing, loss = loop_timing(problem, rounds)
+        if not disagrees(LOOP, loss):
+            timings[LOOP] = timing
     for name in peers:
-        if name == OURS:
+        if name in (OURS, LOOP):
             continue
         try:
+            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
             step = PEERS[name](problem)
             loss = float(step(update=False)[0])
+            if device.type == "cuda":
+                memory[name] = _peak(step, device)[0] - before + _shared(problem.model, name), 0.0
         except Exception as error:  # whatever a peer fails of, it is no reason to lose the others
             kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
             rows.append(Row(model, name, problem=kind + str(error).partition("\n")[0]))
             continue
-        exact = dtype == torch.float32 and name != FP8
-        if not abs(loss - expected) <= (1e-4 if exact else 2e-2) * abs(expected):
-            rows.append(Row(model, name, problem=f"its loss is {loss:.6f}, ours {expected:.6f}"))
-            continue
-        steps[name] = step
-    timings = interleaved(steps, device, rounds)
+        if not disagrees(name, loss):
+            steps[name] = step
+    timings |= interleaved(steps, device, rounds)
     count = count_parameters(problem.model.config, RECIPE)
     known = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((flops for name, flops in PEAK_BF16.items() if name in known), None)
     for name, timing in timings.items():
         rate = problem.tokens / timing.median
-        # A peer's gradients come and go with its step; the weights are held once for all.
-        held = problem.needed.weights + (16 if name.startswith(OURS) else 12) * (count.lora + count.heads)
-        rows.append(
-            Row(
-                model,
-                name,
-                rate,
-                problem.tokens / timing.high,
-                problem.tokens / timing.low,
-                len(problem.samples) / timing.median,
-                None if peak is None else rate * 4 * count.linear / peak,
-                None if timing.peak_bytes is None else (held + timing.peak_bytes) / 1e9,
-                problem.needed.total / 1e9 if name == OURS and device.type == "cuda" else None,
-            )
+        row = Row(
+            model,
+            name,
+            rate,
+            problem.tokens / timing.high,
+            problem.tokens / timing.low,
+            len(problem.samples) / timing.median,
+            None if peak is None else rate * 4 * count.linear / peak,
         )
+        if name in memory:
+            row = replace(row, peak_gb=memory[name][0] / 1e9)
+        if name == OURS and name in memory:
+            row = replace(row, reserved_gb=memory[name][1] / 1e9, estimated_gb=problem.needed.total / 1e9)
+        rows.append(row)
     return rows
+
+
+def _peak(step: Any, device: torch.device) -> tuple[float, float]:
+    """Most bytes that tensors took in a step, and that the allocator held; the optimizer's moments are there."""
+    step()
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return float(torch.cuda.max_memory_allocated(device)), float(torch.cuda.max_memory_reserved(device))
+
+
+def _shared(model: PiTe, peer: str) -> float:
+    """Bytes of the frozen weights that a peer uses and has not made itself."""
+    linear = {p for layer in model.decoder.layers for name, p in layer.named_parameters() if name.endswith(".weight")}
+    own = {FP8: linear, UNSLOTH: set(model.parameters())}.get(peer, set())
+    return float(sum(p.nbytes for p in model.parameters() if not p.requires_grad and p not in own))
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -187,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--token-budget", type=int, help="tokens of a packed micro-batch; what fits otherwise")
     parser.add_argument("--memory", type=float, help="lay out for a device of so many GB; this one's otherwise")
-    parser.add_argument("--only", nargs="+", choices=tuple(PEERS), default=list(TOGETHER), help="implementations")
+    parser.add_argument("--only", nargs="+", choices=CHOICES, default=list(TOGETHER), help="implementations")
     parser.add_argument("--output", type=Path, help="result file; bench/results/step_<device>.json otherwise")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)

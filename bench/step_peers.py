@@ -26,7 +26,10 @@ PADDED_BATCH = 8
 
 
 class HuggingFace(nn.Module):
-    """transformers' Llama with peft's LoRA, and the trajectory head of the published code, on copies of our weights."""
+    """transformers' Llama with peft's LoRA, and the trajectory head of the published code, on copies of our weights.
+
+    All in the frozen weights' dtype, as the predecessors train: faster than peft's float32 LoRA, which ours matches.
+    """
 
     def __init__(
         self, problem: Problem, attach: Callable[[nn.Module, dict[str, Any]], nn.Module] | None = None
@@ -48,11 +51,14 @@ class HuggingFace(nn.Module):
             names.merged_tensors = merged
         targets = sorted(part.split(".")[1] for parts in names.PROJECTIONS.values() for part in parts)
         options = {"r": rank, "lora_alpha": linear.scale * rank, "target_modules": targets, "lora_dropout": 0.0}
-        self.llama: Any = get_peft_model(llama, LoraConfig(**options)) if attach is None else attach(llama, options)
+        if attach is None:
+            self.llama: Any = get_peft_model(llama, LoraConfig(**options), autocast_adapter_dtype=False)
+        else:
+            self.llama = attach(llama, options)
         set_peft_model_state_dict(self.llama, lora)
         self.problem = problem
         outputs, inputs = model.trajectory_projector.weight.shape
-        self.head = nn.Linear(inputs, outputs).to(model.device)
+        self.head = nn.Linear(inputs, outputs).to(model.device, model.dtype)
         self.head.load_state_dict(model.trajectory_projector.state_dict())
         self.llama.train()
 

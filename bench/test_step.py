@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from bench.step import OURS, measure, show
+from bench.step import LOOP, OURS, measure, show
 from bench.step_problem import make_problem, tiny_shape
 
 CPU = torch.device("cpu")
-PEERS = (OURS, "hf padded", "hf padded, kept", "hf packed")
+PEERS = (OURS, LOOP, "hf padded", "hf padded, kept", "hf packed")
 
 
 def test_twice_as_many_useful_tokens_as_hugging_face_with_padding() -> None:
