@@ -13,13 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from dataloaders.plan import BatchPlan, split_batch
 from engine.config import parse
 from engine.memory import choose_layout, count_parameters
 from engine.parallel import World
 from engine.recipes import LANGUAGE_MODELS, Recipe, Stage
 from engine.train_config import TrainConfig
+from kernels.attention import choose_backend
 from pite.config import PiTeConfig
 
 
@@ -55,6 +58,9 @@ ASSUMED_MFU = 0.45
 ASSUMED_FP8_GAIN = 1.3
 """How much faster a step with float8 frozen weights is taken to be where none was measured: what the project aims at."""
 
+COUNTED_STEPS = 100
+"""Global batches that are split to see how full their micro-batches are."""
+
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 PAPER_HOURS = {"7b": 10.0, "13b": 17.0}
@@ -63,12 +69,16 @@ PAPER_HOURS = {"7b": 10.0, "13b": 17.0}
 
 @dataclass(frozen=True)
 class Corpus:
-    """Size of a stage's training set: samples, means per sample, samples left out for their length."""
+    """Size of a stage's training set: samples, means per sample, samples left out for their length.
+
+    batches  tokens of each sample of the first global batches, where the data are there to be counted
+    """
 
     samples: int
     tokens: float
     targets: float
     origin: str
+    batches: tuple[np.ndarray, ...] = ()
 
 
 ASSUMED_CORPORA: dict[Stage, Corpus] = {
@@ -77,6 +87,15 @@ ASSUMED_CORPORA: dict[Stage, Corpus] = {
     3: Corpus(173_000, 260, 90, "assumed: Valley 73k and VideoInstruct100K, 90 answer tokens"),
 }
 """Stand-ins for training sets that are not on disk, from their papers' counts."""
+
+
+def fullness(batches: Sequence[np.ndarray], ranks: int, token_budget: int) -> float:
+    """Useful tokens over the token budget of all micro-batches that the global batches are split into.
+
+    Raises ValueError where a sample exceeds the budget.
+    """
+    planned = sum(len(of_rank) for batch in batches for of_rank in split_batch(batch, ranks, token_budget))
+    return sum(int(batch.sum()) for batch in batches) / (planned * token_budget)
 
 
 def step_flops(config: PiTeConfig, linear: int, tokens: float, targets: float, mean_length: float) -> float:
@@ -172,6 +191,7 @@ def _stage_cost(config: TrainConfig, stage: Stage) -> _Cost:
         f"  steps           {steps:,} of {recipe.global_batch} samples, {recipe.epochs} epochs,"
         f" {tokens / 1e6:,.1f} M tokens, no padding",
         f"  arithmetic      {flops:.2e} FLOPs (4N per token, attention, vocabulary head)",
+        f"  attention       {_attention(config, pite_config)}",
     ]
     executed: dict[str, float] = {}
     fp8 = config.frozen_dtype == "fp8"
@@ -184,6 +204,7 @@ def _stage_cost(config: TrainConfig, stage: Stage) -> _Cost:
                 pite_config, count, device.bytes, ranks=8, fp8=fp8, parallel=config.parallel, recompute=config.recompute,
                 token_budget=config.token_budget,
             )  # fmt: skip
+            full = f", {fullness(corpus.batches, 8, layout.token_budget):.0%} full" if corpus.batches else ""
         except ValueError as error:
             lines.append(f"  {name:<15} does not fit: {error}")
             continue
@@ -194,7 +215,7 @@ def _stage_cost(config: TrainConfig, stage: Stage) -> _Cost:
             f"  {'':<15} {needed.total / 1e9:.0f} of {device.bytes / 1e9:.0f} GB each, of eight: weights"
             f" {needed.weights / 1e9:.1f}, trained {needed.trained / 1e9:.1f}, activations"
             f" {needed.activations / 1e9:.1f}, losses {needed.losses / 1e9:.1f};"
-            f" {layout.describe(pite_config.llm.num_hidden_layers)}",
+            f" {layout.describe(pite_config.llm.num_hidden_layers)}{full}",
         ]
     return _Cost(flops, executed, lines)
 
@@ -205,6 +226,15 @@ def _hours(model: str, name: str, flops: float, fp8: bool) -> str:
     rate = measured or ASSUMED_MFU * (ASSUMED_FP8_GAIN if fp8 else 1)
     hours = ", ".join(f"{flops / (n * DEVICES[name].peak * rate) / 3600:.2f} h on {n}" for n in COUNTS)
     return f"{hours}, at {rate:.0%} of the bfloat16 peak ({'measured' if measured else 'assumed, not measured'})"
+
+
+def _attention(config: TrainConfig, pite_config: PiTeConfig) -> str:
+    """What would compute attention on this machine."""
+    here = torch.device("cuda:0" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    dtype, llm = config.torch_dtype(here), pite_config.llm
+    name = choose_backend(here, dtype, llm.num_attention_heads, llm.num_key_value_heads, pite_config.head_dim)
+    device = torch.cuda.get_device_name(here) if here.type == "cuda" else "a CPU"
+    return f"by {name} on this machine ({device}, {dtype})"
 
 
 def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
@@ -252,11 +282,14 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
         turn=config.turn,
         narrative_timing=config.narrative_timing,
     )
+    recipe = config.recipe(stage)
+    plan = BatchPlan(len(data), recipe.global_batch, config.seed, data.groups() if recipe.group_media else None)
     return Corpus(
         len(data),
         float(data.tokens.mean()),
         float(data.targets.mean()),
         f"counted: {data.summary()}",
+        tuple(data.tokens[plan.samples(step)] for step in range(min(COUNTED_STEPS, plan.steps_per_epoch))),
     )
 
 

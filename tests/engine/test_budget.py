@@ -1,7 +1,9 @@
 """The dry run and its arithmetic, without weights or data."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,6 +52,19 @@ def test_the_dry_run_counts_data_that_is_there(workspace, tmp_path, capsys):
     assert "24 samples" in printed
     assert "counted" in printed
     assert "6 of 8 samples" in printed
+    assert "attention       by sdpa on this machine (a CPU, torch.float32)" in printed
+    # 24 samples in three batches of eight, one a device: each fills its own share of 600 tokens.
+    (mean,) = {int(n) for n in re.findall(r"samples, (\d+) tokens", printed)}
+    assert {int(n) for n in re.findall(r"600 tokens a micro-batch, (\d+)% full", printed)} == {round(mean / 6)}
+
+
+def test_micro_batches_are_as_full_as_the_samples_make_them():
+    batches = [np.array([60, 40, 30, 70]), np.array([100, 100, 100, 100])]
+    assert budget.fullness(batches, ranks=1, token_budget=100) == pytest.approx(600 / 600)
+    assert budget.fullness(batches, ranks=2, token_budget=250) == pytest.approx(600 / (4 * 250))
+    assert budget.fullness(batches, ranks=8, token_budget=100) == pytest.approx(600 / (16 * 100))
+    with pytest.raises(ValueError, match="100 tokens does not fit a micro-batch of 80"):
+        budget.fullness(batches, ranks=2, token_budget=80)
 
 
 def test_linear_parameters_are_those_of_every_projection():
