@@ -16,17 +16,20 @@ _ROUNDS = 50
 def key_points(tracks: np.ndarray, num_points: int, seed: int = 0) -> np.ndarray | None:
     """M tracks (M, K, 2), (-1, -1) where absent, to P of them, (P, K, 2); None where there are fewer than P.
 
-    Tracks that are seen for less than half as long as the longest are left out, as long as P others remain. The P stand
-    from left to right by where they begin: a model predicts them by their place, so a place has to mean something.
+    Tracks that go another way than their object, and then those that are seen for less than half as long as the longest,
+    are left out, as long as P others remain: k-means would give each stray one a key point of its own. The P stand from
+    left to right by where they begin: a model predicts them by their place, so a place has to mean something.
     """
     present = (tracks != ABSENT).all(-1)
-    seen = present.sum(1)
-    long = seen >= max(seen.max(initial=0) / 2, 1)
-    chosen = np.flatnonzero(long if long.sum() >= num_points else seen > 0)
-    if len(chosen) < num_points:
+    tracks, present = tracks[present.any(1)].astype(np.float64), present[present.any(1)]
+    if len(tracks) < num_points:
         return None
-    tracks, present = tracks[chosen].astype(np.float64), present[chosen]
     whole = _carry_on(tracks, present)
+    chosen = np.arange(len(tracks))
+    for rule in (_together, _long_seen):
+        kept = chosen[rule(whole[chosen], present[chosen])]
+        chosen = kept if len(kept) >= num_points else chosen
+    tracks, whole = tracks[chosen], whole[chosen]
     flat = whole.reshape(len(whole), -1)
     nearest: list[int] = []
     for centre in _k_means(flat, num_points, np.random.default_rng(seed)):
@@ -35,6 +38,23 @@ def key_points(tracks: np.ndarray, num_points: int, seed: int = 0) -> np.ndarray
         nearest.append(int(distance.argmin()))
     order = np.lexsort((whole[nearest, 0, 1], whole[nearest, 0, 0]))
     return tracks[np.array(nearest)[order]]
+
+
+def _together(whole: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Which tracks move as the median one, give or take: not those that the background kept or another thing took along.
+
+    A track may depart by a quarter of the object's extent, or by four times the median departure, whichever is more: parts
+    that move by themselves and an object that comes nearer make all tracks depart.
+    """
+    moved = whole - whole[:, :1]
+    departure = np.linalg.norm(moved - np.median(moved, 0), axis=-1).max(1)
+    extent = np.linalg.norm(np.ptp(whole[:, 0], axis=0))
+    return np.asarray(departure <= max(extent / 4, 4 * np.median(departure)))
+
+
+def _long_seen(whole: np.ndarray, present: np.ndarray) -> np.ndarray:
+    seen = present.sum(1)
+    return np.asarray(seen >= seen.max() / 2)
 
 
 def _carry_on(tracks: np.ndarray, present: np.ndarray) -> np.ndarray:

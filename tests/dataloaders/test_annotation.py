@@ -16,7 +16,7 @@ from dataloaders.annotation.__main__ import main
 from dataloaders.annotation.key_points import key_points
 from dataloaders.annotation.steps import Phrase
 from dataloaders.annotation.telling import pite_record
-from dataloaders.annotation.tracking import Moments
+from dataloaders.annotation.tracking import LucasKanade, Moments, track_events
 from dataloaders.dataset import StageDataset
 from dataloaders.formats import read_pite
 from dataloaders.formats.activitynet import Event, EventVideo
@@ -154,6 +154,21 @@ def test_points_move_as_their_things_do(annotated):
     assert np.median(seen.errors) < 0.0006
     assert seen.kept > 0.7
     assert seen.wrong < 0.03
+
+
+def test_following_back_removes_points_that_went_wrong(annotated):
+    means = []
+    for settings in (LucasKanade(), LucasKanade(backward=1e9)):
+        found = []
+        for name in ("v0", "v1", "v2"):
+            scene = annotated.scenes[name]
+            events = [Event(scene.seconds(t.first), scene.seconds(t.last), "") for t in scene.things]
+            moments = [Moments.of(event, scene.duration, scene.num_frames, FRAMES) for event in events]
+            masks: steps.Masks = [[exact_mask(scene, i)] for i in range(len(scene.things))]
+            tracks = track_events(annotated.data / f"stage2/videos/{name}.mp4", moments, masks, settings)
+            found += [(scene, i, track) for (i, _), track in tracks.items()]
+        means.append(agreement(found).errors.mean())
+    assert means[1] > 1.2 * means[0]
 
 
 def test_key_points_are_tracks_and_live_longer_than_most(annotated):
@@ -355,6 +370,22 @@ def test_key_points_stand_for_what_moves_alike():
     assert key_points(np.full((5, 4, 2), ABSENT), 3) is None
 
 
+def test_strays_are_no_key_points_and_an_object_that_comes_nearer_has_no_strays():
+    time = np.linspace(0, 1, 9)[:, None]
+    grid = np.stack(np.meshgrid(np.linspace(-0.1, 0.1, 5), np.linspace(-0.1, 0.1, 5)), -1).reshape(-1, 1, 2)
+    moving = 0.3 + grid + np.array([0.4, 0.2]) * time
+    moving[[3, 11]] = moving[[3, 11], :1]  # The background kept two of them.
+    points = key_points(moving, 3)
+    assert points is not None
+    assert np.ptp(points, axis=1) == pytest.approx(np.tile([0.4, 0.2], (3, 1)))
+    nearer = 0.5 + grid * (1 + 2 * time)
+    points = key_points(nearer, 4)
+    assert points is not None
+    assert (
+        np.abs(points[:, -1] - 0.5).max(-1) > 0.14
+    ).all()  # One in each quarter of what is 0.3 from its middle by then.
+
+
 def test_key_points_prefer_what_is_seen_long():
     tracks = np.full((6, 10, 2), 0.5) + np.arange(6)[:, None, None] * 0.01
     tracks[:3, 4:] = ABSENT
@@ -386,6 +417,30 @@ def test_an_answer_names_times_and_places_in_either_form():
     }
     with pytest.raises(RecordError, match="says nothing"):
         pite_record("a", "captions", EventVideo("x", "x", 1.0, (Event(0.0, 1.0, "..."),)), [[]], {})
+
+
+def test_texture_is_followed_over_another_texture(tmp_path):
+    rng = np.random.default_rng(0)
+    background, thing = (rng.integers(0, 256, (n, n, 3), np.uint8).repeat(4, 0).repeat(4, 1) for n in (48, 12))
+    frames = np.tile(background, (40, 1, 1, 1))
+    path = np.stack((np.arange(40) * 3 + 10, np.arange(40) * 2 + 20), -1)
+    for frame, (x, y) in zip(frames, path):
+        frame[y : y + 48, x : x + 48] = thing
+    write_mp4(tmp_path / "t.mp4", frames)
+    mask = np.zeros((192, 192), bool)
+    mask[20:68, 10:58] = True
+    moments = Moments.of(Event(0.0, 4.0, ""), 4.0, 40, 40)
+    tracks = track_events(tmp_path / "t.mp4", [moments], [[mask]])[0, 0]
+    points = key_points(tracks, 3)
+    assert points is not None
+    error = (points - points[:, :1]) * 192 - (path - path[0])
+    assert (points[:, -1] != ABSENT).all()
+    assert np.abs(error).max() < 1.0  # Pixels, after 39 steps.
+    # A point is where its pixel's middle is.
+    mask[:] = False
+    mask[40, 30] = True
+    (track,) = track_events(tmp_path / "t.mp4", [moments], [[mask]])[0, 0]
+    assert track[0] * 192 == pytest.approx([30.5, 40.5])
 
 
 def test_moments_are_as_dense_as_the_frames_that_a_model_sees():
