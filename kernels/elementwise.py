@@ -33,6 +33,7 @@ def _liger() -> ModuleType | None:
     try:
         liger = import_module("liger_kernel.ops")
     except ImportError:
+        log.warning("kernels: liger-kernel is not installed; norms and SwiGLU take PyTorch's time and memory instead.")
         return None
     missing = [name for name in _LIGER if not hasattr(liger, name)]
     if missing:

@@ -37,6 +37,11 @@ class PiTeConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.llm.attention_bias or self.llm.mlp_bias:
             raise ValueError("language models with attention or MLP biases are not supported: Llama has none")
+        if (kind := self.llm.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rotary embeddings of type {kind!r} are not supported: their frequencies depend on the longest sequence "
+                "of a batch, so that a sample's loss would depend on its company"
+            )
 
     @property
     def head_dim(self) -> int:

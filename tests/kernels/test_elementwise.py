@@ -82,6 +82,12 @@ def test_a_liger_kernel_too_old_is_left_aside_as_a_whole(monkeypatch, caplog, mi
     ]
 
 
+def test_a_missing_liger_kernel_is_said(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)
+    assert elementwise._liger.__wrapped__() is None
+    assert "liger-kernel is not installed" in caplog.text
+
+
 def test_every_function_asked_of_liger_is_looked_for():
     source = inspect.getsource(elementwise)
     assert set(re.findall(r"liger\.(Liger\w+)", source)) == set(elementwise._LIGER)

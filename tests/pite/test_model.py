@@ -58,6 +58,18 @@ def test_rope_scaling_is_transformers(scaling):
         torch.testing.assert_close(ours, hf_logits(language_model(model), model, batch), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("llm", "message"),
+    [
+        ({"rope_parameters": {"rope_theta": 500.0, "rope_type": "dynamic", "factor": 2.0}}, "type 'dynamic'"),
+        ({"attention_bias": True}, "biases"),
+    ],
+)
+def test_what_the_decoder_cannot_compute_is_refused(llm, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**llm)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_a_stage_loads_in_peft(tmp_path, kv_heads):
     model = tiny_model(kv_heads)
