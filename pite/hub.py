@@ -40,9 +40,14 @@ def resolve(path_or_name: str | Path, files: Sequence[str]) -> Path:
         )
         if not any(directory.glob("model*.safetensors")):
             # The snapshot is named after its commit: the weights are of the same one.
-            snapshot_download(
-                name, revision=directory.name, allow_patterns="pytorch_model*.bin", ignore_patterns=_SUBFOLDERS
-            )
+            try:
+                snapshot_download(
+                    name, revision=directory.name, allow_patterns="pytorch_model*.bin", ignore_patterns=_SUBFOLDERS
+                )
+            except OSError:
+                # Offline, huggingface_hub 1 asks for a list of the commit's files even where they are.
+                if not any(directory.glob("pytorch_model*.bin")):
+                    raise
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{name} could not be had from the Hugging Face hub: {_first_line(error)}") from None
     return directory
