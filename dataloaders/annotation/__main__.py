@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataloaders.annotation.pipeline import Settings, Video, annotate, load_models
+from dataloaders.annotation.pipeline import Settings, Video, attempt, load_models
 from dataloaders.annotation.steps import STEPS, join_records, step_path
 from dataloaders.annotation.tracking import opencv
 from dataloaders.decode import TIME_LIMIT
@@ -26,7 +26,6 @@ from dataloaders.formats import Where, iter_json, read_activitynet
 from dataloaders.formats.fields import find_media, identifier
 from dataloaders.ledger import LEDGER, Failure, Ledger
 from dataloaders.records import RecordError
-from dataloaders.video import DecodeError
 from dataloaders.workers import TaskLost, Workers
 
 SETTINGS = "settings.json"
@@ -45,21 +44,6 @@ def read_captions(captions: Path, videos: Path) -> Iterator[Video | Failure]:
             yield Video(name, find_media(videos, name, ".mp4"), captions.stem, read_activitynet(record, where, videos))
         except RecordError as error:
             yield Failure(str(record.get("id")), str(captions), "read", str(error))
-
-
-def attempt(video: Video, settings: Settings) -> Failure | None:
-    """Annotate a video, turning what is raised into a failure. OpenCV and models can raise anything at one bad file."""
-    try:
-        annotate(video, settings)
-    except DecodeError as error:
-        return Failure(video.name, str(video.path), "decode", str(error))
-    except ValueError as error:
-        return Failure(video.name, str(video.path), "annotate", str(error))
-    except OSError:
-        raise  # A full disk is nobody's fault but ours.
-    except Exception as error:
-        return Failure(video.name, str(video.path), "annotate", f"{video.path}: {type(error).__name__}: {error}")
-    return None
 
 
 def annotate_all(

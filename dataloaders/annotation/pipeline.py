@@ -16,6 +16,7 @@ from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, 
 from dataloaders.containers import duration
 from dataloaders.formats.activitynet import EventVideo
 from dataloaders.formats.pite_143k import read_pite
+from dataloaders.ledger import Failure
 from dataloaders.video import DecodeError
 
 if TYPE_CHECKING:
@@ -116,6 +117,21 @@ def annotate(video: Video, settings: Settings) -> None:
         "trajectories": len(points),
     }
     steps.write_json(path["records"], {"record": record, "counts": counts})
+
+
+def attempt(video: Video, settings: Settings) -> Failure | None:
+    """Annotate a video, turning what is raised into a failure. OpenCV and models can raise anything at one bad file."""
+    try:
+        annotate(video, settings)
+    except DecodeError as error:
+        return Failure(video.name, str(video.path), "decode", str(error))
+    except ValueError as error:
+        return Failure(video.name, str(video.path), "annotate", str(error))
+    except OSError:
+        raise  # A full disk is nobody's fault but ours.
+    except Exception as error:
+        return Failure(video.name, str(video.path), "annotate", f"{video.path}: {type(error).__name__}: {error}")
+    return None
 
 
 def _make_masks(path: Path, video: Video, phrases: Phrases, settings: Settings) -> None:
