@@ -120,7 +120,11 @@ def run(flags: argparse.Namespace) -> int:
         device,
         flags.until,
     )
+    if flags.output.exists() and not (work / SETTINGS).exists():
+        raise ValueError(f"{flags.output} exists and was not made from {work}; move it, or choose another --output")
     found = list(read_captions(flags.captions, flags.videos))
+    if not found:
+        raise ValueError(f"{flags.captions}: holds no video")
     videos = [video for video in found if isinstance(video, Video)]
     check_made_alike(settings)
     ledger = Ledger(work / LEDGER, len(found), flags.failure_budget)

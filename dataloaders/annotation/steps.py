@@ -156,6 +156,8 @@ def read_tracks(path: Path, phrases: Phrases) -> Tracks:
             raise RecordError(
                 f"{path}: tensor {name!r} must be (M, K, 2) floating point, not {points.dtype} {points.shape}"
             )
+        if not np.isfinite(points).all():
+            raise RecordError(f"{path}: tensor {name!r} holds what is no finite number; an absent point is (-1, -1)")
         tracks[known[name]] = points.astype(np.float32)
     return tracks
 

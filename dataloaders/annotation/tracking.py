@@ -91,14 +91,14 @@ def first_frames(path: Path, moments: Sequence[Moments]) -> dict[int, np.ndarray
     """The first frame (H, W, 3) of each event, by its index. Decodes no further than the last of them."""
     wanted = {each.first for each in moments}
     frames: dict[int, np.ndarray] = {}
+    if not wanted:
+        return frames
     for index, frame in enumerate(iter_frames(path, wanted)):
         if frame is not None:
             frames[index] = frame
             if len(frames) == len(wanted):
                 return frames
-    if wanted:
-        raise DecodeError(f"{path}: ends before frame {max(wanted)}, which its packets announce")
-    return frames
+    raise DecodeError(f"{path}: ends before frame {max(wanted)}, which its packets announce")
 
 
 def track_events(path: Path, moments: Sequence[Moments], masks: Masks, settings: LucasKanade = LucasKanade()) -> Tracks:

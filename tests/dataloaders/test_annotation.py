@@ -316,6 +316,7 @@ def test_somebody_elses_tracks_are_taken(fresh):
         ("tracks", {"9.0": np.zeros((3, 4, 2), np.float32)}, "tensor '9.0' is no"),
         ("tracks", {"0.0": np.zeros((3, 4), np.float32)}, "must be (M, K, 2) floating point"),
         ("tracks", {"0.0": np.full((3, 4, 2), 1.5, np.float32)}, "outside the frame"),
+        ("tracks", {"0.0": np.full((3, 4, 2), np.nan, np.float32)}, "no finite number"),
     ],
 )
 def test_files_that_are_no_step_are_refused(fresh, step, content, sentence):
@@ -338,6 +339,17 @@ def test_steps_made_otherwise_are_not_mixed(annotated, capsys):
     assert "records was made with {'num_points': 3}, not {'num_points': 1}: remove" in capsys.readouterr().err
     assert annotated.run("--segmenter", "sam") == 1
     assert "give that, too" in capsys.readouterr().err
+
+
+def test_somebody_elses_records_are_not_replaced(annotated, tmp_path, capsys):
+    output = tmp_path / "pite_143k.jsonl"
+    output.write_text("precious")
+    assert annotated.run("--output", output) == 1
+    assert "was not made from" in capsys.readouterr().err
+    assert output.read_text() == "precious"
+    (tmp_path / "empty.json").write_text("{}")
+    assert annotated.run("--captions", tmp_path / "empty.json") == 1
+    assert "holds no video" in capsys.readouterr().err
 
 
 def test_until_stops_after_a_step(fresh):
