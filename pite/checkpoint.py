@@ -89,9 +89,10 @@ class Origin:
         seed: int = 0,
     ) -> None:
         self._config, self._dtype, self._device, self._seed = config, dtype, device, seed
-        self._weights = None if llm is None else hub.Weights(llm)
         self._generator = torch.Generator(device).manual_seed(seed)
-        if llm is not None and self._weights is not None:
+        self._weights: hub.Weights | None = None
+        if llm is not None:
+            self._weights = hub.Weights(llm)
             model = empty(config, dtype, "meta")
             expected = {**names.language_model_tensors(model), **names.head_tensors(model)}
             compare(expected, self._weights, llm, optional=names.HEADS)
