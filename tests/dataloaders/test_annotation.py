@@ -462,6 +462,18 @@ def test_texture_is_followed_over_another_texture(tmp_path):
     assert track[0] * 192 == pytest.approx([30.5, 40.5])
 
 
+def test_nothing_is_followed_across_a_cut(tmp_path):
+    scenes = np.random.default_rng(0).integers(60, 200, (2, 24, 32, 3), np.uint8).repeat(5, 1).repeat(5, 2)
+    write_mp4(tmp_path / "cut.mp4", scenes.repeat(6, 0))
+    mask = np.zeros((120, 160), bool)
+    mask[20:90, 30:120] = True
+    moments = Moments.of(Event(0.0, 1.2, ""), 1.2, 12, 12)
+    seen = (track_events(tmp_path / "cut.mp4", [moments], [[mask]])[0, 0] != ABSENT).all(-1)
+    assert len(seen) > 30
+    assert seen[:, :6].mean() > 0.95
+    assert not seen[:, 6:].any()
+
+
 def test_moments_are_as_dense_as_the_frames_that_a_model_sees():
     whole = Moments.of(Event(0.0, 10.0, ""), 10.0, 300, 100)
     assert len(whole.frames) == 100 and (whole.first, whole.last) == (0, 299)
