@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from bench.measure import Step, interleaved
 from dataloaders.preprocess import Preprocess
-from engine.budget import PEAK_BF16
+from engine.hardware import peak_of
 from pite.clip import ClipEncoder, _layer
 
 OURS, EVERY_TOKEN, TRANSFORMERS = CLIPS = "pite", "pite, every token", "transformers"
@@ -116,9 +116,3 @@ def measure(encoder: ClipEncoder, frames: int, rounds: int, only: Collection[str
 
 def _listed(function: Callable[[Tensor], Tensor], frames: Tensor) -> list[Tensor]:
     return [function(frames)]
-
-
-def peak_of(device: torch.device) -> float | None:
-    """bfloat16 FLOP/s of a GPU that is known, without sparsity."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for known, flops in PEAK_BF16.items() if known in name), None)

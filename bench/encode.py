@@ -37,8 +37,8 @@ from dataloaders.dali import DaliDecoder
 from dataloaders.decode import DecodePool, Decoder, decode_cropped
 from dataloaders.preprocess import Preprocess
 from dataloaders.records import Media
-from engine.budget import DEVICES
 from engine.encode import EncodeConfig, encode
+from engine.hardware import DEVICES
 from pite.clip import ClipEncoder
 
 RESULTS = Path(__file__).parent / "results"

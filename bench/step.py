@@ -35,8 +35,8 @@ from bench.step_loop import loop_timing
 from bench.step_peers import packed_step, padded_step, unsloth_step
 from bench.step_problem import RECIPE, Problem, Step, make_problem, paper_shape, tiny_shape
 from dataloaders.plan import split_batch
-from engine.budget import PEAK_BF16
 from engine.gradients import Gradients
+from engine.hardware import peak_of
 from engine.loop import backward_order, compute_losses, make_optimizer
 from engine.memory import count_parameters
 from kernels.fp8 import why_unsupported
@@ -172,8 +172,7 @@ def measure(model: str, problem: Problem, rounds: int, peers: Sequence[str] = TO
             steps[name] = step
     timings |= interleaved(steps, device, rounds)
     count = count_parameters(problem.model.config, RECIPE)
-    known = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((flops for name, flops in PEAK_BF16.items() if name in known), None)
+    peak = peak_of(device)
     for name, timing in timings.items():
         rate = problem.tokens / timing.median
         row = Row(

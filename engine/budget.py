@@ -7,84 +7,55 @@ there is no padding to hide.
 
 from __future__ import annotations
 
-import json
+import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import CLIPVisionConfig
 
 from dataloaders.plan import BatchPlan, split_batch
 from engine.config import parse
-from engine.memory import choose_layout, count_parameters
-from engine.parallel import World
+from engine.hardware import ASSUMED_FP8_GAIN, ASSUMED_MFU, CLIP_MFU, DEVICES, RESULTS, measured_mfu
+from engine.memory import Memory, ParameterCount, choose_layout, count_parameters, memory
 from engine.recipes import LANGUAGE_MODELS, Recipe, Stage
 from engine.train_config import TrainConfig
 from kernels.attention import choose_backend
+from pite.clip import frame_flops
 from pite.config import PiTeConfig
-
-
-@dataclass(frozen=True)
-class Device:
-    """Dense bfloat16 FLOP/s of the data sheet, bytes, and whether there is float8 arithmetic."""
-
-    peak: float
-    bytes: float
-    fp8: bool
-
-
-DEVICES: dict[str, Device] = {
-    "A100-40GB": Device(312e12, 40e9, False),
-    "A100-80GB": Device(312e12, 80e9, False),
-    "H100": Device(989e12, 80e9, True),
-    "H200": Device(989e12, 141e9, True),
-}
-
-PEAK_BF16: dict[str, float] = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    **{name.partition("-")[0]: device.peak for name, device in DEVICES.items()},
-}
-"""Dense bfloat16 FLOP/s by what is part of the name that the driver gives a device; the first that fits counts."""
-
-COUNTS = (1, 8)
-"""Devices for which hours are printed."""
-
-ASSUMED_MFU = 0.45
-"""Share of the peak taken for the hours where bench/results holds no measured step."""
-
-ASSUMED_FP8_GAIN = 1.3
-"""How much faster a step with float8 frozen weights is taken to be where none was measured: what the project aims at."""
-
-COUNTED_STEPS = 100
-"""Global batches that are split to see how full their micro-batches are."""
-
-RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 PAPER_HOURS = {"7b": 10.0, "13b": 17.0}
 """The paper's training time of all three stages on eight A100s."""
 
+COUNTED_STEPS = 100
+"""Global batches whose micro-batches the dry run plans."""
+
+VIT_L_14 = CLIPVisionConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+)
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """Size of a stage's training set: samples, means per sample, samples left out for their length.
-
-    batches  tokens of each sample of the first global batches, where the data are there to be counted
-    """
+    """A stage's training set: samples, means per sample, images or videos, and the lengths of its first global batches."""
 
     samples: int
     tokens: float
     targets: float
+    media: int
     origin: str
     batches: tuple[np.ndarray, ...] = ()
 
 
+_UNKNOWN = "samples over length not known"
 ASSUMED_CORPORA: dict[Stage, Corpus] = {
-    1: Corpus(692_458, 115, 55, "assumed: Localized Narratives' four training sets, 55 answer tokens"),
-    2: Corpus(143_640, 215, 65, "assumed: PiTe-143k, 2.4 events and 7.1 mentions per video"),
-    3: Corpus(173_000, 260, 90, "assumed: Valley 73k and VideoInstruct100K, 90 answer tokens"),
+    1: Corpus(692_458, 115, 55, 692_458, f"assumed: Localized Narratives' four training sets; {_UNKNOWN}"),
+    2: Corpus(143_640, 215, 65, 143_640, f"assumed: PiTe-143k, 2.4 events and 7.1 mentions per video; {_UNKNOWN}"),
+    3: Corpus(173_000, 260, 90, 86_303, f"assumed: Valley 73k and VideoInstruct100K, 90 answer tokens; {_UNKNOWN}"),
 }
 """Stand-ins for training sets that are not on disk, from their papers' counts."""
 
@@ -106,48 +77,13 @@ def step_flops(config: PiTeConfig, linear: int, tokens: float, targets: float, m
     return tokens * (4 * linear + attention) + targets * 4 * llm.vocab_size * llm.hidden_size
 
 
-def measured_mfu(size: str, device: str, results: Path, fp8: bool = False) -> float | None:
-    """The best MFU of our step on this model and device in bench/results/step_*.json, or None."""
-    ours = {"pite fp8"} if fp8 else {"pite", "pite compiled"}
-    found = [
-        row["mfu"]
-        for file in sorted(results.glob("step_*.json"))
-        for content in [json.loads(file.read_text())]
-        if device.partition("-")[0] in content["environment"]["device"]
-        for row in content["rows"]
-        if row["model"] == size and row["implementation"] in ours and row.get("mfu")
-    ]
-    return max(found, default=None)
-
-
-def device_capacity(device: torch.device) -> float | None:
-    """Bytes of a CUDA device; None for a CPU."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-
-
-def efficiency(config: PiTeConfig, recipe: Recipe, world: World) -> Callable[[int, float], dict[str, float]]:
-    """A function of a step's useful tokens and seconds that gives MFU (4N) and peak memory where they are known."""
-    if world.device.type != "cuda":
-        return lambda tokens, seconds: {}
-    name = torch.cuda.get_device_name(world.device)
-    peak = next((flops for known, flops in PEAK_BF16.items() if known in name), None)
-    linear = count_parameters(config, recipe).linear
-
-    def measure(tokens: int, seconds: float) -> dict[str, float]:
-        numbers = {"memory_gb": torch.cuda.max_memory_allocated(world.device) / 1e9}
-        if peak is not None:
-            numbers["mfu"] = tokens * 4 * linear / seconds / (peak * world.size)
-        return numbers
-
-    return measure
-
-
 @dataclass(frozen=True)
 class _Cost:
-    """A stage's arithmetic, the same with recomputation on each device that it fits, and the text."""
+    """A stage's FLOPs, those of encoding its media, its hours on each device and count that it fits, and the text."""
 
     flops: float
-    executed: dict[str, float]
+    encoding: float
+    hours: dict[tuple[str, int], float]
     lines: list[str]
 
 
@@ -155,20 +91,29 @@ def report(config: TrainConfig) -> str:
     """The dry run's text for every stage that was asked for, and the sum beside the paper's hours."""
     costs = [_stage_cost(config, stage) for stage in config.stages]
     lines = [line for cost in costs for line in cost.lines]
-    if len(costs) > 1:
-        flops = sum(cost.flops for cost in costs)
-        floor = flops / (8 * DEVICES["A100-80GB"].peak) / 3600
-        paper = PAPER_HOURS.get(config.model)
-        lines.append(f"stages {', '.join(map(str, config.stages))} together")
-        for name in DEVICES:
-            if all(name in cost.executed for cost in costs):
-                executed = sum(cost.executed[name] for cost in costs)
-                lines.append(f"  {name:<15} {_hours(config.model, name, executed, config.frozen_dtype == 'fp8')}")
-        lines.append(
-            f"  8x A100         {floor:.2f} h is the arithmetic floor (100% of the peak)"
-            + (f"; the paper took about {paper:.0f} h" if paper else "")
-        )
+    if len(costs) == 1:
+        return "\n".join(lines)
+    lines.append(f"stages {', '.join(map(str, config.stages))} together")
+    for name, count in _machines(config):
+        key = (name, count)
+        if all(key in cost.hours for cost in costs):
+            lines.append(f"  {f'{count}x {name}':<22}{sum(cost.hours[key] for cost in costs):7.2f} h")
+    eight = 8 * DEVICES["A100-80GB"].peak * 3600
+    floor, encoding = (sum(getattr(cost, part) for cost in costs) / eight for part in ("flops", "encoding"))
+    # Stage 3 may ask about the videos of stage 2; then this is too much.
+    lines.append(
+        f"  features        {encoding / CLIP_MFU:.2f} h of 8x A100 for CLIP, once for all models and runs, at {CLIP_MFU:.0%} of the"
+        " bfloat16 peak (assumed, not measured)"
+    )
+    lines.append(
+        f"  floor           {floor:.2f} h on 8x A100 at 100% of the peak, {floor + encoding:.2f} h with the features"
+        + (f"; the paper took about {hours:.0f} h" if (hours := PAPER_HOURS.get(config.model)) else "")
+    )
     return "\n".join(lines)
+
+
+def _machines(config: TrainConfig) -> list[tuple[str, int]]:
+    return [(name, count) for name in DEVICES for count in config.devices]
 
 
 def _stage_cost(config: TrainConfig, stage: Stage) -> _Cost:
@@ -192,40 +137,70 @@ def _stage_cost(config: TrainConfig, stage: Stage) -> _Cost:
         f" {tokens / 1e6:,.1f} M tokens, no padding",
         f"  arithmetic      {flops:.2e} FLOPs (4N per token, attention, vocabulary head)",
         f"  attention       {_attention(config, pite_config)}",
+        f"  {'GB of a device:':<25} hours   of peak   needed of   {'   '.join(_PARTS)}",
     ]
-    executed: dict[str, float] = {}
-    fp8 = config.frozen_dtype == "fp8"
-    for name, device in DEVICES.items():
-        if fp8 and not device.fp8:
-            lines.append(f"  {name:<15} has no float8 arithmetic")
-            continue
-        try:
-            layout = choose_layout(
-                pite_config, count, device.bytes, ranks=8, fp8=fp8, parallel=config.parallel, recompute=config.recompute,
-                token_budget=config.token_budget,
-            )  # fmt: skip
-            full = f", {fullness(corpus.batches, 8, layout.token_budget):.0%} full" if corpus.batches else ""
-        except ValueError as error:
-            lines.append(f"  {name:<15} does not fit: {error}")
-            continue
-        needed = layout.needed
-        executed[name] = flops * (1 + layout.extra_flops(pite_config.llm.num_hidden_layers))
-        lines += [
-            f"  {name:<15} {_hours(config.model, name, executed[name], fp8)}",
-            f"  {'':<15} {needed.total / 1e9:.0f} of {device.bytes / 1e9:.0f} GB each, of eight: weights"
-            f" {needed.weights / 1e9:.1f}, trained {needed.trained / 1e9:.1f}, activations"
-            f" {needed.activations / 1e9:.1f}, losses {needed.losses / 1e9:.1f};"
-            f" {layout.describe(pite_config.llm.num_hidden_layers)}{full}",
-        ]
-    return _Cost(flops, executed, lines)
+    hours: dict[tuple[str, int], float] = {}
+    for name, ranks in _machines(config):
+        line, taken = _on(config, name, ranks, pite_config, count, corpus, recipe, 4 * count.linear * tokens)
+        lines.append(f"  {f'{ranks}x {name}':<22}{line}")
+        if taken is not None:
+            hours[name, ranks] = taken
+    frames = 1 if stage == 1 else pite_config.num_frames
+    encoding = corpus.media * frames * frame_flops(VIT_L_14, pite_config.vision_feature_size)
+    if hours and any("%*" in line for line in lines):
+        lines.append("  * assumed, not measured: bench/results holds no such step")
+    return _Cost(flops, encoding, hours, lines)
 
 
-def _hours(model: str, name: str, flops: float, fp8: bool) -> str:
-    """`12.1 h on 1, 1.5 h on 8, at 45% ...`"""
-    measured = measured_mfu(model, name, RESULTS, fp8)
-    rate = measured or ASSUMED_MFU * (ASSUMED_FP8_GAIN if fp8 else 1)
-    hours = ", ".join(f"{flops / (n * DEVICES[name].peak * rate) / 3600:.2f} h on {n}" for n in COUNTS)
-    return f"{hours}, at {rate:.0%} of the bfloat16 peak ({'measured' if measured else 'assumed, not measured'})"
+def _on(
+    config: TrainConfig,
+    name: str,
+    ranks: int,
+    pite_config: PiTeConfig,
+    count: ParameterCount,
+    corpus: Corpus,
+    recipe: Recipe,
+    flops: float,
+) -> tuple[str, float | None]:
+    """A stage on so many devices of a kind: the line that says it, and its hours where it fits and has a known rate."""
+    device, layers, fp8 = DEVICES[name], pite_config.llm.num_hidden_layers, config.frozen_dtype == "fp8"
+    width = 4 if config.dtype == "float32" else 2
+    if fp8 and not device.fp8:
+        return "has no float8 arithmetic", None
+    longest = max((int(batch.max()) for batch in corpus.batches), default=0)
+    try:
+        layout = choose_layout(
+            pite_config, count, device.bytes, ranks=ranks, width=width, fp8=fp8, parallel=config.parallel,
+            recompute=config.recompute, token_budget=config.token_budget, longest=longest,
+        )  # fmt: skip
+        full = f", {fullness(corpus.batches, ranks, layout.token_budget):.0%} full" if corpus.batches else ""
+    except ValueError as error:
+        return f"does not fit: {error}", None
+    # A rank's share of a global batch may be less than what its memory holds.
+    share = math.ceil(recipe.global_batch / ranks) * corpus.tokens
+    planned = min(layout.token_budget, max(math.ceil(share), longest))
+    needed = memory(pite_config, count, planned, width, fp8=fp8, recompute=layout.recompute, shards=layout.shards)
+    hours, text = None, "      -       -  "
+    if width == 2:
+        ours = "pite fp8" if fp8 else "pite compiled" if config.compile else "pite"
+        measured = measured_mfu(config.model, name, RESULTS, ours)
+        rate = measured or ASSUMED_MFU * (ASSUMED_FP8_GAIN if fp8 else 1)
+        hours = flops * (1 + layout.extra_flops(layers)) / (ranks * device.peak * rate) / 3600
+        text = f"{hours:7.2f}{rate:9.0%}{' ' if measured else '*'}"
+    return (
+        f"{text}{needed.total / 1e9:10.0f} of {device.bytes / 1e9:3.0f}{_parts(needed)}   {layout.describe(layers)}{full}",
+        hours,
+    )
+
+
+_PARTS = ("weights", "LoRA, heads", "gradients", "AdamW", "activations", "losses")
+
+
+def _parts(needed: Memory) -> str:
+    """The columns of `_PARTS`: frozen weights, what learns, its gradient and two moments, activations, loss chunks."""
+    trained = needed.trained / 4
+    values = (needed.weights, trained, trained, 2 * trained, needed.activations, needed.losses)
+    return "".join(f"{value / 1e9:{len(name) + 3}.1f}" for name, value in zip(_PARTS, values))
 
 
 def _attention(config: TrainConfig, pite_config: PiTeConfig) -> str:
@@ -238,20 +213,25 @@ def _attention(config: TrainConfig, pite_config: PiTeConfig) -> str:
 
 
 def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
-    """The model's shape: a local language model's, or the preset's where there is none on disk."""
+    """The model's shape: a language model's that is on this machine, or the size's Vicuna's where none was named."""
     from engine.build import RANDOM, model_config, random_shape
 
     if config.llm == RANDOM:
         return random_shape(config.model, config.num_points), "random weights"
-    llm = Path(config.llm or "").expanduser()
-    if config.llm and llm.is_dir():
-        if (config.store / "videos").is_dir():
-            return model_config(llm, config.store, config.num_points), str(llm)
-        return PiTeConfig.load(llm, num_points=config.num_points), str(llm)
-    if config.model == "tiny":
-        raise ValueError(f"{config.llm} is no directory: the miniature's shape is not known without it")
-    unseen = f"; {config.llm} is no directory and was not looked at" if config.llm else ""
-    return PiTeConfig.preset(config.model), f"shape of {LANGUAGE_MODELS[config.model]}{unseen}"
+    if config.llm is None:
+        shape = replace(PiTeConfig.preset(config.model), num_points=config.num_points)  # type: ignore[arg-type]
+        return shape, f"shape of {LANGUAGE_MODELS[config.model]}"
+    llm = Path(config.llm).expanduser()
+    if not llm.is_dir():
+        cached = try_to_load_from_cache(config.llm, "config.json") if config.llm.count("/") == 1 else None
+        if not isinstance(cached, str):
+            raise ValueError(
+                f"{config.llm} is neither a directory nor in the Hugging Face cache, and a dry run fetches nothing"
+            )
+        llm = Path(cached).parent
+    if (config.store / "videos").is_dir():
+        return model_config(llm, config.store, config.num_points), str(config.llm)
+    return PiTeConfig.load(llm, num_points=config.num_points), str(config.llm)
 
 
 def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpus:
@@ -284,11 +264,13 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
     )
     recipe = config.recipe(stage)
     plan = BatchPlan(len(data), recipe.global_batch, config.seed, data.groups() if recipe.group_media else None)
+    over = "" if data.over_length else f", none of more than {config.max_length:,} tokens"
     return Corpus(
         len(data),
         float(data.tokens.mean()),
         float(data.targets.mean()),
-        f"counted: {data.summary()}",
+        len(set(data.media)),
+        f"counted: {data.summary()}{over}",
         tuple(data.tokens[plan.samples(step)] for step in range(min(COUNTED_STEPS, plan.steps_per_epoch))),
     )
 

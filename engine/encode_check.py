@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 LEAST_COSINE = 0.999
 """Of a frame's feature and its verification: what decoders and arithmetics may differ by."""
 
-CLIP_MFU = 0.55
-"""Share of the bfloat16 peak taken for CLIP in predictions; a goal until bench/results holds a measurement."""
-
 _SAMPLE = 6
 """Files that the dry run decodes."""
 
@@ -77,7 +74,7 @@ def predict(job: Job, ranks: int) -> str:
     Measures on this machine: decodes some files, and runs CLIP a few times. Other devices are predicted by arithmetic.
     """
     # Decoding processes import engine.encode, and need no torch.
-    from engine.budget import DEVICES
+    from engine.hardware import CLIP_MFU, DEVICES
 
     missing, manifest = job.missing, job.store.manifest
     record = manifest.tokens * manifest.channels * 2

@@ -91,7 +91,7 @@ class Layout:
         return 0.5 * self.recompute / layers
 
     def describe(self, layers: int) -> str:
-        weights = "frozen weights copied to every device" if self.shards == 1 else "frozen weights sharded (FSDP2)"
+        weights = "weights copied" if self.shards == 1 else "weights sharded (FSDP2)"
         again = f"{self.recompute} of {layers} layers recomputed" if self.recompute else "nothing recomputed"
         return f"{weights}, {again}, {self.token_budget:,} tokens a micro-batch"
 

@@ -13,8 +13,9 @@ import torch
 
 from dataloaders.batch import PackedBatch
 from dataloaders.prefetch import prefetch
-from engine import budget, state
+from engine import state
 from engine.data import Absent, StepSource
+from engine.hardware import efficiency
 from engine.loop import compute_losses, make_optimizer, train
 from engine.metrics import Metrics
 from engine.parallel import World
@@ -100,7 +101,7 @@ def run(
                     interrupted=lambda: interrupted.set,
                     after_step=after_step,
                     blame=blame,
-                    efficiency=budget.efficiency(model.config, recipe, world),
+                    efficiency=efficiency(model.config, recipe, world),
                 )
         finally:
             if world.watch is not None:

@@ -29,6 +29,7 @@ from engine.build import (
 )
 from engine.config import parse
 from engine.data import StepSource
+from engine.hardware import capacity_of
 from engine.loop import NonFiniteError
 from engine.memory import choose_layout, count_parameters
 from engine.metrics import require_wandb
@@ -154,7 +155,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         pite_config,
         count_parameters(pite_config, recipe),
         # One layout for all: the smallest device's.
-        min(world.gather(budget.device_capacity(world.device)), key=lambda capacity: capacity or 0.0),
+        min(world.gather(capacity_of(world.device)), key=lambda capacity: capacity or 0.0),
         ranks=world.size,
         width=dtype.itemsize,
         fp8=fp8,

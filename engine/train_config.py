@@ -105,6 +105,8 @@ class TrainConfig:
     """first and last step to profile, counted from 1: a trace, and on CUDA a memory history, in OUTPUT/stageN/profile"""
     wandb: str | None = None
     """project on Weights & Biases that gets the metrics too"""
+    devices: tuple[int, ...] = (1, 8)
+    """numbers of devices of which the dry run tells memory and hours"""
     dry_run: bool = False
     """print parameters, tokens, steps, memory and hours, and train nothing"""
 
@@ -117,6 +119,8 @@ class TrainConfig:
         for name in counts:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if any(n < 1 for n in self.devices):
+            raise ValueError(f"--devices takes numbers of at least 1, not {' '.join(map(str, self.devices))}")
         if self.recompute is not None and self.recompute < 0:
             raise ValueError(f"--recompute must be 0 or more, not {self.recompute}")
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:

@@ -22,6 +22,18 @@ from pite import devices, hub
 _FILES = ("config.json", "preprocessor_config.json")
 
 
+def frame_flops(config: CLIPVisionConfig, channels: int) -> float:
+    """Multiplications and additions of a frame's forward pass, counted as two: 156e9 for ViT-L/14 at 224 pixels."""
+    width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
+    tokens = patches + 1
+    flops = 2.0 * patches * 3 * config.patch_size**2 * width
+    for rows in [tokens] * (config.num_hidden_layers - 1) + [1]:
+        keys_and_values = 4 * tokens * width**2
+        for_each_row = 4 * width**2 + 4 * width * config.intermediate_size + 4 * tokens * width
+        flops += keys_and_values + rows * for_each_row
+    return flops + 2 * width * channels
+
+
 class ClipEncoder:
     """A CLIP vision tower in evaluation mode; bfloat16 on CUDA, float32 on the CPU.
 
@@ -63,16 +75,7 @@ class ClipEncoder:
 
     @property
     def flops_per_frame(self) -> float:
-        """Multiplications and additions of a frame's forward pass, counted as two."""
-        config = self.model.config
-        width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
-        tokens = patches + 1
-        flops = 2.0 * patches * 3 * config.patch_size**2 * width
-        for rows in [tokens] * (config.num_hidden_layers - 1) + [1]:
-            keys_and_values = 4 * tokens * width**2
-            for_each_row = 4 * width**2 + 4 * width * config.intermediate_size + 4 * tokens * width
-            flops += keys_and_values + rows * for_each_row
-        return flops + 2 * width * self.channels
+        return frame_flops(self.model.config, self.channels)
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray | Tensor) -> Tensor:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import budget
+from engine import budget, hardware
 from engine.memory import count_parameters
 from engine.recipes import PAPER, recipe
 from engine.train import main
 from pite import checkpoint
+from pite.clip import frame_flops
 from pite.config import PiTeConfig
 from tests.engine.workspace import train_arguments
 from tests.samples import random_batch, tiny_config
@@ -39,7 +40,8 @@ def test_the_dry_run_needs_neither_weights_nor_data(tmp_path, monkeypatch, capsy
         "A100-40GB",
         "sharded (FSDP2)",
         "the paper took about 17 h",
-        "arithmetic floor",
+        "1.32 h on 8x A100 at 100% of the peak, 1.73 h with the features",
+        "samples over length not known",
         "micro-batch",
     ):
         assert expected in printed
@@ -47,15 +49,41 @@ def test_the_dry_run_needs_neither_weights_nor_data(tmp_path, monkeypatch, capsy
 
 
 def test_the_dry_run_counts_data_that_is_there(workspace, tmp_path, capsys):
-    assert main([*train_arguments(workspace, tmp_path, "2"), "--dry-run"]) == 0
+    assert main([*train_arguments(workspace, tmp_path, "2"), "--dry-run", "--devices", "8"]) == 0
     printed = capsys.readouterr().out
     assert "24 samples" in printed
     assert "counted" in printed
     assert "6 of 8 samples" in printed
+    assert "none of more than 2,048 tokens" in printed
     assert "attention       by sdpa on this machine (a CPU, torch.float32)" in printed
     # 24 samples in three batches of eight, one a device: each fills its own share of 600 tokens.
     (mean,) = {int(n) for n in re.findall(r"samples, (\d+) tokens", printed)}
     assert {int(n) for n in re.findall(r"600 tokens a micro-batch, (\d+)% full", printed)} == {round(mean / 6)}
+
+
+def test_each_number_of_devices_has_a_layout_of_its_own(capsys):
+    """One 40 GB device has to recompute most of 13B where eight share its weights."""
+    assert budget.main(["--model", "13b", "--stage", "2", "--devices", "1", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    alone, eight = (next(line for line in lines if f"{n}x A100-40GB" in line) for n in (1, 8))
+    assert "33 of 40 layers recomputed" in alone and "sharded" not in alone
+    assert "sharded (FSDP2), nothing recomputed" in eight
+    hours = [float(line.split()[2]) for line in (alone, eight)]
+    assert hours[0] / hours[1] == pytest.approx(8 * (1 + 0.5 * 33 / 40), rel=0.01)
+
+
+def test_flags_reach_the_dry_run(tmp_path, capsys):
+    def printed(*flags: str) -> str:
+        assert budget.main(["--stage", "2", "--devices", "8", *flags]) == 0
+        return capsys.readouterr().out
+
+    usual = printed()
+    assert "adapter and heads 2.5 M" in usual and "adapter and heads 4.1 M" in printed("--num-points", "5")
+    assert "    27.0   " in printed("--dtype", "float32") and "    27.0   " not in usual, "weights in float32"
+    tiny_config().save(tmp_path)
+    assert f"({tmp_path})" in printed("--llm", str(tmp_path))
+    assert budget.main(["--stage", "2", "--llm", "owner/never-fetched"]) == 1
+    assert "neither a directory nor in the Hugging Face cache" in capsys.readouterr().err
 
 
 def test_micro_batches_are_as_full_as_the_samples_make_them():
@@ -100,10 +128,40 @@ def test_a_measured_step_replaces_the_assumption(tmp_path, monkeypatch, capsys):
     content = {"environment": {"device": "NVIDIA H200"}, "rows": rows}
     (tmp_path / "step_NVIDIA_H200.json").write_text(json.dumps(content))
     monkeypatch.setattr(budget, "RESULTS", tmp_path)
-    assert budget.measured_mfu("7b", "H200", tmp_path) == 0.5
-    assert budget.measured_mfu("13b", "H200", tmp_path) is None
-    assert budget.measured_mfu("7b", "H100", tmp_path) is None
+    assert hardware.measured_mfu("7b", "H200", tmp_path) == 0.5
+    assert hardware.measured_mfu("13b", "H200", tmp_path) is None
+    assert hardware.measured_mfu("7b", "H100", tmp_path) is None
     assert budget.main(["--model", "7b", "--stage", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert ["at 50% of the bfloat16 peak (measured)" in line for line in lines if " H200 " in line] == [True]
-    assert ["assumed, not measured" in line for line in lines if " H100 " in line] == [True]
+    rates = {line.split()[1]: line.split()[3] for line in lines if line.startswith("  8x")}
+    assert rates == {"A100-40GB": "45%*", "A100-80GB": "45%*", "H100": "45%*", "H200": "50%"}
+    assert sum("* assumed, not measured" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100", 989e12),
+        ("NVIDIA H100 PCIe", None, 756e12),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB", 312e12),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB", 312e12),
+        ("NVIDIA H200", "H200", 989e12),
+        ("NVIDIA L4", None, None),
+    ],
+)
+def test_a_measurement_serves_the_device_it_was_made_on(name, device, peak, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert hardware.peak_of(torch.device("cuda")) == peak
+    rows = [
+        {"model": "7b", "implementation": "pite", "mfu": 0.5},
+        {"model": "7b", "implementation": "pite loop", "mfu": 0.4},
+        {"model": "7b", "implementation": "pite fp8", "mfu": 0.6},
+    ]
+    (tmp_path / "step_x.json").write_text(json.dumps({"environment": {"device": name}, "rows": rows}))
+    served = {key for key in hardware.DEVICES if hardware.measured_mfu("7b", key, tmp_path) == 0.4}
+    assert served == ({device} if device else set())
+    assert device is None or hardware.measured_mfu("7b", device, tmp_path, "pite fp8") == 0.6
+
+
+def test_clip_frames_cost_what_the_encoder_counts():
+    assert frame_flops(budget.VIT_L_14, 768) == pytest.approx(156e9, rel=0.01)

@@ -136,5 +136,5 @@ def test_both_orientations_take_the_bytes_of_bfloat16(capsys: pytest.CaptureFixt
     assert choose_layout(config, count, 80e9, fp8=True).shards == 1
     assert budget.main(["--model", "13b", "--stage", "2", "--frozen-dtype", "fp8"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("has no float8 arithmetic") == 2
-    assert "at 59% of the bfloat16 peak (assumed, not measured)" in printed
+    assert printed.count("has no float8 arithmetic") == 4
+    assert printed.count("59%* ") == 4

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.budget import DEVICES
+from engine.hardware import DEVICES
 from engine.loop import compute_losses
 from engine.memory import LARGEST_BUDGET, SPARE, choose_layout, count_parameters, memory
 from engine.recipes import recipe

@@ -1,0 +1,97 @@
+"""What is known of GPUs: their data sheets, and what bench/results has measured on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.memory import count_parameters
+from engine.parallel import World
+from engine.recipes import Recipe
+from pite.config import PiTeConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """Dense bfloat16 FLOP/s of the data sheet, bytes that PyTorch finds there, and whether there is float8 arithmetic."""
+
+    peak: float
+    bytes: float
+    fp8: bool
+
+
+DEVICES: dict[str, Device] = {
+    "A100-40GB": Device(312e12, 39.4 * GIB, False),
+    "A100-80GB": Device(312e12, 79.1 * GIB, False),
+    "H100": Device(989e12, 79.1 * GIB, True),
+    "H200": Device(989e12, 139.7 * GIB, True),
+}
+
+_OTHER_PEAKS: dict[str, float] = {"H100 PCIe": 756e12, "H100 NVL": 835e12}
+
+ASSUMED_MFU = 0.45
+"""Share of the peak, by 4N FLOPs a token, taken for the hours where bench/results holds no measured step."""
+
+ASSUMED_FP8_GAIN = 1.3
+"""How much faster a step with float8 frozen weights is taken to be where none was measured: what the project aims at."""
+
+CLIP_MFU = 0.55
+"""Share of the bfloat16 peak taken for CLIP in predictions; a goal until bench/results holds a measurement."""
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+
+
+def peak_of(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s of a device; None for one that is not known, as no CPU is."""
+    return _peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _peak(name: str) -> float | None:
+    known = {**_OTHER_PEAKS, **{device.partition("-")[0]: found.peak for device, found in DEVICES.items()}}
+    return next((peak for part, peak in known.items() if part in name), None)
+
+
+def measured_mfu(size: str, device: str, results: Path, implementation: str = "pite") -> float | None:
+    """The best MFU of a step of ours on this model and device in bench/results/step_*.json, or None.
+
+    implementation  as `bench.step` names it; of "pite", the whole loop's rather than the bare step's where both are there
+    """
+    kind, _, room = device.partition("-")
+    found: dict[str, list[float]] = {}
+    for file in sorted(results.glob("step_*.json")):
+        content = json.loads(file.read_text())
+        name = content["environment"]["device"]
+        if kind not in name or room not in name or _peak(name) != DEVICES[device].peak:
+            continue
+        for row in content["rows"]:
+            if row["model"] == size and row.get("mfu"):
+                found.setdefault(row["implementation"], []).append(row["mfu"])
+    names = ("pite loop", "pite") if implementation == "pite" else (implementation,)
+    return next((max(found[name]) for name in names if name in found), None)
+
+
+def capacity_of(device: torch.device) -> float | None:
+    """Bytes of a CUDA device; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def efficiency(config: PiTeConfig, recipe: Recipe, world: World) -> Callable[[int, float], dict[str, float]]:
+    """A function of a step's useful tokens and seconds that gives MFU (4N) and peak memory where they are known."""
+    if world.device.type != "cuda":
+        return lambda tokens, seconds: {}
+    peak = peak_of(world.device)
+    linear = count_parameters(config, recipe).linear
+
+    def measure(tokens: int, seconds: float) -> dict[str, float]:
+        numbers = {"memory_gb": torch.cuda.max_memory_allocated(world.device) / 1e9}
+        if peak is not None:
+            numbers["mfu"] = tokens * 4 * linear / seconds / (peak * world.size)
+        return numbers
+
+    return measure
