@@ -47,6 +47,17 @@ class PiTeConfig:
     def head_dim(self) -> int:
         return self.llm.head_dim or self.llm.hidden_size // self.llm.num_attention_heads
 
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """What decides, beside the weights, what the language model computes."""
+        llm = self.llm
+        return {
+            "attention heads": [llm.num_attention_heads, llm.num_key_value_heads, self.head_dim],
+            "norm epsilon": llm.rms_norm_eps,
+            "rotary embedding": dict(sorted(llm.rope_parameters.items())),
+            "tied embeddings": llm.tie_word_embeddings,
+        }
+
     @staticmethod
     def preset(size: Literal["7b", "13b"]) -> PiTeConfig:
         """The paper's model on Vicuna v1.5 of the given size."""

@@ -99,6 +99,19 @@ def test_appending_and_many_ranks(tmp_path: Path) -> None:
     assert {p.name[:5] for p in tmp_path.glob("*.parquet")} == {"00000", "00001"}
 
 
+def test_the_fingerprint_is_of_contents_however_they_lie(tmp_path: Path) -> None:
+    write(tmp_path / "a", KEYS)
+    write(tmp_path / "b", KEYS[6:], rank=1, shard_records=2)
+    write(tmp_path / "b", [*KEYS[:6], "another"], shard_records=3)
+    one, two = (FeatureStore(tmp_path / name) for name in "ab")
+    assert one.fingerprint(KEYS) == two.fingerprint([*KEYS, KEYS[0]]) != one.fingerprint(KEYS[1:])
+    with FeatureWriter(FeatureStore.create_or_open(tmp_path / "c", MANIFEST)) as writer:
+        writer.add({key: record("another" if key == KEYS[3] else key) for key in KEYS})
+    assert FeatureStore(tmp_path / "c").fingerprint(KEYS) != one.fingerprint(KEYS)
+    with pytest.raises(ValueError, match="holds nothing for 'another'"):
+        one.fingerprint(["another"])
+
+
 def test_empty_store(tmp_path: Path) -> None:
     store = FeatureStore.create_or_open(tmp_path / "new", MANIFEST)
     assert len(store) == 0 and store.manifest == MANIFEST and FeatureStore(tmp_path / "new").manifest == MANIFEST
