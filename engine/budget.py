@@ -8,6 +8,7 @@ there is no padding to hide.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -278,6 +279,8 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the same as `engine.train --dry-run`."""
     config = parse(TrainConfig, argv, prog="python -m engine.budget")
+    if int(os.environ.get("RANK", "0")):
+        return 0  # what torchrun's first process says is true of all
     try:
         print(report(config))
     except (ValueError, OSError) as error:

@@ -61,6 +61,12 @@ def test_the_dry_run_counts_data_that_is_there(workspace, tmp_path, capsys):
     assert {int(n) for n in re.findall(r"600 tokens a micro-batch, (\d+)% full", printed)} == {round(mean / 6)}
 
 
+def test_one_process_of_torchruns_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    assert budget.main(["--stage", "2"]) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_each_number_of_devices_has_a_layout_of_its_own(capsys):
     """One 40 GB device has to recompute most of 13B where eight share its weights."""
     assert budget.main(["--model", "13b", "--stage", "2", "--devices", "1", "8"]) == 0
