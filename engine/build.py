@@ -106,6 +106,7 @@ def build_model(
     mesh = init_device_mesh(world.device.type, (world.size,)) if layout.shards > 1 else None
     draws = torch.Generator().manual_seed(seed + stage)
     for i in origin.layers(model):
+        world.doing(f"building layer {i + 1} of the model")
         for _, linear, _ in names.linear_layers(model, i):
             linear.add_lora(recipe.lora_rank, recipe.lora_alpha, draws)
             if fp8:

@@ -74,6 +74,11 @@ class _Pending:
     data_wait: float
 
 
+def reads_late(device: torch.device) -> bool:
+    """Whether a step's numbers are read after the next step was queued. A CPU queues nothing: it has them at once."""
+    return device.type == "cuda"
+
+
 def _recorded_event() -> torch.cuda.Event:
     event = torch.cuda.Event()
     event.record()
@@ -124,7 +129,7 @@ def train(
     bad = torch.zeros((), device=device)
     optimizer.found_inf = bad  # type: ignore[attr-defined]
     pending: _Pending | None = None
-    stopping = False
+    stopping, late = False, reads_late(device)
     clock = time.perf_counter()
 
     def finish() -> None:
@@ -164,7 +169,9 @@ def train(
     with closing(Gradients(backward_order(model), world.size)) as gradients:
         for step in range(start, stop):
             before = time.perf_counter()
+            world.doing(f"waiting for the data of step {step + 1}")
             current = next(batches)
+            world.doing(f"computing step {step + 1}")
             data_wait = time.perf_counter() - before
             rate = learning_rate(step, total, recipe)
             for group in optimizer.param_groups:
@@ -186,7 +193,7 @@ def train(
             optimizer.step()
             gradients.zero()
 
-            if device.type == "cuda":
+            if late:
                 finish()
             numbers = torch.cat([sums, norm.float()[None], bad[None]])
             ready = None
@@ -194,7 +201,7 @@ def train(
                 numbers = numbers.to("cpu", non_blocking=True)
                 ready = _recorded_event()
             pending = _Pending(step, numbers, ready, current.tokens, rate, data_wait)
-            if device.type == "cpu":
+            if not late:
                 finish()
             if after_step(step + 1, finish, stopping):
                 finish()

@@ -18,13 +18,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from engine.watch import Watch
+from engine.watch import SET_UP, Watch, kept_by_torchrun
 from pite import names
 
 T = TypeVar("T")
 
-SETUP_HOURS = 2
-"""How long a rank may wait for another outside the training loop, such as for rank 0 to index a data set."""
+BACKSTOP = 4
+"""The process group's own timeout, which names nobody, is this many times the watch's longest."""
+
+NCCL_WAITS = "15000"
+"""Milliseconds that torch lets NCCL's watchdog wait for a dump. Four times that pass between an error, such as a lost
+connection, and a C++ abort without a sentence of ours: more than the watch needs. It is torch's default; we rely on it."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +44,37 @@ class World:
     def join(device: str | None = None, stall: float = 600.0) -> World:
         """Read torchrun's environment; join its process group, when there is one: gloo, and NCCL on CUDA.
 
-        stall  seconds after which a rank that does not reach the end of a step ends the run
+        stall  seconds without progress after which a rank that the others wait for ends the run
+        Raises ValueError where this rank's device is not there.
         """
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if kind.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("--device cuda: no CUDA device is available here")
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if kind == "cuda":
-            kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local >= there:
+                raise ValueError(
+                    f"this node has {there} CUDA device{'s' if there > 1 else ''} and none is left for its process {local + 1}: "
+                    f"start at most {there} here (torchrun --nproc-per-node {there})"
+                )
+            kind = f"cuda:{local}"
             torch.cuda.set_device(kind)
         if size == 1:
             return World(rank, size, torch.device(kind))
+        # torchrun's store is there before the process group: then a rank that never joins it is named too.
+        watch = Watch(rank, size, stall, torch.device(kind)) if kept_by_torchrun() else None
         if not dist.is_initialized():
             on_gpu = kind.startswith("cuda")
+            os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", NCCL_WAITS)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                 device_id=torch.device(kind) if on_gpu else None,
-                timeout=timedelta(hours=SETUP_HOURS),
+                timeout=timedelta(seconds=BACKSTOP * max(SET_UP, stall)),
             )
-        return World(rank, size, torch.device(kind), Watch(rank, size, stall, torch.device(kind)))
+        watch = watch or Watch(rank, size, stall, torch.device(kind))
+        watch.joined()
+        return World(rank, size, torch.device(kind), watch)
 
     @property
     def is_main(self) -> bool:
@@ -79,6 +95,11 @@ class World:
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value)
         return cast(list[T], values)
+
+    def doing(self, what: str) -> None:
+        """What this rank is at, for the others should it stall there."""
+        if self.watch is not None:
+            self.watch.doing(what)
 
     def say(self, text: str) -> None:
         """Tell the user something once."""

@@ -67,7 +67,11 @@ def run(
         if start:
             metrics.say(f"continuing after step {start} of {stop}")
 
+        asked = False
+
         def after_step(done: int, finish: Callable[[], None], stopping: bool) -> bool:
+            nonlocal asked
+            asked = stopping
             profile.after_step(done)
             writer.check()
             if stopping or done % config.checkpoint_every == 0 or done == stop:
@@ -87,7 +91,7 @@ def run(
 
         try:
             with collector_frozen():
-                return train(
+                done = train(
                     model,
                     optimizer,
                     prefetch(source.step, range(start, stop), config.workers),
@@ -106,6 +110,18 @@ def run(
         finally:
             if world.watch is not None:
                 world.watch.rest()
+    if done < total:
+        if asked:
+            by = interrupted.by or "by another rank"
+            world.say(
+                f"asked to stop ({by}): saved step {done} of {total} in {checkpoints}; the same command continues"
+            )
+        else:
+            world.say(
+                f"stopped after step {done} of {total}, as --max-steps says, and saved in {checkpoints}; "
+                "the same command with more of them continues"
+            )
+    return done
 
 
 @contextmanager
@@ -128,7 +144,7 @@ def finite(model: PiTe, batch: PackedBatch, recipe: Recipe, absent: Absent) -> b
 
 
 class InterruptFlag:
-    """Within its block SIGTERM (preemption) and a first Ctrl-C set the flag instead of ending the process.
+    """Within its block SIGTERM (preemption) and a first Ctrl-C set the flag, and `by`, instead of ending the process.
 
     among_others  keep it so after an error: torchrun sends SIGTERM as soon as another rank is gone, and this one has
                   yet to say which
@@ -136,12 +152,13 @@ class InterruptFlag:
 
     def __init__(self, among_others: bool = False) -> None:
         self.set = False
+        self.by = ""
         self._among_others = among_others
 
-    def _raise(self, *_: object) -> None:
+    def _raise(self, number: int, _: object) -> None:
         if self.set:
             raise KeyboardInterrupt
-        self.set = True
+        self.set, self.by = True, signal.Signals(number).name
 
     def __enter__(self) -> InterruptFlag:
         self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGTERM, signal.SIGINT)}

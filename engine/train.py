@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         if world is None or cause is None:
             raise
         say_end(f"rank {world.rank} ends: {cause}")
-        alone_because = f"lost {cause}"
+        alone_because = cause
     finally:
         if world is not None:
             world.leave(alone_because)
@@ -128,6 +128,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         world.say(f"stage {stage} is done: {final}")
         return True
 
+    world.doing(f"reading the data of stage {stage}")
     tokenizer = load_tokenizer(llm or RANDOM)
     store = FeatureStore(config.features(stage))
     # The first rank that comes tokenizes, the others wait for it without a collective, which would time out.
@@ -190,6 +191,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         normalizer=config.trajectory_normalizer,
         pin_memory=world.device.type == "cuda",
     )
+    world.doing(f"building the model of stage {stage}")
     model = build_model(
         stage, recipe, pite_config, llm=llm, merged=merged, dataset=dataset, store=store, seed=config.seed,
         head_init=config.head_init, dtype=dtype, fp8=fp8, world=world, layout=layout,
@@ -200,7 +202,6 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     fingerprint = {**settings, "data": dataset.fingerprint(), "left out": dataset.exclusions() or None}
     done = run(config, recipe, model, source, world, directory, total, fingerprint)
     if done < total:
-        world.say(f"stage {stage} stopped after step {done} of {total}; the same command continues")
         return False
     if world.is_main:
         plot_losses({directory.name: directory / "metrics.jsonl"}, directory / "losses.png")

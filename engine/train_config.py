@@ -100,7 +100,7 @@ class TrainConfig:
     compile: bool = False
     """have torch.compile fuse the layers' elementwise work, in a minute at the start; `python -m bench.step` times both"""
     stall_timeout: float = 600.0
-    """seconds in which every rank must reach the end of a step; one that does not is named and ends the run"""
+    """seconds without any progress after which the ranks end and name the one that they wait for"""
     profile: tuple[int, int] | None = None
     """first and last step to profile, counted from 1: a trace, and on CUDA a memory history, in OUTPUT/stageN/profile"""
     wandb: str | None = None

@@ -1,8 +1,9 @@
 """Nothing hangs: a rank that dies or stalls ends the others within a bounded time, with a sentence that names it.
 
 Each process has a thread that writes a beat into the process group's key-value store and reads the others'. A beat that
-stays away is a process or machine that is gone; beats without arrivals at the end of a step are one that is stuck.
-Collectives cannot tell: they merely wait, some of them (NCCL's) where no exception can reach.
+stays away is a process or machine that is gone. Beats that tell of no progress are a rank that is stuck, and since all
+ranks begin the same collectives in the same order, it is the one that has begun the fewest: the others are in the one
+that it never came to. Collectives cannot tell: they merely wait, some of them (NCCL's) where no exception can reach.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,25 +30,44 @@ SILENT_AFTER_ERROR = 4.0
 """The same once a collective failed, when it is only asked who was the cause."""
 
 GRACE = 3.0
-"""Seconds between hearing why another rank ended and ending for it."""
+"""Seconds between hearing of another rank's error and ending for it."""
+
+SET_UP = 1800.0
+"""Seconds without any progress, outside the training loop and in its first step, after which the ranks end. Data are read
+and models built there, by one rank while the others wait: it may take long, but not between two signs of progress."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself: beats so far, steps whose end it reached, and why it ended, if it did."""
+    """What a rank says of itself.
+
+    count        beats so far
+    arrivals     steps whose end its device has reached
+    collectives  that it has begun
+    doing        what it is at, and whether that is the training loop after its first step
+    ended        why, if it did: its own error, or (`found`) a sentence about another rank that is the cause
+    """
 
     count: int
     arrivals: int
+    collectives: int
+    doing: str
     training: bool
     host: str
     process: int
     ended: str | None
+    found: bool
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """The rank that all others wait for has the least."""
+        return self.arrivals, self.collectives
 
 
 class Watch:
     """Watches the other ranks of a run, and is watched.
 
-    stall   seconds in which every rank must reach the end of a step
+    stall   seconds in which some rank must make progress in the training loop; elsewhere they are `SET_UP`, if that is more
     device  of this rank, whose events `arrived` is given
     Raises nothing: a finding ends the process with status 1 from the thread, since the main thread may be waiting for ever.
     """
@@ -63,10 +84,13 @@ class Watch:
         # Large worlds beat slower: every rank reads every other's.
         self._interval = min(max(0.5, size / 128), stall / 4)
         self._finding = finding or _end
-        self._arrivals, self._training = 0, False
+        self._arrivals, self._training, self._doing = 0, False, "starting"
+        self._backends: list[Any] = []
         self._events: list[torch.cuda.Event] = []
         self._ended: str | None = None
+        self._found: str | None = None
         self._seen: dict[int, tuple[Beat, float]] = {}
+        self._standing: dict[int, tuple[int, int, str, bool]] = {}
         self._moved = time.monotonic()
         self._unreachable: str | None = None
         self._stop = threading.Event()
@@ -80,6 +104,15 @@ class Watch:
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
         self._thread.start()
 
+    def joined(self) -> None:
+        """The process group is there: what this rank begins in it is its progress, under any layout of the model."""
+        group = dist.distributed_c10d._get_default_group()
+        self._backends = [group._get_backend(torch.device(kind)) for kind in {"cpu", self._device.type}]
+
+    def doing(self, what: str) -> None:
+        """What this rank is at, for the sentence about it should it stall; each new one is progress."""
+        self._doing = what
+
     def arrived(self, event: torch.cuda.Event | None = None) -> None:
         """This rank did its part of a step and now waits for the others; on CUDA, once `event` has happened."""
         if event is None:
@@ -89,22 +122,18 @@ class Watch:
         self._training = True
 
     def rest(self) -> None:
-        """Outside the training loop only a rank's death counts: reading data and writing a model take what they take."""
-        self._training = False
+        """The training loop is over."""
+        self._training, self._doing = False, "finishing the stage"
 
     def explain(self) -> str | None:
         """After a collective failed: the sentence about the rank that caused it, or None when all are alive."""
         until = time.monotonic() + SILENT_AFTER_ERROR + 4 * self._interval
         while time.monotonic() < until:
-            for rank, (beat, heard) in sorted(self._seen.items()):
-                if beat.ended:
-                    return f"{self._name(rank, beat)} ended: {beat.ended}"
-                if beat.ended is None and time.monotonic() - heard > SILENT_AFTER_ERROR:
-                    return self._silent(rank, beat, time.monotonic() - heard)
-            if self._unreachable:
-                return self._unreachable
+            self._found = self._told() or self._anyone_silent(SILENT_AFTER_ERROR) or self._unreachable
+            if self._found:
+                break
             time.sleep(self._interval / 2)
-        return None
+        return self._found
 
     def close(self, reason: str = "") -> None:
         """Stop watching; the others hear the reason, which is empty for an end in good order."""
@@ -114,11 +143,11 @@ class Watch:
 
     def _tell(self, reason: str) -> None:
         """The last beat."""
-        self._ended = reason
+        self._ended = self._found or reason
         # The store may be gone with the process that kept it: then there is nobody left to tell.
         with suppress(RuntimeError):
             self._beat()
-            if reason and self._rank == 0 and not _kept_by_torchrun():
+            if reason and self._rank == 0 and not kept_by_torchrun():
                 time.sleep(3 * self._interval)  # the store goes with this process: let the others read first
 
     def _work(self) -> None:
@@ -142,14 +171,14 @@ class Watch:
                 # torchrun keeps the store in its own process; without it, rank 0 does.
                 beat = self._seen.get(0)
                 torchrun = f"torchrun on {os.environ['MASTER_ADDR']}"
-                keeper = self._name(0, beat[0]) if beat and not _kept_by_torchrun() else torchrun
-                told = [f"{self._name(r, b)} ended: {b.ended}" for r, (b, _) in sorted(self._seen.items()) if b.ended]
+                keeper = self._name(0, beat[0]) if beat and not kept_by_torchrun() else torchrun
                 lost = f"{keeper} died or was cut off: its key-value store is gone ({_first_line(error)})"
-                self._unreachable = told[0] if told else lost
+                self._unreachable = self._told() or lost
                 # A run that ended in good order takes the store with it, a moment before this rank leaves.
                 sentence = None if self._stop.wait(5) else self._unreachable
             last = time.monotonic()
             if sentence is not None and not self._stop.is_set():
+                self._found = sentence
                 self._tell(sentence)
                 self._finding(f"rank {self._rank} ends: {sentence}")
                 return
@@ -159,58 +188,76 @@ class Watch:
         self._store.set(str(self._rank), json.dumps(asdict(self._own_beat())))
 
     def _own_beat(self) -> Beat:
-        return Beat(self._beats, self._arrivals, self._training, socket.gethostname(), os.getpid(), self._ended)
+        begun = sum(backend._get_sequence_number_for_group() for backend in self._backends)
+        return Beat(
+            self._beats, self._arrivals, begun, self._doing, self._training,
+            socket.gethostname(), os.getpid(), self._ended, self._found is not None,
+        )  # fmt: skip
 
     def _listen(self) -> None:
-        now = time.monotonic()
-        others = [rank for rank in range(self._size) if rank != self._rank]
-        for rank in others:
-            if rank not in self._seen and not self._store.check([str(rank)]):
+        for rank in range(self._size):
+            if rank == self._rank or (rank not in self._seen and not self._store.check([str(rank)])):
                 continue
             beat = Beat(**json.loads(self._store.get(str(rank))))
-            before = self._seen.get(rank)
-            if before is None or before[0].count != beat.count:
-                if before is None or (before[0].arrivals, before[0].training) != (beat.arrivals, beat.training):
-                    self._moved = now
-                self._seen[rank] = (beat, now)
+            if rank not in self._seen or self._seen[rank][0].count != beat.count:
+                self._seen[rank] = (beat, time.monotonic())
 
     def _judge(self, starved: bool) -> str | None:
         """The sentence about a rank that is gone or stuck, if one is; none by a judge that slept himself."""
         now = time.monotonic()
         if starved:
-            self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
+            self._seen, self._moved = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}, now
             return None
+        # An error that all ranks have is told by each of them: they get the time to.
+        if any(beat.ended for beat, _ in self._seen.values()):
+            return self._told(GRACE)
+        return self._anyone_silent(SILENT) or self._anyone_stuck(now)
+
+    def _told(self, ago: float = 0.0) -> str | None:
+        """What others said when they ended: an error, at least `ago` seconds back, or else what they found out."""
+        ended = [
+            (beat.found, rank, beat)
+            for rank, (beat, heard) in self._seen.items()
+            if beat.ended and (beat.found or time.monotonic() - heard >= ago)
+        ]
+        if not ended:
+            return None
+        found, rank, beat = min(ended, key=lambda each: each[:2])
+        return beat.ended if found else f"{self._name(rank, beat)} ended: {beat.ended}"
+
+    def _anyone_silent(self, limit: float) -> str | None:
         for rank, (beat, heard) in sorted(self._seen.items()):
-            # An error that all ranks have is told by each of them: they get the time to.
-            if beat.ended:
-                return f"{self._name(rank, beat)} ended: {beat.ended}" if now - heard > GRACE else None
-            if beat.ended is None and now - heard > SILENT:
-                return self._silent(rank, beat, now - heard)
-        arrivals = {rank: beat.arrivals for rank, (beat, _) in self._seen.items() if beat.ended is None}
-        arrivals[self._rank] = self._arrivals
-        self._moved = now if not self._anyone_training() else self._moved
-        if now - self._moved <= self._stall:
+            seconds = time.monotonic() - heard
+            if beat.ended is None and seconds > limit:
+                return f"{self._name(rank, beat)} died or was cut off: not heard of for {seconds:.0f} s"
+        return None
+
+    def _anyone_stuck(self, now: float) -> str | None:
+        beats = {rank: beat for rank, (beat, _) in self._seen.items() if beat.ended is None}
+        beats[self._rank] = self._own_beat()
+        standing = {rank: (*beat.progress, beat.doing, beat.training) for rank, beat in beats.items()}
+        if standing != self._standing:
+            self._standing, self._moved = standing, now
+        limit = self._stall if any(beat.training for beat in beats.values()) else max(self._stall, SET_UP)
+        if now - self._moved <= limit:
             return None
-        behind = [rank for rank, count in arrivals.items() if count < max(arrivals.values())]
-        if not behind:
-            return f"no rank reached the end of a step for {self._stall:.0f} s"
+        absent = [f"rank {r}" for r in range(self._size) if r != self._rank and r not in self._seen]
+        if absent:
+            return f"the others wait for {', '.join(absent)}, not heard of since the start {limit:.0f} s ago"
+        # Those in between have done their part for the hindmost, as the source of a broadcast has, and wait as well.
+        least = min(beat.progress for beat in beats.values())
+        names = [self._name(r, b, b.doing) for r, b in sorted(beats.items()) if b.progress == least]
+        if len(names) == len(beats):
+            return f"no rank got any further for {limit:.0f} s: {', '.join(names)}"
         # The whole name also of this rank: the others repeat the sentence if they hear it before they find out.
-        beats = {**{rank: beat for rank, (beat, _) in self._seen.items()}, self._rank: self._own_beat()}
-        names = ", ".join(self._name(rank, beats[rank]) for rank in sorted(behind))
-        return f"the others wait for {names}, stalled for more than {self._stall:.0f} s"
-
-    def _anyone_training(self) -> bool:
-        return self._training or any(beat.training for beat, _ in self._seen.values())
-
-    def _silent(self, rank: int, beat: Beat, seconds: float) -> str:
-        return f"{self._name(rank, beat)} died or was cut off: not heard of for {seconds:.0f} s"
+        return f"the others wait for {', '.join(names)}, stalled for more than {limit:.0f} s"
 
     @staticmethod
-    def _name(rank: int, beat: Beat) -> str:
-        return f"rank {rank} ({beat.host}, process {beat.process})"
+    def _name(rank: int, beat: Beat, *more: str) -> str:
+        return f"rank {rank} ({', '.join((beat.host, f'process {beat.process}', *more))})"
 
 
-def _kept_by_torchrun() -> bool:
+def kept_by_torchrun() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 

@@ -134,7 +134,7 @@ def test_a_number_that_cannot_be_is_refused_by_its_flag(workspace: Path, tmp_pat
 def test_a_run_asked_to_stop_where_it_has_been_stays_there(workspace: Path, tmp_path: Path, capsys):
     assert main(train_arguments(workspace, tmp_path, "1", max_steps=4)) == 0
     assert main(train_arguments(workspace, tmp_path, "1", max_steps=2)) == 0
-    assert "stage 1 stopped after step 4 of 6" in capsys.readouterr().err
+    assert "stopped after step 4 of 6, as --max-steps says" in capsys.readouterr().err
 
 
 def test_what_a_later_stage_lacks_is_said_before_the_first(workspace: Path, tmp_path: Path, capsys):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from dataloaders.batch import collate
@@ -52,6 +55,23 @@ def losses_and_gradients(world: World, micro_batches: int, sharded: bool, steps:
     return {"sums": sums, **{name: p.grad.clone() for name, p in model.trainable()}}
 
 
+def reduce_during_backward() -> int:
+    world = World.join("cpu")
+    model = tiny_model(2)
+    model.set_trainable(("vision_adapter", "trajectory_projector"))
+    samples, features = random_samples(4, model.config)
+    with closing(Gradients(backward_order(model), world.size, bucket_bytes=8_000)) as gradients:
+        losses = model(collate(samples, features), head="trajectory")
+        gradients.reduce_in_next_backward()
+        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+            losses.total.backward()
+            begun = reduce.call_count
+            gradients.finish(torch.zeros(3))
+    assert begun == reduce.call_count - 1 > 1, "all buckets, and then the step's numbers"
+    world.leave()
+    return 0
+
+
 def write_every_layout(directory: Path) -> int:
     world = World.join("cpu")
     for sharded in (False, True):
@@ -74,6 +94,20 @@ def test_every_layout_gives_the_same_loss_and_gradients(tmp_path: Path, size: in
                 error = (every[0][name] - expected).norm()
                 assert error <= 1e-5 * expected.norm() + 1e-9, (name, sharded, micro_batches)
                 assert all(torch.equal(every[0][name], other[name]) for other in every), "ranks agree bit for bit"
+
+
+def test_gradients_are_reduced_while_backward_runs(tmp_path: Path):
+    ranks = launch(2, tmp_path, reduce_during_backward)
+    assert ranks.wait() == [0, 0], ranks.said(0)
+
+
+def test_more_processes_than_devices_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"1 CUDA device and none is left for its process 2: .*--nproc-per-node 1"):
+        World.join()
 
 
 def test_backward_finishes_gradients_in_the_order_of_the_buckets():

@@ -45,12 +45,12 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
         time.sleep(0.002)
 
 
-def numbers(output: Path) -> list[tuple[float, ...]]:
-    return [tuple(line[name] for name in NUMBERS) for line in metrics.read(output / "stage1" / "metrics.jsonl")]
+def numbers(output: Path, stage: int = 1) -> list[tuple[float, ...]]:
+    return [tuple(line[name] for name in NUMBERS) for line in metrics.read(output / f"stage{stage}" / "metrics.jsonl")]
 
 
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    final = output / "stage1" / "final"
+def weights(output: Path, stage: int = 1) -> dict[str, torch.Tensor]:
+    final = output / f"stage{stage}" / "final"
     return load_file(final / "adapter_model.safetensors") | load_file(final / "pite.safetensors")
 
 
@@ -61,10 +61,10 @@ def uninterrupted(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return output
 
 
-def assert_equal_runs(output: Path, reference: Path) -> None:
-    assert numbers(output) == numbers(reference)
-    expected = weights(reference)
-    for name, tensor in weights(output).items():
+def assert_equal_runs(output: Path, reference: Path, stage: int = 1) -> None:
+    assert numbers(output, stage) == numbers(reference, stage)
+    expected = weights(reference, stage)
+    for name, tensor in weights(output, stage).items():
         assert torch.equal(tensor, expected[name]), name
 
 

@@ -1,7 +1,10 @@
 """engine.train from the command line's arguments: three stages, refusals, and what it says when something is wrong."""
 
+import gc
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dataloaders.dataset import StageDataset
 from dataloaders.store import FeatureStore
-from engine import metrics
+from engine import loop, metrics, run
 from engine.train import main
 from pite.model import PiTe
 from tests.engine.workspace import train_arguments
@@ -138,6 +141,46 @@ def test_a_feature_that_is_not_a_number_is_named_before_any_update(
     files = [file for p in saved for file in (tmp_path / "stage2/checkpoints" / p).glob("*.safetensors")]
     assert len(files) == len(saved)
     assert all(torch.isfinite(t).all() for file in files for t in load_file(file).values())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_nothing_is_updated_from_the_step_that_was_not_finite(
+    trained: Path, workspace: Path, tmp_path: Path, capsys, monkeypatch, late: bool
+):
+    """As on a GPU, whose numbers are read when the next step, and its update, are queued already (`late`)."""
+    compute, make = loop.compute_losses, run.make_optimizer
+    optimizers: list[torch.optim.Optimizer] = []
+    calls: list[int] = []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        losses = compute(*arguments)
+        return (
+            replace(losses, total=losses.total * math.nan) if len(calls) == 3 and "poisoned" in output.name else losses
+        )
+
+    monkeypatch.setattr(loop, "compute_losses", poisoned)
+    monkeypatch.setattr(loop, "reads_late", lambda device: late)
+    monkeypatch.setattr(run, "make_optimizer", lambda *rest: optimizers.append(make(*rest)) or optimizers[-1])
+    for output, steps, status in ((tmp_path / "clean", 2, 0), (tmp_path / "poisoned", 6, 1)):
+        calls.clear()
+        flags = {"init": trained / "stage1/final", "max_steps": steps, "checkpoint_every": 1000}
+        assert main(train_arguments(workspace, output, "2", **flags)) == status
+    assert len(calls) == (4 if late else 3), "micro-batches that were computed"
+    error = capsys.readouterr().err
+    assert "engine.train: step 3, " in error
+    clean, stopped = ([p for group in o.param_groups for p in group["params"]] for o in optimizers)
+    assert clean and all(torch.equal(a, b) for a, b in zip(clean, stopped, strict=True))
+    assert [line["step"] for line in metrics.read(output / "stage2" / "metrics.jsonl")] == [1, 2]
+
+
+def test_the_collector_rests_while_it_trains(trained: Path, workspace: Path, tmp_path: Path, monkeypatch):
+    frozen: list[int] = []
+    compute = loop.compute_losses
+    monkeypatch.setattr(loop, "compute_losses", lambda *rest: frozen.append(gc.get_freeze_count()) or compute(*rest))
+    assert main(train_arguments(workspace, tmp_path, "1", max_steps=1)) == 0
+    assert frozen and min(frozen) > 100_000, "what was imported, at least"
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize(
