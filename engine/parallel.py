@@ -24,11 +24,11 @@ from pite import names
 T = TypeVar("T")
 
 BACKSTOP = 4
-"""The process group's own timeout, which names nobody, is this many times the watch's longest."""
+"""The process group's and NCCL's own timeouts, which name nobody, are this many times the watch's longest."""
 
-NCCL_WAITS = "15000"
-"""Milliseconds that torch lets NCCL's watchdog wait for a dump. Four times that pass between an error, such as a lost
-connection, and a C++ abort without a sentence of ours: more than the watch needs. It is torch's default; we rely on it."""
+NCCL_DUMP = 15
+"""Seconds that torch's watchdog over NCCL gives a dump, its default. Four times that pass between an error, such as a lost
+connection, and a C++ abort, which names nobody: more than our watch needs to speak first."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,13 @@ class World:
         watch = Watch(rank, size, stall, torch.device(kind)) if kept_by_torchrun() else None
         if not dist.is_initialized():
             on_gpu = kind.startswith("cuda")
-            os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", NCCL_WAITS)
+            backstop = BACKSTOP * max(SET_UP, stall)
+            os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(1000 * NCCL_DUMP))
+            os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{backstop:.0f}")
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                 device_id=torch.device(kind) if on_gpu else None,
-                timeout=timedelta(seconds=BACKSTOP * max(SET_UP, stall)),
+                timeout=timedelta(seconds=backstop),
             )
         watch = watch or Watch(rank, size, stall, torch.device(kind))
         watch.joined()

@@ -157,7 +157,10 @@ class InterruptFlag:
 
     def _raise(self, number: int, _: object) -> None:
         if self.set:
-            raise KeyboardInterrupt
+            # A scheduler may signal every process, and torchrun passes its own on: SIGTERM comes more than once.
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.set, self.by = True, signal.Signals(number).name
 
     def __enter__(self) -> InterruptFlag:

@@ -89,6 +89,7 @@ class Watch:
         self._events: list[torch.cuda.Event] = []
         self._ended: str | None = None
         self._found: str | None = None
+        self._lock = threading.Lock()
         self._seen: dict[int, tuple[Beat, float]] = {}
         self._standing: dict[int, tuple[int, int, str, bool]] = {}
         self._moved = time.monotonic()
@@ -127,13 +128,16 @@ class Watch:
 
     def explain(self) -> str | None:
         """After a collective failed: the sentence about the rank that caused it, or None when all are alive."""
-        until = time.monotonic() + SILENT_AFTER_ERROR + 4 * self._interval
+        silent = max(SILENT_AFTER_ERROR, 3 * self._interval)
+        until = time.monotonic() + silent + 4 * self._interval
         while time.monotonic() < until:
-            self._found = self._told() or self._anyone_silent(SILENT_AFTER_ERROR) or self._unreachable
-            if self._found:
-                break
+            cause = self._told() or self._anyone_silent(silent) or self._unreachable
+            if cause:
+                if not self._first_to_find(cause):
+                    self._thread.join()  # it says so, and ends the process
+                return self._found
             time.sleep(self._interval / 2)
-        return self._found
+        return None
 
     def close(self, reason: str = "") -> None:
         """Stop watching; the others hear the reason, which is empty for an end in good order."""
@@ -161,7 +165,8 @@ class Watch:
                     self._events.pop(0)
                     self._arrivals += 1
             except RuntimeError:
-                return  # the device failed: the main thread hears it from there, and tells the others in `close`
+                # The device failed, which the main thread hears from it. Until it tells the others, nobody is to look dead.
+                self._events.clear()
             try:
                 self._beat()
                 self._listen()
@@ -177,11 +182,17 @@ class Watch:
                 # A run that ended in good order takes the store with it, a moment before this rank leaves.
                 sentence = None if self._stop.wait(5) else self._unreachable
             last = time.monotonic()
-            if sentence is not None and not self._stop.is_set():
-                self._found = sentence
+            if sentence is not None and not self._stop.is_set() and self._first_to_find(sentence):
                 self._tell(sentence)
                 self._finding(f"rank {self._rank} ends: {sentence}")
                 return
+
+    def _first_to_find(self, sentence: str) -> bool:
+        """Whether the sentence is this rank's; the main thread and ours may find one at the same moment."""
+        with self._lock:
+            first = self._found is None
+            self._found = self._found or sentence
+            return first
 
     def _beat(self) -> None:
         self._beats += 1

@@ -113,12 +113,13 @@ def test_one_rank_of_torchrun_is_killed(workspace: Path, tmp_path: Path, stage1:
 
 
 def test_torchrun_is_asked_to_stop(workspace: Path, tmp_path: Path, stage1: Path):
-    """As a scheduler that preempts does: it passes the signal on, and every rank saves and leaves in good order."""
+    """As a scheduler that preempts does, with its ranks or without: all save and leave in good order."""
     run = torchrun(tmp_path, train_arguments(workspace, tmp_path, "2", init=stage1, checkpoint_every=1000))
     deadline = time.monotonic() + 120
     while not numbers(tmp_path, 2):
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
+    os.kill(int((tmp_path / "process1").read_text()), signal.SIGTERM)
     run.send_signal(signal.SIGTERM)
     _, error = run.communicate(timeout=END_WITHIN)
     assert [(tmp_path / f"status{rank}").read_text() for rank in (0, 1)] == ["0", "0"]
@@ -170,26 +171,46 @@ def test_a_stalled_rank_is_named_and_ends_the_run(
     assert ranks.wait(END_WITHIN) == [1] * size
     whole_name = f"process {ranks.processes[1].pid}, {doing})"
     for rank in range(size):
-        (sentence,) = re.findall(r"engine.train: (.*);", ranks.said(rank))
+        (sentence,) = re.findall(r"engine.train: (.*);", ranks.said(rank))  # once, whichever thread found it
         start = f"rank {rank} ends: the others wait for rank 1 ("
         assert sentence.startswith(start) and sentence.endswith(f"{whole_name}, stalled for more than 4 s"), sentence
     assert [line["step"] for line in metrics.read(tmp_path / "stage1" / "metrics.jsonl")] == [*range(1, steps + 1)]
 
 
-def test_progress_before_the_first_step_is_no_stall(monkeypatch: pytest.MonkeyPatch):
-    """Two ranks of one process, one of which works on while the other waits, and then does not; a third never comes."""
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
+    """A key-value store for watches of several ranks in this process."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
+    return store
+
+
+def test_a_device_that_fails_makes_nobody_look_dead(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch):
+    class Event:
+        def query(self) -> bool:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(watch, "SILENT_AFTER_ERROR", 1.0)
+    ranks = [watch.Watch(rank, 2, 60.0, torch.device("cpu"), pytest.fail) for rank in (0, 1)]
+    ranks[0].arrived(Event())
+    time.sleep(1.0)
+    assert ranks[0].explain() is None
+    for each in ranks:
+        each.close()
+
+
+def test_progress_before_the_first_step_is_no_stall(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch):
+    """Two ranks of one process, one of which works on while the other waits, and then does not; a third never comes."""
     monkeypatch.setattr(watch, "SET_UP", 1.5)
     for size, expected in (
-        (2, r"no rank got any further for 2 s: .*, layer 5\).*, starting\)"),
+        (2, r"no rank got any further for 2 s: .*, layer 3\).*, starting\)"),
         (3, "wait for rank 2,"),
     ):
         found: list[str] = []
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(size))  # a place of its own in the store
         working, waiting = (watch.Watch(rank, size, 1.0, torch.device("cpu"), found.append) for rank in (0, 1))
-        for layer in range(6):
+        for layer in range(4):
             working.doing(f"layer {layer}")
             time.sleep(0.5)
             assert not found
