@@ -66,10 +66,9 @@ def merged_stages(stage: Stage, start: Path | None, same: Mapping[str, object]) 
         raise ValueError(f"stage {stage} starts from an earlier stage's output and {start} is none: train that first")
     lineage = checkpoint.read_lineage(start)
     for name, value in same.items():
-        if lineage["made_of"][name] != value:
-            raise ValueError(
-                f"stage {stage} cannot start from {start}: its {name} was {lineage['made_of'][name]} and is {value} now"
-            )
+        before = lineage["made_of"].get(name)
+        if before != value:
+            raise ValueError(f"stage {stage} cannot start from {start}: its {name} was {before} and is {value} now")
     return [entry["path"] for entry in lineage["merged"]] + [str(start.resolve())]
 
 
@@ -146,6 +145,8 @@ def align_adapter(
     mean, words_mean = features.mean(0), words.mean(0)
     centred = features - mean
     covariance = centred.T @ centred / len(centred)
+    if not covariance.any():
+        raise ValueError(f"the features of {store.path} are all the same: encode the media again")
     covariance += ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.double)
     solution = torch.linalg.solve(covariance, centred.T @ (words - words_mean) / len(centred)).T
     model.vision_adapter.weight.copy_(solution)

@@ -178,6 +178,16 @@ def compare(saved: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> N
             )
 
 
+def check_newest(directory: Path, fingerprint: dict[str, Any]) -> None:
+    """Raise ResumeError where the newest checkpoint is another run's, by what its small file says, before models load."""
+    for path in reversed(_complete(directory)):
+        try:
+            saved = json.loads((path / STATE).read_text())["fingerprint"]
+        except (OSError, ValueError, KeyError):
+            continue  # damaged: `newest` says so
+        return compare(saved, fingerprint, path)
+
+
 def restore(
     checkpoint: Checkpoint,
     parameters: dict[str, nn.Parameter],

@@ -105,6 +105,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         "language model": f"random {config.model}, seed {config.seed}"
         if llm is None
         else world.from_main(lambda: language_model_checksum(llm)),
+        **{f"language model's {name}": value for name, value in pite_config.arithmetic.items()},
         "frames and points": [pite_config.num_frames, pite_config.num_points],
     }
     merged = merged_stages(stage, config.start(stage), same_as_before)
@@ -123,7 +124,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     }
     if (final / checkpoint.LINEAGE).exists():
         made_of = checkpoint.read_lineage(final)["made_of"]
-        data = {"data": None, "left out": None}
+        data = {"data": None, "feature records": None, "left out": None}
         state.compare({**made_of, **data}, {**settings, **data}, final)
         world.say(f"stage {stage} is done: {final}")
         return True
@@ -191,6 +192,16 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         normalizer=config.trajectory_normalizer,
         pin_memory=world.device.type == "cuda",
     )
+    fingerprint = {
+        **settings,
+        "data": dataset.fingerprint(),
+        "feature records": world.from_main(lambda: store.fingerprint(dataset.media)),
+        "left out": dataset.exclusions() or None,
+    }
+    agree(world, lambda: state.check_newest(directory / "checkpoints", fingerprint))
+    total = plan.steps_per_epoch * recipe.epochs
+    if config.profile is not None and config.profile[0] > total:
+        raise ValueError(f"--profile starts at step {config.profile[0]}, and stage {stage} has {total}")
     world.doing(f"building the model of stage {stage}")
     model = build_model(
         stage, recipe, pite_config, llm=llm, merged=merged, dataset=dataset, store=store, seed=config.seed,
@@ -198,8 +209,6 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     )  # fmt: skip
     if config.compile:
         model.decoder.compile_layers()
-    total = plan.steps_per_epoch * recipe.epochs
-    fingerprint = {**settings, "data": dataset.fingerprint(), "left out": dataset.exclusions() or None}
     done = run(config, recipe, model, source, world, directory, total, fingerprint)
     if done < total:
         return False

@@ -44,6 +44,11 @@ def test_chosen_steps_are_profiled(workspace: Path, tmp_path: Path):
     assert any("lora_linear" in name for name in events)
 
 
+def test_steps_that_do_not_come_cannot_be_profiled(workspace: Path, tmp_path: Path, capsys):
+    assert main([*train_arguments(workspace, tmp_path, "1", llm="random"), "--profile", "900", "902"]) == 1
+    assert "--profile starts at step 900, and stage 1 has 6" in capsys.readouterr().err
+
+
 def test_the_attention_that_serves_is_named(workspace: Path, tmp_path: Path, capsys, monkeypatch):
     asked: list[tuple[object, ...]] = []
     monkeypatch.setattr(train, "choose_backend", lambda *kind: asked.append(kind) or "varlen_attn")

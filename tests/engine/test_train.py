@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dataloaders.dataset import StageDataset
-from dataloaders.store import FeatureStore
-from engine import loop, metrics, run
+from dataloaders.store import FeatureStore, FeatureWriter
+from engine import loop, metrics, run, train
 from engine.train import main
 from pite.model import PiTe
 from tests.engine.workspace import train_arguments
@@ -94,12 +94,35 @@ def test_an_interrupted_run_refuses_other_data(workspace: Path, tmp_path: Path, 
     assert "data was 24 samples" in capsys.readouterr().err
 
 
+def test_an_interrupted_run_refuses_other_features_and_another_epsilon(
+    workspace: Path, tmp_path: Path, capsys, monkeypatch
+):
+    """Under the same manifest and the same weights; before any model is loaded."""
+    for name in ("features", "llm"):
+        shutil.copytree(workspace / name, tmp_path / name)
+    output, paths = tmp_path / "out", {"store": tmp_path / "features", "llm": tmp_path / "llm"}
+    assert main(train_arguments(workspace, output, "1", **paths, max_steps=2)) == 0
+    monkeypatch.setattr(train, "build_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    config = tmp_path / "llm" / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
+    assert main(train_arguments(workspace, output, "1", **paths)) == 1
+    assert "norm epsilon was 1e-06 there and is 0.5 now" in capsys.readouterr().err
+    config.write_text(text)
+    images = FeatureStore(tmp_path / "features" / "images")
+    records = {key: -images.read(key) for key in images.keys}
+    for file in (tmp_path / "features" / "images").glob("0*.*"):
+        file.unlink()
+    with FeatureWriter(FeatureStore(tmp_path / "features" / "images")) as writer:
+        writer.add(records)
+    assert main(train_arguments(workspace, output, "1", **paths)) == 1
+    assert "feature records was" in capsys.readouterr().err
+
+
 def test_media_that_were_never_encoded_stop_the_run(workspace: Path, tmp_path: Path, capsys):
     features = tmp_path / "features"
     for folder in ("images", "videos"):
         FeatureStore.create_or_open(features / folder, FeatureStore(workspace / "features" / folder).manifest)
-    from dataloaders.store import FeatureWriter
-
     full = FeatureStore(workspace / "features" / "images")
     keys = sorted(full.keys)
     with FeatureWriter(FeatureStore(features / "images")) as writer:
