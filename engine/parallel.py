@@ -52,6 +52,9 @@ class World:
             raise ValueError("--device cuda: no CUDA device is available here")
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if kind == "cuda":
+            # Micro-batches differ in length: segments that grow fit all of them, where fixed ones would pile up.
+            if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+                os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
             local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             if local >= there:
                 raise ValueError(
