@@ -146,8 +146,8 @@ def finite(model: PiTe, batch: PackedBatch, recipe: Recipe, absent: Absent) -> b
 class InterruptFlag:
     """Within its block SIGTERM (preemption) and a first Ctrl-C set the flag, and `by`, instead of ending the process.
 
-    among_others  keep it so after an error: torchrun sends SIGTERM as soon as another rank is gone, and this one has
-                  yet to say which
+    among_others  keep it so after an error or a stop: torchrun sends SIGTERM as soon as another rank is gone, when this
+                  one has yet to say which, and again where a scheduler has signalled every process
     """
 
     def __init__(self, among_others: bool = False) -> None:
@@ -157,7 +157,6 @@ class InterruptFlag:
 
     def _raise(self, number: int, _: object) -> None:
         if self.set:
-            # A scheduler may signal every process, and torchrun passes its own on: SIGTERM comes more than once.
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
@@ -168,7 +167,7 @@ class InterruptFlag:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self._among_others:
+        if self._among_others and (kind is not None or self.set):
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)
