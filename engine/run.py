@@ -78,6 +78,7 @@ def run(
                 # What a step did is known to be finite before it is saved.
                 finish()
                 if world.is_main:
+                    world.doing(f"saving step {done}")
                     writer.save(done, parameters, optimizer)
             return stopping or done == stop
 

@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     """Train one stage to its end; False when it stopped before and can be continued."""
+    world.doing(f"checking what stage {stage} is made of")
     directory = config.output / f"stage{stage}"
     final = directory / "final"
     recipe = config.recipe(stage)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dataloaders.batch import collate
 from dataloaders.plan import split_batch
-from engine import metrics
+from engine import metrics, parallel, watch
 from engine.gradients import Gradients
 from engine.loop import backward_order
 from engine.parallel import World, shard_frozen
@@ -99,6 +100,22 @@ def test_every_layout_gives_the_same_loss_and_gradients(tmp_path: Path, size: in
 def test_gradients_are_reduced_while_backward_runs(tmp_path: Path):
     ranks = launch(2, tmp_path, reduce_during_backward)
     assert ranks.wait() == [0, 0], ranks.said(0)
+
+
+def test_the_watch_speaks_before_nccl(monkeypatch: pytest.MonkeyPatch):
+    """Torch's watchdog aborts four of its dump times after an error; nothing else of it is shorter than ours."""
+    joined: dict[str, object] = {}
+    monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backends, **named: joined.update(named))
+    monkeypatch.setattr(parallel, "Watch", MagicMock())
+    stall = 5000.0
+    assert World.join(stall=stall).device == torch.device("cuda:1")
+    assert joined["timeout"].total_seconds() > stall
+    assert int(os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > stall
+    assert 4 * int(os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) / 1000 > 2 * watch.SILENT
 
 
 def test_more_processes_than_devices_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
