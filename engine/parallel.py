@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -133,5 +134,7 @@ def shard_frozen(module: nn.Module, mesh: DeviceMesh) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
+    # What a layer returns may be a view, and nothing is ever added to it in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     whole = {p for name, p in module.named_parameters() if "lora_" in name or name.startswith(names.HEADS)}
     fully_shard(module, mesh=mesh, ignored_params=whole)
