@@ -105,8 +105,7 @@ PEERS: dict[str, Callable[[Problem], Any]] = {
     "hf packed": packed_step,
     UNSLOTH: unsloth_step,
 }
-CHOICES = (*PEERS, LOOP)
-TOGETHER = tuple(name for name in CHOICES if name != UNSLOTH)
+TOGETHER = (LOOP, *(name for name in PEERS if name != UNSLOTH))
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--token-budget", type=int, help="tokens of a packed micro-batch; what fits otherwise")
     parser.add_argument("--memory", type=float, help="lay out for a device of so many GB; this one's otherwise")
-    parser.add_argument("--only", nargs="+", choices=CHOICES, default=list(TOGETHER), help="implementations")
+    parser.add_argument("--only", nargs="+", choices=(LOOP, *PEERS), default=list(TOGETHER), help="implementations")
     parser.add_argument("--output", type=Path, help="result file; bench/results/step_<device>.json otherwise")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
