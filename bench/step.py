@@ -19,7 +19,6 @@ timed in turn; none is timed before its loss agrees with ours. Useful tokens are
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -33,12 +32,13 @@ from torch import Tensor
 from bench.measure import Timing, environment, interleaved
 from bench.step_loop import loop_timing
 from bench.step_peers import packed_step, padded_step, unsloth_step
-from bench.step_problem import RECIPE, Problem, Step, make_problem, paper_shape, tiny_shape
+from bench.step_problem import RECIPE, Problem, Step, make_problem, paper_shape, tiny_shape, twin
 from dataloaders.plan import split_batch
 from engine.gradients import Gradients
 from engine.hardware import peak_of
 from engine.loop import backward_order, compute_losses, make_optimizer
 from engine.memory import count_parameters
+from engine.parallel import grow_segments
 from kernels.fp8 import why_unsupported
 from pite.config import PiTeConfig
 from pite.model import PiTe
@@ -52,11 +52,6 @@ def beside(config: PiTeConfig, peers: Sequence[str]) -> float:
     count = count_parameters(config, RECIPE)
     own_weights = 2 * count.linear * (FP8 in peers) + 2 * count.total * (UNSLOTH in peers)
     return 16 * (count.lora + count.heads) * len(peers) + own_weights
-
-
-def twin(model: PiTe) -> PiTe:
-    """A copy that shares the frozen weights."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
 def compiled_step(problem: Problem) -> Step:
@@ -230,6 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=(LOOP, *PEERS), default=list(TOGETHER), help="implementations")
     parser.add_argument("--output", type=Path, help="result file; bench/results/step_<device>.json otherwise")
     options = parser.parse_args(arguments)
+    grow_segments()  # as a run does
     device = torch.device(options.device)
     tiny = options.model == "tiny"
     shape = tiny_shape() if tiny else paper_shape(options.model)

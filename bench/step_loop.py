@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 
 from bench.measure import Timing, timing
-from bench.step_problem import RECIPE, Problem
+from bench.step_problem import RECIPE, Problem, twin
 from dataloaders.batch import collate
 from dataloaders.plan import split_batch
 from dataloaders.prefetch import prefetch
@@ -38,7 +37,7 @@ def run_loop(problem: Problem, steps: int, warm: Callable[[], None] = lambda: No
 
     warm  called after the warm-ups
     """
-    model = copy.deepcopy(problem.model, {id(p): p for p in problem.model.parameters() if not p.requires_grad})
+    model = twin(problem.model)
     (bins,) = split_batch([len(s.token_ids) for s in problem.samples], 1, problem.token_budget)
     device = model.device
 

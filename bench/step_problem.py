@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -86,6 +87,11 @@ class Problem:
     def pack(self, members: Sequence[int]) -> PackedBatch:
         samples, features = [self.samples[i] for i in members], [self.features[i] for i in members]
         return collate(samples, features, normalizers=self.normalizers).to(self.model.device)
+
+
+def twin(model: PiTe) -> PiTe:
+    """A copy that shares the frozen weights."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
 def make_problem(

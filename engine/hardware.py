@@ -33,7 +33,7 @@ DEVICES: dict[str, Device] = {
     "H200": Device(989e12, 139.7 * GIB, True),
 }
 
-_OTHER_PEAKS: dict[str, float] = {"H100 PCIe": 756e12, "H100 NVL": 835e12}
+_OTHER_PEAKS: dict[str, float] = {" H100 PCIe": 756e12, " H100 NVL": 835e12, " H200 NVL": 835e12}
 
 ASSUMED_MFU = 0.45
 """Share of the peak, by 4N FLOPs a token, taken for the hours where bench/results holds no measured step."""
@@ -53,7 +53,7 @@ def peak_of(device: torch.device) -> float | None:
 
 
 def _peak(name: str) -> float | None:
-    known = {**_OTHER_PEAKS, **{device.partition("-")[0]: found.peak for device, found in DEVICES.items()}}
+    known = {**_OTHER_PEAKS, **{" " + device.partition("-")[0]: found.peak for device, found in DEVICES.items()}}
     return next((peak for part, peak in known.items() if part in name), None)
 
 
@@ -67,7 +67,7 @@ def measured_mfu(size: str, device: str, results: Path, implementation: str = "p
     for file in sorted(results.glob("step_*.json")):
         content = json.loads(file.read_text())
         name = content["environment"]["device"]
-        if kind not in name or room not in name or _peak(name) != DEVICES[device].peak:
+        if f" {kind}" not in name or room not in name or _peak(name) != DEVICES[device].peak:
             continue
         for row in content["rows"]:
             if row["model"] == size and row.get("mfu"):

@@ -35,7 +35,7 @@ def _whose(error: str, rank: int, size: int) -> str | None:
     import torch.distributed as dist
 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not dist.is_initialized():
-        return "" if rank == 0 else None
+        return "" if rank == 0 else _name(rank)  # nothing tells whether the others have it too
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))
     key = f"pite/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{hashlib.sha256(error.encode()).hexdigest()}"

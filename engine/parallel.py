@@ -22,6 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from engine.watch import SET_UP, Watch, kept_by_torchrun
 from pite import names
 
+# What a decoder layer returns may be a view; the next one writes only to memory of its own.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+
 T = TypeVar("T")
 
 BACKSTOP = 4
@@ -53,9 +56,7 @@ class World:
             raise ValueError("--device cuda: no CUDA device is available here")
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if kind == "cuda":
-            # Micro-batches differ in length: segments that grow fit all of them, where fixed ones would pile up.
-            if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-                os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+            grow_segments()
             local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             if local >= there:
                 raise ValueError(
@@ -127,6 +128,12 @@ class World:
             dist.destroy_process_group()
 
 
+def grow_segments() -> None:
+    """Let CUDA's allocator grow its segments, before its first use: micro-batches differ in length, and fixed ones pile up."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def shard_frozen(module: nn.Module, mesh: DeviceMesh) -> None:
     """Spread a decoder layer's frozen weights, or at last the rest of a model's, over all ranks (FSDP2).
 
@@ -134,7 +141,5 @@ def shard_frozen(module: nn.Module, mesh: DeviceMesh) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
-    # What a layer returns may be a view, and nothing is ever added to it in place.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     whole = {p for name, p in module.named_parameters() if "lora_" in name or name.startswith(names.HEADS)}
     fully_shard(module, mesh=mesh, ignored_params=whole)

@@ -82,7 +82,7 @@ class _Storage(HuggingFaceStorageWriter):
         (beside / STATE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
         put_in_place(beside, self._target)
         for old in _complete(self._target.parent)[: -self._keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # a whole one too many is no reason to stop
 
 
 class Writer:
@@ -121,7 +121,7 @@ class Writer:
             return
         _remove_unfinished(self._directory)
         if isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]
+            error = _cause(error)
         if not isinstance(error, OSError):
             raise error
         whole, _ = newest(self._directory)
@@ -146,17 +146,9 @@ class Writer:
 
 
 def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a sentence for each newer one that is not.
-
-    Raises ResumeError at one that this version cannot read.
-    """
+    """The newest checkpoint that is whole, and a sentence for each newer one that is not."""
     complaints: list[str] = []
     for path in reversed(_complete(directory)):
-        if (path / "state.safetensors").exists():
-            raise ResumeError(
-                f"checkpoint {path} was written by an earlier version: finish the run with that one, "
-                "or start afresh in another --output"
-            )
         try:
             content = json.loads((path / STATE).read_text())
             for name, checksum in content["sha256"].items():
@@ -179,8 +171,13 @@ def compare(saved: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> N
 
 
 def check_newest(directory: Path, fingerprint: dict[str, Any]) -> None:
-    """Raise ResumeError where the newest checkpoint is another run's, by what its small file says, before models load."""
+    """Raise ResumeError where the newest checkpoint is another run's or version's, before models load."""
     for path in reversed(_complete(directory)):
+        if (path / "state.safetensors").exists():
+            raise ResumeError(
+                f"checkpoint {path} was written by an earlier version: finish the run with that one, "
+                "or start afresh in another --output"
+            )
         try:
             saved = json.loads((path / STATE).read_text())["fingerprint"]
         except (OSError, ValueError, KeyError):
@@ -206,7 +203,15 @@ def restore(
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     reader = HuggingFaceStorageReader(str(checkpoint.path))
-    dcp.load(tensors_of(parameters, optimizer), storage_reader=reader, no_dist=True)
+    try:
+        dcp.load(tensors_of(parameters, optimizer), storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        raise _cause(error) from error
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """What the one process that took part ran into."""
+    return next(iter(error.failures.values()))[0]
 
 
 def _complete(directory: Path) -> list[Path]:

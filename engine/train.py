@@ -125,8 +125,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     }
     if (final / checkpoint.LINEAGE).exists():
         made_of = checkpoint.read_lineage(final)["made_of"]
-        data = {"data": None, "feature records": None, "left out": None}
-        state.compare({**made_of, **data}, {**settings, **data}, final)
+        state.compare({name: made_of.get(name) for name in settings}, settings, final)
         world.say(f"stage {stage} is done: {final}")
         return True
 

@@ -206,10 +206,12 @@ class Watch:
         )  # fmt: skip
 
     def _listen(self) -> None:
-        for rank in range(self._size):
-            if rank == self._rank or (rank not in self._seen and not self._store.check([str(rank)])):
-                continue
-            beat = Beat(**json.loads(self._store.get(str(rank))))
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        there = [rank for rank in others if rank in self._seen or self._store.check([str(rank)])]
+        if not there:
+            return
+        for rank, text in zip(there, self._store.multi_get([str(rank) for rank in there])):
+            beat = Beat(**json.loads(text))
             if rank not in self._seen or self._seen[rank][0].count != beat.count:
                 self._seen[rank] = (beat, time.monotonic())
 
@@ -222,7 +224,7 @@ class Watch:
         # An error that all ranks have is told by each of them: they get the time to.
         if any(beat.ended for beat, _ in self._seen.values()):
             return self._told(GRACE)
-        return self._anyone_silent(SILENT) or self._anyone_stuck(now)
+        return self._anyone_silent(max(SILENT, 3 * self._interval)) or self._anyone_stuck(now)
 
     def _told(self, ago: float = 0.0) -> str | None:
         """What others said when they ended: an error, at least `ago` seconds back, or else what they found out."""

@@ -1,7 +1,9 @@
 """Rotary embedding of a fused q, k, v projection, in the projection's own memory.
 
-Rotated copies of q and k would be a ninth of what a Llama layer keeps for backward, and copying costs as much as
+Rotated copies of q and k would be a ninth of what a 7B Llama layer keeps for backward, and copying costs as much as
 rotating. Backward writes the three gradients side by side, which is the layout that the projection's own backward wants.
+An autograd function and no operator of torch.library, which has none that overwrite an input and have a gradient: under
+torch.compile it is the plain version, for the compiler to fuse.
 """
 
 from __future__ import annotations
@@ -45,6 +47,9 @@ class _Rope(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, key_heads: int) -> tuple[Tensor, ...]:
         from kernels.gpu.rope import rotate
 
+        # Whoever kept the projection's output for its own backward is told by autograd instead of computing nonsense.
+        torch.autograd.graph.increment_version(qkv)
+        cos, sin = cos.contiguous(), sin.contiguous()
         heads = qkv.unflatten(-1, (-1, head_dim))
         rotated = heads[:, :-key_heads]
         with torch.cuda.device_of(qkv):

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from bench import step
+from bench import step, step_problem
 from bench.step_problem import make_problem, paper_shape, tiny_shape
 from engine.recipes import PAPER
 
@@ -59,7 +59,7 @@ def test_unsloth_is_handed_our_weights_and_our_lora(problem, monkeypatch: pytest
 
 def test_twins_share_what_is_frozen_and_nothing_else(problem):
     model = problem.model
-    twin = step.twin(model)
+    twin = step_problem.twin(model)
     for (name, ours), (_, theirs) in zip(model.named_parameters(), twin.named_parameters()):
         assert (ours is theirs) == (not ours.requires_grad), name
     twin.quantize()

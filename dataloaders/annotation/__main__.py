@@ -59,7 +59,10 @@ def annotate_all(
         yield from map(partial(attempt, settings=settings), videos)
         return
     with Workers(workers, time_limit) as pool:
-        pool.submit(load_models, settings).result()
+        try:
+            pool.submit(load_models, settings).result()
+        except TaskLost as error:
+            raise ValueError(f"the models cannot be loaded: {error}") from None
         waiting: deque[tuple[Video, Future[Failure | None]]] = deque()
         remaining = iter(videos)
         while True:
@@ -103,7 +106,8 @@ def run(flags: argparse.Namespace) -> int:
     work = flags.work or flags.output.with_suffix(".steps")
     if flags.segmenter and not flags.detector:
         raise ValueError("--segmenter fills the boxes of a --detector; give that, too")
-    if flags.workers < 0 or flags.time_limit <= 0:
+    workers = _usual_workers(flags.device) if flags.workers is None else flags.workers
+    if workers < 0 or flags.time_limit <= 0:
         raise ValueError("--workers must be 0 or more, and --time-limit more than 0")
     if flags.num_points < 1 or flags.num_frames < 2:
         raise ValueError("--num-points must be at least 1, and --num-frames at least 2")
@@ -136,7 +140,7 @@ def run(flags: argparse.Namespace) -> int:
     if STEPS.index(flags.until) >= STEPS.index("tracks") and any(not _is_done(work, "tracks", v) for v in mine):
         opencv()
     failed = 0
-    workers = min(flags.workers, len(mine))
+    workers = min(workers, len(mine))
     results = annotate_all(mine, settings, workers, flags.time_limit) if mine else iter(())
     for failure in tqdm(results, "annotating", len(mine), unit=" videos", disable=None):
         if failure is not None:
@@ -157,9 +161,14 @@ def _is_done(work: Path, step: str, video: Video) -> bool:
     return step_path(work, step, video.name).exists()
 
 
-def parser() -> argparse.ArgumentParser:
+def _usual_workers(device: str) -> int:
+    if device != "cpu":
+        return 1  # more would share the device's memory
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         "python -m dataloaders.annotation", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
@@ -184,8 +193,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--workers",
         type=int,
-        default=cores,
-        help="processes, each with models of its own; 0 for this one alone (default: one per core)",
+        help="processes, each with models of its own; 0 for this one alone (default: one per core, one for a GPU)",
     )
     command.add_argument(
         "--time-limit", type=float, default=TIME_LIMIT, help="seconds that a video may take (default: %(default)g)"
@@ -199,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(parser().parse_args(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"dataloaders.annotation: {error}", file=sys.stderr)
         return 1
 

@@ -127,9 +127,11 @@ def attempt(video: Video, settings: Settings) -> Failure | None:
         return Failure(video.name, str(video.path), "decode", str(error))
     except ValueError as error:
         return Failure(video.name, str(video.path), "annotate", str(error))
-    except OSError:
-        raise  # A full disk is nobody's fault but ours.
+    except (OSError, MemoryError):
+        raise  # A full disk or memory is nobody's fault but ours.
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is imported only where there are models
+            raise MemoryError(f"{error}; give fewer --workers") from None
         return Failure(video.name, str(video.path), "annotate", f"{video.path}: {type(error).__name__}: {error}")
     return None
 

@@ -152,6 +152,8 @@ def test_a_measured_step_replaces_the_assumption(tmp_path, monkeypatch, capsys):
         ("NVIDIA A100-SXM4-80GB", "A100-80GB", 312e12),
         ("NVIDIA A100-SXM4-40GB", "A100-40GB", 312e12),
         ("NVIDIA H200", "H200", 989e12),
+        ("NVIDIA H200 NVL", None, 835e12),
+        ("NVIDIA GH200 480GB", None, None),
         ("NVIDIA L4", None, None),
     ],
 )

@@ -102,7 +102,7 @@ def test_gradients_are_reduced_while_backward_runs(tmp_path: Path):
     assert ranks.wait() == [0, 0], ranks.said(0)
 
 
-def test_the_watch_speaks_before_nccl(monkeypatch: pytest.MonkeyPatch):
+def test_torchs_own_timeouts_are_longer_than_the_watchs(monkeypatch: pytest.MonkeyPatch):
     """Torch's watchdog aborts four of its dump times after an error; nothing else of it is shorter than ours."""
     joined: dict[str, object] = {}
     monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"})

@@ -275,6 +275,20 @@ def test_rope_in_place(dtype, tokens, heads, key_heads, width, monkeypatch):
     assert_as_accurate(ours, plain(dtype), plain(torch.float64))
 
 
+def test_rope_of_strided_tables_and_of_an_output_that_its_maker_kept(monkeypatch):
+    monkeypatch.setattr(kernels.rope, "uses_triton", lambda tensor: True)
+    qkv = torch.randn(6, 3 * 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    cos, sin = (t.to(DEVICE) for t in rope_tables(torch.arange(6), 16))
+    apart = cos.t().contiguous().t(), torch.stack([sin, sin], 1)[:, 0]
+    usual, strided = (rope_qkv(qkv.clone(), *tables, head_dim=16, key_heads=1) for tables in ((cos, sin), apart))
+    assert_bitwise(usual, strided)
+    with torch.enable_grad():
+        leaf = qkv.requires_grad_()
+        q, *_ = rope_qkv(leaf.exp(), cos, sin, head_dim=16, key_heads=1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            q.sum().backward()
+
+
 def test_rope_rotates_where_it_lies_and_far_rows_are_addressed_in_64_bits():
     stride = (1 << 31) // 3 + 16
     try:
