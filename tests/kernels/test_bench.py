@@ -127,7 +127,10 @@ def test_the_readme_gets_its_tables_from_the_files(tmp_path):
     text = readme.read_text()
     assert "| a case | 2.00 (1.90 to 2.20) | 5.00 | 4.00 (x) |" in text
     assert "| another | wrong: off by 3 | | |" in text
-    assert "| 7b: ours | 18,000 (17,000 to 19,000) | 20.0 | 40.0% | 70.0 |" in text and "| 7b: peer | not installed |" in text
+    assert (
+        "| 7b: ours | 18,000 (17,000 to 19,000) | 20.0 | 40.0% | 70.0 |" in text
+        and "| 7b: peer | not installed |" in text
+    )
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     with pytest.raises(ValueError, match="no place"):
         report.fill("nothing", "table")
