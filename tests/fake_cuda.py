@@ -6,11 +6,8 @@ Only attention has a stand-in, which makes what flash-attn makes.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -20,64 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.library import CustomOpDef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import kernels
 from kernels import attention
-
-BLOCK = 512
-"""CUDA's caching allocator hands out multiples of it, in bytes."""
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages that operators make while this is on, and of those handed to `own`: now, and at most.
-
-    Our own operators run their real bodies, so that what these make is counted too.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._alive: dict[int, int] = {}
-        self._given: set[int] = set()
-        self._bodies = operator_bodies()
-        self.now = self.peak = 0
-
-    def own(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._alive:
-            self._alive[key] = -(-storage.nbytes() // BLOCK) * BLOCK
-            self.now += self._alive[key]
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._alive.pop(key)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._given |= {t.untyped_storage()._cdata for t in tensors((args, kwargs))} - self._alive.keys()
-        if func in self._bodies:
-            with self:
-                out = self._bodies[func](*args, **(kwargs or {}))
-        else:
-            out = func(*args, **(kwargs or {}))
-        for tensor in tensors(out):
-            if tensor.untyped_storage()._cdata not in self._given:
-                self.own(tensor)
-        return out
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
-
-
-def operator_bodies() -> dict[Any, Callable[..., Any]]:
-    names = [m.name for m in pkgutil.iter_modules(kernels.__path__) if m.name != "_C"]
-    modules = [importlib.import_module(f"kernels.{name}") for name in names]
-    found = [value for module in modules for value in vars(module).values() if isinstance(value, CustomOpDef)]
-    return {op._opoverload: op._init_fn for op in found}
 
 
 class _Flash(torch.autograd.Function):

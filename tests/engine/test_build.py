@@ -19,8 +19,8 @@ from engine.parallel import World
 from engine.recipes import recipe
 from kernels import quantize_weight
 from pite import checkpoint, names
-from tests.engine.live_bytes import LiveBytes
 from tests.engine.ranks import launch
+from tests.peak_memory import PeakMemory
 from tests.samples import tiny_config, tiny_model
 
 WORDS, ALWAYS, FRAME = (7, 8, 9), 5, 0
@@ -71,7 +71,7 @@ def test_coordinate_heads_start_near_the_centre_of_the_frame():
 def build_stage_3(directory: Path, shards: int, fp8: bool) -> int:
     """Two earlier stages merged, bfloat16; leaves what was built and the bytes that lived meanwhile."""
     world = World.join("cpu")
-    with LiveBytes() as live:
+    with PeakMemory() as live:
         model = build_model(
             3, RECIPE, tiny_config(num_hidden_layers=LAYERS), llm=directory / "llm",
             merged=[str(directory / "one"), str(directory / "two")], dataset=None, store=None, seed=SEED,

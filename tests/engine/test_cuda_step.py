@@ -21,7 +21,8 @@ from engine.memory import count_parameters, memory  # noqa: E402
 from engine.recipes import Stage, recipe  # noqa: E402
 from pite.config import PiTeConfig  # noqa: E402
 from pite.model import PiTe  # noqa: E402
-from tests.fake_cuda import PeakMemory, fake_cuda  # noqa: E402
+from tests.fake_cuda import fake_cuda  # noqa: E402
+from tests.peak_memory import PeakMemory  # noqa: E402
 
 
 def packed_batch(config: PiTeConfig, tokens: int, stage: Stage) -> PackedBatch:
@@ -52,7 +53,7 @@ def packed_batch(config: PiTeConfig, tokens: int, stage: Stage) -> PackedBatch:
 def training_step(size: str, tokens: int, *, stage: Stage = 2, recompute: int = 0, fp8: bool = False) -> PeakMemory:
     """Bytes of a step, AdamW's moments there from a step before."""
     config, recipe_ = PiTeConfig.preset(size), recipe(size, stage)
-    peak = PeakMemory()
+    peak = PeakMemory(block=512)
     model = PiTe(config, torch.bfloat16)
     model.add_lora(recipe_.lora_rank, recipe_.lora_alpha)
     if fp8:

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from kernels.gpu import cross_entropy, lora, shared, trajectory
-from tests.fake_cuda import PeakMemory
 from tests.kernels.helpers import Heads, make_heads
+from tests.peak_memory import PeakMemory
 
 VALUES = (DataDependentOutputException, DynamicOutputShapeException, RuntimeError)
 
