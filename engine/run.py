@@ -36,8 +36,8 @@ def run(
     directory: Path,
     total: int,
     fingerprint: dict[str, Any],
-) -> int:
-    """Resume, train and checkpoint one stage; returns the steps done.
+) -> tuple[int, bool]:
+    """Resume, train and checkpoint one stage; returns the steps done, and whether any rank was asked to stop.
 
     directory    of the stage: checkpoints, metrics and profiles are made in it
     total        steps of the stage's schedule
@@ -108,6 +108,8 @@ def run(
                     blame=blame,
                     efficiency=efficiency(model.config, recipe, world),
                 )
+            # In the last step too, of which no other tells the ranks.
+            asked = any(world.gather(asked or interrupted.set))
         finally:
             if world.watch is not None:
                 world.watch.rest()
@@ -122,7 +124,7 @@ def run(
                 f"stopped after step {done} of {total}, as --max-steps says, and saved in {checkpoints}; "
                 "the same command with more of them continues"
             )
-    return done
+    return done, asked
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
-    """Train one stage to its end; False when it stopped before and can be continued."""
+    """Train one stage to its end; False when it stopped before, or was asked to at its end, and can be continued."""
     world.doing(f"checking what stage {stage} is made of")
     directory = config.output / f"stage{stage}"
     final = directory / "final"
@@ -209,23 +209,23 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     )  # fmt: skip
     if config.compile:
         model.decoder.compile_layers()
-    done = run(config, recipe, model, source, world, directory, total, fingerprint)
+    done, asked = run(config, recipe, model, source, world, directory, total, fingerprint)
     if done < total:
         return False
     if world.is_main:
         plot_losses({directory.name: directory / "metrics.jsonl"}, directory / "losses.png")
     if llm is None:
         world.say(f"stage {stage} is done: random weights are not exported")
-        return True
+        return not asked
     if world.is_main:
         base = str(llm) if Path(llm_name).expanduser().is_dir() else llm_name
         lineage = {"stage": stage, "language_model": base, "merged": merged, "steps": done, "made_of": fingerprint}
         with directory_written_atomically(final) as beside:
             tokenizer.save_pretrained(str(beside))
             checkpoint.save_stage(model, beside, lineage)
-    world.say(f"stage {stage} is done: {final}")
+    world.say(f"stage {stage} is done: {final}" + ("; asked to stop, no other is begun" if asked else ""))
     world.barrier()
-    return True
+    return not asked
 
 
 def _model_config(config: TrainConfig, llm: Path | None) -> PiTeConfig:

@@ -68,6 +68,23 @@ def assert_equal_runs(output: Path, reference: Path, stage: int = 1) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_asked_in_its_last_step_a_stage_ends_and_no_other_begins(workspace: Path, tmp_path: Path, monkeypatch, capsys):
+    step, steps = torch.optim.AdamW.step, []
+
+    def asking(self, *rest):
+        steps.append(self)
+        if len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", asking)
+    assert main(train_arguments(workspace, tmp_path)) == 0
+    assert "asked to stop, no other is begun" in capsys.readouterr().err
+    assert (tmp_path / "stage1" / "final").exists() and not (tmp_path / "stage2").exists()
+    assert main(train_arguments(workspace, tmp_path)) == 0
+    assert (tmp_path / "stage3" / "final").exists()
+
+
 # Each program kills itself at a moment that a signal from outside would hardly hit.
 MOMENTS = {
     "while the tensors of a checkpoint are written": """
