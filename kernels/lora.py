@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import uses_triton, with_unit_stride
 from kernels.fp8 import Fp8Weight, product
@@ -64,12 +65,15 @@ def lora_linear(
         raise ValueError("lora_linear: the weight must be frozen (requires_grad False); its gradient is never formed")
     if len(frozen) > 1 and x.is_cuda and x.dtype != torch.bfloat16:
         raise ValueError(f"lora_linear: float8 weights need bfloat16 activations on CUDA, not {x.dtype}")
-    y, _ = lora_forward(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
+    # An operator of torch.library costs the host 0.18 ms a call and backward, as much as all else here: it is for compilers.
+    if torch.compiler.is_compiling():
+        y, _ = lora_forward(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
+    else:
+        y = _Eager.apply(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
     return y.view(*x.shape[:-1], outputs)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::lora_linear", mutates_args=())
-def lora_forward(
+def _forward(
     x: Tensor, weight: list[Tensor], lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Returns (y (T, d_out), x A' (T, parts * r)); `weight` is one tensor, or the four of an Fp8Weight."""
@@ -82,13 +86,15 @@ def lora_forward(
     return y if fp8 is not None else y.addmm_(x, weight[0].t()), low
 
 
+lora_forward = torch.library.custom_op(f"{NAMESPACE}::lora_linear", _forward, mutates_args=())
+
+
 @lora_forward.register_fake
 def _(x: Tensor, weight: list[Tensor], lora_a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], weight[0].shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
 
 
-@torch.library.custom_op(f"{NAMESPACE}::lora_linear_backward", mutates_args=())
-def lora_backward(
+def _gradients(
     grad: Tensor,
     x: Tensor,
     weight: list[Tensor],
@@ -133,6 +139,9 @@ def _one_pass(x: Tensor, lora_b: Tensor) -> bool:
     return uses_triton(x) and x.dtype != torch.float32 and lora_b.shape[1] <= 128
 
 
+lora_backward = torch.library.custom_op(f"{NAMESPACE}::lora_linear_backward", _gradients, mutates_args=())
+
+
 @lora_backward.register_fake
 def _(grad: Any, x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_a, grad_b = (t.new_empty(t.shape if need else 0) for t, need in zip((x, lora_a, lora_b), rest[-3:]))
@@ -156,3 +165,25 @@ def _backward(ctx, grad, _grad_low):  # type: ignore[no-untyped-def]
 
 
 lora_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The two operators' bodies, called directly."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: list[Tensor], lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]
+    ) -> Tensor:
+        y, low = _forward(x, weight, lora_a, lora_b, scale, splits)
+        ctx.save_for_backward(x, lora_a, lora_b, low, *weight)
+        ctx.scale, ctx.splits = scale, splits
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_a, lora_b, low, *weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4]
+        grads = _gradients(grad, x, weight, lora_a, lora_b, low, ctx.scale, ctx.splits, *needs)
+        grad_x, grad_a, grad_b = (g if need else None for g, need in zip(grads, needs))
+        return grad_x, None, grad_a, grad_b, None, None
