@@ -41,7 +41,7 @@ def test_chosen_steps_are_profiled(workspace: Path, tmp_path: Path):
         events = [str(event.get("name")) for event in json.load(file)["traceEvents"]]
     # One launch for the adapter and the decoder and one for the heads, which have their own rate, in each step.
     assert sum("_fused_adamw_" in name and name.startswith("aten::") for name in events) == 2 * 2
-    assert any("lora_linear" in name for name in events)
+    assert any("LoRALinear" in name for name in events)
 
 
 def test_steps_that_do_not_come_cannot_be_profiled(workspace: Path, tmp_path: Path, capsys):

@@ -70,7 +70,7 @@ def test_earlier_stages_are_merged_before_the_weights_are_quantised(
     trained: Path, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     models = []
-    monkeypatch.setattr(engine.train, "run", lambda config, recipe, model, *rest: models.append(model) or 0)
+    monkeypatch.setattr(engine.train, "run", lambda config, recipe, model, *rest: models.append(model) or (0, False))
     assert main(train_arguments(workspace, tmp_path, "3", init=trained / "stage2" / "final", **FP8)) == 0
     merged = PiTe.from_pretrained(trained / "stage2" / "final")
     merged.merge_lora()
