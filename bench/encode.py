@@ -180,6 +180,8 @@ def measure_encoding(clip: Path, paths: Sequence[Path], folder: Path, amounts: A
             seconds.append(time.perf_counter() - begin)
             if done.failed or done.encoded != count:
                 raise ValueError(f"{done.encoded} of {count} videos were encoded")
+        if seconds[2] <= seconds[1]:
+            raise ValueError(f"{len(paths)} files took no longer than {few}: too few to measure beside the start")
     except Exception as error:
         return _failed("encode", "engine.encode", error)
     rate = FRAMES * (len(paths) - few) / (seconds[2] - seconds[1])

@@ -31,7 +31,8 @@ def test_one_call_measures_everything(
     assert decode[encode.BARE]["problem"] and decode[DALI]["frames_per_second"] > 0 < decode[PYAV]["frames_per_second"]
     assert {row["implementation"] for row in content["clip"] if row["problem"] is None} == set(CLIPS)
     (whole,) = content["encode"]
-    assert whole["problem"] is None and whole["frames_per_second"] > 0
+    # On a busy machine the start of the smaller run may outlast all of these few files.
+    assert whole["frames_per_second"] > 0 if whole["problem"] is None else "too few to measure" in whole["problem"]
     assert content["projection"] is None, "nothing is projected from a CPU"
     assert encoding(output) == content
     told = capsys.readouterr().out
