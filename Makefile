@@ -1,7 +1,14 @@
-# Two commands, each doing all its own set-up: `make demo` and `make test`.
+# Two commands, each with its own set-up in .venv: `make demo` and `make test`.
+#
+# PyPI's torch for Linux is the CUDA 13 build: the set-up downloads 3.3 GB, 2.8 GB of it torch and its CUDA libraries.
+# Without a GPU, or with a driver older than 580, take torch from PyTorch's own index:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu      a CPU build
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cu126    CUDA 12.6, driver 525 or newer
 PYTHON ?= python3
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.installed
 SOURCES := setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
 
@@ -21,14 +28,14 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench
 
-# torch comes first, pinned: the others would pull a release of gigabytes. The extension builds against it.
-$(STAMP): requirements.txt constraints.txt $(SOURCES)
+# torch comes first: the C++ operators are built against it, without build isolation.
+$(STAMP): pyproject.toml constraints.txt $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "PiTe Engine needs Python 3.11 to 3.13; $$($(PYTHON) --version) was found. Set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy setuptools wheel
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -r requirements.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) setuptools wheel cmake ninja
+	$(PIP) --no-build-isolation -e '.[dev]'
 	touch $(STAMP)
 
 clean:

@@ -1,7 +1,8 @@
-"""Packages and the optional C++ operators: `pip install -e . --no-build-isolation` or `python setup.py build_ext --inplace`.
+"""Packages and the optional C++ operators; pyproject.toml holds the metadata.
 
-torch is needed beforehand for the operators only. Without it, without CMake or a C++20 compiler, or when the build
-fails, one notice says so and the same functions run in PyTorch.
+`pip install -e . --no-build-isolation` or `python setup.py build_ext --inplace` builds the operators.
+torch has to be installed before, for the operators only. Without it, without CMake or a C++20 compiler, or when the build
+fails, the build prints one notice and the same functions run in PyTorch.
 """
 
 from __future__ import annotations
@@ -69,20 +70,8 @@ def build_operators(folder: Path) -> Path:
     return folder / "_C.so"
 
 
-def requirements() -> list[str]:
-    """What a run needs: requirements.txt up to the tools of its second half."""
-    lines = (ROOT / "requirements.txt").read_text().partition("# tests and benchmarks")[0].splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 setup(
-    name="pite-engine",
-    version="0.1.0",
-    description="Training engine for the PiTe video-language model",
-    license="Apache-2.0",
-    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["kernels*", "dataloaders*", "pite*", "engine*"]),
-    install_requires=requirements(),
     ext_modules=[Extension("kernels._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

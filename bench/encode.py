@@ -33,6 +33,7 @@ import torch
 from bench.clip import OURS, ClipRow, measure, save_vit_l
 from bench.measure import environment
 from bench.media import FRAMES, write_video
+from dataloaders.cpu import available_cores
 from dataloaders.dali import DaliDecoder
 from dataloaders.decode import DecodePool, Decoder, decode_cropped
 from dataloaders.preprocess import Preprocess
@@ -126,7 +127,7 @@ def bare_decode(paths: Sequence[Path]) -> None:
 
 def measure_decoding(kind: str, paths: Sequence[Path], device: str, rounds: int) -> list[Row]:
     """One kind of file with every decoder."""
-    media, frames, cores = [Media(p.stem, p) for p in paths], FRAMES * len(paths), len(os.sched_getaffinity(0))
+    media, frames, cores = [Media(p.stem, p) for p in paths], FRAMES * len(paths), available_cores()
     cropped = partial(decode_cropped, num_frames=N, preprocess=Preprocess())
     makers: dict[str, Callable[[], AbstractContextManager[Decoder]]] = {
         DALI: lambda: DaliDecoder("video", N, Preprocess(), device, workers=cores),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataloaders import tokenized
+from dataloaders.cpu import available_cores
 from dataloaders.files import sha256
 from dataloaders.formats import Format, Reading, parse_json
 from dataloaders.formats.stream import iter_raw
@@ -223,7 +223,7 @@ def _processes(tasks: Sequence[_Task], processes: int | None) -> int:
     if processes is not None:
         return processes
     size = sum(length for task in tasks for _, length in task.spans)
-    return min(len(os.sched_getaffinity(0)), _MOST_PROCESSES) if size >= _WORTH_PROCESSES else 0
+    return min(available_cores(), _MOST_PROCESSES) if size >= _WORTH_PROCESSES else 0
 
 
 @contextmanager

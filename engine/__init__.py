@@ -1,3 +1,3 @@
 """Training: configuration, loop, checkpoints, metrics, feature encoding."""
 
-import pite  # noqa: F401  (refuses an environment in which another package is called `kernels`)
+import pite  # noqa: F401  (sets how OpenMP threads wait; refuses an environment with another package `kernels`)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal
 from tqdm import tqdm
 
 from dataloaders import dali, torchcodec
+from dataloaders.cpu import available_cores
 from dataloaders.decode import TIME_LIMIT, DecodePool, Decoder, decode_cropped
 from dataloaders.formats import iter_media, present_rooms
 from dataloaders.ledger import LEDGER, Failure, Ledger, read_failures, report
@@ -201,7 +202,7 @@ def _device(config: EncodeConfig, ranks: Ranks) -> str:
         raise ValueError("--device cuda: torch finds no GPU here")
     if device == "cpu":
         # Threads that wait for a core spin on it, and would take it from the decoders.
-        free = _cores() // ranks.local_size - _workers(config, device, ranks)
+        free = available_cores() // ranks.local_size - _workers(config, device, ranks)
         torch.set_num_threads(max(1, min(torch.get_num_threads(), free)))
         return device
     if ranks.local >= torch.cuda.device_count():
@@ -285,11 +286,7 @@ def _encode(job: Job, ledger: Ledger, ranks: Ranks, summary: Summary) -> None:
 def _workers(config: EncodeConfig, device: str, ranks: Ranks) -> int:
     if config.workers is not None:
         return config.workers
-    return max(1, _cores() // ranks.local_size // (2 if device == "cpu" else 1))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return max(1, available_cores() // ranks.local_size // (2 if device == "cpu" else 1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,8 @@
 import sys
 from importlib.metadata import distributions
 
+import dataloaders  # noqa: F401  (sets how OpenMP threads wait, before torch is imported)
+
 # Before anything imports transformers, which takes our `kernels` for this one, or `kernels`, which may be this one.
 for _other in distributions(name="kernels"):
     _sentence = (

@@ -1,0 +1,1 @@
+import dataloaders  # noqa: F401  (sets how OpenMP threads wait, before torch is imported)

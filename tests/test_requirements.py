@@ -1,38 +1,45 @@
-"""What the code imports is what requirements.txt lists, and setup.py installs."""
+"""pyproject.toml lists what the code imports, and constraints.txt pins versions that it admits."""
 
 from __future__ import annotations
 
-import runpy
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
-from pathlib import Path
 
 import pytest
-import setuptools
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.test_arrows import ALLOWED, ROOT, imported_packages
 
-OPTIONAL = {"nvidia", "torchcodec", "cv2", "stanza"}
-"""Decoders that are used where they are installed, and what annotation alone takes."""
+OF_EXTRAS = {"nvidia", "torchcodec", "cv2", "stanza"}
+"""Modules of the extras: they are imported where they are used, and the error names what to install."""
 
-# Imported by name, by transformers for Vicuna's tokenizer, or by torch for the curves.
 WITHOUT_AN_IMPORT = {"liger-kernel", "sentencepiece", "protobuf", "tensorboard"}
+"""Imported by name, by transformers for Vicuna's tokenizer, or by torch for the curves."""
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+MAC = {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64"}
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
 
 
 @pytest.fixture
-def installed(monkeypatch) -> dict[str, Requirement]:
-    """What setup.py has pip install, by name."""
-    asked: dict[str, list[str]] = {}
-    monkeypatch.setattr(setuptools, "setup", asked.update)
-    runpy.run_path(str(ROOT / "setup.py"))
-    requirements = [Requirement(line) for line in asked["install_requires"]]
-    return {canonicalize_name(r.name): r for r in requirements}
+def required() -> dict[str, Requirement]:
+    return requirements(PROJECT["dependencies"])
 
 
-def test_whatever_is_imported_is_listed_and_nothing_else(installed: dict[str, Requirement]) -> None:
-    known = set(sys.stdlib_module_names) | set(ALLOWED) | OPTIONAL
+@pytest.fixture
+def pinned() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    return {name: next(iter(r.specifier)).version for name, r in requirements(lines).items()}
+
+
+def test_dependencies_are_the_imported_packages(required: dict[str, Requirement]) -> None:
+    known = set(sys.stdlib_module_names) | set(ALLOWED) | OF_EXTRAS
     imported = {
         name
         for package in ALLOWED
@@ -40,25 +47,40 @@ def test_whatever_is_imported_is_listed_and_nothing_else(installed: dict[str, Re
         for name in imported_packages(file.read_text()) - known
     }
     owners = packages_distributions()
-    listed_for = {name: {canonicalize_name(owner) for owner in owners[name]} & installed.keys() for name in imported}
+    listed_for = {name: {canonicalize_name(owner) for owner in owners[name]} & required.keys() for name in imported}
     assert not [name for name, owner in listed_for.items() if not owner]
-    assert set().union(*listed_for.values()) | WITHOUT_AN_IMPORT == installed.keys()
+    assert set().union(*listed_for.values()) | WITHOUT_AN_IMPORT == required.keys()
 
 
-def test_setup_reads_the_first_half_of_the_file(installed: dict[str, Requirement]) -> None:
-    lines = Path(ROOT / "requirements.txt").read_text().splitlines()
-    tools = lines.index("# tests and benchmarks")
-    listed = {canonicalize_name(Requirement(line).name) for line in lines[:tools] if line and line[0] != "#"}
-    assert installed.keys() == listed
-    assert "pytest" not in installed
+def test_versions_without_what_we_call_are_excluded(required: dict[str, Requirement]) -> None:
+    assert not required["liger-kernel"].specifier.contains("0.8.1")  # LigerFusedGateUpSiLUMulFunction
+    assert required["liger-kernel"].specifier.contains("0.8.2")
 
 
-def test_no_version_is_let_in_that_lacks_what_we_call(installed: dict[str, Requirement]) -> None:
-    assert not installed["liger-kernel"].specifier.contains("0.8.1")  # LigerFusedGateUpSiLUMulFunction
-    assert installed["liger-kernel"].specifier.contains("0.8.2")
+@pytest.mark.parametrize(("torch", "triton"), [("2.11.0", "3.6.0"), ("2.13.0", "3.7.1"), ("2.15.0", "3.9.0")])
+def test_pairs_of_torch_and_triton_that_trained_are_admitted(
+    required: dict[str, Requirement], torch: str, triton: str
+) -> None:
+    assert required["torch"].specifier.contains(torch)
+    assert required["triton"].specifier.contains(triton)
 
 
-def test_what_the_tests_run_with_is_let_in(installed: dict[str, Requirement]) -> None:
-    pinned = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
-    versions = {canonicalize_name(r.name): next(iter(r.specifier)).version for r in pinned}
-    assert all(r.specifier.contains(versions[name]) for name, r in installed.items())
+def test_an_untested_torch_is_excluded(required: dict[str, Requirement]) -> None:
+    assert not required["torch"].specifier.contains("2.16.0")
+
+
+@pytest.mark.parametrize("name", ["triton", "liger-kernel", "nvidia-dali-cuda130", "torchcodec"])
+def test_packages_without_a_wheel_for_macos_are_not_required_there(name: str) -> None:
+    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+    marker = requirements([*PROJECT["dependencies"], *extras])[name].marker
+    assert marker is not None
+    assert not marker.evaluate(MAC)
+    assert marker.evaluate({"sys_platform": "linux", "platform_machine": "x86_64"})
+
+
+def test_pins_are_admitted(required: dict[str, Requirement], pinned: dict[str, str]) -> None:
+    extras = requirements([line for lines in PROJECT["optional-dependencies"].values() for line in lines])
+    extras.pop("pite-engine")
+    for name, requirement in {**required, **extras}.items():
+        assert name in pinned, f"constraints.txt has no version of {name}"
+        assert requirement.specifier.contains(pinned[name]), name

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dataloaders.annotation.pipeline import Settings, Video, attempt, load_models
 from dataloaders.annotation.steps import STEPS, join_records, step_path
 from dataloaders.annotation.tracking import opencv
+from dataloaders.cpu import available_cores
 from dataloaders.decode import TIME_LIMIT
 from dataloaders.files import write_atomically
 from dataloaders.formats import Where, iter_json, read_activitynet
@@ -164,8 +165,7 @@ def _is_done(work: Path, step: str, video: Video) -> bool:
 def _usual_workers(device: str) -> int:
     if device != "cpu":
         return 1  # more would share the device's memory
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,7 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from dataloaders.synthetic.world import WorldConfig, default_processes, make_world
+from dataloaders.cpu import available_cores
+from dataloaders.synthetic.world import WorldConfig, make_world
 
 
 def _show(part: str, done: int, total: int) -> None:
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--size", type=int, default=defaults.size, help="pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of everything (%(default)s)")
-    parser.add_argument("--processes", type=int, default=default_processes(), help="workers (%(default)s)")
+    parser.add_argument("--processes", type=int, default=available_cores(), help="workers (%(default)s)")
     flags = parser.parse_args(arguments)
     images = flags.videos if flags.images is None else flags.images
     started = time.monotonic()

@@ -7,7 +7,6 @@ share the work, and a run that was killed only makes what is missing.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -162,8 +161,3 @@ def make_world(output: Path, config: WorldConfig, processes: int = 2, progress: 
     write_atomically(output / "evaluation/activitynet_captions.json", json.dumps(captions, indent=1))
     write_atomically(manifest_path, json.dumps(wanted | {"complete": True}, indent=1))
     return True
-
-
-def default_processes() -> int:
-    """One per core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

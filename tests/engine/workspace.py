@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dataloaders.formats import iter_media
-from dataloaders.store import FeatureStore, FeatureWriter, Manifest
+from dataloaders.synthetic.features import write_random_features
 from dataloaders.synthetic.world import WorldConfig, make_world
 from engine.tiny_tokenizer import build_tokenizer
 
@@ -24,13 +22,7 @@ def make_workspace(root: Path) -> Path:
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer))).save_pretrained(root / "llm")
-    rng = np.random.default_rng(0)
-    for folder, tokens, kind in (("images", 1, "image"), ("videos", FRAMES, "video")):
-        manifest = Manifest("none", tokens, "linspace", "none", tokens, CHANNELS)
-        store = FeatureStore.create_or_open(root / "features" / folder, manifest)
-        media = [m for m in iter_media(root / "data", ("stage1", "stage2", "stage3")) if m.kind == kind]
-        with FeatureWriter(store) as writer:
-            writer.add({m.key: rng.standard_normal((tokens, CHANNELS)) for m in media})
+    write_random_features(root / "data", root / "features", FRAMES, CHANNELS)
     return root
 
 

@@ -1,0 +1,21 @@
+"""Random features for a world's media, where it does not matter what is seen: tests and throughput runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dataloaders.formats import iter_media
+from dataloaders.store import FeatureStore, FeatureWriter, Manifest
+
+
+def write_random_features(data: Path, output: Path, num_frames: int, channels: int, seed: int = 0) -> None:
+    """Fill OUTPUT/images and OUTPUT/videos with a (1, channels) or (num_frames, channels) record for each media item."""
+    rng = np.random.default_rng(seed)
+    for folder, tokens, kind in (("images", 1, "image"), ("videos", num_frames, "video")):
+        manifest = Manifest("none", tokens, "linspace", "none", tokens, channels)
+        store = FeatureStore.create_or_open(output / folder, manifest)
+        media = [m for m in iter_media(data, ("stage1", "stage2", "stage3", "evaluation")) if m.kind == kind]
+        with FeatureWriter(store) as writer:
+            writer.add({m.key: rng.standard_normal((tokens, channels)) for m in media})
