@@ -36,8 +36,13 @@ def time_to_index(seconds: float, duration: float, num_frames: int) -> int:
 def prompt_ids(question: str, tokenizer: PreTrainedTokenizerBase, num_frames: int) -> tuple[np.ndarray, int]:
     """Prompt of a question about `num_frames` frames, ready for its answer to be generated.
 
-    Returns token ids (n,) int64, 0 where a frame sits, and the position of the first frame.
+    Returns token ids (n,) int64, 0 where a frame sits, and the position of the first frame. Raises ValueError for a
+    question that is no Unicode text, as the bytes of another encoding on a command line are not.
     """
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the question {question!r} holds half of a character, which is no text") from None
     head = _head(tokenizer)
     tail, _ = _encode(tokenizer, _FIRST_TURN.format(question=question))
     return np.array([*head, *[0] * num_frames, *tail], dtype=np.int64), len(head)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dataloaders.formats import lone_surrogate
 from pite.generate import Generator
 from pite.metrics import Interval, interval_iou, parse_interval
 
@@ -171,9 +172,12 @@ def _missing(path: Path) -> str:
 
 def _load_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not valid JSON ({error.msg} at character {error.pos})") from None
+    if part := lone_surrogate(value):
+        raise ValueError(f"{where}: {part}")
+    return value
 
 
 def _field(record: dict[str, Any], name: str, where: str) -> Any:

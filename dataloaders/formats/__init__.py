@@ -28,7 +28,7 @@ from dataloaders.formats.instructions import (
 )
 from dataloaders.formats.narratives import NarrativeTiming, narrative_media, read_narrative
 from dataloaders.formats.pite_143k import pite_media, read_pite
-from dataloaders.formats.stream import Record, Where, iter_json, iter_raw, parse_json
+from dataloaders.formats.stream import Record, Where, iter_json, iter_raw, lone_surrogate, parse_json
 from dataloaders.records import Media, RecordError, Sample
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "iter_json",
     "iter_media",
     "iter_raw",
+    "lone_surrogate",
     "parse_json",
     "present_formats",
     "present_rooms",

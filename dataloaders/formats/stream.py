@@ -18,6 +18,9 @@ from dataloaders.records import RecordError
 
 Record = dict[str, Any]
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""The escape of half a character beyond the first 65,536, such as an emoji; in a pair it is harmless."""
+
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
 
 
@@ -110,14 +113,45 @@ def _find_records(path: Path, mapped: mmap.mmap) -> Iterator[tuple[int, int]]:
 
 
 def parse_json(text: bytes, where: object) -> Record:
-    """The record that `iter_raw` found. Raises RecordError, naming `where`, for what is no JSON object."""
+    """The record that `iter_raw` found. Raises RecordError, naming `where`, for what is no JSON object of Unicode texts."""
     keyed = text.startswith(b'"')
     try:
-        value = json.loads(b"{" + text + b"}" if keyed else text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        # From bytes, json would take halves of surrogate pairs, which UTF-8 does not have.
+        decoded = text.decode("utf-8-sig")
+        value = json.loads(f"{{{decoded}}}" if keyed else decoded)
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{where}: not valid JSON ({error})") from None
     if keyed:
         ((key, value),) = value.items()
     if not isinstance(value, dict):
         raise RecordError(f"{where}: expected a JSON object, not {type(value).__name__}")
-    return {**value, "id": key} if keyed else value
+    record = {**value, "id": key} if keyed else value
+    if _SURROGATE.search(text) and (fault := lone_surrogate(record)):
+        raise RecordError(f"{where}: {fault}")
+    return record
+
+
+def lone_surrogate(value: object) -> str | None:
+    """A sentence about a text in parsed JSON, keys included, that holds half of a surrogate pair; None without one.
+
+    Software that cuts a text between UTF-16 units leaves such an escape, half of an emoji. No tokenizer accepts it.
+    """
+    rest = [("", value)]
+    while rest:
+        place, item = rest.pop()
+        if isinstance(item, list):
+            rest += [(f"{place}[{i}]", part) for i, part in enumerate(item)]
+        elif isinstance(item, dict):
+            rest += [(f"{place}.{key}" if place else key, part) for key, part in item.items()]
+            rest += [(f"{place} (a key)", key) for key in item]
+        elif isinstance(item, str) and (half := _first_surrogate(item)):
+            return f"field {place!r}: {half} is half of a surrogate pair, which is no character"
+    return None
+
+
+def _first_surrogate(text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(text[error.start]):04x}"
+    return None

@@ -88,6 +88,18 @@ def test_places(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\n{"a": \n', ":2", "not valid JSON"),
         ("a.jsonl", '{"a": 1}\n[1]\n', ":2", "expected a JSON object, not list"),
         ("a.jsonl", '{"a": "\xff"}\n', ":1", "not valid JSON"),
+        ("a.jsonl", '{"a": ' + "[" * 100_000 + "}\n", ":1", "not valid JSON"),
+        ("a.jsonl", '{"a": ' + "9" * 5_000 + "}\n", ":1", "not valid JSON"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"b": [{"a": "x \\ud83d y"}]}\n',
+            ":2",
+            r"field 'b[0].a': \ud83d is half of a surrogate",
+        ),
+        ("a.jsonl", '{"id": "\\uDC00"}\n', ":1", r"field 'id': \udc00 is half of a surrogate"),
+        ("a.jsonl", '{"\\ud83d\\ud83d": 1}\n', ":1", r"\ud83d is half of a surrogate"),
+        ("a.jsonl", '{"a": "\xed\xa0\xbd"}\n', ":1", "not valid JSON"),
+        ("a.json", '{"\\ud83d": {"a": 1}}', ":1", r"field 'id': \ud83d is half of a surrogate"),
     ],
 )
 def test_broken_files(tmp_path: Path, name: str, content: str, place: str, reason: str) -> None:
@@ -96,6 +108,12 @@ def test_broken_files(tmp_path: Path, name: str, content: str, place: str, reaso
     with pytest.raises(RecordError) as caught:
         list(iter_json(path))
     assert str(caught.value).startswith(f"{path}{place}") and reason in str(caught.value)
+
+
+def test_whole_surrogate_pairs_are_characters(tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    path.write_text('{"a": "\\ud83c\\udf88", "b": "\\\\ud83d"}\n{"b": "\\u00e9 \\uD83C\\uDF88"}\n')
+    check(path, [{"a": "🎈", "b": "\\ud83d"}, {"b": "é 🎈"}])
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     [
         ("[1, 2", r"g\.json: not valid JSON"),
         ("[]", r"g\.json: expected an object of videos"),
+        ('{"v": {"sentences": ["A \\ud83d"]}}', r"field 'v.sentences\[0\]': \\ud83d is half of a surrogate pair"),
         ('{"v": []}', r"g\.json: video 'v': expected an object"),
         ('{"v": {"duration": 1.0, "sentences": []}}', r"video 'v': field 'timestamps' is missing"),
         (
@@ -146,6 +147,7 @@ def test_malformed_ground_truth_is_named(tmp_path: Path, truth: str, message: st
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
+        ([json.dumps({**LINE, "video_id": "\ud83d"})], r"p\.jsonl:1: field 'video_id': \\ud83d is half of a surrogate"),
         (["{"], r"p\.jsonl:1: not valid JSON"),
         ([json.dumps(LINE), "", "3"], r"p\.jsonl:3: expected an object"),
         ([json.dumps({**LINE, "video_id": "w"})], r"p\.jsonl:1: field 'video_id' names 'w'"),
