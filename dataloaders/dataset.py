@@ -34,6 +34,7 @@ class StageDataset:
     processes     that read annotations; None for what their size is worth
 
     tokens, targets, coordinates  (n,) int32 per sample: length, supervised tokens, present coordinates
+    largest_tokens                (n,) int32 per sample: the largest token id
     Raises ValueError for a folder without data, and when more records are malformed than the budget allows: one sentence
     for each of the first ten, with file, line and field.
     """
@@ -74,6 +75,7 @@ class StageDataset:
         self.tokens = self._index.tokens[self._rows]
         self.targets = self._index.targets[self._rows]
         self.coordinates = self._index.coordinates[self._rows]
+        self.largest_tokens = self._index.largest_tokens[self._rows]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -32,6 +32,7 @@ _TYPES: dict[str, tuple[str, type[np.generic]]] = {
     "lengths": ("I32", np.int32),
     "frame_starts": ("I32", np.int32),
     "coordinates": ("I32", np.int32),
+    "largest_tokens": ("I32", np.int32),
     "texts": ("U8", np.uint8),
     "digests": ("U8", np.uint8),
 }
@@ -39,8 +40,8 @@ _TYPES: dict[str, tuple[str, type[np.generic]]] = {
 
 Flat over samples are token_ids, target_positions, trajectory_positions, trajectory_owners (which of the sample's
 trajectories a position has), trajectories (K, P, N, 2) and texts (id and media, UTF-8). One row per sample have lengths
-(n, 6): tokens, targets, positions, trajectories, bytes of the id, bytes of the media; frame_starts and coordinates (n,);
-digests (n, 16).
+(n, 6): tokens, targets, positions, trajectories, bytes of the id, bytes of the media; frame_starts, coordinates and
+largest_tokens (n,); digests (n, 16).
 """
 
 
@@ -68,6 +69,7 @@ def pack(samples: Sequence[TokenizedSample], texts: Sequence[bytes], digests: Se
     columns["lengths"] = np.array(lengths, dtype=np.int32).T
     columns["frame_starts"] = np.array([s.frame_start for s in samples], dtype=np.int32)
     columns["coordinates"] = np.array([s.num_coordinates for s in samples], dtype=np.int32)
+    columns["largest_tokens"] = np.array([s.token_ids.max() for s in samples], dtype=np.int32)
     columns["digests"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
     return columns
 
@@ -111,6 +113,7 @@ class TokenizedFile:
     """What `write` wrote, mapped. Samples are made on demand; ids and media are read once. Raises ValueError if damaged.
 
     tokens, targets, coordinates  (n,) int32 of each sample: length, supervised tokens, present coordinates
+    largest_tokens                (n,) int32, the largest token id of each sample
     digests                       (n, 16) uint8, of each record as it was written
     """
 
@@ -138,6 +141,7 @@ class TokenizedFile:
         np.cumsum(lengths, axis=0, out=self._starts[1:])
         self.tokens, self.targets = lengths[:, 0], lengths[:, 1]
         self.coordinates, self.digests = columns["coordinates"], columns["digests"]
+        self.largest_tokens = columns["largest_tokens"]
         joined = columns["texts"].tobytes()
         ends = np.cumsum(lengths[:, 4:].reshape(-1)).tolist()
         texts = [joined[a:b].decode() for a, b in zip([0, *ends], ends)]
