@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def sync(path: Path) -> None:
@@ -86,3 +89,35 @@ def sha256(path: Path) -> str:
     """Checksum of a file, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_file(path: Path) -> None:
+    """Raise ValueError unless `path` is a regular file with content of its own.
+
+    A git-lfs pointer, the small text that a clone without git-lfs leaves in a large file's place, is refused.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError(f"{path} is {'no regular file' if path.exists() else 'missing'}")
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+            if not start:
+                raise ValueError(f"{path} is empty: fetch it again")
+            if start == _LFS_POINTER:
+                raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in its folder")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, naming the file, for anything else."""
+    require_file(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__} where an object is expected")
+    return value

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from dataloaders.files import read_json_object
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -47,14 +49,9 @@ class Preprocess:
     def load(directory: Path) -> Preprocess:
         """Read DIRECTORY/preprocessor_config.json. Raises ValueError where it asks for anything else than this does."""
         path = directory / "preprocessor_config.json"
-        try:
-            values = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ValueError(
-                f"{directory} holds no preprocessor_config.json, so nobody knows what its model saw"
-            ) from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not path.exists():
+            raise ValueError(f"{directory} holds no preprocessor_config.json, so nobody knows what its model saw")
+        values = read_json_object(path)
         for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
             if not values.get(name, True):
                 raise ValueError(f"{path}: {name} is off, which is not supported")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from dataloaders.dataset import StageDataset
 from dataloaders.files import sha256
@@ -18,8 +18,9 @@ from engine.memory import Layout
 from engine.parallel import World, shard_frozen
 from engine.recipes import Recipe, Size, Stage
 from engine.tiny_tokenizer import build_tokenizer
-from pite import checkpoint, names
+from pite import checkpoint, names, tokenizers
 from pite.config import PiTeConfig
+from pite.hub import weight_files
 from pite.model import PiTe
 
 RANDOM = "random"
@@ -42,8 +43,14 @@ def random_shape(size: Size, num_points: int, num_frames: int = 100, vision_feat
 
 
 def load_tokenizer(llm: Path | str) -> PreTrainedTokenizerBase:
-    """A language model's tokenizer; random weights come with the synthetic world's, whose ids fit any vocabulary."""
-    return build_tokenizer() if llm == RANDOM else AutoTokenizer.from_pretrained(str(llm))
+    """A language model's tokenizer; random weights come with the synthetic world's, whose ids fit any vocabulary.
+
+    Raises ValueError as `pite.tokenizers` does, and OSError where a Hugging Face name cannot be had.
+    """
+    if llm == RANDOM:
+        return build_tokenizer()
+    directory = Path(llm).expanduser()
+    return tokenizers.load_tokenizer(directory) if directory.is_dir() else tokenizers.fetch_tokenizer(str(llm))
 
 
 def model_config(llm: Path, store: Path, num_points: int) -> PiTeConfig:
@@ -66,7 +73,7 @@ def merged_stages(stage: Stage, start: Path | None, same: Mapping[str, object]) 
         raise ValueError(f"stage {stage} starts from an earlier stage's output and {start} is none: train that first")
     lineage = checkpoint.read_lineage(start)
     for name, value in same.items():
-        before = lineage["made_of"].get(name)
+        before = (lineage.get("made_of") or {}).get(name)
         if before != value:
             raise ValueError(f"stage {stage} cannot start from {start}: its {name} was {before} and is {value} now")
     return [entry["path"] for entry in lineage["merged"]] + [str(start.resolve())]
@@ -155,6 +162,5 @@ def align_adapter(
 
 @cache
 def language_model_checksum(directory: Path) -> str:
-    """SHA-256 of a model directory's weight files, shortened, in order of their names."""
-    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
-    return " ".join(sha256(file)[:16] for file in files)
+    """SHA-256 of the weight files that are read of a model directory, shortened, in order of their names."""
+    return " ".join(sha256(file)[:16] for file in weight_files(directory))

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dataloaders.files import sha256, write_atomically, write_tensors
+from dataloaders.files import read_json_object, require_file, sha256, write_atomically, write_tensors
 from pite import hub, names
+from pite.adapters import plain_lora
 from pite.config import PiTeConfig
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Origin:
             model = empty(config, dtype, "meta")
             expected = {**names.language_model_tensors(model), **names.head_tensors(model)}
             compare(expected, self._weights, llm, optional=names.HEADS)
+            _check_tied(config, self._weights, llm)
         self._adapters = [_Adapter(directory, config) for directory in merged]
 
     def model(self) -> PiTe:
@@ -156,29 +158,46 @@ def initialize_heads(model: PiTe, seed: int) -> None:
 
 
 def save_merged(model: PiTe, directory: Path) -> None:
-    """Write the whole layout, LoRA merged into a copy of each weight; shards of at most 5 GiB, the index last."""
+    """Write the whole layout, LoRA merged into a copy of each weight; shards of at most 5 GiB.
+
+    Weights of an earlier model in the directory, of whatever sharding, and its index are removed. A kill or a full disk
+    leaves the earlier model whole, the new one whole, or a directory without config.json, which is refused.
+    Raises ValueError for a directory that holds a training stage.
+    """
+    if (directory / LINEAGE).exists():
+        raise ValueError(f"{directory} holds a training stage's output: save the whole model into another directory")
     directory.mkdir(parents=True, exist_ok=True)
+    for abandoned in directory.glob(".model*.safetensors.tmp"):
+        abandoned.unlink()
+    shards = _shards({**names.merged_tensors(model), **names.head_tensors(model)})
+    written = {}
+    for i, shard in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        written[file] = directory / f".{file}.tmp"
+        write_tensors(written[file], shard)
+    index = hub.index_file(directory)
+    for stale in (directory / "config.json", index, *hub.standard_files(directory)):
+        stale.unlink(missing_ok=True)
+    for file, beside in written.items():
+        beside.replace(directory / file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        weight_map = {name: file for file, shard in zip(written, shards) for name in shard}
+        write_atomically(index, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+    model.config.save(directory)
+
+
+def _shards(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Tensors in order, in as few groups of at most SHARD_BYTES; a larger tensor is a group of its own."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
-    total = 0
-    for name, tensor in {**names.merged_tensors(model), **names.head_tensors(model)}.items():
+    for name, tensor in tensors.items():
         if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-        total += tensor.nbytes
-    index: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        beside = directory / f".{file}.tmp"
-        write_tensors(beside, shard)
-        beside.replace(directory / file)
-        index |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": index}
-        write_atomically(directory / "model.safetensors.index.json", json.dumps(content, indent=1))
-    model.config.save(directory)
+    return shards
 
 
 def save_stage(model: PiTe, directory: Path, lineage: dict[str, Any]) -> None:
@@ -245,19 +264,26 @@ def stages(directory: Path) -> tuple[int, ...]:
 
 
 def _parse_lineage(directory: Path) -> dict[str, Any]:
-    try:
-        lineage: dict[str, Any] = json.loads((directory / LINEAGE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise ValueError(f"{directory / LINEAGE} cannot be read: {error}") from None
+    lineage = read_json_object(directory / LINEAGE)
+    kinds = {"stage": int, "language_model": str, "merged": list, "files": dict}
+    entries = lineage.get("merged")
+    if not all(isinstance(lineage.get(name), kind) for name, kind in kinds.items()) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("path"), str) and "sha256" in entry for entry in entries or ()
+    ):
+        raise ValueError(
+            f"{directory / LINEAGE} is damaged: it must give a stage, a language_model, the adapters merged with their "
+            "path and sha256, and files"
+        )
     return lineage
 
 
 def check(file: Path, checksum: str) -> None:
     if not file.exists():
         raise ValueError(f"{file} is missing, though the lineage names it")
+    require_file(file)
     if sha256(file) != checksum:
         raise ValueError(
-            f"{file} was altered since the lineage was written: its SHA-256 is no longer {checksum[:12]}..."
+            f"{file} was altered since the lineage was written: its SHA-256 is no longer {str(checksum)[:12]}..."
         )
 
 
@@ -275,14 +301,7 @@ class _Adapter:
     """A PEFT adapter of plain LoRA on all seven projections. Raises ValueError for any other kind."""
 
     def __init__(self, directory: Path, config: PiTeConfig) -> None:
-        path = directory / "adapter_config.json"
-        if not path.exists():
-            raise ValueError(f"{directory} holds no adapter_config.json: it is no PEFT adapter")
-        given = json.loads(path.read_text())
-        for flag in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
-            if given.get(flag):
-                raise ValueError(f"{path}: {flag} is not supported, only plain LoRA is")
-        self._rank, self._alpha = given["r"], given["lora_alpha"]
+        self._rank, self._alpha = plain_lora(directory, config.llm.num_hidden_layers)
         self._weights = hub.Weights(directory, stem="adapter_model")
         model = empty(config, torch.float32, "meta")
         model.add_lora(self._rank, self._alpha)
@@ -323,10 +342,24 @@ def compare(
         if tensor.shape != expected[name].shape:
             shape = tuple(expected[name].shape)
             raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, the configuration asks for {shape}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{where}: {name} is of type {tensor.dtype}: quantized weights are not supported")
     present = {_module(name) for name in found}
     missing = {n for n in expected if n not in found and (_module(n) not in optional or _module(n) in present)}
     if missing:
         raise ValueError(f"{where}: {len(missing)} tensors are missing, {min(missing)} among them")
+
+
+def _check_tied(config: PiTeConfig, weights: Mapping[str, Tensor], where: Path) -> None:
+    """Raise ValueError where embedding and vocabulary head are declared one tensor and are two different ones."""
+    both = ("model.embed_tokens.weight", "lm_head.weight")
+    if not config.llm.tie_word_embeddings or any(name not in weights for name in both):
+        return
+    if not torch.equal(*(weights[name] for name in both)):
+        raise ValueError(
+            f"{where}: tie_word_embeddings is set, but lm_head.weight is not the embedding: set it to false in "
+            "config.json, or remove the tensor"
+        )
 
 
 def _module(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
+from dataloaders.files import read_json_object
 from dataloaders.preprocess import Preprocess
 from pite import devices, hub
 
@@ -113,11 +113,11 @@ def _layer(layer: Any, hidden: Tensor, rows: int) -> Tensor:
 def _load(directory: Path) -> CLIPVisionModelWithProjection:
     """The vision tower of a whole CLIP, or one saved alone, in float32."""
     try:
-        values = json.loads((directory / "config.json").read_text())
+        values = read_json_object(directory / "config.json")
         config = CLIPVisionConfig.from_pretrained(directory)
         # The width of the shared space is the whole model's, and its vision part need not repeat it.
         config.projection_dim = values.get("projection_dim", config.projection_dim)
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{directory} holds no CLIP: {_first_line(error)}") from None
     try:
         # Given the weights themselves, transformers looks for no file, and runs nothing that one might hold.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import LlamaConfig
+
+from dataloaders.files import read_json_object, write_atomically
 
 PRESETS: dict[str, dict[str, Any]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -33,19 +36,32 @@ class PiTeConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "num_points", "vision_feature_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.llm.attention_bias or self.llm.mlp_bias:
-            raise ValueError("language models with attention or MLP biases are not supported: Llama has none")
-        if (kind := self.llm.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
-            raise ValueError(
-                f"rotary embeddings of type {kind!r} are not supported: their frequencies depend on the longest sequence "
-                "of a batch, so that a sample's loss would depend on its company"
-            )
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if (reason := next(_unlike_llama(self.llm), None)) is not None:
+            raise ValueError(reason)
 
     @property
     def head_dim(self) -> int:
         return self.llm.head_dim or self.llm.hidden_size // self.llm.num_attention_heads
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the language model was trained on, as its configuration gives them."""
+        rope, length = self.llm.rope_parameters, int(self.llm.max_position_embeddings)
+        if rope["rope_type"] == "linear":  # such as Vicuna v1.5-16k, which gives the length before the scaling
+            return int(length * rope["factor"])
+        return max(length, int((rope.get("original_max_position_embeddings") or 0) * (rope.get("factor") or 1)))
+
+    def beyond_context(self, length: int) -> str | None:
+        """A warning where a sequence of `length` tokens is longer than the context; else None."""
+        if length <= self.context_length:
+            return None
+        return (
+            f"a sequence of {length:,} tokens is longer than the {self.context_length:,} positions that the language "
+            "model was trained on (max_position_embeddings), and what it computes beyond them is unreliable"
+        )
 
     @property
     def arithmetic(self) -> dict[str, Any]:
@@ -74,19 +90,28 @@ class PiTeConfig:
 
     @staticmethod
     def load(directory: Path, **overrides: int) -> PiTeConfig:
-        """Read DIRECTORY/config.json: a PiTe model's, or a plain Llama's with PiTe's own numbers at their defaults."""
+        """Read DIRECTORY/config.json: a PiTe model's, or a plain Llama's with PiTe's own numbers at their defaults.
+
+        Raises ValueError, naming the file, for what is no such configuration and for what the decoder does not compute.
+        """
         path = directory / "config.json"
-        try:
-            values = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ValueError(f"{directory} holds no config.json: it is no Hugging Face model directory") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not path.exists():
+            raise ValueError(f"{directory} holds no config.json: it is no Hugging Face model directory")
+        values = read_json_object(path)
         if values.get("model_type", "llama") not in ("llama", "pite"):
             raise ValueError(f"{path}: model_type {values['model_type']!r} is not of the Llama architecture")
         values.pop("model_type", None)
-        own = {name: values.pop(name) for name in ("num_frames", "num_points", "vision_feature_size") if name in values}
-        return PiTeConfig(LlamaConfig(**values), **{**own, **overrides})
+        numbers = ("num_frames", "num_points", "vision_feature_size")
+        own: dict[str, Any] = {name: values.pop(name) for name in numbers if name in values} | overrides
+        try:
+            llm = LlamaConfig(**values)
+        except Exception as error:  # transformers and its validators raise whatever a wrong value leads to
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{path} is no valid Llama configuration: {reason}") from None
+        try:
+            return PiTeConfig(llm, **own)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def save(self, directory: Path) -> None:
         """Write DIRECTORY/config.json in the form that `load` and the published code read."""
@@ -98,4 +123,37 @@ class PiTeConfig:
             "num_points": self.num_points,
             "vision_feature_size": self.vision_feature_size,
         }
-        (directory / "config.json").write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+        write_atomically(directory / "config.json", json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def _unlike_llama(llm: LlamaConfig) -> Iterator[str]:
+    """A sentence for each setting that changes what the language model computes and that the decoder does not follow.
+
+    `pretraining_tp` splits a product into summands, and `attention_dropout` acts in training only: neither is refused.
+    """
+    if llm.hidden_act not in ("silu", "swish"):
+        yield f"hidden_act {llm.hidden_act!r} is not supported: the decoder computes SwiGLU, whose activation is 'silu'"
+    if llm.attention_bias or llm.mlp_bias:
+        yield "language models with attention or MLP biases are not supported: Llama has none"
+    rope = llm.rope_parameters
+    if (kind := rope["rope_type"]) in ("dynamic", "longrope"):
+        yield (
+            f"rotary embeddings of type {kind!r} are not supported: their frequencies depend on the longest sequence "
+            "of a batch, so that a sample's loss would depend on its company"
+        )
+    if rope.get("partial_rotary_factor", 1.0) not in (None, 1):
+        yield f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported: Llama rotates whole heads"
+    extra = vars(llm)
+    if extra.get("quantization_config"):
+        yield "it has a quantization_config, and quantized weights are not supported: give the unquantized model"
+    windows = ["attention_chunk_size", *["sliding_window"] * bool(extra.get("use_sliding_window", True))]
+    for name in windows:
+        if extra.get(name):
+            yield (
+                f"{name} {extra[name]} is not supported: attention is over the whole sequence; set it to null where the "
+                "model was trained that way"
+            )
+    if set(extra.get("layer_types") or ()) - {"full_attention"}:
+        yield "layer_types other than full_attention are not supported: attention is over the whole sequence"
+    if llm.num_attention_heads % llm.num_key_value_heads:
+        yield f"{llm.num_attention_heads} attention heads cannot share {llm.num_key_value_heads} key and value heads"

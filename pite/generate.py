@@ -6,6 +6,7 @@ merged and the Llama module is assembled around the model's own tensors, without
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,20 +15,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dataloaders.batch import collate
 from dataloaders.prompts import prompt_ids
 from dataloaders.records import TokenizedSample
 from pite import devices, names
 from pite.model import PiTe
+from pite.tokenizers import check_vocabulary, load_tokenizer
 
 
 def language_model(model: PiTe) -> LlamaForCausalLM:
     """transformers' LlamaForCausalLM in evaluation mode; it shares the model's weights, except those a LoRA touches."""
     with torch.device("meta"):
         # A configuration of its own: transformers keeps the choice of attention in it, among other things.
-        llama = LlamaForCausalLM(deepcopy(model.config.llm))
+        config = deepcopy(model.config.llm)
+        # Nothing is padded with this token, and transformers refuses one beyond the vocabulary. The other two would
+        # shorten the cache, though attention is over the whole sequence (`PiTeConfig` refuses them where they matter).
+        for name in ("pad_token_id", "sliding_window", "attention_chunk_size"):
+            setattr(config, name, None)
+        llama = LlamaForCausalLM(config)
     tensors = names.merged_tensors(model)
     tied = model.lm_head is None
     llama.load_state_dict(tensors, strict=not tied, assign=True)
@@ -52,6 +60,8 @@ class Generator:
     tokenizer   a fast tokenizer with BOS and EOS
     """
 
+    _warned = False
+
     def __init__(self, model: PiTe, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -66,11 +76,7 @@ class Generator:
         Raises ValueError naming what is missing.
         """
         model = PiTe.from_pretrained(directory, devices.dtype(devices.resolve(device)), device)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        except (OSError, ValueError):
-            raise ValueError(f"{directory} holds no tokenizer: copy that of its language model there") from None
-        return Generator(model, tokenizer)
+        return Generator(model, load_tokenizer(Path(directory)))
 
     @torch.inference_mode()
     def answer(
@@ -87,6 +93,7 @@ class Generator:
         """
         embeddings = [self._embed(question, record) for question, record in zip(questions, features, strict=True)]
         longest = max(len(e) for e in embeddings)
+        self._warn_beyond_context(longest + max_new_tokens)
         inputs = torch.zeros(len(embeddings), longest, self.model.config.llm.hidden_size, dtype=self.model.dtype)
         inputs = inputs.to(self.model.device)
         mask = torch.zeros(len(embeddings), longest, dtype=torch.long, device=self.model.device)
@@ -131,8 +138,16 @@ class Generator:
         hidden = self.model.hidden_states(batch)[batch.target_rows]
         return self.model.predict(hidden, "trajectory").cpu()
 
+    def _warn_beyond_context(self, length: int) -> None:
+        """Print a warning, once, where prompt and answer may be longer than the language model's context."""
+        warning = self.model.config.beyond_context(length)
+        if warning is not None and not self._warned:
+            self._warned = True
+            tqdm.write(f"pite: {warning}", file=sys.stderr)
+
     def _embed(self, question: str, record: np.ndarray) -> Tensor:
         ids, frame_start = prompt_ids(question, self.tokenizer, len(record))
+        check_vocabulary(int(ids.max()), self.tokenizer, self.model.config.llm.vocab_size, f"the question {question!r}")
         device = self.model.device
         rows = torch.arange(frame_start, frame_start + len(record), device=device)
         return self.model.embed(torch.from_numpy(ids).to(device), torch.from_numpy(record).to(device), rows)

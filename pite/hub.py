@@ -5,6 +5,7 @@ Only safetensors and `torch.load(weights_only=True)` are read.
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from dataloaders.files import read_json_object, require_file
 
 _SUBFOLDERS = "*/*"
 """The hub's patterns match across slashes, so `*.safetensors` alone would take whatever lies deeper."""
@@ -35,40 +38,45 @@ def resolve(path_or_name: str | Path, files: Sequence[str]) -> Path:
         raise ValueError(f"{name} is neither a directory nor a Hugging Face model name (owner/name)")
     try:
         # Where weights are, the snapshot shows; a list of the hub's would not be there offline.
-        directory = Path(
-            snapshot_download(name, allow_patterns=[*files, "model*.safetensors"], ignore_patterns=_SUBFOLDERS)
-        )
-        if not any(directory.glob("model*.safetensors")):
+        patterns = [*files, *_patterns("model", ".safetensors")]
+        directory = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=_SUBFOLDERS))
+        if not standard_files(directory):
             # The snapshot is named after its commit: the weights are of the same one.
+            patterns = _patterns("pytorch_model", ".bin")
             try:
-                snapshot_download(
-                    name, revision=directory.name, allow_patterns="pytorch_model*.bin", ignore_patterns=_SUBFOLDERS
-                )
+                snapshot_download(name, revision=directory.name, allow_patterns=patterns, ignore_patterns=_SUBFOLDERS)
             except OSError:
                 # Offline, huggingface_hub 1 asks for a list of the commit's files even where they are.
-                if not any(directory.glob("pytorch_model*.bin")):
+                if not standard_files(directory, "pytorch_model", ".bin"):
                     raise
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{name} could not be had from the Hugging Face hub: {_first_line(error)}") from None
     return directory
 
 
-class Weights(Mapping[str, Tensor]):
-    """Every tensor of a directory's safetensors (preferred) or torch files, read from mapped memory when it is asked for.
+def _patterns(stem: str, suffix: str) -> list[str]:
+    """What is fetched of one kind of weights: the single file, the shards and their index, and no others such as EMA's."""
+    return [f"{stem}{suffix}", f"{stem}{suffix}.index.json", f"{stem}-?????-of-?????{suffix}"]
 
-    Raises ValueError where there is neither, and naming a file that cannot be read.
+
+class Weights(Mapping[str, Tensor]):
+    """Every tensor of a directory's `weight_files`, read from mapped memory when it is asked for.
+
+    Raises ValueError where `weight_files` does, and naming a file that cannot be read.
     """
 
     def __init__(self, directory: Path, stem: str = "model") -> None:
-        files = sorted(directory.glob(f"{stem}*.safetensors"))
-        files = files or sorted(directory.glob(f"{stem}*.bin")) or sorted(directory.glob(f"pytorch_{stem}*.bin"))
-        if not files:
-            raise ValueError(f"{directory} holds no {stem}*.safetensors and no *.bin weights")
+        files, index = _choose_files(directory, stem)
         self._tensors: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
         for file in files:
             with _readable(file):
                 found = _safetensors(file) if file.suffix == ".safetensors" else _torch_file(file)
-            self._tensors |= {name: (file, read) for name, read in found.items()}
+            for name, read in found.items():
+                if index.get(name, file.name) != file.name:
+                    continue  # the index names another file for this tensor
+                if name in self._tensors:
+                    raise ValueError(f"{directory}: {name} is both in {self._tensors[name][0].name} and in {file.name}")
+                self._tensors[name] = (file, read)
 
     def __getitem__(self, name: str) -> Tensor:
         file, read = self._tensors[name]
@@ -80,6 +88,83 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def weight_files(directory: Path, stem: str = "model") -> list[Path]:
+    """The files that hold a directory's weights, sorted by name; all others in it are left alone.
+
+    stem  "model", or "adapter_model" for a PEFT adapter's
+    Safetensors come before torch files. Of each kind: the files that the index names, else the standard single file
+    (`model.safetensors`, `pytorch_model.bin`), else a complete set of `model-00001-of-00003.safetensors` and so on.
+    Raises ValueError where there are none, where one is missing or a git-lfs pointer, and where an index and a single
+    file, or two sets, contradict each other.
+    """
+    return _choose_files(directory, stem)[0]
+
+
+def standard_files(directory: Path, stem: str = "model", suffix: str = ".safetensors") -> list[Path]:
+    """The weight files of one kind in a directory that have a standard name, of whatever sharding; not the index."""
+    pattern = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?{re.escape(suffix)}")
+    return sorted(path for path in directory.iterdir() if pattern.fullmatch(path.name)) if directory.is_dir() else []
+
+
+def index_file(directory: Path, stem: str = "model", suffix: str = ".safetensors") -> Path:
+    """Where the index of sharded weights of one kind stands: JSON, whose `weight_map` is {tensor: file}."""
+    return directory / f"{stem}{suffix}.index.json"
+
+
+def _choose_files(directory: Path, stem: str) -> tuple[list[Path], dict[str, str]]:
+    """`weight_files`, and the file of each tensor as the index gives it (empty without one)."""
+    torch_stem = "pytorch_model" if stem == "model" else stem
+    for name, suffix in ((stem, ".safetensors"), (torch_stem, ".bin")):
+        index, present = index_file(directory, name, suffix), standard_files(directory, name, suffix)
+        weight_map = _weight_map(index) if index.exists() else {}
+        if weight_map:
+            files = [directory / file for file in sorted(set(weight_map.values()))]
+            single = directory / f"{name}{suffix}"
+            if single in present and single not in files:
+                raise ValueError(f"{directory} holds both {single.name} and {index.name}: remove the one that is stale")
+        else:
+            files = _without_index(directory, name, suffix, present)
+        for file in files:
+            if not file.exists():
+                raise ValueError(
+                    f"{file} is missing, though {index.name} names it"
+                    if weight_map
+                    else f"{file} is missing from its set of shards"
+                )
+            require_file(file)
+        if files:
+            return files, weight_map
+    raise ValueError(
+        f"{directory} holds no {stem}*.safetensors and no *.bin weights of a standard name ({stem}.safetensors, "
+        f"{torch_stem}.bin, or shards of either)"
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} holds no weight_map of tensors and their files")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index} names {file!r} for a tensor, which is no file of its folder")
+    return weight_map
+
+
+def _without_index(directory: Path, stem: str, suffix: str, present: Sequence[Path]) -> list[Path]:
+    """The single file, or every member of the one set of shards, missing ones included."""
+    single = directory / f"{stem}{suffix}"
+    totals = {path.name[-len(suffix) - 5 : -len(suffix)] for path in present if path != single}
+    if single in present or not totals:
+        return [single] if single in present else []
+    if len(totals) > 1:
+        raise ValueError(
+            f"{directory} holds shards of {' and of '.join(sorted(totals))} files and no {stem}{suffix}.index.json that "
+            "would choose: remove the stale ones"
+        )
+    (total,) = totals
+    return [directory / f"{stem}-{i + 1:05d}-of-{total}{suffix}" for i in range(int(total))]
 
 
 @contextmanager
@@ -99,8 +184,10 @@ def _torch_file(file: Path) -> dict[str, Callable[[], Tensor]]:
     try:
         # What torch wrote before 1.6 is no archive and cannot be mapped.
         content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except Exception as error:  # A damaged or foreign pickle ends in whatever its bytes lead to.
-        raise ValueError(f"{file} cannot be read: {_first_line(error)}") from None
+    except Exception:  # A damaged or foreign pickle ends in whatever its bytes lead to; torch's advice is to trust it.
+        raise ValueError(
+            f"{file} cannot be read: it is cut off or damaged, or holds more than tensors; fetch it again, or use safetensors"
+        ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} cannot be read: it holds no tensors by name, but {type(content).__name__}")
     return {name: partial(content.__getitem__, name) for name in content}

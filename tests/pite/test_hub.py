@@ -15,7 +15,9 @@ REPOSITORIES = {
     "both": [*SMALL, "model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "onnx/model.safetensors"],
     "old": [*SMALL, "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "tf_model.h5"],
     "hidden": [*SMALL, "pytorch_model.bin", "int8/model.safetensors", "int8/config.json", "int8/pytorch_model.bin"],
+    "extra": [*SMALL, "model_ema.safetensors", "consolidated.safetensors", "pytorch_model.bin", "model.bin"],
     "sharded": [*SMALL, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "pytorch_model.bin"],
+    "indexed": [*SMALL, "model-00001-of-00001.safetensors", "model.safetensors.index.json", "model-old.safetensors"],
 }
 COMMIT = "0" * 40
 
@@ -42,6 +44,8 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("both", ["model.safetensors"]),
         ("old", ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]),
         ("hidden", ["pytorch_model.bin"]),
+        ("extra", ["pytorch_model.bin"]),
+        ("indexed", ["model-00001-of-00001.safetensors", "model.safetensors.index.json"]),
         ("sharded", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
     ],
 )

@@ -1,0 +1,83 @@
+"""Tokenizers from disk or the hub, checked before anything is computed with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dataloaders.files import read_json_object, require_file
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_SPACED = " a b  c\n"
+"""A text whose words any Llama tokenizer gives back apart, whatever it does with spaces at the ends."""
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's directory.
+
+    Raises ValueError, one sentence that names the file, where there is none, where one of its files is damaged or a
+    git-lfs pointer, and where it loses the spaces between words.
+    """
+    present = [directory / name for name in (*_VOCABULARIES, *_SETTINGS) if (directory / name).exists()]
+    if not any(path.name in _VOCABULARIES for path in present):
+        raise ValueError(
+            f"{directory} holds no tokenizer: copy that of its language model there (tokenizer.json, or tokenizer.model "
+            "and tokenizer_config.json)"
+        )
+    for path in present:
+        require_file(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever a damaged file leads to
+        raise ValueError(_why_not(present, error)) from None
+    check_spaces(tokenizer, str(directory))
+    return tokenizer
+
+
+def fetch_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face model name. Raises OSError where the hub does not give it, ValueError as above."""
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    check_spaces(tokenizer, name)
+    return tokenizer
+
+
+def check_spaces(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raise ValueError where words do not stay apart on their way through a tokenizer.
+
+    Some versions of transformers read a byte-level vocabulary that is declared LlamaTokenizer as sentencepiece's.
+    """
+    ids = tokenizer(_SPACED, add_special_tokens=False)["input_ids"]
+    given_back = str(tokenizer.decode(ids))
+    if given_back.split() != _SPACED.split():
+        raise ValueError(
+            f"{where}: its tokenizer turns {_SPACED!r} into {given_back!r} under transformers {transformers.__version__}: "
+            "install transformers 5.23 or later, correct tokenizer_class in tokenizer_config.json, or fetch damaged files again"
+        )
+
+
+def check_vocabulary(token: int, tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
+    """Raise ValueError where a text's largest token has no row in the language model's embedding of `vocab_size` rows."""
+    if token >= vocab_size:
+        raise ValueError(
+            f"{where} holds token {token} ({tokenizer.convert_ids_to_tokens(token)!r}): the tokenizer has {len(tokenizer):,} "
+            f"tokens and the language model an embedding of {vocab_size:,}; use the tokenizer that it was trained with, or "
+            "resize its embedding"
+        )
+
+
+def _why_not(present: list[Path], error: Exception) -> str:
+    """One sentence for a tokenizer that transformers could not load: with the damaged file where one is found."""
+    for path in present:
+        if path.suffix == ".json":
+            try:
+                read_json_object(path)
+            except ValueError as broken:
+                return str(broken)
+    vocabulary = next(path for path in present if path.name in _VOCABULARIES)
+    if vocabulary.suffix == ".model":
+        return f"{vocabulary} cannot be read as a sentencepiece model: it is cut off or damaged, fetch it again"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{vocabulary} cannot be read as a tokenizer: {reason}"
