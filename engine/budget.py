@@ -239,6 +239,7 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
     """A stage's training set as it is on disk, or the assumed one when it is not there."""
     from dataloaders.dataset import StageDataset
     from engine.build import load_tokenizer
+    from engine.preflight import check_tokens
 
     if not config.data.is_dir() and config.data != TrainConfig.data:
         raise ValueError(f"{config.data}: no such data folder")
@@ -265,13 +266,15 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
     )
     recipe = config.recipe(stage)
     plan = BatchPlan(len(data), recipe.global_batch, config.seed, data.groups() if recipe.group_media else None)
+    warnings: list[str] = []
+    check_tokens(data, tokenizer, pite_config, warnings.append)
     over = "" if data.over_length else f", none of more than {config.max_length:,} tokens"
     return Corpus(
         len(data),
         float(data.tokens.mean()),
         float(data.targets.mean()),
         len(set(data.media)),
-        f"counted: {data.summary()}{over}",
+        "; ".join([f"counted: {data.summary()}{over}", *warnings]),
         tuple(data.tokens[plan.samples(step)] for step in range(min(COUNTED_STEPS, plan.steps_per_epoch))),
     )
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dataloaders.dataset import StageDataset
 from dataloaders.formats import Room, present_formats
@@ -17,6 +18,8 @@ from engine.parallel import World
 from engine.recipes import Stage
 from engine.train_config import TrainConfig
 from kernels.fp8 import why_unsupported
+from pite.config import PiTeConfig
+from pite.tokenizers import check_vocabulary
 
 
 def agree(world: World, check: Callable[[], None]) -> None:
@@ -66,6 +69,21 @@ def check_fp8(world: World, dtype: torch.dtype) -> None:
         raise ValueError("--frozen-dtype fp8 on CUDA goes with bfloat16: leave --dtype out")
     if world.device.type == "cpu":
         world.say("fp8 is emulated on a CPU: its rounding, not its speed")
+
+
+def check_tokens(
+    dataset: StageDataset, tokenizer: PreTrainedTokenizerBase, config: PiTeConfig, say: Callable[[str], None]
+) -> None:
+    """Raise ValueError where a sample has a token that the language model has no embedding for.
+
+    say  is given a warning where a sample is longer than the language model's context
+    """
+    worst = int(dataset.largest_tokens.argmax())
+    check_vocabulary(
+        int(dataset.largest_tokens[worst]), tokenizer, config.llm.vocab_size, f"sample {dataset.ids[worst]!r}"
+    )
+    if warning := config.beyond_context(int(dataset.tokens.max())):
+        say(f"{warning}; --max-length {config.context_length} leaves such samples out")
 
 
 def check_encoded(dataset: StageDataset, store: Path) -> None:

@@ -36,7 +36,7 @@ from engine.metrics import require_wandb
 from engine.once import say_error
 from engine.parallel import World
 from engine.plots import plot_losses
-from engine.preflight import agree, check_encoded, check_fp8, check_given, claimed
+from engine.preflight import agree, check_encoded, check_fp8, check_given, check_tokens, claimed
 from engine.recipes import LANGUAGE_MODELS, Recipe, Stage
 from engine.run import run
 from engine.train_config import TrainConfig
@@ -153,6 +153,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         directory.mkdir(parents=True, exist_ok=True)
         dataset.write_left_out(left_out)
     check_encoded(dataset, config.store)
+    check_tokens(dataset, tokenizer, pite_config, lambda warning: world.say(f"stage {stage}: {warning}"))
     layout = choose_layout(
         pite_config,
         count_parameters(pite_config, recipe),

@@ -90,6 +90,9 @@ def _trajectories(arguments: argparse.Namespace) -> str:
     if doubt := caution(arguments.model):
         print(f"pite.evaluate: {doubt}", file=sys.stderr)
     samples = list(read_samples(data / "pite_143k.jsonl", generator.model, generator.tokenizer))
+    longest = max((len(sample.token_ids) for sample in samples), default=0)
+    if warning := generator.model.config.beyond_context(longest):
+        print(f"pite.evaluate: {warning}", file=sys.stderr)
     predicted, true = predict_trajectories(generator.model, samples, read_features)
     scores = trajectory_scores(predicted, true)
     return (

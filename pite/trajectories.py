@@ -15,6 +15,7 @@ from dataloaders.prompts import tokenize
 from dataloaders.records import TokenizedSample
 from pite import checkpoint
 from pite.model import PiTe
+from pite.tokenizers import check_vocabulary
 
 
 def read_samples(path: Path, model: PiTe, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedSample]:
@@ -23,7 +24,9 @@ def read_samples(path: Path, model: PiTe, tokenizer: PreTrainedTokenizerBase) ->
         raise ValueError(f"{path}: no such file")
     shape = {"num_frames": model.config.num_frames, "num_points": model.config.num_points}
     for offset, _, record in iter_json(path):
-        sample = tokenize(read_pite(record, Where(path, offset), path.parent, **shape), tokenizer, **shape)
+        where = Where(path, offset)
+        sample = tokenize(read_pite(record, where, path.parent, **shape), tokenizer, **shape)
+        check_vocabulary(int(sample.token_ids.max()), tokenizer, model.config.llm.vocab_size, f"{path}: {sample.id!r}")
         if len(sample.trajectory):
             yield sample
 

@@ -55,6 +55,14 @@ def test_samples_are_read_on_demand(tmp_path: Path, tokenizer: PreTrainedTokeniz
         )
 
 
+def test_the_largest_token_is_that_of_the_samples_in_use(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    data = write(tmp_path, [pite(0), changed(pite(1), "conversations.0.value", PITE_TEXT), pite(2)])
+    dataset = stage2(data, tokenizer)
+    assert dataset.largest_tokens.tolist() == [dataset[i].token_ids.max() for i in range(3)]
+    some = stage2(data, tokenizer, available={"stage2/v0", "stage2/v2"})
+    assert some.largest_tokens.tolist() == [some[i].token_ids.max() for i in range(2)]
+
+
 def test_what_is_left_out_is_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     long = changed(pite(1), "conversations.3.value", "The <b>circle</b> " + "is left " * 200)
     data = write(tmp_path, [pite(0), long, pite(2)])
@@ -277,6 +285,16 @@ class TestMalformedRecords:
         places = [line.partition("jsonl:")[2] for line in self.refused(data, tokenizer)[:-1]]
         assert [place[:3] for place in places] == ["1: ", "3: ", "4: "]
         assert "not valid JSON" in places[0] and "'meta' is missing" in places[1] and "not list" in places[2]
+
+    @pytest.mark.parametrize("path", ["conversations.0.value", "conversations.3.value", "id", "source"])
+    def test_half_an_emoji(self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+        """As an escape, in whatever field: within the budget the record is left out, beyond it the place is named."""
+        data = write(tmp_path, [pite(0), changed(pite(1), path, "It is \ud83c"), pite(2)])
+        line, _ = self.refused(data, tokenizer)
+        assert line.startswith(f"{data / 'stage2/pite_143k.jsonl'}:2: field '")
+        assert r"\ud83c is half of a surrogate pair" in line
+        dataset = stage2(data, tokenizer, failure_budget=0.5)
+        assert dataset.ids == ["v0", "v2"] and [m.line for m in dataset.malformed] == [2]
 
     def test_the_first_ten(self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         data = write(tmp_path, [pite(0), *[changed(pite(i), "id", "") for i in range(1, 25)]])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dataloaders.dataset import StageDataset
@@ -276,3 +277,25 @@ def test_a_whole_run_can_be_moved(workspace: Path, tmp_path: Path, monkeypatch):
 def test_a_budget_below_the_longest_sample_is_refused_at_once(workspace: Path, tmp_path: Path, capsys):
     assert main(train_arguments(workspace, tmp_path, "1", token_budget=20)) == 1
     assert "raise --token-budget" in capsys.readouterr().err
+
+
+def test_a_token_without_an_embedding_stops_before_any_model(workspace: Path, tmp_path: Path, capsys, monkeypatch):
+    shutil.copytree(workspace / "llm", tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llm")
+    tokenizer.add_tokens([AddedToken("ircle", normalized=False)])
+    tokenizer.save_pretrained(tmp_path / "llm")
+    monkeypatch.setattr(train, "build_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    for flags in ({}, {"dry_run": True}):
+        assert main(train_arguments(workspace, tmp_path / "out", "1", llm=tmp_path / "llm", **flags)) == 1
+        error = capsys.readouterr().err
+        assert f"holds token {len(tokenizer) - 1} ('ircle'): the tokenizer has {len(tokenizer):,} tokens" in error
+
+
+def test_samples_beyond_the_context_are_warned_of_once(workspace: Path, tmp_path: Path, capsys):
+    shutil.copytree(workspace / "llm", tmp_path / "llm")
+    config = tmp_path / "llm" / "config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 2048', '"max_position_embeddings": 24'))
+    assert main(train_arguments(workspace, tmp_path / "out", "1", llm=tmp_path / "llm", max_steps=1)) == 0
+    assert capsys.readouterr().err.count("is longer than the 24 positions that the language model was trained on") == 1
+    assert main(train_arguments(workspace, tmp_path / "other", "1", max_steps=1)) == 0
+    assert "positions that the language model" not in capsys.readouterr().err

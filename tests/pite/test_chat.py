@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from engine.tiny_tokenizer import build_tokenizer
 from pite import chat, checkpoint, evaluate
@@ -113,6 +116,88 @@ def test_a_phrase_is_drawn_from_its_own_tokens_during_its_own_sentence(made: Pat
     np.testing.assert_allclose(circle.predicted, every[where - 1 : where + 2].mean(0), rtol=1e-5)
     assert circle.predicted.shape == (3, FRAMES, 2)
     assert [phrase.text for phrase in find_phrases(text, FRAMES)] == ["a red circle", "A blue square"]
+
+
+def set_config(made: Path, tmp_path: Path, **fields: object) -> Path:
+    """The random model in a folder of its own, with some fields of its config.json replaced."""
+    (tmp_path / "held").mkdir()
+    for name in ("data", "clip", "store"):
+        (tmp_path / "held" / name).symlink_to(made / name)
+    shutil.copytree(made / "model", tmp_path / "held" / "model")
+    path = tmp_path / "held" / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return tmp_path / "held"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pad_token_id": len(build_tokenizer())},
+        {"pad_token_id": -1},
+        {"sliding_window": 4, "use_sliding_window": False},
+        {"sliding_window": 0},
+    ],
+)
+def test_what_no_answer_depends_on_changes_none(
+    made: Path, tmp_path: Path, fields: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A padding token beyond the vocabulary, a window that is off: the same answers, and the same scores."""
+    changed = set_config(made, tmp_path, **fields)
+    printed = []
+    for folder in (made, changed):
+        assert ask(folder) == 0
+        assert evaluated(folder, "grounding") == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def test_beyond_the_context_is_warned_of_once(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = set_config(made, tmp_path, max_position_embeddings=32)
+    for command in (
+        lambda: ask(short),
+        lambda: evaluated(short, "grounding"),
+        lambda: evaluated(short, "trajectories"),
+    ):
+        assert command() == 0
+        lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        warnings = [line for line in lines if "longer than the 32 positions" in line]
+        assert len(warnings) == 1 and warnings[0].startswith("pite")
+    assert ask(made) == 0
+    assert "positions" not in capsys.readouterr().err
+
+
+def test_a_token_that_the_model_lacks_is_named(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grown = set_config(made, tmp_path)
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([AddedToken("ircle", normalized=False)])
+    tokenizer.save_pretrained(str(grown / "model"))
+    size = len(tokenizer)
+    wanted = f"holds token {size - 1} ('ircle'): the tokenizer has {size:,} tokens and the language model an embedding"
+    assert ask(grown) == 0
+    assert ask(grown, "--query", "Where is the circle?") == 2
+    assert wanted in capsys.readouterr().err
+    for task in ("grounding", "trajectories"):
+        assert evaluated(grown, task) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("pite.evaluate: ") and wanted in error
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_a_git_lfs_pointer_is_named(made: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cloned = set_config(made, tmp_path)
+    (cloned / "model" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n")
+    assert ask(cloned) == 2
+    error = capsys.readouterr().err.strip()
+    assert (
+        error
+        == f"pite.chat: {cloned}/model/{name} is a git-lfs pointer, not the file itself: run git lfs pull in its folder"
+    )
+
+
+def test_a_query_that_is_no_text_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes of another encoding on the command line."""
+    assert ask(made, "--query", "Caf\udce9?") == 2
+    assert r"the question 'Caf\udce9?' holds half of a character" in capsys.readouterr().err
 
 
 def evaluated(made: Path, *more: str) -> int:
