@@ -127,12 +127,9 @@ def _choose_files(directory: Path, stem: str) -> tuple[list[Path], dict[str, str
         else:
             files = _without_index(directory, name, suffix, present)
         for file in files:
-            if not file.exists():
-                raise ValueError(
-                    f"{file} is missing, though {index.name} names it"
-                    if weight_map
-                    else f"{file} is missing from its set of shards"
-                )
+            if not file.exists() and len(files) > 1:
+                why = f"though {index.name} names it" if weight_map else "and the other shards of its set are there"
+                raise ValueError(f"{file} is missing, {why}")
             require_file(file)
         if files:
             return files, weight_map

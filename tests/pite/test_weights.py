@@ -85,6 +85,15 @@ def test_a_set_of_shards_without_an_index_is_read(tmp_path: Path) -> None:
     assert_same(read(tmp_path), expected)
 
 
+def test_a_broken_link_is_named(tmp_path: Path) -> None:
+    """As a purged cache leaves it."""
+    save(tmp_path, seed=1)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing$"):
+        PiTe.from_pretrained(tmp_path)
+
+
 def test_safetensors_come_before_torch_files(tmp_path: Path) -> None:
     save(tmp_path, seed=2)
     as_torch_files(tmp_path)
@@ -114,7 +123,7 @@ def repeat_a_tensor(directory: Path) -> None:
     ("damage", "message"),
     [
         (remove_a_shard, r"model-00002-of-.* is missing, though model\.safetensors\.index\.json names it"),
-        (lambda d: (remove_a_shard(d), remove_index(d)), r"model-00002-of-.* is missing from its set of shards"),
+        (lambda d: (remove_a_shard(d), remove_index(d)), r"model-00002-of-.* is missing, and the other shards of its set are there"),
         (lambda d: (save(d.parent / "o", 2, "40KB"), stale_shards(d, d.parent / "o"), remove_index(d)), "holds shards of"),
         (lambda d: save_file({"x": torch.zeros(1)}, d / "model.safetensors"), "holds both model.safetensors and"),
         (repeat_a_tensor, "is both in model-00001-of-"),
