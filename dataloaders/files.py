@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written beside, flushed to disk, renamed."""
+"""Files that are either whole or not there: written under a temporary name, flushed to disk, renamed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +24,85 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+ABANDONED_AFTER = 24 * 3600.0
+"""Seconds without a change after which a temporary file of another machine is left over from a killed process."""
+
+_LONGEST_NAME = 255
+"""Bytes that a file name may have."""
+
+_WRITER = re.compile(r"\.([\w-]+-[0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
+"""How temporary names end: the machine, the process id, a random number."""
+
+
+def temporary_sibling(path: Path) -> Path:
+    """A hidden name in `path`'s folder, different at each call: `.NAME.HOST-PID-RANDOM.tmp`.
+
+    The random part keeps processes apart that share a process id, as those of two containers do.
+    """
+    end = f".{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    start = os.fsencode(f".{path.name}")[: _LONGEST_NAME - len(end)].decode(errors="ignore")
+    return path.with_name(start + end)
+
+
+def abandoned(path: Path, locked: bool = False) -> bool:
+    """Whether no living process writes the temporary file or folder `path` any more.
+
+    That is certain of a process of this machine that has ended. Of another machine's it is assumed after a day.
+
+    locked  the caller holds the lock of all that write such files, so one without a process in its name has no writer
+    """
+    found = _WRITER.search(path.name)
+    if found is None and locked:
+        return True
+    if found is not None and found[1] == _machine() and not _alive(int(found[2])):
+        return True
+    return time.time() - _last_change(path) > ABANDONED_AFTER
+
+
+def remove_abandoned(folder: Path, pattern: str, locked: bool = False) -> None:
+    """Remove the temporary files and folders of `folder` that match a glob pattern and that are `abandoned`."""
+    for path in folder.glob(pattern):
+        if abandoned(path, locked):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@lru_cache(1)
+def _machine() -> str:
+    """The host's name, and 8 digits that differ between kernels and between containers with process ids of their own."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # no Linux: the host's name has to do
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    name = re.sub(r"[^\w-]", "-", parts[0], flags=re.ASCII)[:32]
+    return f"{name}-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:8]}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _last_change(path: Path) -> float:
+    """When a file, or a folder or any file in it, was last written; now where it is gone."""
+    try:
+        inside = list(path.iterdir()) if path.is_dir() else []
+        return max(p.stat().st_mtime for p in (path, *inside))
+    except FileNotFoundError:
+        return time.time()
 
 
 def sync(path: Path) -> None:
@@ -29,49 +114,85 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def file_written_atomically(path: Path, flush: bool = True) -> Iterator[Path]:
+    """Yield a temporary path to write a file at, which becomes `path` when the block ends without an exception.
+
+    A kill at any moment leaves the old file or the new one; an exception leaves the old one and nothing else.
+
+    flush  to disk as well, for what must survive a loss of power
+    """
+    temporary = temporary_sibling(path)
+    try:
+        yield temporary
+        if flush:
+            sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if flush:
+        sync(path.parent)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content`; a kill at any moment leaves the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        sync(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync(path.parent)
+    with file_written_atomically(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def directory_written_atomically(path: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `path` that becomes `path` when the block ends without an exception.
+def temporary_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory next to `path`, under a temporary name; removed at the end if it is still there."""
+    temporary = temporary_sibling(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def directory_written_atomically(path: Path, alone: bool = False) -> Iterator[Path]:
+    """Yield an empty directory next to `path` that becomes `path` when the block ends without an exception.
 
     An existing `path` is replaced. After an exception, such as a full disk, nothing of the attempt remains.
+
+    alone  no other process writes `path`, so that all earlier attempts' leftovers go; else those that are `abandoned`
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir()
-        yield beside
-        put_in_place(beside, path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    for leftover in path.parent.glob(f".{escape(path.name)}.*tmp"):
+        if alone or abandoned(leftover):
+            remove(leftover)
+    with temporary_directory(path) as temporary:
+        yield temporary
+        put_in_place(temporary, path)
 
 
-def put_in_place(beside: Path, path: Path) -> None:
-    """Flush the finished directory `beside` to disk and make it `path`; an existing `path` is replaced."""
-    for file in beside.iterdir():
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Flush the finished directory `temporary` to disk and make it `path`; an existing `path` is replaced."""
+    for file in temporary.iterdir():
         sync(file)
-    sync(beside)
-    if path.exists():
-        old = path.with_name(f".{path.name}.old.tmp")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        beside.rename(path)
-        shutil.rmtree(old)
-    else:
-        beside.rename(path)
+    sync(temporary)
+    replaced = []
+    while not _renamed(temporary, path):
+        old = temporary_sibling(path)
+        with suppress(FileNotFoundError):  # another process may be replacing it too
+            path.rename(old)
+            replaced.append(old)
+    for old in replaced:
+        remove(old)
     sync(path.parent)
+
+
+def _renamed(directory: Path, path: Path) -> bool:
+    """Rename a directory; False where `path` exists."""
+    try:
+        directory.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        return False
+    return True
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -83,6 +204,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error).removeprefix("Error while serializing: "), str(path)) from error
+    give_default_mode(path)
+
+
+def give_default_mode(path: Path) -> None:
+    """Give a file that a library made for its owner alone the permissions that the umask allows."""
+    # Reading the umask would mean setting it, in all threads.
+    probe = temporary_sibling(path)
+    try:
+        probe.touch()
+        path.chmod(probe.stat().st_mode & 0o777)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

@@ -6,16 +6,16 @@ package's own readers. Data that changed are read anew; ranks and later runs fin
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from glob import escape
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dataloaders import tokenized
 from dataloaders.cpu import available_cores
-from dataloaders.files import sha256
+from dataloaders.files import remove_abandoned, sha256
 from dataloaders.formats import Format, Reading, parse_json
 from dataloaders.formats.stream import iter_raw
+from dataloaders.locks import lock
 from dataloaders.prompts import tokenize
 from dataloaders.records import RecordError
 from dataloaders.tokenized import Columns, TokenizedFile
@@ -38,6 +39,8 @@ _WORTH_PROCESSES = 32_000_000
 """Bytes of annotations that take longer to read than further processes take to start."""
 
 _MOST_PROCESSES = 32
+
+_TAKES_NO_FILES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -103,23 +106,32 @@ def open_index(
     folder     the room, such as DATA/stage2
     cache      folder that keeps what was made; None makes it for this call alone
     processes  that read; 0 for this one alone, None for what the files' size is worth
-    Raises ValueError for an annotation file that ends too early or is no JSON at all.
+    Raises ValueError for an annotation file that ends too early or is no JSON at all, and where `cache` takes no files.
     """
-    with tempfile.TemporaryDirectory() if cache is None else _existing(cache) as directory:
+    with tempfile.TemporaryDirectory() if cache is None else nullcontext(cache) as directory:
         path = Path(directory) / f"{folder.name}-{_identity(folder, formats, tokenizer, reading)}.safetensors"
-        with _locked(path) as alone:
-            if not path.exists():
-                for abandoned in path.parent.glob(f".{path.name}.*.tmp") if alone else ():
-                    shutil.rmtree(abandoned)
-                _build(path, folder, formats, Tokenizing(tokenizer, reading), processes)
+        # Of a cache that holds it nothing is written: it may be read-only.
+        if not path.exists():
+            with _writable(path.parent), _locked(path) as held:
+                if not path.exists():
+                    remove_abandoned(path.parent, f".{escape(path.name)}.*.tmp", held)
+                    _build(path, folder, formats, Tokenizing(tokenizer, reading), processes)
         index = TokenizedFile(path)
     return index, [Malformed(*entry) for entry in json.loads(index.notes["malformed"])]
 
 
 @contextmanager
-def _existing(folder: Path) -> Iterator[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    yield str(folder)
+def _writable(cache: Path) -> Iterator[None]:
+    """Make the folder; within the block, a cache that takes no files is one sentence."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno not in _TAKES_NO_FILES:
+            raise
+        raise ValueError(
+            f"tokenized samples cannot be kept in {cache} ({error.strerror}); choose another folder with --cache"
+        ) from error
 
 
 @contextmanager
@@ -128,15 +140,12 @@ def _locked(path: Path) -> Iterator[bool]:
 
     False on a file system without locks: there each process builds, and the last one's file, the same, stays.
     """
-    lock = path.with_name(f".{path.name}.lock")
-    with lock.open("w") as file:
+    file = path.with_name(f".{path.name}.lock")
+    with lock(file, "runs that start together each tokenize the same samples", wait=True) as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            alone = True
-        except OSError:
-            alone = False
-        yield alone
-    lock.unlink(missing_ok=True)
+            yield held.held
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def _identity(folder: Path, formats: Sequence[Format], tokenizer: PreTrainedTokenizerBase, reading: Reading) -> str:

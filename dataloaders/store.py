@@ -12,7 +12,6 @@ unfinished shard, nothing else. One record of PiTe's is 153.6 kB, so a shard of 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import mmap
@@ -26,13 +25,14 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import IO, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save
 
+from dataloaders import locks
 from dataloaders.files import write_atomically
 
 MANIFEST = "manifest.json"
@@ -249,7 +249,7 @@ class FeatureWriter:
             shard = self.path / f"{self.rank:05d}-{self._number:06d}.safetensors"
             self._number += 1
             try:
-                os.close(os.open(shard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+                os.close(os.open(shard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
                 return shard
             except FileExistsError:
                 continue
@@ -266,21 +266,15 @@ class FeatureWriter:
             self._lock.close()
 
 
-def lock(path: Path, rank: int) -> IO[str]:
+def lock(path: Path, rank: int) -> locks.Lock:
     """The lock of whoever writes to a store under a rank's name, until it is closed.
 
     Raises ValueError while another process holds it.
     """
-    # The kernel drops the lock with the process, however it ends.
-    file = (path / f".{rank:05d}.lock").open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return locks.lock(path / f".{rank:05d}.lock", "a second process that writes as the same rank is not refused")
     except BlockingIOError:
-        file.close()
         raise ValueError(f"another process is writing to {path} as rank {rank}; wait for it or stop it") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
 
 
 class Index(NamedTuple):

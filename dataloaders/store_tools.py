@@ -22,6 +22,7 @@ from typing import cast
 import numpy as np
 import pyarrow.parquet as pq
 
+from dataloaders.files import abandoned
 from dataloaders.formats import ROOMS, Room, iter_media
 from dataloaders.ledger import LEDGER, Failure, Ledger, read_failures
 from dataloaders.store import MANIFEST, FeatureStore, FeatureWriter, Manifest, lock, read_indices
@@ -77,16 +78,18 @@ def discard(path: Path) -> Report:
     """As `verify`, and remove what it found: the indices of damaged shards, and what killed writers left.
 
     Raises ValueError, nothing removed, while a process writes to the store: of its unfinished shard the name is taken and
-    the index not yet written, as of one that a killed writer left. Of writers that begin meanwhile nothing is touched.
+    the index not yet written, as of one that a killed writer left. Of writers that begin meanwhile nothing is touched, nor,
+    where there are no locks, what any process wrote within a day, unless it is of this machine and has ended.
     """
     ranks = {int(found[1]) for file in path.iterdir() if (found := _RANK.match(file.name))}
-    with ExitStack() as locks:
-        for rank in sorted(ranks):
-            locks.enter_context(lock(path, rank))
+    with ExitStack() as stack:
+        locks = {rank: stack.enter_context(lock(path, rank)) for rank in sorted(ranks)}
         report = verify(path)
         for file in (*report.damage, *report.stray):
             found = _RANK.match(file.name)
-            if found is None or int(found[1]) in ranks:
+            own = locks.get(int(found[1])) if found is not None else None
+            locked = found is None or (own is not None and own.held)
+            if abandoned(file, locked) or (own is not None and file in report.damage):
                 file.unlink(missing_ok=True)
     return report
 

@@ -11,14 +11,13 @@ import mmap
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-from dataloaders.files import sync
+from dataloaders.files import sync, temporary_directory
 from dataloaders.records import TokenizedSample
 
 Columns = Mapping[str, np.ndarray]
@@ -79,11 +78,8 @@ def write(path: Path, parts: Iterable[Columns], num_frames: int, num_points: int
 
     notes  texts to keep with the samples; they may be filled until the last part was taken
     """
-    with (
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as beside,
-        ExitStack() as stack,
-    ):
-        files = {name: stack.enter_context((Path(beside) / name).open("w+b")) for name in _TYPES}
+    with temporary_directory(path) as temporary, ExitStack() as stack:
+        files = {name: stack.enter_context((temporary / name).open("w+b")) for name in _TYPES}
         for part in parts:
             for name, file in files.items():
                 file.write(part[name].tobytes())
@@ -97,7 +93,7 @@ def write(path: Path, parts: Iterable[Columns], num_frames: int, num_points: int
             end += size
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        whole = Path(beside) / "whole"
+        whole = temporary / "whole"
         with whole.open("wb") as target:
             target.write(struct.pack("<Q", len(text)) + text)
             for file in files.values():

@@ -21,7 +21,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dataloaders.files import read_json_object, require_file, sha256, write_atomically, write_tensors
+from dataloaders.files import (
+    read_json_object,
+    remove_abandoned,
+    require_file,
+    sha256,
+    temporary_sibling,
+    write_atomically,
+    write_tensors,
+)
 from pite import hub, names
 from pite.adapters import plain_lora
 from pite.config import PiTeConfig
@@ -167,19 +175,18 @@ def save_merged(model: PiTe, directory: Path) -> None:
     if (directory / LINEAGE).exists():
         raise ValueError(f"{directory} holds a training stage's output: save the whole model into another directory")
     directory.mkdir(parents=True, exist_ok=True)
-    for abandoned in directory.glob(".model*.safetensors.tmp"):
-        abandoned.unlink()
+    remove_abandoned(directory, ".model*.safetensors.*.tmp")
     shards = _shards({**names.merged_tensors(model), **names.head_tensors(model)})
     written = {}
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        written[file] = directory / f".{file}.tmp"
+        written[file] = temporary_sibling(directory / file)
         write_tensors(written[file], shard)
     index = hub.index_file(directory)
     for stale in (directory / "config.json", index, *hub.standard_files(directory)):
         stale.unlink(missing_ok=True)
-    for file, beside in written.items():
-        beside.replace(directory / file)
+    for file, temporary in written.items():
+        temporary.replace(directory / file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         weight_map = {name: file for file, shard in zip(written, shards) for name in shard}
@@ -227,21 +234,27 @@ def save_stage(model: PiTe, directory: Path, lineage: dict[str, Any]) -> None:
     ).save_pretrained(str(directory))
     # The directory is renamed into place later, to a sibling: paths relative to its parent stay true.
     merged = [
-        {"path": os.path.relpath(path, directory.parent), "sha256": sha256(Path(path) / ADAPTER_FILE)}
+        {"path": _relative(path, directory.parent), "sha256": sha256(Path(path) / ADAPTER_FILE)}
         for path in lineage["merged"]
     ]
     llm = lineage["language_model"]
     content = {
         **lineage,
-        "language_model": os.path.relpath(llm, directory.parent) if Path(llm).is_dir() else llm,
+        "language_model": _relative(llm, directory.parent) if Path(llm).is_dir() else llm,
         "merged": merged,
         "files": {file: sha256(directory / file) for file in (ADAPTER_FILE, HEADS_FILE)},
     }
     write_atomically(directory / LINEAGE, json.dumps(content, indent=1) + "\n")
 
 
+def _relative(path: str | Path, start: Path) -> str:
+    """A path from `start`, both without symbolic links: `..` leads out of a link's target, not of the link."""
+    return os.path.relpath(Path(path).resolve(), start.resolve())
+
+
 def read_lineage(directory: Path) -> dict[str, Any]:
     """The lineage of a stage directory, its files checked against their checksums; its paths made absolute."""
+    directory = directory.resolve()
     lineage = _parse_lineage(directory)
     for file, checksum in lineage["files"].items():
         check(directory / file, checksum)
@@ -258,6 +271,7 @@ def stages(directory: Path) -> tuple[int, ...]:
     """The stages whose learning a directory holds, in order, as the lineages say; none for the whole layout."""
     if not (directory / LINEAGE).exists():
         return ()
+    directory = directory.resolve()
     lineage = _parse_lineage(directory)
     earlier = [_parse_lineage(directory.parent / entry["path"])["stage"] for entry in lineage["merged"]]
     return (*earlier, lineage["stage"])

@@ -12,7 +12,6 @@ encoding: lengths of alternating runs of 0 and 1, columns first, beginning with 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from dataloaders.files import sync, write_atomically
+from dataloaders.files import file_written_atomically, write_atomically
 from dataloaders.formats.activitynet import EventVideo
 from dataloaders.formats.fields import field
 from dataloaders.records import RecordError
@@ -165,19 +164,13 @@ def read_tracks(path: Path, phrases: Phrases) -> Tracks:
 def join_records(paths: Iterable[Path], output: Path) -> Sequence[dict[str, int]]:
     """Write the records at `paths`, those that exist, as one JSONL file, whole or not at all; returns their counts."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside, counts = output.with_name(f".{output.name}.{os.getpid()}.tmp"), []
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            for path in paths:
-                if path.exists():
-                    content = read_json(path)
-                    file.write(json.dumps(content["record"], ensure_ascii=False, separators=(",", ":")) + "\n")
-                    counts.append(content["counts"])
-        sync(beside)
-        beside.replace(output)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync(output.parent)
+    counts = []
+    with file_written_atomically(output) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for path in paths:
+            if path.exists():
+                content = read_json(path)
+                file.write(json.dumps(content["record"], ensure_ascii=False, separators=(",", ":")) + "\n")
+                counts.append(content["counts"])
     return counts
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import av
 import numpy as np
 from PIL import Image
 
+from dataloaders.files import file_written_atomically
 from dataloaders.synthetic.scene import COLOURS, FRAMES_PER_SECOND, RADIUS, Scene, signed_distance
 
 OCCLUDER_GREY = 140
@@ -37,19 +37,19 @@ def draw(scene: Scene, size: int) -> np.ndarray:
 
 def write_mp4(path: Path, frames: np.ndarray) -> None:
     """Encode frames (T, H, W, 3) uint8 RGB as H.264 in MP4. A kill leaves no partial file under `path`."""
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
-    with av.open(str(beside), "w", format="mp4") as container:
+    with (
+        file_written_atomically(path, flush=False) as temporary,
+        av.open(str(temporary), "w", format="mp4") as container,
+    ):
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=_CODEC_OPTIONS)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    beside.replace(path)
 
 
 def write_jpeg(path: Path, image: np.ndarray) -> None:
     """Write an image (H, W, 3) uint8 RGB as JPEG. A kill leaves no partial file under `path`."""
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
-    Image.fromarray(image).save(beside, format="JPEG", quality=92)
-    beside.replace(path)
+    with file_written_atomically(path, flush=False) as temporary:
+        Image.fromarray(image).save(temporary, format="JPEG", quality=92)

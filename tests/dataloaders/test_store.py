@@ -203,7 +203,7 @@ def test_writers_of_one_rank_do_not_collide_without_locks(tmp_path: Path, monkey
     def refuse(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("dataloaders.store.fcntl.flock", refuse)
+    monkeypatch.setattr("dataloaders.locks.fcntl.flock", refuse)
     store = FeatureStore.create_or_open(tmp_path, MANIFEST)
     with ExitStack() as stack:
         writers = [stack.enter_context(FeatureWriter(store, shard_records=2)) for _ in range(4)]

@@ -1,0 +1,76 @@
+"""Locks between processes, by flock: the kernel drops one with its process, however that ends.
+
+Some file systems have none: Lustre mounted without `-o flock`, NFS without lockd. There a process goes on without its
+lock after one warning, because a lock file made by hand would outlive a process that is killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from pathlib import Path
+from typing import IO
+
+_LOG = logging.getLogger(__name__)
+_warned: set[Path] = set()
+
+
+class Lock:
+    """A lock file that this process holds until `close`, or the end of its block.
+
+    held  False on a file system without locks
+    """
+
+    def __init__(self, file: IO[str], held: bool) -> None:
+        self._file, self.held = file, held
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def lock(path: Path, consequence: str, wait: bool = False) -> Lock:
+    """Hold the lock file at `path`, which is made.
+
+    consequence  what may happen where the file system has no locks: the end of the warning there
+    wait         until another process drops it
+    Raises BlockingIOError while another process holds it, unless it waits; OSError where the file cannot be made.
+    """
+    while True:
+        # For appending: locks over NFS need a file that is open for writing.
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError as error:
+            _warn(path, error, consequence)
+            return Lock(file, held=False)
+        except BaseException:
+            file.close()
+            raise
+        if _is_at(file, path):
+            return Lock(file, held=True)
+        file.close()  # who held it before has removed it, and another process may hold its successor
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _warn(path: Path, error: OSError, consequence: str) -> None:
+    """Print a warning, once for each folder, on one rank of each machine."""
+    folder = path.parent.absolute()
+    if folder not in _warned and os.environ.get("LOCAL_RANK", "0") == "0":
+        _LOG.warning("%s is on a file system without locks (%s): %s", folder, error.strerror, consequence)
+    _warned.add(folder)
