@@ -259,7 +259,7 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
         max_length=config.max_length,
         available=None,
         # Tokenizing takes minutes: the run that follows finds what the dry run made.
-        cache=config.store / "samples" if config.store.is_dir() else None,
+        cache=config.samples if config.cache or config.store.is_dir() else None,
         failure_budget=config.failure_budget,
         turn=config.turn,
         narrative_timing=config.narrative_timing,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dataloaders.dataset import StageDataset
 from dataloaders.formats import Room, present_formats
 from dataloaders.ledger import LEDGER, read_failures
+from dataloaders.locks import lock
 from dataloaders.store import Manifest
 from engine.parallel import World
 from engine.recipes import Stage
@@ -24,15 +24,25 @@ from pite.tokenizers import check_vocabulary
 
 def agree(world: World, check: Callable[[], None]) -> None:
     """Make a check on every rank; where it fails on any, all raise the same ValueError, which names one unless all fail."""
-    failed: str | None = None
-    try:
-        check()
-    except (ValueError, OSError) as error:
-        failed = str(error)
-    every = world.gather(failed)
+    every = world.gather(_failure(check))
     for rank, sentence in enumerate(every):
         if sentence is not None:
             raise ValueError(sentence if set(every) == {sentence} else f"rank {rank}: {sentence}")
+
+
+def agree_with_main(world: World, check: Callable[[], None]) -> None:
+    """Make a check on rank 0 alone; where it fails, all ranks raise the same ValueError."""
+    failed = world.from_main(lambda: _failure(check))
+    if failed is not None:
+        raise ValueError(failed)
+
+
+def _failure(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def check_given(config: TrainConfig) -> None:
@@ -47,15 +57,14 @@ def check_given(config: TrainConfig) -> None:
 def claimed(output: Path, world: World) -> Iterator[None]:
     """Keep other runs out of a run's folder within the block. Raises ValueError, on all ranks, where another is in it."""
     with ExitStack() as held:
-        agree(world, lambda: _claim(output, held) if world.is_main else None)
+        agree_with_main(world, lambda: _claim(output, held))
         yield
 
 
 def _claim(output: Path, held: ExitStack) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    lock = held.enter_context((output / ".lock").open("a"))
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.enter_context(lock(output / ".lock", "make sure that no other run writes to it"))
     except BlockingIOError as error:
         raise ValueError(f"{output} is being written by another run; wait for it or choose another --output") from error
 

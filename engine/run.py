@@ -19,6 +19,7 @@ from engine.hardware import efficiency
 from engine.loop import compute_losses, make_optimizer, train
 from engine.metrics import Metrics
 from engine.parallel import World
+from engine.preflight import agree_with_main
 from engine.profile import Profile
 from engine.recipes import Recipe
 from pite.model import PiTe
@@ -47,19 +48,18 @@ def run(
     optimizer = make_optimizer(model, recipe)
     checkpoints = directory / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    # One rank looks, so that all start from the same.
-    newest, complaints = world.from_main(lambda: state.newest(checkpoints))
+    continued, complaints = resume_point(checkpoints, config.start_over_if_damaged, world)
     start = 0
-    if newest is not None:
-        state.restore(newest, parameters, optimizer, fingerprint)
-        start = newest.step
+    if continued is not None:
+        state.restore(continued, parameters, optimizer, fingerprint)
+        start = continued.step
     stop = total if config.max_steps is None else max(start, min(total, config.max_steps))
     with (
         InterruptFlag(among_others=world.size > 1) as interrupted,
         Metrics(
             directory if world.is_main else None, start=start, total=stop, title=directory.name, wandb=config.wandb
         ) as metrics,
-        state.Writer(checkpoints, fingerprint, config.keep_checkpoints) as writer,
+        state.Writer(checkpoints, fingerprint, config.keep_checkpoints, continued) as writer,
         Profile(directory / "profile", config.profile, world, start) as profile,
     ):
         for text in complaints:
@@ -125,6 +125,13 @@ def run(
                 "the same command with more of them continues"
             )
     return done, asked
+
+
+def resume_point(checkpoints: Path, start_over: bool, world: World) -> tuple[state.Checkpoint | None, list[str]]:
+    """`state.resume_point` of rank 0, on all ranks: all start from the same, and one renames."""
+    found: list[tuple[state.Checkpoint | None, list[str]]] = []
+    agree_with_main(world, lambda: found.append(state.resume_point(checkpoints, start_over)))
+    return world.from_main(lambda: found[0])
 
 
 @contextmanager

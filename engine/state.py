@@ -4,8 +4,9 @@ Only what learns is in it, which every rank has whole under any layout: rank 0 w
 torch.distributed.checkpoint does both. The step waits for a copy in host memory; DCP's thread writes that copy while
 training goes on. A checkpoint is a directory `step-00000100` of safetensors files with their index (trainable
 parameters and AdamW's moments; DCP's usual format would be a pickle) and one JSON file of ours with their checksums. It
-is written beside and renamed, so a kill or a full disk leaves the previous one whole. The data need no state: the batch
-plan is a function of the step.
+is written under a temporary name and renamed, so a kill or a full disk leaves the previous one whole. A damaged
+checkpoint is set aside under another name, and never counted or deleted. The data need no state: the batch plan is a
+function of the step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dataloaders.files import put_in_place, sha256
+from dataloaders.files import put_in_place, remove, sha256, temporary_sibling
 
 # That one process alone saves, or loads for itself, is what is meant.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -66,33 +68,39 @@ def tensors_of(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optim
 class _Storage(HuggingFaceStorageWriter):
     """DCP's writer of one checkpoint: into a hidden directory that becomes `target` when all is in it."""
 
-    def __init__(self, target: Path, tensors: dict[str, Tensor], content: dict[str, Any], keep: int) -> None:
+    def __init__(
+        self, target: Path, tensors: dict[str, Tensor], content: dict[str, Any], finished: Callable[[Path], None]
+    ) -> None:
         ends = accumulate(tensor.nbytes for tensor in tensors.values())
         files = {name: 1 + end // FILE_BYTES for name, end in zip(tensors, ends)}
-        super().__init__(str(target.with_name(f".{target.name}.tmp")), files)
+        super().__init__(str(temporary_sibling(target)), files)
         # All it gets is in host memory: to copy ahead, DCP's thread would open a CUDA context on device 0.
         self.per_thread_copy_ahead = 0
-        self._target, self._content, self._keep = target, content, keep
+        self._target, self._content, self._finished = target, content, finished
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """After the last tensor, still in DCP's thread."""
         super().finish(metadata, results)
-        beside = Path(self.path)
-        content = {**self._content, "sha256": {file.name: sha256(file) for file in beside.iterdir()}}
-        (beside / STATE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-        put_in_place(beside, self._target)
-        for old in _complete(self._target.parent)[: -self._keep]:
-            shutil.rmtree(old, ignore_errors=True)  # a whole one too many is no reason to stop
+        temporary = Path(self.path)
+        content = {**self._content, "sha256": {file.name: sha256(file) for file in temporary.iterdir()}}
+        (temporary / STATE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        put_in_place(temporary, self._target)
+        self._finished(self._target)
 
 
 class Writer:
     """Writes checkpoints of one run, each while training goes on; the next one waits for the one before.
 
+    keep       whole checkpoints that stay
+    continued  the whole checkpoint that the run continues
     Raises ValueError, at the next call or the end of its block, when one could not be written.
     """
 
-    def __init__(self, directory: Path, fingerprint: dict[str, Any], keep: int) -> None:
+    def __init__(
+        self, directory: Path, fingerprint: dict[str, Any], keep: int, continued: Checkpoint | None = None
+    ) -> None:
         self._directory, self._fingerprint, self._keep = directory, fingerprint, keep
+        self._whole = [continued.path] if continued else []
         self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
         self._saving: tuple[int, Future[Metadata]] | None = None
 
@@ -107,9 +115,17 @@ class Writer:
                 n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for n, t in tensors.items()
             }
         content = {"step": step, "fingerprint": self._fingerprint}
-        storage = _Storage(self._directory / f"step-{step:08d}", tensors, content, self._keep)
+        storage = _Storage(self._directory / _name(step), tensors, content, self._retain)
         saving = dcp.async_save(tensors, storage_writer=storage, async_stager=self._stager, no_dist=True)
         self._saving = step, cast("Future[Metadata]", saving)
+
+    def _retain(self, written: Path) -> None:
+        """Delete what is older than the newest checkpoints that are certainly whole, so that damage costs no whole one."""
+        self._whole = [*self._whole, written][-self._keep :]
+        if len(self._whole) == self._keep:
+            for path in _complete(self._directory):
+                if path.name < self._whole[0].name:
+                    shutil.rmtree(path, ignore_errors=True)  # a whole one too many is no reason to stop
 
     def wait(self) -> None:
         """Until the last checkpoint is whole on disk."""
@@ -145,19 +161,61 @@ class Writer:
                 self.wait()
 
 
-def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a sentence for each newer one that is not."""
-    complaints: list[str] = []
+def newest(directory: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest checkpoint that is whole, and each newer one with what is wrong with it, the newest first."""
+    damaged: dict[Path, str] = {}
     for path in reversed(_complete(directory)):
         try:
-            content = json.loads((path / STATE).read_text())
-            for name, checksum in content["sha256"].items():
-                if sha256(path / name) != checksum:
-                    raise ValueError(f"{name} does not match its checksum")
-            return Checkpoint(path, content["step"]), complaints
-        except (OSError, ValueError, KeyError) as error:
-            complaints.append(f"checkpoint {path} is damaged ({error}): falling back to the one before")
-    return None, complaints
+            return Checkpoint(path, _verified_step(path)), damaged
+        except PermissionError:
+            raise  # that is no damage
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            damaged[path] = str(error)
+    return None, damaged
+
+
+def _verified_step(path: Path) -> int:
+    """The optimizer steps in a checkpoint. Raises one of several exceptions where it is damaged."""
+    content = json.loads((path / STATE).read_text())
+    for name, checksum in content["sha256"].items():
+        if sha256(path / name) != checksum:
+            raise ValueError(f"{name} does not match its checksum")
+    step: int = content["step"]
+    if path.name != _name(step) or not content["sha256"] or "fingerprint" not in content:
+        raise ValueError(f"{STATE} is another checkpoint's, or incomplete")
+    return step
+
+
+def resume_point(directory: Path, start_over: bool = False) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to continue, None for a start at step 0, and a sentence for each damaged one that was set aside.
+
+    For one process alone: damaged checkpoints newer than the whole one are renamed, `damaged-step-00000040`.
+    start_over  start at step 0 where all are damaged. Without it that raises ResumeError, and nothing is renamed
+    """
+    whole, damaged = newest(directory)
+    aside = sorted(directory.glob("damaged-step-*"))
+    if whole is None and (damaged or aside) and not start_over:
+        example = next(iter(damaged), aside[-1] if aside else directory)
+        why = f" ({damaged[example]})" if example in damaged else ""
+        raise ResumeError(
+            f"all checkpoints in {directory} are damaged, {example.name}{why} among them: restore one from a copy, or add "
+            "--start-over-if-damaged to begin this stage again at step 0"
+        )
+    next_try = f"falling back to step {whole.step}" if whole else "starting at step 0"
+    sentences = [
+        f"checkpoint {path} is damaged ({why}): set aside as {_set_aside(path).name}, {next_try}"
+        for path, why in damaged.items()
+    ]
+    return whole, sentences
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint to a name that does not count as one."""
+    target, number = path.with_name(f"damaged-{path.name}"), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"damaged-{path.name}-{number}")
+    return path.rename(target)
 
 
 def compare(saved: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> None:
@@ -180,8 +238,8 @@ def check_newest(directory: Path, fingerprint: dict[str, Any]) -> None:
             )
         try:
             saved = json.loads((path / STATE).read_text())["fingerprint"]
-        except (OSError, ValueError, KeyError):
-            continue  # damaged: `newest` says so
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged, which `newest` reports
         return compare(saved, fingerprint, path)
 
 
@@ -214,11 +272,15 @@ def _cause(error: CheckpointException) -> BaseException:
     return next(iter(error.failures.values()))[0]
 
 
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def _complete(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob("step-*") if p.is_dir())
 
 
 def _remove_unfinished(directory: Path) -> None:
-    """What a write left behind that failed or was killed."""
+    """Remove what writes left that failed or were killed: all of it, since a run's folder has one writer."""
     for path in directory.glob(".step-*"):
-        shutil.rmtree(path)
+        remove(path)

@@ -10,8 +10,10 @@ import os
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dataloaders.dataset import StageDataset
 from dataloaders.files import directory_written_atomically, sha256
@@ -36,7 +38,8 @@ from engine.metrics import require_wandb
 from engine.once import say_error
 from engine.parallel import World
 from engine.plots import plot_losses
-from engine.preflight import agree, check_encoded, check_fp8, check_given, check_tokens, claimed
+from engine.preemption import remove_marker, write_marker
+from engine.preflight import agree, agree_with_main, check_encoded, check_fp8, check_given, check_tokens, claimed
 from engine.recipes import LANGUAGE_MODELS, Recipe, Stage
 from engine.run import run
 from engine.train_config import TrainConfig
@@ -58,11 +61,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if config.wandb is not None:
             require_wandb()
+        if int(os.environ.get("RANK", "0")) == 0:
+            remove_marker(config.output)
         world = World.join(config.device, config.stall_timeout)
         agree(world, lambda: check_given(config))
         with claimed(config.output, world):
             for stage in config.stages:
-                if not train_stage(config, stage, world):
+                progress = train_stage(config, stage, world)
+                if progress.asked and world.is_main and not (progress.done and stage == config.stages[-1]):
+                    write_marker(config.output, stage, progress.step)
+                if progress.asked or not progress.done:
                     break
         status, alone_because = 0, None
     except NonFiniteError as error:
@@ -89,8 +97,16 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
-    """Train one stage to its end; False when it stopped before, or was asked to at its end, and can be continued."""
+class Progress(NamedTuple):
+    """How far a stage is: its optimizer steps, whether those are all, and whether any rank was asked to stop."""
+
+    step: int
+    done: bool
+    asked: bool
+
+
+def train_stage(config: TrainConfig, stage: Stage, world: World) -> Progress:
+    """Train one stage to its end, or until it is asked to stop or has done `--max-steps`."""
     world.doing(f"checking what stage {stage} is made of")
     directory = config.output / f"stage{stage}"
     final = directory / "final"
@@ -124,28 +140,15 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
         **{name.replace("_", " "): getattr(recipe, name) for name in _RECIPE_FIELDS},
     }
     if (final / checkpoint.LINEAGE).exists():
-        made_of = checkpoint.read_lineage(final)["made_of"]
-        state.compare({name: made_of.get(name) for name in settings}, settings, final)
+        lineage = checkpoint.read_lineage(final)
+        state.compare({name: lineage["made_of"].get(name) for name in settings}, settings, final)
         world.say(f"stage {stage} is done: {final}")
-        return True
+        return Progress(lineage["steps"], True, False)
 
     world.doing(f"reading the data of stage {stage}")
     tokenizer = load_tokenizer(llm or RANDOM)
     store = FeatureStore(config.features(stage))
-    # The first rank that comes tokenizes, the others wait for it without a collective, which would time out.
-    dataset = StageDataset(
-        config.data,
-        stage,
-        tokenizer,
-        num_frames=pite_config.num_frames if stage > 1 else 1,
-        num_points=pite_config.num_points if stage > 1 else 1,
-        max_length=config.max_length,
-        available=store,
-        cache=config.store / "samples",
-        failure_budget=config.failure_budget,
-        turn=config.turn,
-        narrative_timing=config.narrative_timing,
-    )
+    dataset = _open_dataset(config, stage, world, tokenizer, pite_config, store)
     left_out = directory / "left_out.jsonl"
     note = f"; they are listed in {left_out}" if dataset.exclusions() else ""
     world.say(f"stage {stage}: {dataset.summary()}{note}")
@@ -211,22 +214,60 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> bool:
     if config.compile:
         model.decoder.compile_layers()
     done, asked = run(config, recipe, model, source, world, directory, total, fingerprint)
-    if done < total:
-        return False
+    progress = Progress(done, done == total, asked)
+    if not progress.done:
+        return progress
     if world.is_main:
         plot_losses({directory.name: directory / "metrics.jsonl"}, directory / "losses.png")
     if llm is None:
         world.say(f"stage {stage} is done: random weights are not exported")
-        return not asked
+        return progress
     if world.is_main:
         base = str(llm) if Path(llm_name).expanduser().is_dir() else llm_name
         lineage = {"stage": stage, "language_model": base, "merged": merged, "steps": done, "made_of": fingerprint}
-        with directory_written_atomically(final) as beside:
+        with directory_written_atomically(final, alone=True) as beside:
             tokenizer.save_pretrained(str(beside))
             checkpoint.save_stage(model, beside, lineage)
     world.say(f"stage {stage} is done: {final}" + ("; asked to stop, no other is begun" if asked else ""))
     world.barrier()
-    return not asked
+    return progress
+
+
+def _open_dataset(
+    config: TrainConfig,
+    stage: Stage,
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    pite_config: PiTeConfig,
+    store: FeatureStore,
+) -> StageDataset:
+    """The stage's training set, tokenized by rank 0 alone: a lock does not keep the others from it on every file system.
+
+    Raises ValueError, on all ranks, where rank 0 cannot make it.
+    """
+
+    def open_it() -> None:
+        opened.append(
+            StageDataset(
+                config.data,
+                stage,
+                tokenizer,
+                num_frames=pite_config.num_frames if stage > 1 else 1,
+                num_points=pite_config.num_points if stage > 1 else 1,
+                max_length=config.max_length,
+                available=store,
+                cache=config.samples,
+                failure_budget=config.failure_budget,
+                turn=config.turn,
+                narrative_timing=config.narrative_timing,
+            )
+        )
+
+    opened: list[StageDataset] = []
+    agree_with_main(world, open_it)
+    # What rank 0 made is found, unless the cache is a disk of each machine's own.
+    agree(world, lambda: None if world.is_main else open_it())
+    return opened[0]
 
 
 def _model_config(config: TrainConfig, llm: Path | None) -> PiTeConfig:

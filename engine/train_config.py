@@ -23,6 +23,8 @@ class TrainConfig:
     """folder of stage1/, stage2/, stage3/ in the layout of docs/data.md"""
     store: Path = Path("features")
     """feature store that engine.encode made of that folder"""
+    cache: Path | None = None
+    """where tokenized samples are kept for further runs; STORE/samples unless given, which a read-only store does not allow"""
     output: Path = Path("runs/pite")
     """where stage1/, stage2/, stage3/ are written; an interrupted run there is continued"""
     stage: Literal["1", "2", "3", "all"] = "all"
@@ -93,6 +95,8 @@ class TrainConfig:
     """optimizer steps between checkpoints"""
     keep_checkpoints: int = 2
     """how many of the newest checkpoints stay on disk"""
+    start_over_if_damaged: bool = False
+    """begin a stage again at step 0 where all its checkpoints are damaged; without it that is refused"""
     parallel: Parallel = "auto"
     """copy the frozen weights to every device (ddp) or shard them (fsdp); auto shards where they do not fit"""
     recompute: int | None = None
@@ -146,6 +150,11 @@ class TrainConfig:
             return self.init
         before = stage - 1 if self.trajectory_stage else 1
         return self.output / f"stage{before}" / "final"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of tokenized samples."""
+        return self.cache or self.store / "samples"
 
     def features(self, stage: Stage) -> Path:
         """The feature store of the stage's media."""

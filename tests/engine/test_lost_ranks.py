@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from engine import metrics, watch
+from engine.preemption import MARKER
 from engine.train import main
 from tests.engine.ranks import Ranks, train
 from tests.engine.test_resume import ROOT, SLOWLY, assert_equal_runs, numbers
@@ -80,6 +82,7 @@ def tell(what, number):
     pathlib.Path({str(output)!r}, what + os.environ['RANK']).write_text(str(number))
 tell("process", os.getpid())
 exec({SLOW!r})
+from engine.preemption import MARKER
 from engine.train import main
 status = main(sys.argv[1:])
 tell("status", status)
@@ -131,6 +134,7 @@ def test_torchrun_is_asked_to_stop(workspace: Path, tmp_path: Path, stage1: Path
     step = int(saved.name.split("-")[1])
     assert f"asked to stop (SIGTERM): saved step {step} of 6 in {saved.parent}; the same command continues" in error
     assert len(numbers(tmp_path, 2)) == step
+    assert json.loads((tmp_path / MARKER).read_text()) == {"stage": 2, "step": step}
     assert not (tmp_path / "stage2" / "final").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -87,3 +88,51 @@ def test_what_one_rank_meets_later_ends_the_others(workspace: Path, tmp_path: Pa
     assert "engine.train: rank 1 (" in ranks.said(1)
     (heard,) = said(ranks, "rank 0 ends: rank 1 (")
     assert "ended: /scratch is not mounted" in heard
+
+
+WITHOUT_LOCKS = """
+import time
+from dataloaders import index, locks
+def refuse(*_): raise OSError(37, "No locks available")
+locks.fcntl.flock = refuse
+build = index._build
+def counting(path, *rest):
+    with open("BUILT", "a") as file: file.write(f"{rank}\\n")
+    time.sleep(1)
+    build(path, *rest)
+index._build = counting"""
+
+
+def test_one_rank_tokenizes_where_there_are_no_locks(workspace: Path, tmp_path: Path):
+    """And one of each machine warns."""
+    code = WITHOUT_LOCKS.replace("BUILT", str(tmp_path / "built"))
+    arguments = train_arguments(workspace, tmp_path / "out", "1", cache=tmp_path / "cache", max_steps=1)
+    ranks = train(3, tmp_path / "logs", arguments, code)
+    assert ranks.wait(END_WITHIN) == [0, 0, 0], ranks.said(0)
+    assert (tmp_path / "built").read_text() == "0\n"
+    assert len(said(ranks, "is on a file system without locks")) == 2, "the run's folder and the cache"
+
+
+def test_malformed_data_are_reported_once(workspace: Path, tmp_path: Path):
+    """Rank 0 alone reads them, and all end with its sentence."""
+    data = tmp_path / "data"
+    shutil.copytree(workspace / "data", data, symlinks=True)
+    file = data / "stage1" / "localized_narratives.jsonl"
+    file.write_text("{}\n" + file.read_text())
+    ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path / "out", "1", data=data))
+    assert ranks.wait(END_WITHIN) == [1, 1]
+    assert len(said(ranks, "1 of 25 records are malformed")) == 1
+    assert not said(ranks, "rank 0:")
+
+
+def test_damaged_checkpoints_are_refused_on_all_ranks(workspace: Path, tmp_path: Path):
+    arguments = train_arguments(workspace, tmp_path, "1")
+    assert train(2, tmp_path / "logs", [*arguments, "--max-steps", "2"]).wait(END_WITHIN) == [0, 0]
+    (checkpoint,) = (tmp_path / "stage1" / "checkpoints").iterdir()
+    (checkpoint / "state.json").write_text("{")
+    ranks = train(2, tmp_path / "logs", arguments)
+    assert ranks.wait(END_WITHIN) == [1, 1]
+    assert len(said(ranks, "--start-over-if-damaged")) == 1 and checkpoint.exists()
+    ranks = train(2, tmp_path / "logs", [*arguments, "--start-over-if-damaged"])
+    assert ranks.wait(END_WITHIN) == [0, 0]
+    assert len(said(ranks, "set aside as damaged-step-00000002")) == 1

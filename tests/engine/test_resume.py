@@ -1,5 +1,6 @@
 """Killed at any moment and started again, a run ends where the uninterrupted one does, bit for bit."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from dataloaders import files
 from engine import metrics
+from engine.parallel import World
+from engine.preemption import MARKER, write_marker
 from engine.train import main
 from tests.engine.workspace import train_arguments
 
@@ -68,21 +71,33 @@ def assert_equal_runs(output: Path, reference: Path, stage: int = 1) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_asked_in_its_last_step_a_stage_ends_and_no_other_begins(workspace: Path, tmp_path: Path, monkeypatch, capsys):
+def asking_in_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have an optimizer step, counted over all stages from now on, send SIGTERM to this process."""
     step, steps = torch.optim.AdamW.step, []
 
     def asking(self, *rest):
         steps.append(self)
-        if len(steps) == 6:
+        if len(steps) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *rest)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", asking)
+
+
+def test_asked_in_its_last_step_a_stage_ends_and_no_other_begins(workspace: Path, tmp_path: Path, monkeypatch, capsys):
+    asking_in_step(6, monkeypatch)
     assert main(train_arguments(workspace, tmp_path)) == 0
     assert "asked to stop, no other is begun" in capsys.readouterr().err
+    assert json.loads((tmp_path / MARKER).read_text()) == {"stage": 1, "step": 6}
     assert (tmp_path / "stage1" / "final").exists() and not (tmp_path / "stage2").exists()
     assert main(train_arguments(workspace, tmp_path)) == 0
-    assert (tmp_path / "stage3" / "final").exists()
+    assert (tmp_path / "stage3" / "final").exists() and not (tmp_path / MARKER).exists()
+
+
+def test_asked_in_the_last_step_of_the_last_stage_nothing_is_left_to_do(workspace: Path, tmp_path: Path, monkeypatch):
+    asking_in_step(6, monkeypatch)
+    assert main(train_arguments(workspace, tmp_path, "1")) == 0
+    assert (tmp_path / "stage1" / "final").exists() and not (tmp_path / MARKER).exists()
 
 
 # Each program kills itself at a moment that a signal from outside would hardly hit.
@@ -102,7 +117,7 @@ from dataloaders import files
 sync = files.sync
 def killing(path):
     sync(path)
-    if path.name == ".step-00000004.tmp": os.kill(os.getpid(), signal.SIGKILL)
+    if path.name.startswith(".step-00000004."): os.kill(os.getpid(), signal.SIGKILL)
 files.sync = killing""",
     "between the copy of a state and its writing": """
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -156,14 +171,41 @@ def test_killed_from_outside(workspace: Path, tmp_path: Path, uninterrupted: Pat
 def test_preemption_saves_and_leaves_in_good_order(workspace: Path, tmp_path: Path, uninterrupted: Path):
     process = start(train_arguments(workspace, tmp_path, "1", checkpoint_every=1000), f"exec({SLOWLY!r})")
     wait_until(lambda: len(numbers(tmp_path)) >= 1, process)
+    assert not (tmp_path / MARKER).exists()
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
+    saved = int(next((tmp_path / "stage1" / "checkpoints").iterdir()).name.removeprefix("step-"))
+    assert json.loads((tmp_path / MARKER).read_text()) == {"stage": 1, "step": saved}
     error = process.stderr.read().decode()
     assert "the same command continues" in error
     assert "torch.distributed" not in error, "what saving says to those who program it"
     assert not (tmp_path / "stage1" / "final").exists()
     assert main(train_arguments(workspace, tmp_path, "1", checkpoint_every=1000)) == 0
     assert_equal_runs(tmp_path, uninterrupted)
+    assert not (tmp_path / MARKER).exists()
+
+
+@pytest.mark.parametrize("how", ["malformed data", "no data", "another seed", "--max-steps", "no device", "finished"])
+def test_only_a_preemption_leaves_a_marker(workspace: Path, tmp_path: Path, monkeypatch, how: str):
+    """An error, or a stop that was asked for on the command line, does not have a job queue itself again."""
+    assert main(train_arguments(workspace, tmp_path, "1", max_steps=2)) == 0
+    assert not (tmp_path / MARKER).exists()
+    write_marker(tmp_path, 1, 2)
+    flags, status = {
+        "malformed data": ({"data": tmp_path / "data"}, 1),
+        "no data": ({"data": tmp_path / "nothing"}, 1),
+        "another seed": ({"seed": 1}, 1),
+        "--max-steps": ({"max_steps": 4}, 0),
+        "no device": ({}, 1),
+        "finished": ({}, 0),
+    }[how]
+    if how == "malformed data":
+        shutil.copytree(workspace / "data", tmp_path / "data", symlinks=True)
+        (tmp_path / "data" / "stage1" / "localized_narratives.jsonl").write_text("{")
+    if how == "no device":
+        monkeypatch.setattr(World, "join", lambda *_: (_ for _ in ()).throw(ValueError("no device")))
+    assert main(train_arguments(workspace, tmp_path, "1", **flags)) == status
+    assert not (tmp_path / MARKER).exists()
 
 
 def test_a_damaged_newest_checkpoint_falls_back(workspace: Path, tmp_path: Path, uninterrupted: Path, capsys):
@@ -174,8 +216,29 @@ def test_a_damaged_newest_checkpoint_falls_back(workspace: Path, tmp_path: Path,
     assert main(train_arguments(workspace, tmp_path, "1")) == 0
     error = capsys.readouterr().err
     assert "step-00000006 is damaged" in error
+    assert "set aside as damaged-step-00000006, falling back to step 4" in error
     assert "continuing after step 4" in error
     assert_equal_runs(tmp_path, uninterrupted)
+
+
+def test_damage_to_all_checkpoints_takes_a_flag(workspace: Path, tmp_path: Path, uninterrupted: Path, capsys):
+    assert main(train_arguments(workspace, tmp_path, "1", max_steps=4)) == 0
+    checkpoints = tmp_path / "stage1" / "checkpoints"
+    for checkpoint in checkpoints.iterdir():
+        next(checkpoint.glob("*.safetensors")).write_bytes(b"")
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    for _ in range(2):
+        assert main(train_arguments(workspace, tmp_path, "1")) == 1
+        error = capsys.readouterr().err
+        assert f"engine.train: all checkpoints in {checkpoints} are damaged" in error
+        assert "--start-over-if-damaged" in error
+        assert sorted(tmp_path.rglob("*")) == before
+    assert main(train_arguments(workspace, tmp_path, "1", start_over_if_damaged=True)) == 0
+    assert "set aside as damaged-step-00000004, starting at step 0" in capsys.readouterr().err
+    assert_equal_runs(tmp_path, uninterrupted)
+    names = ["damaged-step-00000002", "damaged-step-00000004", "step-00000004", "step-00000006"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == names
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(workspace: Path, tmp_path: Path, uninterrupted: Path, capsys):
