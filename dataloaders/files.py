@@ -40,9 +40,14 @@ def temporary_sibling(path: Path) -> Path:
 
     The random part keeps processes apart that share a process id, as those of two containers do.
     """
-    end = f".{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    end = f".{process_name()}.tmp"
     start = os.fsencode(f".{path.name}")[: _LONGEST_NAME - len(end)].decode(errors="ignore")
     return path.with_name(start + end)
+
+
+def process_name() -> str:
+    """HOST-PID-RANDOM of this process for a file of its own; another one at each call."""
+    return f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def abandoned(path: Path, locked: bool = False) -> bool:

@@ -1,4 +1,9 @@
-"""What could not be encoded and why: failures are written down and counted, never papered over.
+"""A log of the media that failed to decode or encode, and the share of media that may fail.
+
+    FEATURES/failures.HOST-PID-RANDOM.jsonl    one process's failures, made with the first
+    FEATURES/failures.jsonl                    those of earlier versions, read as well
+
+Each process appends to a file of its own, because a network file system may mix or lose what several append to one.
 
 python -m dataloaders.ledger FEATURES    the failures of a folder of feature stores, by reason
 """
@@ -9,13 +14,17 @@ import json
 import os
 import re
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 
+from dataloaders.files import process_name
+
 LEDGER = "failures.jsonl"
-"""Name of the ledger in a folder of feature stores."""
+"""Name of the ledger in a folder of feature stores; a process's file has its own name in the middle."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,12 @@ class BudgetExceeded(ValueError):
 
 
 class Ledger:
-    """An append-only JSONL file of failures, and the share of media that may fail before a run stops.
+    """An append-only log of failures, JSON lines, and the share of media that may fail before a run stops.
 
-    Processes that share the file share the budget: each counts what the others appended since it opened the ledger.
-    For that a run writes its failures down although an earlier run wrote the same.
+    Processes that share the ledger share the budget: each counts what the others append from now on. For that a run
+    writes its failures down although an earlier run wrote the same.
 
-    path    such as STORE/failures.jsonl; made with the first failure
+    path    such as STORE/failures.jsonl; this process's file is made next to it, with its first failure
     total   media in the run, of all its processes
     budget  share of `total` that may fail; 0.01 is one in a hundred
     """
@@ -53,9 +62,15 @@ class Ledger:
         if not 0 <= budget <= 1:
             raise ValueError(f"the failure budget must be a share between 0 and 1, not {budget}")
         self.path, self.total, self.budget = path, total, budget
-        self._read_to = path.stat().st_size if path.exists() else 0
+        self._own = path.with_name(f"{path.stem}.{process_name()}{path.suffix}")
+        self._read_to = {file: file.stat().st_size for file in _files(path)}
         self._failed: set[str] = set()
-        self._failed_anywhere: set[str] = set()
+        self._failed_elsewhere: set[str] = set()
+
+    @property
+    def files(self) -> str:
+        """A pattern of all files of the ledger, for messages."""
+        return str(self.path.with_name(f"{self.path.stem}*{self.path.suffix}"))
 
     @property
     def count(self) -> int:
@@ -65,44 +80,57 @@ class Ledger:
     def add(self, failure: Failure) -> None:
         """Write a failure to disk, once; raises BudgetExceeded when it is one too many."""
         if failure.id not in self._failed:
-            line = json.dumps(asdict(failure), ensure_ascii=False) + "\n"
-            # One write to a file opened for appending: lines of several processes do not mix.
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(descriptor, _line_break(self.path) + line.encode())
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            self._append({**asdict(failure), "time": time.time()})
             self._failed.add(failure.id)
-        failures, self._read_to = _read(self.path, self._read_to)
-        self._failed_anywhere.update(f.id for f in failures)
-        failed = len(self._failed_anywhere)
+        for file in _files(self.path):
+            if file != self._own:
+                entries, self._read_to[file] = _read(file, self._read_to.get(file, 0))
+                self._failed_elsewhere.update(other.id for _, other in entries)
+        failed = len(self._failed | self._failed_elsewhere)
         if failed > self.budget * self.total:
             raise BudgetExceeded(
                 f"{failed} of {self.total} media failed, more than the failure budget of {self.budget:.2%}; the last: "
-                f"{failure.reason}; all are in {self.path}"
+                f"{failure.reason}; all are in {self.files}"
             )
+
+    def _append(self, entry: dict[str, object]) -> None:
+        with self._own.open("ab") as file:
+            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_failures(path: Path) -> Iterator[Failure]:
-    """Failures in a ledger, in order; nothing where there is none. A line torn by a kill is left out."""
-    yield from _read(path, 0)[0]
+    """Failures in the ledger of all processes, in order of time; nothing where there is none.
+
+    A line torn by a kill is left out. Those of earlier versions have no time and come first.
+    """
+    entries = [entry for file in _files(path) for entry in _read(file, 0)[0]]
+    yield from (failure for _, failure in sorted(entries, key=lambda entry: entry[0]))
 
 
-def _read(path: Path, offset: int) -> tuple[list[Failure], int]:
-    """Failures in the lines from a byte on, and where the last whole line ends."""
-    if not path.exists():
+def _files(path: Path) -> list[Path]:
+    """The files of a ledger that exist."""
+    own = sorted(path.parent.glob(f"{escape(path.stem)}.*{escape(path.suffix)}"))
+    return [path, *own] if path.exists() else own
+
+
+def _read(file: Path, offset: int) -> tuple[list[tuple[float, Failure]], int]:
+    """Times and failures in the lines of a file from a byte on, and where the last whole line ends."""
+    try:
+        with file.open("rb") as opened:
+            opened.seek(offset)
+            content = opened.read()
+    except FileNotFoundError:
         return [], offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        content = file.read()
-    failures = []
-    for line in content.splitlines():
+    entries = []
+    for line in content.split(b"\n"):
         try:
-            failures.append(Failure(**json.loads(line)))
-        except (ValueError, TypeError):
+            values = json.loads(line)
+            entries.append((float(values.pop("time", 0.0)), Failure(**values)))
+        except (ValueError, TypeError, AttributeError):
             continue
-    return failures, offset + content.rfind(b"\n") + 1
+    return entries, offset + content.rfind(b"\n") + 1
 
 
 def report(failures: Iterable[Failure], encoded: Collection[str] = ()) -> str:
@@ -122,15 +150,6 @@ def report(failures: Iterable[Failure], encoded: Collection[str] = ()) -> str:
     for (stage, reason), members in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
         lines.append(f"{len(members):8,}  {stage}  {reason}  (such as {members[0].id}: {members[0].path})")
     return "\n".join(lines)
-
-
-def _line_break(path: Path) -> bytes:
-    """A line break where the last line lacks one, torn by a kill, so that the next does not become part of it."""
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return b""
-        file.seek(-1, os.SEEK_END)
-        return b"" if file.read(1) == b"\n" else b"\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -300,7 +300,11 @@ def _import(options: argparse.Namespace) -> int:
     print(f"{copied:,} records copied; {options.output} holds {len(FeatureStore(options.output)):,}")
     if options.data is not None:
         missing = note_missing(options.folder, options.output, options.data, options.room, options.failure_budget)
-        where = f"; training leaves them out, and {options.output.parent / LEDGER} names them" if missing else ""
+        where = (
+            f"; training leaves them out, and `python -m dataloaders.ledger {options.output.parent}` lists them"
+            if missing
+            else ""
+        )
         print(f"{missing:,} media of {options.data / options.room} have no features{where}")
     return 0
 

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 class EncodeConfig:
     """Decode and encode all media that the annotations of a data folder name.
 
-    Runs again where it was stopped. Files that cannot be decoded are written to STORE/failures.jsonl and tried again by
-    the next run.
+    Runs again where it was stopped. Files that cannot be decoded are listed in STORE/failures.*.jsonl and tried again
+    by the next run.
     """
 
     data: Path
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"engine.encode: {error}", file=sys.stderr)
         return 1
     who = f"rank {ranks.rank} of {ranks.size}: " * (ranks.size > 1)
-    failed = f", {summary.failed:,} failed: see failures.jsonl" * bool(summary.failed)
+    failed = f", {summary.failed:,} failed: see failures.*.jsonl" * bool(summary.failed)
     print(f"{who}{summary.encoded:,} media encoded into {config.store}{failed}")
     if failed and not ranks.rank:
         print(report(read_failures(config.store / LEDGER), _keys(config.store)))

@@ -147,7 +147,7 @@ def run(flags: argparse.Namespace) -> int:
         if failure is not None:
             failed += 1
             ledger.add(failure)
-    print(f"{len(mine) - failed:,} videos annotated" + (f", {failed:,} failed: see {work / LEDGER}" if failed else ""))
+    print(f"{len(mine) - failed:,} videos annotated" + (f", {failed:,} failed: see {ledger.files}" if failed else ""))
     if flags.until != "records":
         print(f"the steps' files are in {work}")
     elif size > 1:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import stat
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +78,8 @@ def test_a_torn_line_spoils_no_other(tmp_path: Path, cut: int) -> None:
     ledger = Ledger(path, 100, 0.5)
     ledger.add(failure(0))
     ledger.add(failure(1))
-    content = path.read_bytes()
-    path.write_bytes(content[:-cut])
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-cut])
     Ledger(path, 100, 0.5).add(failure(2))
     assert [f.id for f in read_failures(path)][-1] == "stage2/v2"
     assert failure(0) in read_failures(path)
@@ -81,6 +87,66 @@ def test_a_torn_line_spoils_no_other(tmp_path: Path, cut: int) -> None:
 
 def test_no_ledger(tmp_path: Path) -> None:
     assert list(read_failures(tmp_path / "f.jsonl")) == []
+    Ledger(tmp_path / "f.jsonl", 100, 0.5)
+    assert not list(tmp_path.iterdir()), "a file is made with the first failure"
+
+
+def as_before(failure: Failure) -> str:
+    """A line as earlier versions wrote it, all processes into one file."""
+    return json.dumps(asdict(failure), ensure_ascii=False) + "\n"
+
+
+def test_a_file_for_each_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where processes have the same id, and after earlier versions; in order of time, not of names."""
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    path = tmp_path / "f.jsonl"
+    path.write_text(as_before(failure(0)) + as_before(failure(1, "empty")))
+    ledgers = [Ledger(path, 100, 0.5) for _ in range(4)]
+    order = [2, 0, 3, 1, 0, 2, 1, 3]
+    for number, which in enumerate(order):
+        ledgers[which].add(failure(number, f"reason of process {which}"))
+    assert len(list(tmp_path.iterdir())) == 5 and path.read_text().count("\n") == 2
+    expected = [failure(0), failure(1, "empty")]
+    expected += [failure(number, f"reason of process {which}") for number, which in enumerate(order)]
+    assert list(read_failures(path)) == expected
+    text = report(read_failures(path))
+    assert text.startswith("8 media failed") and "empty" not in text, "each id counts with its last reason"
+
+
+def test_processes_write_at_the_same_time(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from tests.dataloaders.test_ledger import failure; from dataloaders.ledger import Ledger\n"
+        "ledger, first = Ledger(pathlib.Path(sys.argv[1]), 1000, 1.0), int(sys.argv[2])\n"
+        "for i in range(first, first + 50): ledger.add(failure(i))"
+    )
+    path = tmp_path / "f.jsonl"
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(path), str(50 * n)]) for n in range(3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert {f.id for f in read_failures(path)} == {failure(i).id for i in range(150)}
+
+
+def test_what_an_earlier_version_appends_counts(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text(as_before(failure(0)))
+    ledger = Ledger(path, 100, 0.02)
+    with path.open("a") as file:
+        file.write(as_before(failure(1)))
+    ledger.add(failure(2))
+    with path.open("a") as file:
+        file.write(as_before(failure(3)))
+    with pytest.raises(BudgetExceeded, match=r"3 of 100 media failed.*; all are in .*/f\*\.jsonl"):
+        ledger.add(failure(2))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002])
+def test_it_takes_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        Ledger(tmp_path / LEDGER, 100, 0.5).add(failure(0))
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
 
 
 def test_report_counts_by_reason(tmp_path: Path) -> None:
@@ -119,10 +185,12 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_failure_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ledger of thousands read again with each failure would take minutes."""
-    ledger = Ledger(tmp_path / LEDGER, 10**6, 1)
+    ledger, other = (Ledger(tmp_path / LEDGER, 10**6, 1) for _ in range(2))
     seen: list[Failure] = []
     real = ledger_module.Failure
-    monkeypatch.setattr(ledger_module, "Failure", lambda **values: seen.append(real(**values)) or seen[-1])
     for i in range(20):
-        ledger.add(failure(i))
+        other.add(failure(i))
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger_module, "Failure", lambda **values: seen.append(real(**values)) or seen[-1])
+            ledger.add(failure(100 + i))
     assert seen == [failure(i) for i in range(20)]

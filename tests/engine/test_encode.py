@@ -233,7 +233,7 @@ class TestCommand:
         config = replace(config, data=spoiled(config.data, tmp_path))
         status, out, err = self.run(capsys, config, "--failure-budget", "1")
         first, *report = out.splitlines()
-        assert status == 0 and first.endswith(", 7 failed: see failures.jsonl")
+        assert status == 0 and first.endswith(", 7 failed: see failures.*.jsonl")
         assert report[0] == "7 media failed, 0 more were encoded since" and len(report) == 5
         assert [line.split()[0] for line in report[1:]] == ["2", "2", "2", "1"]
         assert "decoded by PyAV: 5\n" in err
