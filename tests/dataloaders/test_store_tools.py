@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 from dataloaders import store_tools
+from dataloaders.files import ABANDONED_AFTER, temporary_sibling
 from dataloaders.store import FeatureStore, FeatureWriter
 from dataloaders.store_tools import NpyFolder, discard, import_npy, main, merge, verify
 from tests.dataloaders.test_store import KEYS, MANIFEST, check, record, write
@@ -109,6 +113,29 @@ def test_a_writer_that_begins_during_a_discard_loses_nothing(tmp_path: Path, mon
 
     monkeypatch.setattr(store_tools, "verify", slow)
     assert discard(tmp_path).stray == begun and begun[0].exists()
+
+
+def test_without_locks_only_what_certainly_has_no_writer_is_discarded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("dataloaders.locks.fcntl.flock", refuse)
+    write(tmp_path, KEYS)
+    (tmp_path / "00000-000001.safetensors").unlink()
+    live = temporary_sibling(tmp_path / "00000-000007.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: 2**22 + 1)  # more than the kernel gives
+        ended = temporary_sibling(tmp_path / "00000-000008.safetensors")
+    recent, old = (tmp_path / f"00000-00000{i}.safetensors" for i in (5, 6))
+    for file in (live, ended, recent, old):
+        file.write_bytes(b"half")
+    day_before = time.time() - ABANDONED_AFTER - 60
+    os.utime(old, (day_before, day_before))
+    discard(tmp_path)
+    assert live.exists() and recent.exists() and not ended.exists() and not old.exists()
+    check(tmp_path, KEYS[:4] + KEYS[8:])
 
 
 def test_a_folder_of_stores_is_looked_at_as_a_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
