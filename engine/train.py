@@ -225,9 +225,9 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> Progress:
     if world.is_main:
         base = str(llm) if Path(llm_name).expanduser().is_dir() else llm_name
         lineage = {"stage": stage, "language_model": base, "merged": merged, "steps": done, "made_of": fingerprint}
-        with directory_written_atomically(final, alone=True) as beside:
-            tokenizer.save_pretrained(str(beside))
-            checkpoint.save_stage(model, beside, lineage)
+        with directory_written_atomically(final, alone=True) as temporary:
+            tokenizer.save_pretrained(str(temporary))
+            checkpoint.save_stage(model, temporary, lineage)
     world.say(f"stage {stage} is done: {final}" + ("; asked to stop, no other is begun" if asked else ""))
     world.barrier()
     return progress
