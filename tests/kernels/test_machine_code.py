@@ -110,7 +110,7 @@ VARIANTS = {
 def compile_kernel(kernel, types, options, capability):
     """The compiled kernel, its pointers and integers 16-divisible as torch's allocator and the real shapes make them."""
     options = dict(options)
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     arguments = list(zip(kernel.arg_names, types))
     constants = options | {name: None for name, kind in arguments if kind is None}
     signature = {name: kind or "constexpr" for name, kind in arguments} | dict.fromkeys(options, "constexpr")
