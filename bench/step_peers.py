@@ -20,7 +20,7 @@ from dataloaders.records import ABSENT
 from engine.tiny_tokenizer import build_tokenizer
 from kernels import packed_attention
 from pite import names
-from pite.generate import language_model
+from pite.generate import frozen_language_model
 
 PADDED_BATCH = 8
 
@@ -43,12 +43,7 @@ class HuggingFace(nn.Module):
         _, linear, _ = next(names.linear_layers(model))
         assert linear.lora_b is not None
         rank = linear.lora_b.shape[1]
-        merged = names.merged_tensors
-        names.merged_tensors = names.language_model_tensors  # the frozen weights themselves, shared
-        try:
-            llama = language_model(model)
-        finally:
-            names.merged_tensors = merged
+        llama = frozen_language_model(model)
         targets = sorted(part.split(".")[1] for parts in names.PROJECTIONS.values() for part in parts)
         options = {"r": rank, "lora_alpha": linear.scale * rank, "target_modules": targets, "lora_dropout": 0.0}
         if attach is None:

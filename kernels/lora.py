@@ -68,6 +68,8 @@ def lora_linear(
     # An operator of torch.library costs the host 0.18 ms a call and backward, as much as all else here: it is for compilers.
     if torch.compiler.is_compiling():
         y, _ = lora_forward(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
+    elif not torch.is_grad_enabled():
+        y, _ = _forward(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
     else:
         y = _LoRALinear.apply(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
     return y.view(*x.shape[:-1], outputs)
@@ -81,7 +83,9 @@ def _forward(
     fp8 = Fp8Weight(*weight) if len(weight) > 1 else None
     y = x.new_empty(x.shape[0], weight[0].shape[0]) if fp8 is None else product(x, fp8.rows, fp8.row_scales)
     b = lora_b.to(x.dtype)
-    for part, low_i, b_i in zip(y.split(splits, 1), low.split(b.shape[1], 1), b.split(splits)):
+    several = len(splits) > 1
+    parts = zip(y.split(splits, 1), low.split(b.shape[1], 1), b.split(splits)) if several else ((y, low, b),)
+    for part, low_i, b_i in parts:
         part.addmm_(low_i, b_i.t(), beta=0 if fp8 is None else 1, alpha=scale)
     return y if fp8 is not None else y.addmm_(x, weight[0].t()), low
 

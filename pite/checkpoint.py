@@ -81,8 +81,9 @@ def empty(config: PiTeConfig, dtype: torch.dtype, device: str) -> PiTe:
 class Origin:
     """What a model is filled from, one decoder layer at a time: files or random numbers, earlier stages merged in.
 
-    llm     directory of a whole model or plain Llama; None for random weights
-    merged  directories of earlier stages' adapters, in order
+    llm     directory of a whole model or plain Llama; None for random weights, which have no earlier stages
+    merged  directories of earlier stages' adapters, in order: a weight and all its updates are summed in float32 and
+            rounded once to `dtype` (docs/training.md, "Merging and rounding")
     device  where each part is made: the host holds no more than a tensor on its way there, and mapped files
     All names and shapes are compared at once. Raises ValueError naming the directory and tensor that do not fit.
     """
@@ -97,6 +98,7 @@ class Origin:
         device: str = "cpu",
         seed: int = 0,
     ) -> None:
+        assert llm is not None or not merged, "random weights have no earlier stages"
         self._config, self._dtype, self._device, self._seed = config, dtype, device, seed
         self._generator = torch.Generator(device).manual_seed(seed)
         self._weights: hub.Weights | None = None
@@ -131,16 +133,27 @@ class Origin:
         for i, layer in enumerate(model.decoder.layers):
             layer.to_empty(device=self._device)
             self._fill(names.layer_tensors(model, i))
-            for adapter in self._adapters:
-                adapter.attach(model, i)
-                for _, linear, _ in names.linear_layers(model, i):
-                    linear.merge_lora()
             yield i
+
+    def weight(self, name: str) -> Tensor:
+        """One of the language model's tensors: as it is on disk, or float32 where earlier stages have updates of it.
+
+        The updates are added in order; nothing is rounded to the model's dtype yet.
+        """
+        assert self._weights is not None
+        updates = [adapter for adapter in self._adapters if adapter.touches(name)]
+        if not updates:
+            return self._weights[name]
+        # Moved first: a conversion between devices would be made on the host.
+        total = self._weights[name].to(self._device).float()
+        for adapter in updates:
+            total += adapter.update(name, self._device)
+        return total
 
     def _fill(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if self._weights is not None:
-                tensor.copy_(self._weights[name])
+                tensor.copy_(self.weight(name))
             elif name.endswith("norm.weight"):
                 tensor.fill_(1)
             else:
@@ -327,6 +340,15 @@ class _Adapter:
             linear.add_lora(self._rank, self._alpha, torch.Generator())
         for name, tensor in names.lora_tensors(model, i).items():
             tensor.copy_(self._weights[name])
+
+    def touches(self, name: str) -> bool:
+        """Whether the language model's tensor `name` has an update here."""
+        return names.lora_name(name, "A") in self._weights
+
+    def update(self, name: str, device: str = "cpu") -> Tensor:
+        """What the adapter adds to the language model's tensor `name`: scale * B A (out, in), float32."""
+        a, b = (self._weights[names.lora_name(name, half)].to(device).float() for half in "AB")
+        return (b @ a).mul_(self._alpha / self._rank)
 
 
 def load_lora(model: PiTe, directory: Path) -> None:

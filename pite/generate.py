@@ -1,7 +1,8 @@
-"""Answers: KV-cached decoding by transformers' `generate`, on the very weights the packed decoder trains.
+"""Answers: KV-cached decoding by transformers' `generate`, on the weights that the packed decoder trains.
 
-Training never needs a cache and `generate` never needs packing, so neither is taught the other's trick: the LoRA is
-merged and the Llama module is assembled around the model's own tensors, without a copy.
+Training needs no cache and `generate` needs no packing, so each keeps its own module: a Llama is built around the model's
+frozen weights, without a copy. A LoRA stays a separate term, computed by training's operator: merged into bfloat16
+weights, half of a small update would be rounded away (docs/training.md, "Merging and rounding").
 """
 
 from __future__ import annotations
@@ -14,20 +15,35 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dataloaders.batch import collate
 from dataloaders.prompts import prompt_ids
 from dataloaders.records import TokenizedSample
-from pite import devices, names
+from kernels import lora_linear
+from pite import checkpoint, devices, names
+from pite.decoder import LoRALinear
 from pite.model import PiTe
 from pite.tokenizers import check_vocabulary, load_tokenizer
 
 
 def language_model(model: PiTe) -> LlamaForCausalLM:
-    """transformers' LlamaForCausalLM in evaluation mode; it shares the model's weights, except those a LoRA touches."""
+    """transformers' LlamaForCausalLM that computes what `model` does, its LoRA included, in evaluation mode.
+
+    It shares the model's weights. It is to be used, not saved: its LoRA has no place in a Llama's files.
+    """
+    llama = frozen_language_model(model)
+    for prefix, linear, parts in names.linear_layers(model):
+        if linear.lora_a is not None:
+            for part, projection in zip(parts, LoRAProjection.of(linear)):
+                llama.set_submodule(prefix + part, projection)
+    return llama.eval()
+
+
+def frozen_language_model(model: PiTe) -> LlamaForCausalLM:
+    """transformers' LlamaForCausalLM around the model's frozen weights alone, in evaluation mode; nothing is copied."""
     with torch.device("meta"):
         # A configuration of its own: transformers keeps the choice of attention in it, among other things.
         config = deepcopy(model.config.llm)
@@ -36,13 +52,42 @@ def language_model(model: PiTe) -> LlamaForCausalLM:
         for name in ("pad_token_id", "sliding_window", "attention_chunk_size"):
             setattr(config, name, None)
         llama = LlamaForCausalLM(config)
-    tensors = names.merged_tensors(model)
     tied = model.lm_head is None
-    llama.load_state_dict(tensors, strict=not tied, assign=True)
+    llama.load_state_dict(names.language_model_tensors(model), strict=not tied, assign=True)
     if tied:
         llama.lm_head.weight = llama.model.embed_tokens.weight
     llama.model.rotary_emb = model.decoder.rotary_embedding.to(model.device)
     return llama.eval().requires_grad_(False)
+
+
+class LoRAProjection(nn.Module):
+    """One projection of a fused layer with its LoRA: (..., in) -> (..., out), x W' + scale (x A') B' by training's operator.
+
+    The weight is a view of the model's. A and B are in its dtype: training rounds them to it at each use, so the numbers
+    are the same.
+    """
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+
+    def __init__(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("weight", weight)
+        self.register_buffer("lora_a", lora_a.to(weight.dtype))
+        self.register_buffer("lora_b", lora_b.to(weight.dtype))
+
+    @staticmethod
+    def of(linear: LoRALinear) -> list[LoRAProjection]:
+        """Those of a fused layer, in order."""
+        assert linear.lora_a is not None and linear.lora_b is not None
+        halves = linear.lora_a.data.chunk(len(linear.splits)), linear.lora_b.data.split(linear.splits)
+        weights = linear.weight.data.split(linear.splits)
+        return [LoRAProjection(weight, a, b, linear.scale) for weight, a, b in zip(weights, *halves)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lora_linear(x, self.weight, self.lora_a, self.lora_b, scale=self.scale)
 
 
 @dataclass(frozen=True)
@@ -56,7 +101,7 @@ class Answer:
 class Generator:
     """Batched question answering about encoded videos.
 
-    model       PiTe; its LoRA is merged in place, so that the weights are held once
+    model       PiTe; its weights are shared, and a LoRA stays as it is
     tokenizer   a fast tokenizer with BOS and EOS
     """
 
@@ -65,18 +110,18 @@ class Generator:
     def __init__(self, model: PiTe, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        model.merge_lora()
         self.llama = language_model(model)
 
     @staticmethod
-    def from_pretrained(directory: Path, device: str = "cpu") -> Generator:
-        """Load a model and its tokenizer from one directory; bfloat16 on CUDA, float32 on the CPU.
+    def from_pretrained(directory: Path | str, device: str = "cpu") -> Generator:
+        """Load a model and its tokenizer from one directory or Hugging Face name; bfloat16 on CUDA, float32 on the CPU.
 
         device  "cpu", "cuda" or "cuda:1"
         Raises ValueError naming what is missing.
         """
+        directory = checkpoint.resolve(directory)
         model = PiTe.from_pretrained(directory, devices.dtype(devices.resolve(device)), device)
-        return Generator(model, load_tokenizer(Path(directory)))
+        return Generator(model, load_tokenizer(directory))
 
     @torch.inference_mode()
     def answer(

@@ -91,6 +91,11 @@ def merged_tensors(model: PiTe) -> dict[str, Tensor]:
     return tensors
 
 
+def lora_name(weight: str, half: str) -> str:
+    """PEFT's name of a weight's A (r, in) or B (out, r): `half` is "A" or "B"."""
+    return f"base_model.model.{weight.removesuffix('.weight')}.lora_{half}.weight"
+
+
 def lora_tensors(model: PiTe, only: int | None = None) -> dict[str, Tensor]:
     """PEFT names -> views of the LoRA matrices, A (r, in) and B (out, r), of all layers or one. Empty without a LoRA."""
     tensors: dict[str, Tensor] = {}
@@ -99,6 +104,6 @@ def lora_tensors(model: PiTe, only: int | None = None) -> dict[str, Tensor]:
             continue
         halves = zip(parts, linear.lora_a.data.chunk(len(parts)), linear.lora_b.data.split(linear.splits))
         for name, a, b in halves:
-            tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = a
-            tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = b
+            tensors[lora_name(f"{prefix}{name}.weight", "A")] = a
+            tensors[lora_name(f"{prefix}{name}.weight", "B")] = b
     return tensors
