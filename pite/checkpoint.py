@@ -2,6 +2,7 @@
 
 whole   config.json + weights under published names (`model.vision_adapter.weight`, `model.layers.0...`): what
         `save_pretrained` writes, what the authors' code reads, and, without PiTe's own tensors, any Hugging Face Llama.
+        `pite.export` keeps those tensors apart, in `pite.safetensors`.
 stage   what a training stage leaves: a PEFT adapter, `pite.safetensors` (adapter and heads) and `lineage.json`, which
         names the language model and the earlier stages' adapters that are merged underneath, with checksums.
 
@@ -11,7 +12,6 @@ Only safetensors, JSON and `torch.load(weights_only=True)` are read.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dataloaders.files import (
     read_json_object,
@@ -33,17 +33,20 @@ from dataloaders.files import (
 from pite import hub, names
 from pite.adapters import plain_lora
 from pite.config import PiTeConfig
+from pite.shards import sharded, write_index
 
 if TYPE_CHECKING:
     from pite.model import PiTe
 
 SHARD_BYTES = 5 * 2**30
 LINEAGE, HEADS_FILE, ADAPTER_FILE = "lineage.json", "pite.safetensors", "adapter_model.safetensors"
+EXPORT = "export.json"
+"""What `pite.export` leaves in its folder: the format, and what is remembered of each stage."""
 
 
 def resolve(path_or_name: str | Path) -> Path:
-    """The local directory of a language model given by path or by Hugging Face name. Raises ValueError."""
-    return hub.resolve(path_or_name, ("*.json", "tokenizer*"))
+    """The local directory of a language model, or a PiTe model, given by path or by Hugging Face name. Raises ValueError."""
+    return hub.resolve(path_or_name, ("*.json", "tokenizer*", HEADS_FILE, ADAPTER_FILE))
 
 
 def load(directory: Path, *, dtype: torch.dtype, device: str = "cpu") -> PiTe:
@@ -101,14 +104,13 @@ class Origin:
         assert llm is not None or not merged, "random weights have no earlier stages"
         self._config, self._dtype, self._device, self._seed = config, dtype, device, seed
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._weights: hub.Weights | None = None
-        if llm is not None:
-            self._weights = hub.Weights(llm)
+        self._llm, self._weights = llm, None if llm is None else hub.Weights(llm)
+        if llm is not None and self._weights is not None:
             model = empty(config, dtype, "meta")
             expected = {**names.language_model_tensors(model), **names.head_tensors(model)}
             compare(expected, self._weights, llm, optional=names.HEADS)
             _check_tied(config, self._weights, llm)
-        self._adapters = [_Adapter(directory, config) for directory in merged]
+        self._adapters = [Adapter(directory, config) for directory in merged]
 
     def model(self) -> PiTe:
         """The whole."""
@@ -122,10 +124,12 @@ class Origin:
         model = empty(self._config, self._dtype, "meta")
         for module in (model, model.decoder, *(getattr(model, name) for name in names.HEADS)):
             module.to_empty(device=self._device, recurse=False)
-        initialize_heads(model, self._seed)
+        model.initialize_heads(self._seed)
         self._fill(names.outer_tensors(model))
         if self._weights is not None:
             self._fill({name: tensor for name, tensor in names.head_tensors(model).items() if name in self._weights})
+        if self._llm is not None and (self._llm / HEADS_FILE).exists():
+            load_heads(model, self._llm)
         return model
 
     def layers(self, model: PiTe) -> Iterator[int]:
@@ -160,24 +164,6 @@ class Origin:
                 tensor.normal_(0, self._config.llm.initializer_range, generator=self._generator)
 
 
-@torch.no_grad()
-def initialize_heads(model: PiTe, seed: int) -> None:
-    """Start adapter and heads, drawn on the CPU so that every device gets the same numbers.
-
-    The adapter as `nn.Linear` starts; the coordinate heads near the centre of the frame, since AdamW takes
-    0.5 / learning rate steps to carry a bias there from 0.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name in names.HEADS:
-        linear: nn.Linear = getattr(model, name)
-        bound = 1 / math.sqrt(linear.in_features)
-        for parameter in (linear.weight, linear.bias):
-            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
-    for head in (model.localization_projector, model.trajectory_projector):
-        head.weight.mul_(0.1)
-        head.bias.fill_(0.5)
-
-
 def save_merged(model: PiTe, directory: Path) -> None:
     """Write the whole layout, LoRA merged into a copy of each weight; shards of at most 5 GiB.
 
@@ -189,35 +175,19 @@ def save_merged(model: PiTe, directory: Path) -> None:
         raise ValueError(f"{directory} holds a training stage's output: save the whole model into another directory")
     directory.mkdir(parents=True, exist_ok=True)
     remove_abandoned(directory, ".model*.safetensors.*.tmp")
-    shards = _shards({**names.merged_tensors(model), **names.head_tensors(model)})
-    written = {}
-    for i, shard in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        written[file] = temporary_sibling(directory / file)
+    shards = sharded({**names.merged_tensors(model), **names.head_tensors(model)}, SHARD_BYTES)
+    written = {file: temporary_sibling(directory / file) for file in shards}
+    for file, shard in shards.items():
         write_tensors(written[file], shard)
     index = hub.index_file(directory)
-    for stale in (directory / "config.json", index, *hub.standard_files(directory)):
+    others = [directory / name for name in ("config.json", HEADS_FILE, EXPORT)]
+    for stale in (*others, index, *hub.standard_files(directory)):
         stale.unlink(missing_ok=True)
     for file, temporary in written.items():
         temporary.replace(directory / file)
     if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        weight_map = {name: file for file, shard in zip(written, shards) for name in shard}
-        write_atomically(index, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+        write_index(index, shards)
     model.config.save(directory)
-
-
-def _shards(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Tensors in order, in as few groups of at most SHARD_BYTES; a larger tensor is a group of its own."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards
 
 
 def save_stage(model: PiTe, directory: Path, lineage: dict[str, Any]) -> None:
@@ -226,21 +196,26 @@ def save_stage(model: PiTe, directory: Path, lineage: dict[str, Any]) -> None:
     lineage  {"stage", "language_model": directory or Hugging Face name, "merged": [directories of earlier stages, in
              order]} and whatever else should be remembered; paths are kept relative, checksums are added
 
-    PEFT is told the base that the adapter was trained on: the language model, or the last stage merged into it.
+    PEFT's base is what the adapter was trained on: the language model, or the last stage merged into it.
     """
-    from peft import LoraConfig
-
     _, linear, _ = next(names.linear_layers(model))
     assert linear.lora_b is not None, "a stage trains a LoRA"
     rank = linear.lora_b.shape[1]
     model.config.save(directory)
     write_tensors(directory / ADAPTER_FILE, names.lora_tensors(model))
     write_tensors(directory / HEADS_FILE, names.head_tensors(model))
+    describe_stage(directory, lineage, rank, linear.scale * rank)
+
+
+def describe_stage(directory: Path, lineage: dict[str, Any], rank: int, alpha: float) -> None:
+    """Write PEFT's configuration and the lineage (see `save_stage`) next to an adapter and heads."""
+    from peft import LoraConfig
+
     LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=str((lineage["merged"] or [lineage["language_model"]])[-1]),
         r=rank,
-        lora_alpha=linear.scale * rank,
+        lora_alpha=alpha,
         lora_dropout=0.0,
         target_modules=sorted(part.split(".")[1] for parts in names.PROJECTIONS.values() for part in parts),
         inference_mode=True,
@@ -269,6 +244,7 @@ def read_lineage(directory: Path) -> dict[str, Any]:
     """The lineage of a stage directory, its files checked against their checksums; its paths made absolute."""
     directory = directory.resolve()
     lineage = _parse_lineage(directory)
+    _check_whole(directory, lineage)
     for file, checksum in lineage["files"].items():
         check(directory / file, checksum)
     local = (directory.parent / lineage["language_model"]).resolve()
@@ -280,14 +256,34 @@ def read_lineage(directory: Path) -> dict[str, Any]:
     return lineage
 
 
-def stages(directory: Path) -> tuple[int, ...]:
-    """The stages whose learning a directory holds, in order, as the lineages say; none for the whole layout."""
+def history(directory: Path) -> list[dict[str, Any]]:
+    """What is remembered of each stage whose learning a directory holds, in order; nothing for the published layout.
+
+    Each has at least its number, "stage", and the checksums of its "files".
+    """
+    if (directory / EXPORT).exists():
+        return list(read_json_object(directory / EXPORT).get("stages", ()))
     if not (directory / LINEAGE).exists():
-        return ()
+        return []
     directory = directory.resolve()
     lineage = _parse_lineage(directory)
-    earlier = [_parse_lineage(directory.parent / entry["path"])["stage"] for entry in lineage["merged"]]
-    return (*earlier, lineage["stage"])
+    return [*(_parse_lineage(directory.parent / entry["path"]) for entry in lineage["merged"]), lineage]
+
+
+def stages(directory: Path) -> tuple[int, ...]:
+    """The stages whose learning a directory holds, in order; none for the published layout."""
+    return tuple(lineage["stage"] for lineage in history(directory))
+
+
+def _check_whole(directory: Path, lineage: dict[str, Any]) -> None:
+    """Raise ValueError where a stage's directory was copied without the earlier stages that it builds on."""
+    missing = [e["path"] for e in lineage["merged"] if not (directory.parent / e["path"] / ADAPTER_FILE).exists()]
+    if missing:
+        raise ValueError(
+            f"{directory} is one stage of a model, and of the earlier ones {', '.join(missing)} (from {directory.parent}) "
+            f"{'is' if len(missing) == 1 else 'are'} missing: copy the whole run folder, or in the original one run "
+            f"`python -m pite.export --model RUN/stage{lineage['stage']}/final --output FOLDER` and copy FOLDER"
+        )
 
 
 def _parse_lineage(directory: Path) -> dict[str, Any]:
@@ -324,20 +320,20 @@ def _load_stage(directory: Path, dtype: torch.dtype, device: str) -> PiTe:
     return model
 
 
-class _Adapter:
+class Adapter:
     """A PEFT adapter of plain LoRA on all seven projections. Raises ValueError for any other kind."""
 
     def __init__(self, directory: Path, config: PiTeConfig) -> None:
-        self._rank, self._alpha = plain_lora(directory, config.llm.num_hidden_layers)
+        self.rank, self._alpha = plain_lora(directory, config.llm.num_hidden_layers)
         self._weights = hub.Weights(directory, stem="adapter_model")
         model = empty(config, torch.float32, "meta")
-        model.add_lora(self._rank, self._alpha)
+        model.add_lora(self.rank, self._alpha)
         compare(names.lora_tensors(model), self._weights, directory)
 
     def attach(self, model: PiTe, i: int) -> None:
         """Give decoder layer i its LoRA."""
         for _, linear, _ in names.linear_layers(model, i):
-            linear.add_lora(self._rank, self._alpha, torch.Generator())
+            linear.add_lora(self.rank, self._alpha, torch.Generator())
         for name, tensor in names.lora_tensors(model, i).items():
             tensor.copy_(self._weights[name])
 
@@ -345,15 +341,23 @@ class _Adapter:
         """Whether the language model's tensor `name` has an update here."""
         return names.lora_name(name, "A") in self._weights
 
-    def update(self, name: str, device: str = "cpu") -> Tensor:
-        """What the adapter adds to the language model's tensor `name`: scale * B A (out, in), float32."""
+    def factors(self, name: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of the language model's tensor `name`, float32; scale * B A is added to it."""
         a, b = (self._weights[names.lora_name(name, half)].to(device).float() for half in "AB")
-        return (b @ a).mul_(self._alpha / self._rank)
+        return a, b
 
+    def update(self, name: str, device: str) -> Tensor:
+        """What the adapter adds to the language model's tensor `name` (out, in), float32."""
+        a, b = self.factors(name, device)
+        return (b @ a).mul_(self.scale)
+
+    @property
+    def scale(self) -> float:
+        return self._alpha / self.rank
 
 def load_lora(model: PiTe, directory: Path) -> None:
     """Attach a PEFT adapter of plain LoRA on all seven projections. Raises ValueError for any other kind."""
-    adapter = _Adapter(directory, model.config)
+    adapter = Adapter(directory, model.config)
     for i in range(len(model.decoder.layers)):
         adapter.attach(model, i)
 

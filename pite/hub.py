@@ -40,7 +40,7 @@ def resolve(path_or_name: str | Path, files: Sequence[str]) -> Path:
         # Where weights are, the snapshot shows; a list of the hub's would not be there offline.
         patterns = [*files, *_patterns("model", ".safetensors")]
         directory = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=_SUBFOLDERS))
-        if not standard_files(directory):
+        if not standard_files(directory) and not standard_files(directory, "adapter_model"):
             # The snapshot is named after its commit: the weights are of the same one.
             patterns = _patterns("pytorch_model", ".bin")
             try:

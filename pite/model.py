@@ -6,6 +6,7 @@ Everything on disk is `pite.checkpoint`'s business.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,11 @@ class PiTe(nn.Module):
 
     @staticmethod
     def from_pretrained(directory: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PiTe:
-        """Load a stage's output, a published-layout directory or a plain Llama's; see `pite.checkpoint.load`."""
-        return checkpoint.load(Path(directory), dtype=dtype, device=device)
+        """Load a stage's output, an export, a published-layout directory or a plain Llama's; see `pite.checkpoint.load`.
+
+        directory  or a Hugging Face name, of an export that was pushed
+        """
+        return checkpoint.load(checkpoint.resolve(directory), dtype=dtype, device=device)
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Write the whole model, LoRA merged, under published names; `from_pretrained` reads it back."""
@@ -105,6 +109,23 @@ class PiTe(nn.Module):
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    @torch.no_grad()
+    def initialize_heads(self, seed: int) -> None:
+        """Start adapter and heads, drawn on the CPU so that every device gets the same numbers.
+
+        The adapter as `nn.Linear` starts; the coordinate heads near the centre of the frame, since AdamW takes
+        0.5 / learning rate steps to carry a bias there from 0.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name in names.HEADS:
+            linear: nn.Linear = getattr(self, name)
+            bound = 1 / math.sqrt(linear.in_features)
+            for parameter in (linear.weight, linear.bias):
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+        for head in (self.localization_projector, self.trajectory_projector):
+            head.weight.mul_(0.1)
+            head.bias.fill_(0.5)
 
     @torch.no_grad()
     def initialize_trajectory_head(self) -> None:

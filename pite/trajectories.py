@@ -34,9 +34,9 @@ def read_samples(path: Path, model: PiTe, tokenizer: PreTrainedTokenizerBase) ->
 def caution(directory: Path) -> str | None:
     """One sentence where a stage's output has a trajectory head that did not learn on its hidden states; else None.
 
-    The whole layout says nothing of its stages.
+    The published layout does not record its stages.
     """
-    stages = checkpoint.stages(directory)
+    stages = checkpoint.stages(checkpoint.resolve(directory))
     if not stages or stages[-1] == 2:
         return None
     if 2 not in stages:
