@@ -108,7 +108,7 @@ class Origin:
         if llm is not None and self._weights is not None:
             model = empty(config, dtype, "meta")
             expected = {**names.language_model_tensors(model), **names.head_tensors(model)}
-            compare(expected, self._weights, llm, optional=names.HEADS)
+            names.compare(expected, self._weights, llm, optional=names.HEADS)
             _check_tied(config, self._weights, llm)
         self._adapters = [Adapter(directory, config) for directory in merged]
 
@@ -277,12 +277,23 @@ def stages(directory: Path) -> tuple[int, ...]:
 
 def _check_whole(directory: Path, lineage: dict[str, Any]) -> None:
     """Raise ValueError where a stage's directory was copied without the earlier stages that it builds on."""
-    missing = [e["path"] for e in lineage["merged"] if not (directory.parent / e["path"] / ADAPTER_FILE).exists()]
+    earlier = [os.path.normpath(directory.parent / entry["path"]) for entry in lineage["merged"]]
+    missing = [path for path in earlier if not (Path(path) / ADAPTER_FILE).exists()]
     if missing:
         raise ValueError(
-            f"{directory} is one stage of a model, and of the earlier ones {', '.join(missing)} (from {directory.parent}) "
-            f"{'is' if len(missing) == 1 else 'are'} missing: copy the whole run folder, or in the original one run "
+            f"{directory} is one stage of a model and builds on earlier ones: {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; copy the whole run folder, or in the original one run "
             f"`python -m pite.export --model RUN/stage{lineage['stage']}/final --output FOLDER` and copy FOLDER"
+        )
+
+
+def check_language_model(directory: Path, name: str) -> None:
+    """Raise ValueError where a stage's language model, as `read_lineage` gives it, is a path that is not there."""
+    is_path = name.startswith(".") or name.count("/") != 1
+    if is_path and not (Path(name).is_absolute() and Path(name).is_dir()):
+        raise ValueError(
+            f"{directory} builds on the language model {os.path.normpath(directory.parent / name)}, which is missing: "
+            "copy it there, or in the original run folder run `python -m pite.export` with --format full"
         )
 
 
@@ -312,6 +323,7 @@ def check(file: Path, checksum: str) -> None:
 
 def _load_stage(directory: Path, dtype: torch.dtype, device: str) -> PiTe:
     lineage = read_lineage(directory)
+    check_language_model(directory, lineage["language_model"])
     base = resolve(lineage["language_model"])
     merged = [Path(entry["path"]) for entry in lineage["merged"]]
     model = Origin(PiTeConfig.load(directory), base, merged, dtype=dtype, device=device).model()
@@ -328,7 +340,7 @@ class Adapter:
         self._weights = hub.Weights(directory, stem="adapter_model")
         model = empty(config, torch.float32, "meta")
         model.add_lora(self.rank, self._alpha)
-        compare(names.lora_tensors(model), self._weights, directory)
+        names.compare(names.lora_tensors(model), self._weights, directory)
 
     def attach(self, model: PiTe, i: int) -> None:
         """Give decoder layer i its LoRA."""
@@ -355,6 +367,7 @@ class Adapter:
     def scale(self) -> float:
         return self._alpha / self.rank
 
+
 def load_lora(model: PiTe, directory: Path) -> None:
     """Attach a PEFT adapter of plain LoRA on all seven projections. Raises ValueError for any other kind."""
     adapter = Adapter(directory, model.config)
@@ -365,29 +378,9 @@ def load_lora(model: PiTe, directory: Path) -> None:
 def load_heads(model: PiTe, directory: Path) -> None:
     """Copy a stage's adapter and heads into a model. Raises ValueError when they are of another shape."""
     tensors, found = names.head_tensors(model), load_file(directory / HEADS_FILE)
-    compare(tensors, found, directory)
+    names.compare(tensors, found, directory)
     for name, tensor in tensors.items():
         tensor.copy_(found[name])
-
-
-def compare(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: Path, optional: tuple[str, ...] = ()
-) -> None:
-    """Raise ValueError unless names and shapes agree; `optional` names modules that may be absent, each as a whole."""
-    for name, tensor in found.items():
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected):
-            continue
-        if name not in expected:
-            raise ValueError(f"{where}: unexpected tensor {name}")
-        if tensor.shape != expected[name].shape:
-            shape = tuple(expected[name].shape)
-            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, the configuration asks for {shape}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{where}: {name} is of type {tensor.dtype}: quantized weights are not supported")
-    present = {_module(name) for name in found}
-    missing = {n for n in expected if n not in found and (_module(n) not in optional or _module(n) in present)}
-    if missing:
-        raise ValueError(f"{where}: {len(missing)} tensors are missing, {min(missing)} among them")
 
 
 def _check_tied(config: PiTeConfig, weights: Mapping[str, Tensor], where: Path) -> None:
@@ -400,8 +393,3 @@ def _check_tied(config: PiTeConfig, weights: Mapping[str, Tensor], where: Path) 
             f"{where}: tie_word_embeddings is set, but lm_head.weight is not the embedding: set it to false in "
             "config.json, or remove the tensor"
         )
-
-
-def _module(name: str) -> str:
-    """`vision_adapter` of `model.vision_adapter.weight`."""
-    return name.split(".")[-2]

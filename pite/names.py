@@ -6,7 +6,8 @@ These maps are the only place that knows. Reading copies into the views, writing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -107,3 +108,28 @@ def lora_tensors(model: PiTe, only: int | None = None) -> dict[str, Tensor]:
             tensors[lora_name(f"{prefix}{name}.weight", "A")] = a
             tensors[lora_name(f"{prefix}{name}.weight", "B")] = b
     return tensors
+
+
+def compare(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: Path, optional: tuple[str, ...] = ()
+) -> None:
+    """Raise ValueError unless names and shapes agree; `optional` names modules that may be absent, each as a whole."""
+    for name, tensor in found.items():
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected):
+            continue
+        if name not in expected:
+            raise ValueError(f"{where}: unexpected tensor {name}")
+        if tensor.shape != expected[name].shape:
+            shape = tuple(expected[name].shape)
+            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, the configuration asks for {shape}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{where}: {name} is of type {tensor.dtype}: quantized weights are not supported")
+    present = {_module(name) for name in found}
+    missing = {n for n in expected if n not in found and (_module(n) not in optional or _module(n) in present)}
+    if missing:
+        raise ValueError(f"{where}: {len(missing)} tensors are missing, {min(missing)} among them")
+
+
+def _module(name: str) -> str:
+    """`vision_adapter` of `model.vision_adapter.weight`."""
+    return name.split(".")[-2]

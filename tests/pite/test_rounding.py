@@ -80,9 +80,7 @@ def test_three_stages_summed_lose_one_rounding(stages: list[Path]) -> None:
     update = truth - before.float()
     merged = {"one stage": projections(stage_1), "one by one": projections(one_by_one), "once": projections(once)}
     unmoved = {name: (weights == before).float().mean().item() for name, weights in merged.items()}
-    errors = {
-        name: ((merged[name].float() - truth).norm() / update.norm()).item() for name in ("one by one", "once")
-    }
+    errors = {name: ((merged[name].float() - truth).norm() / update.norm()).item() for name in ("one by one", "once")}
     print(f"|dW| / |W| of three stages {update.norm() / before.float().norm():.4f}; unmoved {unmoved}, errors {errors}")
     assert 0.4 < unmoved["one stage"] < 0.6
     assert torch.equal(merged["once"], truth.bfloat16())

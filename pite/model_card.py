@@ -1,0 +1,147 @@
+"""The model card of an export: README.md with the front matter that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataloaders.files import read_json_object
+
+_LOADING = {
+    "full": """The language model alone, all stages merged:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({name})
+```
+""",
+    "peft": """The language model alone, with the adapter of all stages:
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained({name})
+tokenizer = AutoTokenizer.from_pretrained({name})
+```
+""",
+}
+_VIDEOS = """These take text only. Frames enter through PiTe's adapter, and trajectories leave through its head, both in `pite.safetensors`:
+
+```python
+from pite.generate import Generator
+
+generator = Generator.from_pretrained({name})
+```
+
+```shell
+python -m pite.chat --model {bare} --video video.mp4 --query "What happens in the video?"
+```
+"""
+_SETTINGS = ("epochs", "global batch", "learning rate", "lora rank", "lora alpha", "dtype", "seed", "data", "left out")
+"""Of what a lineage remembers of a stage's run (`made_of`): those that the card shows."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One file of scores: its name without the ending, and rows of a name and a value."""
+
+    title: str
+    rows: tuple[tuple[str, str], ...]
+
+
+def read_scores(path: Path) -> Scores:
+    """Scores from a JSON object of numbers and texts, or of such objects. Raises ValueError naming file and field."""
+    rows: list[tuple[str, str]] = []
+    for name, value in read_json_object(path).items():
+        inner = {f"{name}, {key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+        for label, number in inner.items():
+            if isinstance(number, bool) or not isinstance(number, int | float | str):
+                raise ValueError(f"{path}: {label} is {number!r} where a number or a text is expected")
+            rows.append((label, f"{number:.6g}" if isinstance(number, float) else str(number)))
+    return Scores(path.stem, tuple(rows))
+
+
+def model_card(
+    name: str,
+    kind: str,
+    dtype: str,
+    hub_base: str | None,
+    stages: Sequence[Mapping[str, Any]],
+    scores: Sequence[Scores],
+) -> str:
+    """The text of README.md.
+
+    name      how the folder is loaded: a repository's or the folder's own name
+    kind      "full" or "peft"
+    hub_base  Hugging Face name of the language model; None leaves it out
+    stages    lineages in order, as `pite.checkpoint.history` gives them
+    """
+    parts = [
+        _front_matter(kind, hub_base),
+        f"# {name.rpartition('/')[2]}\n",
+        "A PiTe video-language model (pixel-temporal alignment, ECCV 2024), trained with PiTe Engine. "
+        + ("The weights of all stages are merged, in " if kind == "full" else "One LoRA holds all stages, in ")
+        + f"{dtype}.\n",
+        "## Loading\n",
+        _LOADING[kind].format(name=json.dumps(name)),
+        _VIDEOS.format(name=json.dumps(name), bare=name),
+        *_training(hub_base, stages),
+        *_tables(scores),
+    ]
+    return "\n".join(parts)
+
+
+def _front_matter(kind: str, hub_base: str | None) -> str:
+    lines = [
+        f"library_name: {'transformers' if kind == 'full' else 'peft'}",
+        "pipeline_tag: video-text-to-text",
+        *([f"base_model: {json.dumps(hub_base)}"] if hub_base else []),
+        "tags:",
+        *(f"- {tag}" for tag in ("pite", "video", "lora", "llama")),
+        "# license: to be added; the language model's and the data's terms apply",
+    ]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _training(hub_base: str | None, stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not stages:
+        return []
+    checksum = stages[0].get("made_of", {}).get("language model")
+    base = hub_base or "a language model that was given as a directory"
+    rows = [["stage", *(str(stage["stage"]) for stage in stages)]]
+    rows.append(["steps", *(str(stage.get("steps", "")) for stage in stages)])
+    for setting in _SETTINGS:
+        values = [_cell(stage.get("made_of", {}).get(setting)) for stage in stages]
+        if any(values):
+            rows.append([setting, *values])
+    for file in sorted({file for stage in stages for file in stage.get("files", {})}):
+        rows.append([f"SHA-256 of {file}", *(stage.get("files", {}).get(file, "")[:16] for stage in stages)])
+    return [
+        "## Training\n",
+        f"Base: {base}" + (f", SHA-256 {checksum}" if checksum else "") + ".\n",
+        _table(rows),
+    ]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {count}" for key, count in value.items())
+    return "" if value is None else str(value)
+
+
+def _tables(scores: Sequence[Scores]) -> list[str]:
+    if not scores:
+        return []
+    return ["## Scores\n", *(_table([(each.title, "value"), *each.rows]) for each in scores)]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""])
