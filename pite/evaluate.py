@@ -8,6 +8,7 @@ python -m pite.evaluate trajectories --model DIR --data DIR --store DIR
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dataloaders.files import write_atomically
 from dataloaders.store import FeatureStore
 from pite import devices
 from pite.generate import Generator
@@ -30,6 +32,9 @@ from pite.grounding import (
 from pite.metrics import best_fixed_interval, grounding_scores, query_blind_bound, trajectory_scores
 from pite.trajectories import caution, predict_trajectories, read_samples
 
+Report = tuple[str, dict[str, str | float]]
+"""What is printed, and the numbers in it by name."""
+
 ROOM = "evaluation"
 """Folder of the held-out annotations and videos in a data folder, and the first part of their features' keys."""
 
@@ -39,14 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         devices.take(arguments.device)
-        print(arguments.run(arguments))
-    except ValueError as error:
+        report, scores = arguments.run(arguments)
+        print(report)
+        if arguments.scores is not None:
+            write_atomically(arguments.scores, json.dumps(scores, indent=1) + "\n")
+    except (ValueError, OSError) as error:
         print(f"pite.evaluate: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _grounding(arguments: argparse.Namespace) -> str:
+def _grounding(arguments: argparse.Namespace) -> Report:
     for flag, value in (("--batch-size", arguments.batch_size), ("--num-frames", arguments.num_frames)):
         if value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
@@ -74,17 +82,16 @@ def _grounding(arguments: argparse.Namespace) -> str:
     scores = grounding_scores(ious(predictions, truth, num_frames))
     asked = {prediction.video for prediction in predictions}
     intervals = [truth[video].intervals for video in truth if video in asked]
-    fixed = best_fixed_interval([interval for those in intervals for interval in those], num_frames)[1]
+    fixed = best_fixed_interval([interval for those in intervals for interval in those], num_frames)[1] * 100
+    per_video = query_blind_bound(intervals, num_frames) * 100
     lines = [f"{name:<8} {value:6.2f}" for name, value in scores.as_dict().items()]
-    lines.append(
-        f"mIoU of the best fixed interval {fixed * 100:.2f}, of the best interval per video "
-        f"{query_blind_bound(intervals, num_frames) * 100:.2f}"
-    )
+    lines.append(f"mIoU of the best fixed interval {fixed:.2f}, of the best interval per video {per_video:.2f}")
     lines.append(f"over {scores.count} answers; the ground truth has {_num_events(truth)} events")
-    return "\n".join(lines)
+    bounds = {"mIoU of the best fixed interval": fixed, "mIoU of the best interval per video": per_video}
+    return "\n".join(lines), {"task": "grounding", **scores.as_dict(), **bounds, "answers": scores.count}
 
 
-def _trajectories(arguments: argparse.Namespace) -> str:
+def _trajectories(arguments: argparse.Namespace) -> Report:
     data, read_features = _data_and_store(arguments)
     generator = _generator(arguments)
     if doubt := caution(arguments.model):
@@ -95,12 +102,14 @@ def _trajectories(arguments: argparse.Namespace) -> str:
         print(f"pite.evaluate: {warning}", file=sys.stderr)
     predicted, true = predict_trajectories(generator.model, samples, read_features)
     scores = trajectory_scores(predicted, true)
-    return (
+    report = (
         f"L1       {scores.l1:.4f}\n"
         f"constant {scores.best_constant:.4f}\n"
         f"unmoved  {scores.best_still:.4f}\n"
         f"over {len(true)} tokens of {len(samples)} answers"
     )
+    numbers = {"L1": scores.l1, "constant": scores.best_constant, "unmoved": scores.best_still, "tokens": len(true)}
+    return report, {"task": "trajectories", **numbers}
 
 
 def _num_events(truth: dict[str, Events]) -> int:
@@ -148,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         task.add_argument("--model", type=Path, metavar="DIR", required=task is trajectories, help="a stage's output")
         task.add_argument("--data", type=Path, metavar="DIR", help="data folder with evaluation/")
         task.add_argument("--store", type=Path, metavar="DIR", help="features that engine.encode made of it")
+        task.add_argument("--scores", type=Path, metavar="S.json", help="write the scores there too, for pite.export")
         task.add_argument("--device", default=devices.default(), help="cpu, cuda or cuda:1 (default: %(default)s)")
     return parser
 

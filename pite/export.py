@@ -62,7 +62,7 @@ def _check(arguments: argparse.Namespace) -> list[Scores]:
 
 
 def _export(arguments: argparse.Namespace, scores: list[Scores]) -> None:
-    # torch and transformers take seconds to import, and what is wrong with the flags is known before.
+    # Imported here: torch and transformers take seconds, and a wrong flag is refused without them.
     import torch
 
     from dataloaders.files import directory_written_atomically

@@ -2,7 +2,7 @@
 
 Both are made from files, one tensor at a time; no model is built. The updates of all stages are summed in float32:
 
-full  W + sum of scale B A, rounded once to the dtype asked for; host memory holds a shard and a tensor
+full  W + sum of scale B A, rounded once to the requested dtype; host memory holds a shard and a tensor
 peft  the stages' A stacked along the rank, their B side by side, each times its scale; the alpha is the rank, so that
       PEFT's own scale is 1
 """
@@ -149,8 +149,8 @@ def _write_common(trained: Trained, directory: Path) -> None:
 
 
 def write_record(trained: Trained, directory: Path, kind: str, dtype: str) -> None:
-    """Write `export.json`: what the folder is, and what is remembered of each stage."""
+    """Write `export.json`: what the folder is, and what is remembered of each stage. No path of this machine is in it."""
     remembered = ("stage", "steps", "files", "made_of")
     stages = [{name: stage[name] for name in remembered if name in stage} for stage in trained.stages]
-    content = {"format": kind, "dtype": dtype, "language_model": trained.language_model, "stages": stages}
+    content = {"format": kind, "dtype": dtype, "language_model": trained.hub_base, "stages": stages}
     write_atomically(directory / checkpoint.EXPORT, json.dumps(content, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ generator = Generator.from_pretrained({name})
 ```
 
 ```shell
-python -m pite.chat --model {bare} --video video.mp4 --query "What happens in the video?"
+python -m pite.chat --model {quoted} --video video.mp4 --query "What happens in the video?"
 ```
 """
 _SETTINGS = ("epochs", "global batch", "learning rate", "lora rank", "lora alpha", "dtype", "seed", "data", "left out")
@@ -90,7 +91,7 @@ def model_card(
         + f"{dtype}.\n",
         "## Loading\n",
         _LOADING[kind].format(name=json.dumps(name)),
-        _VIDEOS.format(name=json.dumps(name), bare=name),
+        _VIDEOS.format(name=json.dumps(name), quoted=shlex.quote(name)),
         *_training(hub_base, stages),
         *_tables(scores),
     ]

@@ -219,9 +219,13 @@ def test_a_models_answers_are_scored_as_its_prediction_file_is(
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "p.jsonl").read_text()
 
 
-def test_trajectories_are_measured_on_held_out_answers(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluated(made, "trajectories") == 0
+def test_trajectories_are_measured_on_held_out_answers(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluated(made, "trajectories", "--scores", f"{tmp_path}/scores.json") == 0
     lines = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[:3])
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {name: f"{scores[name]:.4f}" for name in lines} == lines
     assert float(lines["L1"]) > float(lines["constant"]) > float(lines["unmoved"]) > 0
 
 

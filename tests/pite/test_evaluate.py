@@ -11,6 +11,7 @@ import pytest
 from pite import metrics
 from pite.evaluate import main
 from pite.grounding import Prediction, read_ground_truth, read_predictions, write_predictions
+from pite.model_card import read_scores
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "evaluation"
 
@@ -24,6 +25,18 @@ def test_published_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     for name in ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7"):
         assert float(printed[name]) == pytest.approx(expected[name], abs=expected["tolerance"])
+
+
+def test_the_scores_file_holds_the_printed_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--predictions", f"{GOLDEN}/predictions.jsonl", "--ground-truth", f"{GOLDEN}/ground_truth.json"]
+    assert main(["grounding", *files, "--scores", f"{tmp_path}/grounding.json"]) == 0
+    printed = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[:4])
+    scores = json.loads((tmp_path / "grounding.json").read_text())
+    assert {name: f"{scores[name]:.2f}" for name in printed} == printed
+    card = dict(read_scores(tmp_path / "grounding.json").rows)
+    assert card["task"] == "grounding" and card["answers"] == str(scores["answers"])
+    assert main(["grounding", *files, "--scores", f"{tmp_path}/none/grounding.json"]) == 2
+    assert capsys.readouterr().err.startswith("pite.evaluate: ")
 
 
 @pytest.mark.parametrize(
