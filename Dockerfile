@@ -20,7 +20,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/pite-engine
-COPY constraints.txt pyproject.toml ./
+COPY constraints.txt ./
 RUN python3 -m venv "$VIRTUAL_ENV" \
     && pip install -c constraints.txt torch setuptools wheel cmake ninja
 
@@ -28,4 +28,4 @@ ARG FLASH_ATTN=
 RUN if [ -n "$FLASH_ATTN" ]; then pip install --no-build-isolation "flash-attn==$FLASH_ATTN"; fi
 
 COPY . .
-RUN pip install -c constraints.txt --no-build-isolation -e '.[dev,annotate]'
+RUN pip install -c constraints.txt --no-build-isolation -e ./kernels -e '.[dev,annotate]'

@@ -10,9 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.installed
-SOURCES := setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
+SOURCES := setup.py kernels/setup.py kernels/pyproject.toml $(wildcard kernels/csrc/*)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/python -m engine.demo --output runs/demo
@@ -28,6 +28,10 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench
 
+docs: $(STAMP)
+	$(PIP) '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 # torch comes first: the C++ operators are built against it, without build isolation.
 $(STAMP): pyproject.toml constraints.txt $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
@@ -35,8 +39,9 @@ $(STAMP): pyproject.toml constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) setuptools wheel cmake ninja
-	$(PIP) --no-build-isolation -e '.[dev]'
+	$(PIP) --no-build-isolation -e ./kernels -e '.[dev]'
+	@test -e kernels/pite_kernels/_C.so || echo "No C++20 compiler: the CPU operators were not built, and PyTorch computes the same."
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build *.egg-info kernels/_C*.so runs
+	rm -rf $(VENV) build kernels/build *.egg-info kernels/*.egg-info kernels/pite_kernels/_C*.so runs

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from dataloaders.files import write_atomically
-from dataloaders.store import FeatureStore
-from engine.held_out import measure_grounding, measure_trajectories
+from dataloaders.store.features import FeatureStore
+from engine.demo.held_out import measure_grounding, measure_trajectories
 from engine.plots import plt, read_metrics, smooth
+from pite.evaluate.grounding import read_ground_truth, read_predictions
 from pite.generate import Generator
-from pite.grounding import read_ground_truth, read_predictions
 
 
 @dataclass(frozen=True)

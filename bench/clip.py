@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from bench.measure import Step, interleaved
-from dataloaders.preprocess import Preprocess
+from dataloaders.decode.preprocess import Preprocess
 from engine.hardware import peak_of
 from pite.clip import ClipEncoder, _layer
 

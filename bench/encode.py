@@ -34,11 +34,11 @@ from bench.clip import OURS, ClipRow, measure, save_vit_l
 from bench.measure import environment
 from bench.media import FRAMES, write_video
 from dataloaders.cpu import available_cores
-from dataloaders.dali import DaliDecoder
-from dataloaders.decode import DecodePool, Decoder, decode_cropped
-from dataloaders.preprocess import Preprocess
+from dataloaders.decode.dali.decoder import DaliDecoder
+from dataloaders.decode.decoder import DecodePool, Decoder, decode_cropped
+from dataloaders.decode.preprocess import Preprocess
 from dataloaders.records import Media
-from engine.encode import EncodeConfig, encode
+from engine.encode.__main__ import EncodeConfig, encode
 from engine.hardware import DEVICES
 from pite.clip import ClipEncoder
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from bench.kernel_cases import IMPLEMENTATIONS, OURS
-from bench.kernel_inputs import Case, Inputs, cpu_cases, gpu_cases
-from bench.kernel_rows import Checked, Row, measure
+from bench.kernels.cases import IMPLEMENTATIONS, OURS
+from bench.kernels.inputs import Case, Inputs, cpu_cases, gpu_cases
+from bench.kernels.rows import Checked, Row, measure
+from bench.kernels.tiles import measure_tiles
 from bench.measure import environment, roofline
-from bench.step import TOGETHER, UNSLOTH
-from bench.step_loop import loop_waits
-from bench.step_problem import make_problem, tiny_shape
-from bench.tiles import measure_tiles
+from bench.step.__main__ import TOGETHER, UNSLOTH
+from bench.step.loop import loop_waits
+from bench.step.problem import make_problem, tiny_shape
 
 RESULTS = Path(__file__).parent / "results"
 TESTS = Path(__file__).parents[1] / "tests" / "kernels"

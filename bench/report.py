@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.encode import table as encoding_table
-from bench.kernel_cases import BARE, CANDIDATES, OURS, PLAIN
-from bench.kernel_rows import Row
+from bench.kernels.cases import BARE, CANDIDATES, OURS, PLAIN
+from bench.kernels.rows import Row
 
 BEGIN, END = "<!-- measured: python -m bench.report --readme README.md -->", "<!-- measured: end -->"
 

@@ -21,13 +21,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from bench.measure import environment
-from dataloaders.batch import collate
-from dataloaders.dataset import StageDataset
-from dataloaders.plan import BatchPlan, split_batch
-from dataloaders.prompts import SYSTEM
-from dataloaders.store import FeatureStore, FeatureWriter, Manifest
-from dataloaders.store_tools import verify
-from engine.data import StepSource
+from dataloaders.samples.batch import collate
+from dataloaders.samples.dataset import StageDataset
+from dataloaders.samples.plan import BatchPlan, split_batch
+from dataloaders.samples.prompts import SYSTEM
+from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest
+from dataloaders.store.tools import verify
+from engine.batches import StepSource
 
 CLIPS, FRAMES, CHANNELS, POINTS = 512, 100, 768, 3
 RECORD_BYTES = 2 * FRAMES * CHANNELS

@@ -21,9 +21,9 @@ import torch
 
 from bench.measure import environment
 from bench.media import CODECS, FRAMES, SIZES, link_ffmpeg, write_video
-from dataloaders import dali
-from dataloaders.decode import DecodePool, decode_cropped
-from dataloaders.preprocess import Preprocess
+from dataloaders.decode.dali import decoder as dali
+from dataloaders.decode.decoder import DecodePool, decode_cropped
+from dataloaders.decode.preprocess import Preprocess
 from dataloaders.records import Media
 
 N = 100

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.kernel_cases import IMPLEMENTATIONS, OURS, PLAIN
-from bench.kernel_inputs import Case, Inputs, cpu_cases
-from bench.kernel_rows import problem_of
+from bench.kernels.cases import IMPLEMENTATIONS, OURS, PLAIN
+from bench.kernels.inputs import Case, Inputs, cpu_cases
+from bench.kernels.rows import problem_of
 from bench.measure import Roofline, cpu_clock, environment, interleaved, roofline
-from kernels import dispatch
+from pite_kernels import dispatch
 
 CPU = torch.device("cpu")
 PAIRS = [(case, name) for case in cpu_cases() for name in IMPLEMENTATIONS[case.op]]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bench.step import LOOP, OURS, measure, show
-from bench.step_problem import make_problem, tiny_shape
+from bench.step.__main__ import LOOP, OURS, measure, show
+from bench.step.problem import make_problem, tiny_shape
 
 CPU = torch.device("cpu")
 PEERS = (OURS, LOOP, "hf padded", "hf padded, kept", "hf packed")

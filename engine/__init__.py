@@ -1,3 +1,3 @@
 """Training: configuration, loop, checkpoints, metrics, feature encoding."""
 
-import pite  # noqa: F401  (sets how OpenMP threads wait; refuses an environment with another package `kernels`)
+import dataloaders  # noqa: F401  (sets how OpenMP threads wait, before torch is imported)

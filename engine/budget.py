@@ -8,7 +8,6 @@ there is no padding to hide.
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,15 +18,16 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPVisionConfig
 
-from dataloaders.plan import BatchPlan, split_batch
-from engine.config import parse
-from engine.hardware import ASSUMED_FP8_GAIN, ASSUMED_MFU, CLIP_MFU, DEVICES, RESULTS, measured_mfu
-from engine.memory import Memory, ParameterCount, choose_layout, count_parameters, memory
+from dataloaders.ranks import Ranks
+from dataloaders.samples.plan import BatchPlan, split_batch
+from engine.cli import parse
+from engine.config import TrainConfig
+from engine.hardware import ASSUMED_FP8_GAIN, ASSUMED_MFU, CLIP_MFU, DEVICES, measured_mfu
+from engine.layout import Memory, ParameterCount, choose_layout, count_parameters, memory
 from engine.recipes import LANGUAGE_MODELS, Recipe, Stage
-from engine.train_config import TrainConfig
-from kernels.attention import choose_backend
 from pite.clip import frame_flops
 from pite.config import PiTeConfig
+from pite_kernels.attention import choose_backend
 
 PAPER_HOURS = {"7b": 10.0, "13b": 17.0}
 """The paper's training time of all three stages on eight A100s."""
@@ -184,7 +184,7 @@ def _on(
     hours, text = None, "      -       -  "
     if width == 2:
         ours = "pite fp8" if fp8 else "pite compiled" if config.compile else "pite"
-        measured = measured_mfu(config.model, name, RESULTS, ours)
+        measured = measured_mfu(config.model, name, config.measured, ours)
         rate = measured or ASSUMED_MFU * (ASSUMED_FP8_GAIN if fp8 else 1)
         hours = flops * (1 + layout.extra_flops(layers)) / (ranks * device.peak * rate) / 3600
         text = f"{hours:7.2f}{rate:9.0%}{' ' if measured else '*'}"
@@ -237,7 +237,7 @@ def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
 
 def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpus:
     """A stage's training set as it is on disk, or the assumed one when it is not there."""
-    from dataloaders.dataset import StageDataset
+    from dataloaders.samples.dataset import StageDataset
     from engine.build import load_tokenizer
     from engine.preflight import check_tokens
 
@@ -282,7 +282,7 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the same as `engine.train --dry-run`."""
     config = parse(TrainConfig, argv, prog="python -m engine.budget")
-    if int(os.environ.get("RANK", "0")):
+    if Ranks.read().rank:
         return 0  # what torchrun's first process says is true of all
     try:
         print(report(config))

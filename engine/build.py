@@ -11,13 +11,13 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from dataloaders.dataset import StageDataset
 from dataloaders.files import sha256
-from dataloaders.store import FeatureStore, Manifest
-from engine.memory import Layout
-from engine.parallel import World, shard_frozen
+from dataloaders.samples.dataset import StageDataset
+from dataloaders.store.features import FeatureStore, Manifest
+from engine.distributed.world import World, shard_frozen
+from engine.layout import Layout
 from engine.recipes import Recipe, Size, Stage
-from engine.tiny_tokenizer import build_tokenizer
+from engine.tiny.tokenizer import build_tokenizer
 from pite import checkpoint, names, tokenizers
 from pite.config import PiTeConfig
 from pite.hub import weight_files

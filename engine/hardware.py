@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from engine.memory import count_parameters
-from engine.parallel import World
+from engine.distributed.world import World
+from engine.layout import count_parameters
 from engine.recipes import Recipe
 from pite.config import PiTeConfig
 
@@ -43,8 +43,6 @@ ASSUMED_FP8_GAIN = 1.3
 
 CLIP_MFU = 0.55
 """Share of the bfloat16 peak taken for CLIP in predictions; a goal until bench/results holds a measurement."""
-
-RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 
 def peak_of(device: torch.device) -> float | None:

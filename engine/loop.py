@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dataloaders.batch import PackedBatch
-from engine.data import Absent, StepBatches
-from engine.gradients import Gradients
+from dataloaders.samples.batch import PackedBatch
+from engine.batches import Absent, StepBatches
+from engine.distributed.gradients import Gradients
+from engine.distributed.world import World
 from engine.metrics import Metrics
-from engine.parallel import World
 from engine.recipes import Recipe
 from pite.model import Losses, PiTe
 

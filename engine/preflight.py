@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dataloaders.dataset import StageDataset
+from dataloaders.failures import LEDGER, read_failures
 from dataloaders.formats import Room, present_formats
-from dataloaders.ledger import LEDGER, read_failures
 from dataloaders.locks import lock
-from dataloaders.store import Manifest
-from engine.parallel import World
+from dataloaders.samples.dataset import StageDataset
+from dataloaders.store.features import Manifest
+from engine.config import TrainConfig
+from engine.distributed.world import World
 from engine.recipes import Stage
-from engine.train_config import TrainConfig
-from kernels.fp8 import why_unsupported
 from pite.config import PiTeConfig
 from pite.tokenizers import check_vocabulary
+from pite_kernels.fp8 import why_unsupported
 
 
 def agree(world: World, check: Callable[[], None]) -> None:

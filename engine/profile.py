@@ -7,7 +7,7 @@ from types import TracebackType
 
 import torch
 
-from engine.parallel import World
+from engine.distributed.world import World
 
 
 class Profile:

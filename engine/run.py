@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dataloaders.batch import PackedBatch
-from dataloaders.prefetch import prefetch
-from engine import state
-from engine.data import Absent, StepSource
+from dataloaders.samples.batch import PackedBatch
+from dataloaders.samples.prefetch import prefetch
+from engine import checkpoint as state
+from engine.batches import Absent, StepSource
+from engine.distributed.world import World
 from engine.hardware import efficiency
 from engine.loop import compute_losses, make_optimizer, train
 from engine.metrics import Metrics
-from engine.parallel import World
 from engine.preflight import agree_with_main
 from engine.profile import Profile
 from engine.recipes import Recipe
 from pite.model import PiTe
 
 if TYPE_CHECKING:
-    from engine.train_config import TrainConfig
+    from engine.config import TrainConfig
 
 
 def run(

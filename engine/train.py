@@ -15,11 +15,13 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dataloaders.dataset import StageDataset
 from dataloaders.files import directory_written_atomically, sha256
-from dataloaders.plan import BatchPlan
-from dataloaders.store import FeatureStore, Manifest
-from engine import budget, state
+from dataloaders.samples.dataset import StageDataset
+from dataloaders.samples.plan import BatchPlan
+from dataloaders.store.features import FeatureStore, Manifest
+from engine import budget
+from engine import checkpoint as state
+from engine.batches import StepSource
 from engine.build import (
     RANDOM,
     build_model,
@@ -29,24 +31,23 @@ from engine.build import (
     model_config,
     random_shape,
 )
-from engine.config import parse
-from engine.data import StepSource
+from engine.cli import parse
+from engine.config import TrainConfig
+from engine.distributed.errors import say_error
+from engine.distributed.watchdog import say_end
+from engine.distributed.world import World
 from engine.hardware import capacity_of
+from engine.layout import choose_layout, count_parameters
 from engine.loop import NonFiniteError
-from engine.memory import choose_layout, count_parameters
 from engine.metrics import require_wandb
-from engine.once import say_error
-from engine.parallel import World
 from engine.plots import plot_losses
 from engine.preemption import remove_marker, write_marker
 from engine.preflight import agree, agree_with_main, check_encoded, check_fp8, check_given, check_tokens, claimed
 from engine.recipes import LANGUAGE_MODELS, Recipe, Stage
 from engine.run import run
-from engine.train_config import TrainConfig
-from engine.watch import say_end
-from kernels.attention import choose_backend
 from pite import checkpoint
 from pite.config import PiTeConfig
+from pite_kernels.attention import choose_backend
 
 _RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name not in ("learns", "head"))
 

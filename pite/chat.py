@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.video import decode_video
+from dataloaders.decode.video import decode_video
 from pite import devices
 from pite.clip import ClipEncoder
 from pite.draw import Track, save_video
+from pite.evaluate.trajectories import caution
 from pite.generate import Answer, Generator
 from pite.mentions import Phrase, find_named, find_phrases
-from pite.trajectories import caution
 
 CLIP = "openai/clip-vit-large-patch14"
 """The paper's encoder."""

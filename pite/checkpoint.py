@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -33,10 +33,8 @@ from dataloaders.files import (
 from pite import hub, names
 from pite.adapters import plain_lora
 from pite.config import PiTeConfig
+from pite.model import PiTe
 from pite.shards import sharded, write_index
-
-if TYPE_CHECKING:
-    from pite.model import PiTe
 
 SHARD_BYTES = 5 * 2**30
 LINEAGE, HEADS_FILE, ADAPTER_FILE = "lineage.json", "pite.safetensors", "adapter_model.safetensors"
@@ -49,15 +47,17 @@ def resolve(path_or_name: str | Path) -> Path:
     return hub.resolve(path_or_name, ("*.json", "tokenizer*", HEADS_FILE, ADAPTER_FILE))
 
 
-def load(directory: Path, *, dtype: torch.dtype, device: str = "cpu") -> PiTe:
-    """Load either layout; a stage's own LoRA stays separate (trainable, exportable), earlier ones are merged.
+def from_pretrained(directory: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PiTe:
+    """Load a stage's output, an export, a published-layout directory or a plain Llama's.
 
-    Raises ValueError naming the file and tensor when something is missing, of the wrong shape, or altered since the
-    lineage was written.
+    directory  or a Hugging Face name, such as that of an export that was pushed
+    A stage's own LoRA stays separate (trainable, exportable), earlier ones are merged. Raises ValueError naming the file
+    and tensor when something is missing, of the wrong shape, or altered since the lineage was written.
     """
-    if (directory / LINEAGE).exists():
-        return _load_stage(directory, dtype, device)
-    return load_language_model(directory, PiTeConfig.load(directory), dtype=dtype, device=device)
+    path = resolve(directory)
+    if (path / LINEAGE).exists():
+        return _load_stage(path, dtype, device)
+    return load_language_model(path, PiTeConfig.load(path), dtype=dtype, device=device)
 
 
 def load_language_model(
@@ -74,8 +74,6 @@ def random_model(config: PiTeConfig, *, dtype: torch.dtype, device: str = "cpu",
 
 def empty(config: PiTeConfig, dtype: torch.dtype, device: str) -> PiTe:
     """An uninitialised model; on device "meta" it takes no memory at all."""
-    from pite.model import PiTe
-
     with torch.device("meta"):
         model = PiTe(config, dtype)
     return model if device == "meta" else model.to_empty(device=device)
@@ -164,13 +162,14 @@ class Origin:
                 tensor.normal_(0, self._config.llm.initializer_range, generator=self._generator)
 
 
-def save_merged(model: PiTe, directory: Path) -> None:
-    """Write the whole layout, LoRA merged into a copy of each weight; shards of at most 5 GiB.
+def save_pretrained(model: PiTe, directory: Path | str) -> None:
+    """Write the whole layout under published names, LoRA merged into a copy of each weight; shards of at most 5 GiB.
 
     Weights of an earlier model in the directory, of whatever sharding, and its index are removed. A kill or a full disk
     leaves the earlier model whole, the new one whole, or a directory without config.json, which is refused.
     Raises ValueError for a directory that holds a training stage.
     """
+    directory = Path(directory)
     if (directory / LINEAGE).exists():
         raise ValueError(f"{directory} holds a training stage's output: save the whole model into another directory")
     directory.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
+from dataloaders.decode.preprocess import Preprocess
 from dataloaders.files import read_json_object
-from dataloaders.preprocess import Preprocess
 from pite import devices, hub
 
 _FILES = ("config.json", "preprocessor_config.json")

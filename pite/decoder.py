@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from kernels import Fp8Weight, lora_linear, packed_attention, quantize_weight, rms_norm, rope_qkv, swiglu
 from pite.config import PiTeConfig
+from pite_kernels import Fp8Weight, lora_linear, packed_attention, quantize_weight, rms_norm, rope_qkv, swiglu
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer of one or more projections of the same input, each with its own LoRA (Hu et al. 2021).
 
-    weight  (sum(splits), in_features) frozen; `quantize` replaces it by the four tensors of a `kernels.Fp8Weight`
+    weight  (sum(splits), in_features) frozen; `quantize` replaces it by the four tensors of a `pite_kernels.Fp8Weight`
     lora_a  (len(splits) * r, in_features) and lora_b (sum(splits), r) float32, once `add_lora` was called
     """
 
@@ -111,6 +111,9 @@ class DecoderLayer(nn.Module):
         arguments = (x if added is None else x + added, None, cos, sin, cu_seqlens, max_seqlen)
         again = checkpoint(self._compute, *arguments, use_reentrant=False, preserve_rng_state=False)
         return cast("tuple[Tensor, Tensor]", again)
+
+    def linear_layers(self) -> tuple[LoRALinear, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
 
     def _compute(
         self, x: Tensor, added: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from dataloaders.batch import collate
-from dataloaders.prompts import prompt_ids
 from dataloaders.records import TokenizedSample
-from kernels import lora_linear
+from dataloaders.samples.batch import collate
+from dataloaders.samples.prompts import prompt_ids
 from pite import checkpoint, devices, names
+from pite.checkpoint import from_pretrained
 from pite.decoder import LoRALinear
 from pite.model import PiTe
 from pite.tokenizers import check_vocabulary, load_tokenizer
+from pite_kernels import lora_linear
 
 
 def language_model(model: PiTe) -> LlamaForCausalLM:
@@ -120,7 +121,7 @@ class Generator:
         Raises ValueError naming what is missing.
         """
         directory = checkpoint.resolve(directory)
-        model = PiTe.from_pretrained(directory, devices.dtype(devices.resolve(device)), device)
+        model = from_pretrained(directory, devices.dtype(devices.resolve(device)), device)
         return Generator(model, load_tokenizer(directory))
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pite.metrics import Interval, parse_interval
+from pite.evaluate.metrics import Interval, parse_interval
 
 MAX_WORDS = 3
 _DETERMINER = re.compile(

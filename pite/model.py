@@ -1,7 +1,6 @@
 """PiTe: frame features -> adapter -> packed decoder -> vocabulary, localization and trajectory heads (paper section 4.1).
 
-The model's public face: build it (`from_pretrained`), run it on a packed batch, and move LoRA in and out.
-Everything on disk is `pite.checkpoint`'s business.
+Run it on a packed batch, and move LoRA in and out. `pite.checkpoint` loads and saves it.
 """
 
 from __future__ import annotations
@@ -9,20 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataloaders.batch import PackedBatch
-from kernels import linear_cross_entropy, two_head_loss
-from pite import checkpoint, names
+from dataloaders.samples.batch import PackedBatch
 from pite.config import PiTeConfig
-from pite.decoder import Decoder
+from pite.decoder import Decoder, DecoderLayer, LoRALinear
+from pite_kernels import linear_cross_entropy, two_head_loss
 
 Head = Literal["localization", "trajectory"]
+
+HEADS = ("vision_adapter", "localization_projector", "trajectory_projector")
+"""Modules of PiTe's own, next to the language model."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,6 @@ class PiTe(nn.Module):
         self.trajectory_projector = nn.Linear(hidden, config.num_points * config.num_frames * 2)
         self.set_trainable(())
 
-    @staticmethod
-    def from_pretrained(directory: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PiTe:
-        """Load a stage's output, an export, a published-layout directory or a plain Llama's; see `pite.checkpoint.load`.
-
-        directory  or a Hugging Face name, of an export that was pushed
-        """
-        return checkpoint.load(checkpoint.resolve(directory), dtype=dtype, device=device)
-
-    def save_pretrained(self, directory: Path | str) -> None:
-        """Write the whole model, LoRA merged, under published names; `from_pretrained` reads it back."""
-        checkpoint.save_merged(self, Path(directory))
-
     @property
     def dtype(self) -> torch.dtype:
         return self.decoder.embed_tokens.dtype
@@ -83,28 +71,33 @@ class PiTe(nn.Module):
 
     # -- what learns ---------------------------------------------------------------------------------------------
 
+    def linear_layers(self) -> Iterator[LoRALinear]:
+        """Every fused linear layer of the decoder, in order."""
+        for layer in self.decoder.layers:
+            yield from cast(DecoderLayer, layer).linear_layers()
+
     def add_lora(self, rank: int, alpha: float, seed: int = 0) -> None:
         """Start a new LoRA on q, k, v, o, gate, up and down; the same seed gives the same A on every device."""
         generator = torch.Generator().manual_seed(seed)
-        for _, linear, _ in names.linear_layers(self):
+        for linear in self.linear_layers():
             linear.add_lora(rank, alpha, generator)
 
     def merge_lora(self) -> None:
         """Fold the LoRA into the frozen weights and drop it."""
-        for _, linear, _ in names.linear_layers(self):
+        for linear in self.linear_layers():
             linear.merge_lora()
 
     def quantize(self) -> None:
-        """Keep the layers' frozen weights in float8 alone (`kernels.fp8`): for training, after merging and `add_lora`.
+        """Keep the layers' frozen weights in float8 alone (`pite_kernels.fp8`): for training, after merging and `add_lora`.
 
         What a stage writes, LoRA and heads, is unaffected; embeddings, norms and heads stay as they are.
         """
-        for _, linear, _ in names.linear_layers(self):
+        for linear in self.linear_layers():
             linear.quantize()
 
     def set_trainable(self, modules: tuple[str, ...]) -> None:
         """Let the named modules ("vision_adapter", "localization_projector", "trajectory_projector") and any LoRA learn."""
-        for head in names.HEADS:
+        for head in HEADS:
             getattr(self, head).requires_grad_(head in modules)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -118,7 +111,7 @@ class PiTe(nn.Module):
         0.5 / learning rate steps to carry a bias there from 0.
         """
         generator = torch.Generator().manual_seed(seed)
-        for name in names.HEADS:
+        for name in HEADS:
             linear: nn.Linear = getattr(self, name)
             bound = 1 / math.sqrt(linear.in_features)
             for parameter in (linear.weight, linear.bias):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from pite.decoder import DecoderLayer, LoRALinear
-    from pite.model import PiTe
+from pite.decoder import DecoderLayer, LoRALinear
+from pite.model import HEADS, PiTe
 
 PROJECTIONS: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -24,8 +23,6 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
     "down": ("mlp.down_proj",),
 }
 """Fused layer of the decoder -> Hugging Face's modules, in the order they are stacked."""
-
-HEADS = ("vision_adapter", "localization_projector", "trajectory_projector")
 
 
 def linear_layers(model: PiTe, only: int | None = None) -> Iterator[tuple[str, LoRALinear, tuple[str, ...]]]:

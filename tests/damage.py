@@ -11,8 +11,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from dataloaders.decode import decode_cropped
-from dataloaders.preprocess import Preprocess
+from dataloaders.decode.decoder import decode_cropped
+from dataloaders.decode.preprocess import Preprocess
 from dataloaders.records import Media
 from tests.media import write_audio
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from kernels import attention
+from pite_kernels import attention
 
 
 class _Flash(torch.autograd.Function):

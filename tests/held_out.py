@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from dataloaders.store import FeatureStore, FeatureWriter, Manifest
+from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest
 from dataloaders.synthetic.world import WorldConfig, make_world
-from engine.tiny_tokenizer import build_tokenizer
+from engine.tiny.tokenizer import build_tokenizer
+from pite.checkpoint import save_pretrained
 from tests.samples import tiny_model
 
 CHANNELS, FRAMES = 16, 8
@@ -35,7 +36,7 @@ def make_held_out(root: Path) -> Path:
 def save_model(directory: Path, seed: int) -> None:
     """A random PiTe with its tokenizer."""
     tokenizer = build_tokenizer()
-    tiny_model(seed=seed, vocab_size=len(tokenizer)).save_pretrained(directory)
+    save_pretrained(tiny_model(seed=seed, vocab_size=len(tokenizer)), directory)
     tokenizer.save_pretrained(str(directory))
 
 

@@ -13,7 +13,7 @@ from torch.library import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels
+import pite_kernels
 
 
 class PeakMemory(TorchDispatchMode):
@@ -73,7 +73,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def operator_bodies() -> dict[Any, Callable[..., Any]]:
-    names = [m.name for m in pkgutil.iter_modules(kernels.__path__) if m.name != "_C"]
-    modules = [importlib.import_module(f"kernels.{name}") for name in names]
+    names = [m.name for m in pkgutil.iter_modules(pite_kernels.__path__) if m.name != "_C"]
+    modules = [importlib.import_module(f"pite_kernels.{name}") for name in names]
     found = [value for module in modules for value in vars(module).values() if isinstance(value, CustomOpDef)]
     return {op._opoverload: op._init_fn for op in found}

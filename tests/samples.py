@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from dataloaders.batch import PackedBatch, collate
 from dataloaders.records import ABSENT, TokenizedSample
+from dataloaders.samples.batch import PackedBatch, collate
 from pite import checkpoint
 from pite.config import PiTeConfig
 from pite.model import PiTe

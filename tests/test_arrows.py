@@ -1,40 +1,87 @@
-"""Who may import whom: kernels and dataloaders know nobody, pite knows those two, engine knows all three."""
+"""The shape of the tree: who imports whom, no circles, no reading of another package's files, short files and functions."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ALLOWED: dict[str, set[str]] = {
-    "kernels": set(),
+    "pite_kernels": set(),
     "dataloaders": set(),
-    "pite": {"kernels", "dataloaders"},
-    "engine": {"kernels", "dataloaders", "pite"},
+    "pite": {"pite_kernels", "dataloaders"},
+    "engine": {"pite_kernels", "dataloaders", "pite"},
 }
-ROOMS = {*ALLOWED, "bench", "tests"}
-KERNELS_MAY_INSTALL = {"torch", "triton"}
+"""Package -> the packages of ours that it may import."""
+
+FOLDERS = {name: ROOT / name for name in (*ALLOWED, "bench", "tests")} | {
+    "pite_kernels": ROOT / "kernels" / "pite_kernels"
+}
+KERNELS_REQUIRE = {"torch", "triton"}
+
+LONGEST_FILE = 400
+LONGEST_FUNCTION = 60
+LONG_FUNCTIONS = {
+    "pite_kernels.gpu.trajectory.forward_kernel": "one tile from its loads to its stores; a JIT function inlines anyway",
+    "pite_kernels.gpu.cross_entropy.forward": "the chunk loop: each buffer is allocated, filled and reused in sequence",
+    "pite_kernels.cross_entropy.cross_entropy_forward": "the same loop without Triton, in the same order",
+    "engine.train.train_stage": "to be cut into prepare, identity, train",
+    "engine.run.run": "to be shortened with the loop, whose callbacks it defines",
+    "engine.loop.train": "to yield a record of each step instead of calling back",
+}
+"""Longer functions -> the reason."""
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of every package but the tests."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for file in folder.rglob("*.py") if package != "tests" else ():
+            parts = [package, *file.relative_to(folder).with_suffix("").parts]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def imported(source: str) -> set[str]:
+    """Dotted names that `source` imports anywhere, in functions too; of `from a import b` both `a` and `a.b`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
 
 
 def imported_packages(source: str) -> set[str]:
-    """Top-level packages that `source` imports anywhere, functions included; relative imports stay in their package."""
-    packages: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            packages.update(alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            packages.add(node.module.partition(".")[0])
-    return packages
+    """Top-level packages among them."""
+    return {name.partition(".")[0] for name in imported(source)}
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Modules of ours that a file imports; of `from package import module` the module alone."""
+    names = imported(file.read_text())
+    found = names & modules().keys()
+    return {m for m in found if not (file_is_package(m) and any(other.startswith(f"{m}.") for other in found))}
+
+
+def file_is_package(module: str) -> bool:
+    return modules()[module].name == "__init__.py"
 
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_imports_point_downwards(package: str) -> None:
-    files = sorted((ROOT / package).rglob("*.py"))
+    files = sorted(FOLDERS[package].rglob("*.py"))
     assert files
-    forbidden = ROOMS - ALLOWED[package] - {package}
+    forbidden = FOLDERS.keys() - ALLOWED[package] - {package}
     broken = {
         str(file.relative_to(ROOT)): sorted(found)
         for file in files
@@ -43,16 +90,47 @@ def test_imports_point_downwards(package: str) -> None:
     assert not broken
 
 
-def test_kernels_need_torch_and_triton_only() -> None:
-    allowed = KERNELS_MAY_INSTALL | set(sys.stdlib_module_names) | {"kernels"}
+def test_kernels_require_torch_and_triton_only() -> None:
+    allowed = KERNELS_REQUIRE | set(sys.stdlib_module_names) | {"pite_kernels"}
     broken = {
         str(file.relative_to(ROOT)): sorted(found)
-        for file in sorted((ROOT / "kernels").rglob("*.py"))
+        for file in sorted(FOLDERS["pite_kernels"].rglob("*.py"))
         if (found := imported_packages(file.read_text()) - allowed)
     }
     assert not broken
 
 
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = {name: imported_modules(file) - {name} for name, file in modules().items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_no_package_reads_files_outside_its_own(package: str) -> None:
+    """An installed package has no neighbours: what it needs is imported, or given to it as a path."""
+    leaves = re.compile(r"__file__\)[\w.()]*\.parents\[|__file__\)(\.resolve\(\))?\.parent\.parent")
+    assert not [str(file) for file in FOLDERS[package].rglob("*.py") if leaves.search(file.read_text())]
+
+
+def test_files_are_short() -> None:
+    files = [file for folder in FOLDERS.values() for file in folder.rglob("*.py")]
+    lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in files}
+    assert not {file: length for file, length in lengths.items() if length > LONGEST_FILE}
+
+
+def test_functions_are_short() -> None:
+    long = set()
+    for module, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= LONGEST_FUNCTION:
+                long.add(f"{module}.{node.name}")
+    assert long == LONG_FUNCTIONS.keys()
+
+
 def test_the_check_sees_every_form_of_import() -> None:
     source = "import engine.train as t\nfrom . import x\ndef f():\n    from pite.model import PiTe\n"
     assert imported_packages(source) == {"engine", "pite"}
+    assert {"engine.train", "pite.model"} <= imported(source)

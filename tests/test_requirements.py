@@ -1,4 +1,4 @@
-"""pyproject.toml lists what the code imports, and constraints.txt pins versions that it admits."""
+"""Each pyproject.toml lists what its packages import, and constraints.txt pins versions that they admit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.test_arrows import ALLOWED, ROOT, imported_packages
+from tests.test_arrows import ALLOWED, FOLDERS, ROOT, imported_packages
 
 OF_EXTRAS = {"nvidia", "torchcodec", "cv2", "stanza"}
 """Modules of the extras: they are imported where they are used, and the error names what to install."""
 
-WITHOUT_AN_IMPORT = {"liger-kernel", "sentencepiece", "protobuf", "tensorboard"}
-"""Imported by name, by transformers for Vicuna's tokenizer, or by torch for the curves."""
+WITHOUT_AN_IMPORT = {"liger-kernel", "sentencepiece", "protobuf", "tensorboard", "pite-kernels"}
+"""Imported by name, by transformers for Vicuna's tokenizer, by torch for the curves, or a package of ours."""
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ENGINE, KERNELS = (
+    tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"] for folder in (".", "kernels")
+)
+EXTRAS = [line for lines in ENGINE["optional-dependencies"].values() for line in lines]
 
 MAC = {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64"}
 
@@ -29,7 +32,8 @@ def requirements(lines: list[str]) -> dict[str, Requirement]:
 
 @pytest.fixture
 def required() -> dict[str, Requirement]:
-    return requirements(PROJECT["dependencies"])
+    """What both distributions require."""
+    return requirements([*ENGINE["dependencies"], *KERNELS["dependencies"]])
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def test_dependencies_are_the_imported_packages(required: dict[str, Requirement]
     imported = {
         name
         for package in ALLOWED
-        for file in (ROOT / package).rglob("*.py")
+        for file in FOLDERS[package].rglob("*.py")
         for name in imported_packages(file.read_text()) - known
     }
     owners = packages_distributions()
@@ -65,22 +69,26 @@ def test_pairs_of_torch_and_triton_that_trained_are_admitted(
     assert required["triton"].specifier.contains(triton)
 
 
+def test_both_distributions_admit_the_same_torch() -> None:
+    assert len({str(requirements(project["dependencies"])["torch"].specifier) for project in (ENGINE, KERNELS)}) == 1
+
+
 def test_an_untested_torch_is_excluded(required: dict[str, Requirement]) -> None:
     assert not required["torch"].specifier.contains("2.16.0")
 
 
 @pytest.mark.parametrize("name", ["triton", "liger-kernel", "nvidia-dali-cuda130", "torchcodec"])
 def test_packages_without_a_wheel_for_macos_are_not_required_there(name: str) -> None:
-    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
-    marker = requirements([*PROJECT["dependencies"], *extras])[name].marker
+    marker = requirements([*ENGINE["dependencies"], *KERNELS["dependencies"], *EXTRAS])[name].marker
     assert marker is not None
     assert not marker.evaluate(MAC)
     assert marker.evaluate({"sys_platform": "linux", "platform_machine": "x86_64"})
 
 
 def test_pins_are_admitted(required: dict[str, Requirement], pinned: dict[str, str]) -> None:
-    extras = requirements([line for lines in PROJECT["optional-dependencies"].values() for line in lines])
-    extras.pop("pite-engine")
-    for name, requirement in {**required, **extras}.items():
+    ours = {"pite-engine", "pite-kernels"}
+    for name, requirement in {**required, **requirements(EXTRAS)}.items():
+        if name in ours:
+            continue
         assert name in pinned, f"constraints.txt has no version of {name}"
         assert requirement.specifier.contains(pinned[name]), name

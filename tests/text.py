@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dataloaders.prompts import SYSTEM
+from dataloaders.samples.prompts import SYSTEM
 
 CORPUS = [
     f"{SYSTEM} USER: Describe the video in detail. ASSISTANT:",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -21,13 +20,14 @@ from dataloaders.annotation.pipeline import Settings, Video, attempt, load_model
 from dataloaders.annotation.steps import STEPS, join_records, step_path
 from dataloaders.annotation.tracking import opencv
 from dataloaders.cpu import available_cores
-from dataloaders.decode import TIME_LIMIT
+from dataloaders.decode.decoder import TIME_LIMIT
+from dataloaders.decode.workers import TaskLost, Workers
+from dataloaders.failures import LEDGER, Failure, Ledger
 from dataloaders.files import write_atomically
 from dataloaders.formats import Where, iter_json, read_activitynet
 from dataloaders.formats.fields import find_media, identifier
-from dataloaders.ledger import LEDGER, Failure, Ledger
+from dataloaders.ranks import Ranks
 from dataloaders.records import RecordError
-from dataloaders.workers import TaskLost, Workers
 
 SETTINGS = "settings.json"
 
@@ -102,8 +102,8 @@ def summary(counts: Sequence[dict[str, int]]) -> str:
 
 def run(flags: argparse.Namespace) -> int:
     """Annotate what this process, of those that torchrun started, has to; the only one joins the records."""
-    rank, size, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = f"cuda:{local}" if flags.device == "cuda" else flags.device
+    ranks = Ranks.read()
+    device = f"cuda:{ranks.local}" if flags.device == "cuda" else flags.device
     work = flags.work or flags.output.with_suffix(".steps")
     if flags.segmenter and not flags.detector:
         raise ValueError("--segmenter fills the boxes of a --detector; give that, too")
@@ -133,11 +133,11 @@ def run(flags: argparse.Namespace) -> int:
     videos = [video for video in found if isinstance(video, Video)]
     check_made_alike(settings)
     ledger = Ledger(work / LEDGER, len(found), flags.failure_budget)
-    if rank == 0:
+    if ranks.rank == 0:
         for failure in found:
             if isinstance(failure, Failure):
                 ledger.add(failure)
-    mine = [v for v in videos[rank::size] if not _is_done(work, flags.until, v)]
+    mine = [v for v in videos[ranks.rank :: ranks.size] if not _is_done(work, flags.until, v)]
     if STEPS.index(flags.until) >= STEPS.index("tracks") and any(not _is_done(work, "tracks", v) for v in mine):
         opencv()
     failed = 0
@@ -150,7 +150,7 @@ def run(flags: argparse.Namespace) -> int:
     print(f"{len(mine) - failed:,} videos annotated" + (f", {failed:,} failed: see {ledger.files}" if failed else ""))
     if flags.until != "records":
         print(f"the steps' files are in {work}")
-    elif size > 1:
+    elif ranks.size > 1:
         print(f"when all processes are done, the same command without torchrun writes {flags.output}")
     else:
         counts = join_records((step_path(work, "records", v.name) for v in videos), flags.output)
@@ -165,7 +165,7 @@ def _is_done(work: Path, step: str, video: Video) -> bool:
 def _usual_workers(device: str) -> int:
     if device != "cpu":
         return 1  # more would share the device's memory
-    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available_cores() // Ranks.read().local_size)
 
 
 def parser() -> argparse.ArgumentParser:

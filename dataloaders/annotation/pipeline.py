@@ -13,11 +13,11 @@ from dataloaders.annotation.key_points import key_points
 from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, step_path
 from dataloaders.annotation.telling import pite_record
 from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, first_frames, track_events
-from dataloaders.containers import duration
+from dataloaders.decode.containers import duration
+from dataloaders.decode.video import DecodeError
+from dataloaders.failures import Failure
 from dataloaders.formats.activitynet import EventVideo
 from dataloaders.formats.pite_143k import read_pite
-from dataloaders.ledger import Failure
-from dataloaders.video import DecodeError
 
 if TYPE_CHECKING:
     from dataloaders.annotation.grounding import Grounding

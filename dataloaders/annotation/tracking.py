@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from dataloaders.annotation.steps import Masks, Tracks
+from dataloaders.decode.video import DecodeError, iter_frames, probe
 from dataloaders.formats.activitynet import Event
 from dataloaders.records import ABSENT, RecordError
-from dataloaders.video import DecodeError, iter_frames, probe
 
 
 def opencv() -> Any:

@@ -31,9 +31,9 @@ from dataloaders.formats.fields import (
     seconds,
 )
 from dataloaders.formats.stream import Record
-from dataloaders.prompts import time_to_index
+from dataloaders.formats.tracks import TrackError, place_tracks, validate_tracks
 from dataloaders.records import Media, Mention, RecordError, Sample, Turn
-from dataloaders.tracks import TrackError, place_tracks, validate_tracks
+from dataloaders.samples.prompts import time_to_index
 
 _MARK = re.compile(r"\A(?:\s|</?s>)+|(?:\s|</?s>)+\Z|</?s>|(?P<time><[se]\d+>)")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dataloaders.formats import iter_media
-from dataloaders.store import FeatureStore, FeatureWriter, Manifest
+from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest
 
 
 def write_random_features(data: Path, output: Path, num_frames: int, channels: int, seed: int = 0) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine import budget, hardware
-from engine.memory import count_parameters
+from engine.layout import count_parameters
 from engine.recipes import PAPER, recipe
 from engine.train import main
 from pite import checkpoint
@@ -133,11 +133,10 @@ def test_a_measured_step_replaces_the_assumption(tmp_path, monkeypatch, capsys):
     ]
     content = {"environment": {"device": "NVIDIA H200"}, "rows": rows}
     (tmp_path / "step_NVIDIA_H200.json").write_text(json.dumps(content))
-    monkeypatch.setattr(budget, "RESULTS", tmp_path)
     assert hardware.measured_mfu("7b", "H200", tmp_path) == 0.5
     assert hardware.measured_mfu("13b", "H200", tmp_path) is None
     assert hardware.measured_mfu("7b", "H100", tmp_path) is None
-    assert budget.main(["--model", "7b", "--stage", "2"]) == 0
+    assert budget.main(["--model", "7b", "--stage", "2", "--measured", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     rates = {line.split()[1]: line.split()[3] for line in lines if line.startswith("  8x")}
     assert rates == {"A100-40GB": "45%*", "A100-80GB": "45%*", "H100": "45%*", "H200": "50%"}

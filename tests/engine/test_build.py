@@ -14,12 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from dataloaders.records import TokenizedSample
 from engine.build import align_adapter, build_model
-from engine.memory import Layout, Memory
-from engine.parallel import World
+from engine.distributed.world import World
+from engine.layout import Layout, Memory
 from engine.recipes import recipe
-from kernels import quantize_weight
 from pite import checkpoint, names
-from tests.engine.ranks import launch
+from pite.checkpoint import save_pretrained
+from pite_kernels import quantize_weight
+from tests.engine.distributed.ranks import launch
 from tests.peak_memory import PeakMemory
 from tests.samples import tiny_config, tiny_model
 
@@ -90,7 +91,7 @@ def build_stage_3(directory: Path, shards: int, fp8: bool) -> int:
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model of many small layers, and two stages trained on it."""
     root = tmp_path_factory.mktemp("stages")
-    tiny_model(lora=False, num_hidden_layers=LAYERS).save_pretrained(root / "llm")
+    save_pretrained(tiny_model(lora=False, num_hidden_layers=LAYERS), root / "llm")
     for i, stage in enumerate(("one", "two")):
         (root / stage).mkdir()
         lineage = {"stage": i + 1, "language_model": str(root / "llm"), "merged": [str(root / "one")] * i}

@@ -14,10 +14,10 @@ triton = pytest.importorskip("triton", reason="Triton has no build for this plat
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dataloaders.batch import PackedBatch  # noqa: E402
-from engine.gradients import Gradients  # noqa: E402
+from dataloaders.samples.batch import PackedBatch  # noqa: E402
+from engine.distributed.gradients import Gradients  # noqa: E402
+from engine.layout import count_parameters, memory  # noqa: E402
 from engine.loop import backward_order, compute_losses, make_optimizer  # noqa: E402
-from engine.memory import count_parameters, memory  # noqa: E402
 from engine.recipes import Stage, recipe  # noqa: E402
 from pite.config import PiTeConfig  # noqa: E402
 from pite.model import PiTe  # noqa: E402

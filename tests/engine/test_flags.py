@@ -14,10 +14,10 @@ import torch
 
 from engine import metrics, train
 from engine.build import random_shape
-from engine.parallel import World
+from engine.config import TrainConfig
+from engine.distributed.world import World
 from engine.preflight import claimed
 from engine.train import main
-from engine.train_config import TrainConfig
 from pite.checkpoint import read_lineage
 from tests.engine.workspace import train_arguments
 

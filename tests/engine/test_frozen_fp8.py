@@ -9,16 +9,16 @@ import torch
 
 import engine.train
 from engine import budget, metrics
-from engine.memory import choose_layout, count_parameters, memory
-from engine.parallel import World
+from engine.distributed.world import World
+from engine.layout import choose_layout, count_parameters, memory
 from engine.preflight import check_fp8
 from engine.recipes import recipe
 from engine.train import main
-from kernels.fp8 import dequantize
 from pite import names
+from pite.checkpoint import from_pretrained, save_pretrained
 from pite.config import PiTeConfig
-from pite.model import PiTe
-from tests.engine.ranks import train
+from pite_kernels.fp8 import dequantize
+from tests.engine.distributed.ranks import train
 from tests.engine.workspace import train_arguments
 from tests.samples import random_batch, tiny_model
 
@@ -60,10 +60,10 @@ def test_stages_train_and_what_they_leave_is_not_float8(trained: Path, workspace
     assert len(ours) == len(exact) == 6
     for a, b in zip(ours, exact):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02) and a["loss"] != b["loss"]
-    model = PiTe.from_pretrained(trained / "stage2" / "final")
+    model = from_pretrained(trained / "stage2" / "final")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    model.save_pretrained(tmp_path / "merged")
-    assert PiTe.from_pretrained(tmp_path / "merged").dtype == torch.float32
+    save_pretrained(model, tmp_path / "merged")
+    assert from_pretrained(tmp_path / "merged").dtype == torch.float32
 
 
 def test_earlier_stages_are_merged_before_the_weights_are_quantised(
@@ -72,10 +72,10 @@ def test_earlier_stages_are_merged_before_the_weights_are_quantised(
     models = []
     monkeypatch.setattr(engine.train, "run", lambda config, recipe, model, *rest: models.append(model) or (0, False))
     assert main(train_arguments(workspace, tmp_path, "3", init=trained / "stage2" / "final", **FP8)) == 0
-    merged = PiTe.from_pretrained(trained / "stage2" / "final")
+    merged = from_pretrained(trained / "stage2" / "final")
     merged.merge_lora()
     (model,) = models
-    base = PiTe.from_pretrained(workspace / "llm")
+    base = from_pretrained(workspace / "llm")
     for (_, ours, _), (_, exact, _), (_, before, _) in zip(*(names.linear_layers(m) for m in (model, merged, base))):
         assert ours.quantized and not any(name == "weight" for name, _ in ours.named_parameters())
         for quantized, scales, weight in (
@@ -108,7 +108,7 @@ def test_a_quantised_model_is_not_saved_whole(tmp_path: Path):
     model = tiny_model()
     model.quantize()
     with pytest.raises(ValueError, match="load the model again to save them"):
-        model.save_pretrained(tmp_path)
+        save_pretrained(model, tmp_path)
 
 
 def test_devices_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatch):

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloaders import ledger
-from dataloaders.ledger import LEDGER, Failure, read_failures
-from dataloaders.store import FeatureStore
-from dataloaders.store_tools import main as store_main
+from dataloaders.failures import LEDGER, Failure, read_failures
+from dataloaders.store.__main__ import main as store_main
+from dataloaders.store.features import FeatureStore
 from engine import train
 from tests.engine.workspace import FRAMES, train_arguments
 
@@ -60,7 +59,7 @@ def test_training_goes_on_without_the_missing_file(
         (failure,) = read_failures(features / LEDGER)
     file = folder / f"{gone.removeprefix('stage2/')}.npy"
     assert asdict(failure) == asdict(Failure(gone, str(file), "import", f"{file.name}: not among the imported files"))
-    assert ledger.main([str(features)]) == 0
+    assert store_main(["failures", str(features)]) == 0
     assert "1  import  not among the imported files" in capsys.readouterr().out
 
     assert trained(workspace, folder) == 0

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from dataloaders import files
 from engine import metrics
-from engine.parallel import World
+from engine.distributed.world import World
 from engine.preemption import MARKER, write_marker
 from engine.train import main
+from tests import SOURCE_PATH
 from tests.engine.workspace import train_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,7 @@ NUMBERS = ("loss", "ce", "l1", "gradient_norm", "learning_rate", "tokens")
 
 def start(arguments: list[str], code: str = "from engine.train import main") -> subprocess.Popen[bytes]:
     program = f"import sys; {code}; sys.exit(main(sys.argv[1:]))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "PYTHONPATH": SOURCE_PATH, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, stderr=subprocess.PIPE)
 
 

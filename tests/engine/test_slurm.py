@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.preemption import MARKER
+from tests import SOURCE_PATH
 from tests.engine.workspace import train_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ def job(workspace: Path, tmp_path: Path):
     slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "64"}
 
     def run(mode: str) -> tuple[int, list[str]]:
-        paths = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "REQUEUED": str(requeued)}
+        paths = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": SOURCE_PATH, "REQUEUED": str(requeued)}
         environment = {**os.environ, **slurm, **paths, "MODE": mode}
         status = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=environment, timeout=300).returncode
         return status, requeued.read_text().split()

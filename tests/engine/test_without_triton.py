@@ -12,9 +12,9 @@ from tests.engine.workspace import train_arguments
 ROOT = Path(__file__).parents[2]
 ABSENT = ("triton", "liger_kernel", "nvidia", "torchcodec", "cv2", "stanza", "flash_attn", "xformers")
 CODE = (
-    "import sys; from importlib import import_module\n"
+    "import runpy, sys\n"
     f"sys.modules.update(dict.fromkeys({ABSENT!r}))\n"  # what is None there cannot be imported
-    "sys.exit(import_module(sys.argv[1]).main(sys.argv[2:]))"
+    "del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 )
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataloaders.synthetic.features import write_random_features
 from dataloaders.synthetic.world import WorldConfig, make_world
-from engine.tiny_tokenizer import build_tokenizer
+from engine.tiny.tokenizer import build_tokenizer
 
 FRAMES, CHANNELS = 8, 16
 

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from dataloaders.batch import PackedBatch, collate
 from dataloaders.records import TokenizedSample
+from dataloaders.samples.batch import PackedBatch, collate
 from pite import names
+from pite.checkpoint import from_pretrained
 from pite.generate import language_model
 from pite.model import Head, PiTe
 
@@ -65,7 +66,7 @@ def load_model(directory: Path, cases: dict[str, Tensor], expected: dict[str, An
     """The reference's model. Where its config names no head count, the one that its first hidden states agree with."""
     config = json.loads((directory / "config.json").read_text())
     if isinstance(config.get("num_attention_heads"), int):
-        return PiTe.from_pretrained(directory)
+        return from_pretrained(directory)
     with safe_open(directory / "model.safetensors", framework="pt") as weights:
         queries, keys = (
             weights.get_slice(f"model.layers.0.self_attn.{name}_proj.weight").get_shape()[0] for name in "qk"
@@ -85,7 +86,7 @@ def _with_heads(directory: Path, config: dict[str, Any]) -> PiTe:
     with tempfile.TemporaryDirectory() as completed:
         Path(completed, "config.json").write_text(json.dumps(config))
         Path(completed, "model.safetensors").symlink_to((directory / "model.safetensors").resolve())
-        return PiTe.from_pretrained(completed)
+        return from_pretrained(completed)
 
 
 def _check_case(model: PiTe, case: str, cases: dict[str, Tensor], numbers: dict[str, Any]) -> Iterator[Check]:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from dataloaders.batch import collate
 from dataloaders.records import ABSENT, TokenizedSample
-from engine.data import StepBatches
+from dataloaders.samples.batch import collate
+from engine.batches import StepBatches
+from engine.distributed.world import World
 from engine.loop import make_optimizer, train
-from engine.parallel import World
 from engine.recipes import Recipe
 from pite import checkpoint
 from pite.config import PiTeConfig

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention, packed_attention, reference
+from pite_kernels import attention, packed_attention, reference
 from tests.kernels.helpers import assert_as_accurate, assert_bitwise
 
 LENGTHS = [[17], [5, 5, 5, 5], [40, 3, 0, 38, 1, 7, 7, 30], [1] * 9, [0, 4, 0], [0]]

@@ -1,4 +1,4 @@
-"""setup.py builds the C++ operators where it can, and says one sentence where it cannot."""
+"""kernels/setup.py builds the C++ operators where it can, and prints one notice where it cannot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels import dispatch
+from pite_kernels import dispatch
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,15 +17,17 @@ ROOT = Path(__file__).parents[2]
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
     variables = os.environ | environment
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT / "kernels", env=variables, capture_output=True, text=True, check=False, timeout=300
+    )
 
 
 def test_without_a_compiler_one_notice_and_success(tmp_path):
     done = build(tmp_path, CXX="/no/such/compiler")
     assert done.returncode == 0, done.stderr
-    notices = [line for line in done.stderr.splitlines() if line.startswith("kernels:")]
+    notices = [line for line in done.stderr.splitlines() if line.startswith("pite_kernels:")]
     assert len(notices) == 1
-    assert "PyTorch serves instead" in notices[0] and "build.log" in notices[0]
+    assert "PyTorch is used instead" in notices[0] and "build.log" in notices[0]
     assert not list(tmp_path.rglob("_C.so"))
 
 
@@ -34,7 +36,7 @@ def test_builds_a_library_that_loads(tmp_path):
         pytest.skip("no compiler built the operators here before")
     done = build(tmp_path)
     assert done.returncode == 0, done.stderr
-    library = tmp_path / "kernels" / "_C.so"
+    library = tmp_path / "pite_kernels" / "_C.so"
     assert library.exists(), done.stderr
     code = (
         f"import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.pite_kernels_cpu.trajectory_forward)"

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import FusedLinearCrossEntropyLoss, cross_entropy, linear_cross_entropy, reference
-from kernels.cross_entropy import cross_entropy_forward, scatter_rows
+from pite_kernels import FusedLinearCrossEntropyLoss, cross_entropy, linear_cross_entropy, reference
+from pite_kernels.cross_entropy import cross_entropy_forward, scatter_rows
 from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads, run
 
 pytestmark = pytest.mark.usefixtures("cpu_path")

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from kernels import apply_rope, elementwise, reference, rms_norm, rope_qkv, rope_tables, swiglu
+from pite_kernels import apply_rope, elementwise, reference, rms_norm, rope_qkv, rope_tables, swiglu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,7 +78,8 @@ def test_a_liger_kernel_too_old_is_left_aside_as_a_whole(monkeypatch, caplog, mi
     # The function without its cache.
     assert elementwise._liger.__wrapped__() is (None if missing else stand_in)
     assert caplog.messages == [
-        f"kernels: this liger-kernel has no {name}, as 0.8.2 and later do; PyTorch serves instead." for name in missing
+        f"pite_kernels: this liger-kernel has no {name}, as 0.8.2 and later do; PyTorch is used instead."
+        for name in missing
     ]
 
 

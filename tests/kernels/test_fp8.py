@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import Fp8Weight, lora_linear, quantize_weight
-from kernels.fp8 import FP8, LARGEST, dequantize, product, quantize_rows, why_unsupported
-from kernels.lora import lora_backward, lora_forward
+from pite_kernels import Fp8Weight, lora_linear, quantize_weight
+from pite_kernels.fp8 import FP8, LARGEST, dequantize, product, quantize_rows, why_unsupported
+from pite_kernels.lora import lora_backward, lora_forward
 from tests.kernels.helpers import assert_bitwise
 
 HALF_STEP = 1 / 16

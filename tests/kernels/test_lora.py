@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import lora_linear, reference
-from kernels.lora import lora_backward, lora_forward
+from pite_kernels import lora_linear, reference
+from pite_kernels.lora import lora_backward, lora_forward
 from tests.kernels.helpers import assert_as_accurate, assert_bitwise, run
 
 SPLITS = [None, [24, 24], [32, 8, 8]]

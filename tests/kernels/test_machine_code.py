@@ -12,8 +12,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels.fp8 import LARGEST  # noqa: E402
-from kernels.gpu import cross_entropy, fp8, lora, rope, shared, trajectory  # noqa: E402
+from pite_kernels.fp8 import LARGEST  # noqa: E402
+from pite_kernels.gpu import cross_entropy, fp8, lora, rope, shared, trajectory  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one block may use
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from kernels.gpu import cross_entropy, lora, shared, trajectory
+from pite_kernels.gpu import cross_entropy, lora, shared, trajectory
 from tests.kernels.helpers import Heads, make_heads
 from tests.peak_memory import PeakMemory
 

@@ -24,7 +24,7 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
-from kernels import FusedLinearCrossEntropyLoss, FusedTrajectoryL1Loss, packed_attention
+from pite_kernels import FusedLinearCrossEntropyLoss, FusedTrajectoryL1Loss, packed_attention
 
 VOCABULARY, VIDEO, PAD = 64, 60, 0
 POINTS, FRAMES = 2, 3

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import FusedTrajectoryL1Loss, reference, trajectory_l1
-from kernels.trajectory import trajectory_backward, trajectory_forward
+from pite_kernels import FusedTrajectoryL1Loss, reference, trajectory_l1
+from pite_kernels.trajectory import trajectory_backward, trajectory_forward
 from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads, run
 
 pytestmark = pytest.mark.usefixtures("cpu_path")

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import reference, two_head_loss
-from kernels.two_head import two_head_backward, two_head_forward
+from pite_kernels import reference, two_head_loss
+from pite_kernels.two_head import two_head_backward, two_head_forward
 from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads
 
 pytestmark = pytest.mark.usefixtures("cpu_path")

@@ -8,15 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-import kernels.cross_entropy
-import kernels.fp8
-import kernels.lora
-import kernels.rope
-import kernels.trajectory
-from bench import tiles
-from bench.kernel_inputs import Case
-from kernels import lora_linear, reference, rope_qkv, rope_tables, two_head_loss
-from kernels.gpu import cross_entropy, fp8, lora, rope, shared, trajectory
+import pite_kernels.cross_entropy
+import pite_kernels.fp8
+import pite_kernels.lora
+import pite_kernels.rope
+import pite_kernels.trajectory
+from bench.kernels import tiles
+from bench.kernels.inputs import Case
+from pite_kernels import lora_linear, reference, rope_qkv, rope_tables, two_head_loss
+from pite_kernels.gpu import cross_entropy, fp8, lora, rope, shared, trajectory
 from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,7 +208,7 @@ def lora_results(function, x, weight, a, b, splits, upstream):
 )
 def test_lora(dtype, tokens, splits, rank, monkeypatch):
     """300 rows of 24 columns are three groups of rows, 130 columns two blocks of columns."""
-    monkeypatch.setattr(kernels.lora, "uses_triton", lambda tensor: tensor.dtype != torch.float64)
+    monkeypatch.setattr(pite_kernels.lora, "uses_triton", lambda tensor: tensor.dtype != torch.float64)
     g = torch.Generator().manual_seed(2)
     shapes = (tokens, 40), (sum(splits), 40), (len(splits) * rank, 40), (sum(splits), rank), (tokens, sum(splits))
     exact = [(torch.randn(s, generator=g) * s[-1] ** -0.5).to(dtype).double().to(DEVICE) for s in shapes]
@@ -247,7 +247,7 @@ def rope_results(qkv, cos, sin, width, key_heads, upstream) -> list[torch.Tensor
     [(37, 4, 4, 16), (130, 9, 3, 64), (5, 2, 1, 40), (1, 1, 1, 128), (0, 2, 2, 8)],
 )
 def test_rope_in_place(dtype, tokens, heads, key_heads, width, monkeypatch):
-    monkeypatch.setattr(kernels.rope, "uses_triton", lambda tensor: tensor.dtype != torch.float64)
+    monkeypatch.setattr(pite_kernels.rope, "uses_triton", lambda tensor: tensor.dtype != torch.float64)
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -276,7 +276,7 @@ def test_rope_in_place(dtype, tokens, heads, key_heads, width, monkeypatch):
 
 
 def test_rope_of_strided_tables_and_of_an_output_that_its_maker_kept(monkeypatch):
-    monkeypatch.setattr(kernels.rope, "uses_triton", lambda tensor: True)
+    monkeypatch.setattr(pite_kernels.rope, "uses_triton", lambda tensor: True)
     qkv = torch.randn(6, 3 * 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     cos, sin = (t.to(DEVICE) for t in rope_tables(torch.arange(6), 16))
     apart = cos.t().contiguous().t(), torch.stack([sin, sin], 1)[:, 0]
@@ -317,8 +317,8 @@ def test_rows_are_quantised_as_pytorch_does(dtype, count, width):
         x[0], x[1, 7], x[2, 3] = 0, torch.inf, torch.nan
         finite[1:3] = False
     # On the CPU the dispatcher takes PyTorch's road.
-    expected = kernels.fp8.quantize_rows(x.cpu())
-    ours = [t.cpu() for t in fp8.quantize_rows(x)]
+    expected = pite_kernels.fp8.quantize_rows(x.cpu())
+    ours = [t.cpu() for t in fp8.quantize_rows(x, pite_kernels.fp8.FP8, pite_kernels.fp8.SMALLEST_ROW)]
     assert torch.equal(ours[1][finite], expected[1][finite])
     assert torch.equal(ours[0].view(torch.uint8)[finite], expected[0].view(torch.uint8)[finite])
     assert ours[1][~finite].isnan().all(), "the whole row is then NaN"
@@ -332,7 +332,7 @@ def test_float8_products_are_what_the_cpu_emulates():
 
     def on(device: str) -> list[torch.Tensor]:
         inputs = [t.to(device) for t in (x, a, b)]
-        weight = kernels.quantize_weight(w.to(device))
+        weight = pite_kernels.quantize_weight(w.to(device))
         for t in inputs:
             t.requires_grad_()
         return lora_results(lora_linear, inputs[0], weight, *inputs[1:], [64, 32], upstream.to(device))
@@ -362,7 +362,7 @@ def test_row_splits_fill_whole_waves():
 @pytest.mark.parametrize("shape", [{}, {"count": 0}, {"supervised": 0}, {"count": 60, "supervised": 60}])
 def test_two_heads_through_the_public_function(dtype, shape, monkeypatch):
     """The whole road, autograd and all; off the GPU the dispatcher is told that Triton serves the CPU too."""
-    for module in (kernels.trajectory, kernels.cross_entropy):
+    for module in (pite_kernels.trajectory, pite_kernels.cross_entropy):
         monkeypatch.setattr(module, "uses_triton", lambda tensor: tensor.dtype != torch.float64)
     heads = make_heads(dtype, device=DEVICE, **shape)
 

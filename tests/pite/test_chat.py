@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
-from engine.tiny_tokenizer import build_tokenizer
-from pite import chat, checkpoint, evaluate
+from engine.tiny.tokenizer import build_tokenizer
+from pite import chat, checkpoint
+from pite.evaluate import __main__ as evaluate
 from pite.generate import Answer, Generator
 from pite.mentions import find_phrases
 from tests.held_out import CHANNELS, FRAMES, make_held_out, save_clip

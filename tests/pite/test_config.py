@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pite import checkpoint
+from pite.checkpoint import from_pretrained, save_pretrained
 from pite.config import PiTeConfig
 from pite.generate import language_model
-from pite.model import PiTe
 from tests.pite.test_model import hf_logits
 from tests.samples import random_batch, tiny_config, tiny_model
 
@@ -54,10 +54,10 @@ def change(directory: Path, **fields: Any) -> Path:
 def test_what_the_decoder_does_not_compute_is_one_sentence(
     tmp_path: Path, fields: dict[str, Any], message: str
 ) -> None:
-    tiny_model(lora=False).save_pretrained(tmp_path)
+    save_pretrained(tiny_model(lora=False), tmp_path)
     path = change(tmp_path, **fields)
     with pytest.raises(ValueError, match=message) as caught:
-        PiTe.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
     assert str(caught.value).startswith(f"{path}") and "\n" not in str(caught.value)
 
 
@@ -75,9 +75,9 @@ def test_what_the_decoder_does_not_compute_is_one_sentence(
     ],
 )
 def test_what_changes_nothing_gives_transformers_numbers(tmp_path: Path, fields: dict[str, Any]) -> None:
-    tiny_model(lora=False).save_pretrained(tmp_path)
+    save_pretrained(tiny_model(lora=False), tmp_path)
     change(tmp_path, **fields)
-    model = PiTe.from_pretrained(tmp_path)
+    model = from_pretrained(tmp_path)
     batch = random_batch(3, model.config)
     with torch.no_grad():
         ours = model.logits(model.hidden_states(batch))
@@ -100,7 +100,7 @@ BROKEN = {
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stage's output next to its language model."""
     root = tmp_path_factory.mktemp("root")
-    tiny_model(lora=False).save_pretrained(root / "base")
+    save_pretrained(tiny_model(lora=False), root / "base")
     (root / "one").mkdir()
     checkpoint.save_stage(tiny_model(), root / "one", {"stage": 1, "language_model": f"{root}/base", "merged": []})
     return root / "one"
@@ -114,7 +114,7 @@ def test_a_broken_json_file_is_named(stage: Path, name: str, content: str) -> No
     try:
         path.write_bytes(content.encode(errors="surrogateescape"))
         with pytest.raises(ValueError, match=BROKEN[content]) as caught:
-            PiTe.from_pretrained(stage)
+            from_pretrained(stage)
     finally:
         path.write_bytes(whole)
     assert str(caught.value).startswith(f"{path} ") and "\n" not in str(caught.value)
@@ -129,7 +129,7 @@ def test_what_is_no_regular_file_is_named(stage: Path, name: str, make: Any) -> 
     try:
         make(path)
         with pytest.raises(ValueError, match=f"{path} is no regular file"):
-            PiTe.from_pretrained(stage)
+            from_pretrained(stage)
     finally:
         path.rmdir() if path.is_dir() else path.unlink()
         path.write_bytes(whole)
@@ -145,7 +145,7 @@ def test_a_lineage_that_lacks_something_is_named(stage: Path, changed: dict[str,
     try:
         path.write_text(json.dumps({**json.loads(whole), **changed}))
         with pytest.raises(ValueError, match=r"lineage\.json is damaged"):
-            PiTe.from_pretrained(stage)
+            from_pretrained(stage)
     finally:
         path.write_text(whole)
 
@@ -157,7 +157,7 @@ def test_a_pointer_in_place_of_a_stage_s_weights_is_named(stage: Path, name: str
     try:
         path.write_text(LFS)
         with pytest.raises(ValueError, match=f"{path} is a git-lfs pointer"):
-            PiTe.from_pretrained(stage)
+            from_pretrained(stage)
     finally:
         path.write_bytes(whole)
 

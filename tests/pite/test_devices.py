@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pite import chat, devices, evaluate
+from pite import chat, devices, generate
+from pite.evaluate import __main__ as evaluate
 from pite.generate import Generator
 from pite.model import PiTe
 
@@ -51,7 +52,7 @@ def test_every_gpu_gets_bfloat16(gpus: pytest.MonkeyPatch, device: str, dtype: t
     def load(*arguments: object) -> PiTe:
         raise Asked(*arguments)
 
-    gpus.setattr(PiTe, "from_pretrained", load)
+    gpus.setattr(generate, "from_pretrained", load)
     with pytest.raises(Asked) as caught:
         Generator.from_pretrained(tmp_path, device)
     assert caught.value.args == (tmp_path, dtype, device)

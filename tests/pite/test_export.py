@@ -16,12 +16,13 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.tiny_tokenizer import build_tokenizer
+from engine.tiny.tokenizer import build_tokenizer
 from engine.train import main as train
-from pite import chat, checkpoint, export, names
+from pite import chat, checkpoint, names
+from pite.checkpoint import from_pretrained, save_pretrained
+from pite.evaluate.trajectories import caution
+from pite.export import __main__ as export
 from pite.generate import Generator
-from pite.model import PiTe
-from pite.trajectories import caution
 from tests.engine.workspace import make_workspace, train_arguments
 from tests.peak_memory import PeakMemory
 from tests.pite.test_model import hf_logits
@@ -37,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("run")
     tokenizer = build_tokenizer()
     shape = {"vocab_size": len(tokenizer), "num_hidden_layers": LAYERS}
-    tiny_model(2, lora=False, **shape).save_pretrained(root / "llm")
+    save_pretrained(tiny_model(2, lora=False, **shape), root / "llm")
     tokenizer.save_pretrained(str(root / "llm"))
     (root / "llm" / "generation_config.json").write_text('{"max_new_tokens": 7}')
     earlier: list[str] = []
@@ -73,7 +74,7 @@ def peft(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def assert_computes_the_same(language_model: torch.nn.Module, run: Path) -> None:
-    ours = PiTe.from_pretrained(run / "stage3" / "final")
+    ours = from_pretrained(run / "stage3" / "final")
     batch = random_batch(4, ours.config)
     expected = ours.logits(ours.hidden_states(batch))
     torch.testing.assert_close(hf_logits(language_model, ours, batch), expected, rtol=1e-4, atol=1e-4)
@@ -102,7 +103,7 @@ def test_the_adapter_loads_in_peft_alone(run: Path, peft: Path) -> None:
 @torch.no_grad()
 def test_every_export_loads_here(kind: str, run: Path, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)
-    ours, loaded = PiTe.from_pretrained(run / "stage3" / "final"), PiTe.from_pretrained(folder)
+    ours, loaded = from_pretrained(run / "stage3" / "final"), from_pretrained(folder)
     batch = random_batch(4, ours.config)
     hidden, expected = loaded.hidden_states(batch), ours.hidden_states(batch)
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
@@ -155,8 +156,8 @@ def test_an_exported_adapter_can_be_exported_merged(run: Path, peft: Path, tmp_p
 def test_a_whole_model_saved_over_an_export_leaves_none_of_it(full: Path, tmp_path: Path) -> None:
     shutil.copytree(full, tmp_path / "folder")
     model = tiny_model(2, lora=False, seed=9)
-    model.save_pretrained(tmp_path / "folder")
-    loaded = PiTe.from_pretrained(tmp_path / "folder")
+    save_pretrained(model, tmp_path / "folder")
+    loaded = from_pretrained(tmp_path / "folder")
     assert torch.equal(loaded.vision_adapter.weight, model.vision_adapter.weight)
     assert checkpoint.stages(tmp_path / "folder") == ()
 
@@ -246,7 +247,7 @@ def test_a_push_that_fails_is_one_sentence_and_leaves_the_folder(
     assert export.main([*arguments, "--push", "owner/pite"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pite.export")]
     assert "is complete, but was not pushed to owner/pite: Token is required; " in line
-    assert PiTe.from_pretrained(tmp_path / "folder").config.num_frames == 8
+    assert from_pretrained(tmp_path / "folder").config.num_frames == 8
 
 
 @pytest.mark.parametrize("kind", ["full", "peft"])
@@ -262,7 +263,7 @@ def test_a_pushed_export_is_loaded_by_name(kind: str, request: pytest.FixtureReq
         return str(folder)
 
     monkeypatch.setattr("pite.hub.snapshot_download", download)
-    assert PiTe.from_pretrained("owner/pite").config.num_frames == 8
+    assert from_pretrained("owner/pite").config.num_frames == 8
     assert {file.name for file in folder.iterdir()} - set(fetched) == {"README.md"}
     assert isinstance(Generator.from_pretrained("owner/pite"), Generator)
     assert caution(Path("owner/pite")).startswith("owner/pite is of stage 3")
@@ -306,9 +307,9 @@ def test_what_cannot_be_exported_is_one_sentence(
 
 
 def test_numbers_that_a_dtype_cannot_hold_are_named(run: Path, tmp_path: Path, capsys) -> None:
-    whole = PiTe.from_pretrained(run / "stage3" / "final")
+    whole = from_pretrained(run / "stage3" / "final")
     whole.decoder.layers[0].o.weight.data[0, 0] = 1e6
-    whole.save_pretrained(tmp_path / "whole")
+    save_pretrained(whole, tmp_path / "whole")
     build_tokenizer().save_pretrained(str(tmp_path / "whole"))
     arguments = ["--model", f"{tmp_path}/whole", "--output", f"{tmp_path}/folder"]
     assert export.main([*arguments, "--dtype", "float16"]) == 2
@@ -329,7 +330,7 @@ def test_a_stage_copied_alone_names_what_it_lacks(run: Path, tmp_path: Path, cap
         shutil.copytree(run / stage, tmp_path / stage)
     final = tmp_path / "stage3" / "final"
     with pytest.raises(ValueError, match=r"missing; copy the whole run folder") as raised:
-        PiTe.from_pretrained(final)
+        from_pretrained(final)
     assert "stage1/final" in str(raised.value) and ("stage2/final" in str(raised.value)) is not bool(copied)
     assert export.main(["--model", str(final), "--output", f"{tmp_path}/folder"]) == 2
     asked = ["--video", "v.mp4", "--query", "What?", "--device", "cpu"]

@@ -8,9 +8,10 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from dataloaders.batch import collate
-from dataloaders.plan import split_batch
+from dataloaders.samples.batch import collate
+from dataloaders.samples.plan import split_batch
 from pite import checkpoint, names
+from pite.checkpoint import from_pretrained, save_pretrained
 from pite.generate import language_model
 from pite.model import PiTe
 from tests.samples import random_batch, random_samples, tiny_model, without_trajectories
@@ -75,7 +76,7 @@ def test_a_stage_loads_in_peft(tmp_path, kv_heads):
     model = tiny_model(kv_heads)
     base = tmp_path / "base"
     plain = tiny_model(kv_heads, lora=False)
-    plain.save_pretrained(base)
+    save_pretrained(plain, base)
     stage = tmp_path / "stage1"
     stage.mkdir()
     checkpoint.save_stage(model, stage, {"stage": 1, "language_model": str(base), "merged": []})
@@ -85,7 +86,7 @@ def test_a_stage_loads_in_peft(tmp_path, kv_heads):
         ours = model.logits(model.hidden_states(batch))
         theirs = hf_logits(peft, model, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    reloaded = PiTe.from_pretrained(stage)
+    reloaded = from_pretrained(stage)
     with torch.no_grad():
         torch.testing.assert_close(reloaded.logits(reloaded.hidden_states(batch)), ours, rtol=0, atol=0)
 
@@ -125,10 +126,10 @@ def test_merging_stays_within_rounding(dtype):
 def test_earlier_stages_are_merged_underneath(tmp_path):
     first = tiny_model(seed=1)
     base = tmp_path / "base"
-    tiny_model(lora=False, seed=1).save_pretrained(base)
+    save_pretrained(tiny_model(lora=False, seed=1), base)
     (tmp_path / "one").mkdir()
     checkpoint.save_stage(first, tmp_path / "one", {"stage": 1, "language_model": str(base), "merged": []})
-    second = PiTe.from_pretrained(tmp_path / "one")
+    second = from_pretrained(tmp_path / "one")
     second.merge_lora()
     second.add_lora(4, 8, seed=7)
     for tensor in names.lora_tensors(second).values():
@@ -138,13 +139,13 @@ def test_earlier_stages_are_merged_underneath(tmp_path):
     checkpoint.save_stage(second, tmp_path / "two", lineage)
     batch = random_batch(3, first.config)
     with torch.no_grad():
-        loaded = PiTe.from_pretrained(tmp_path / "two")
+        loaded = from_pretrained(tmp_path / "two")
         torch.testing.assert_close(loaded.hidden_states(batch), second.hidden_states(batch), rtol=0, atol=0)
 
 
 def test_an_altered_adapter_is_refused(tmp_path):
     base = tmp_path / "base"
-    tiny_model(lora=False).save_pretrained(base)
+    save_pretrained(tiny_model(lora=False), base)
     (tmp_path / "one").mkdir()
     checkpoint.save_stage(tiny_model(), tmp_path / "one", {"stage": 1, "language_model": str(base), "merged": []})
     file = tmp_path / "one" / checkpoint.ADAPTER_FILE
@@ -152,15 +153,15 @@ def test_an_altered_adapter_is_refused(tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors was altered"):
-        PiTe.from_pretrained(tmp_path / "one")
+        from_pretrained(tmp_path / "one")
 
 
 def test_saved_whole_it_comes_back(tmp_path, monkeypatch):
     model = tiny_model(2)
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 40_000)
-    model.save_pretrained(tmp_path / "whole")
+    save_pretrained(model, tmp_path / "whole")
     assert len(list((tmp_path / "whole").glob("*.safetensors"))) > 2
-    loaded = PiTe.from_pretrained(tmp_path / "whole")
+    loaded = from_pretrained(tmp_path / "whole")
     batch = random_batch(3, model.config)
     with torch.no_grad():
         model.merge_lora()
@@ -192,10 +193,10 @@ def test_saved_whole_it_comes_back(tmp_path, monkeypatch):
     ],
 )
 def test_a_broken_model_directory_is_named(tmp_path, damage, message):
-    tiny_model(lora=False).save_pretrained(tmp_path / "whole")
+    save_pretrained(tiny_model(lora=False), tmp_path / "whole")
     damage(tmp_path / "whole")
     with pytest.raises(ValueError, match=message):
-        PiTe.from_pretrained(tmp_path / "whole")
+        from_pretrained(tmp_path / "whole")
 
 
 def losses_and_gradients(model: PiTe, batches, head):

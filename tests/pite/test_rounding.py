@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pite import checkpoint, names
+from pite.checkpoint import from_pretrained, save_pretrained
 from pite.generate import language_model
 from pite.model import PiTe
 from tests.pite.test_model import hf_logits
@@ -48,10 +49,10 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A language model and three stages trained on it, each by itself."""
     root = tmp_path_factory.mktemp("stages")
     llm = checkpoint.random_model(tiny_config(**SHAPE), dtype=torch.bfloat16)
-    llm.save_pretrained(root / "llm")
+    save_pretrained(llm, root / "llm")
     outputs: list[Path] = []
     for seed in (1, 2, 3):
-        model = PiTe.from_pretrained(root / "llm", torch.bfloat16)
+        model = from_pretrained(root / "llm", torch.bfloat16)
         add_small_lora(model, seed)
         output = root / str(seed)
         output.mkdir()
@@ -67,10 +68,10 @@ def projections(model: PiTe) -> Tensor:
 
 def test_three_stages_summed_lose_one_rounding(stages: list[Path]) -> None:
     llm, *adapters = stages
-    base = PiTe.from_pretrained(llm, torch.bfloat16)
+    base = from_pretrained(llm, torch.bfloat16)
     exact = checkpoint.Origin(base.config, llm, adapters, dtype=torch.float32).model()
     once = checkpoint.Origin(base.config, llm, adapters, dtype=torch.bfloat16).model()
-    one_by_one = PiTe.from_pretrained(llm, torch.bfloat16)
+    one_by_one = from_pretrained(llm, torch.bfloat16)
     stage_1 = checkpoint.Origin(base.config, llm, adapters[:1], dtype=torch.bfloat16).model()
     for adapter in adapters:
         checkpoint.load_lora(one_by_one, adapter)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from engine.build import RANDOM, load_tokenizer
-from engine.tiny_tokenizer import build_tokenizer
+from engine.tiny.tokenizer import build_tokenizer
 from pite import tokenizers
 from tests.text import CORPUS, llama_like
 

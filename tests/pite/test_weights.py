@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM
 
 from engine.build import language_model_checksum
 from pite import checkpoint, hub, names
+from pite.checkpoint import from_pretrained, save_pretrained
 from pite.generate import language_model
-from pite.model import PiTe
 from tests.samples import tiny_model
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 1\n"
@@ -41,7 +41,7 @@ def as_torch_files(directory: Path) -> None:
 
 
 def read(directory: Path) -> dict[str, Tensor]:
-    model = PiTe.from_pretrained(directory)
+    model = from_pretrained(directory)
     return names.language_model_tensors(model)
 
 
@@ -91,7 +91,7 @@ def test_a_broken_link_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"model\.safetensors is missing$"):
-        PiTe.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
 
 
 def test_safetensors_come_before_torch_files(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_what_is_incomplete_or_ambiguous_is_one_sentence(
     save(tmp_path / "model", seed=1, shard="60KB")
     damage(tmp_path / "model")
     with pytest.raises(ValueError, match=message) as caught:
-        PiTe.from_pretrained(tmp_path / "model")
+        from_pretrained(tmp_path / "model")
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
@@ -167,7 +167,7 @@ def test_damaged_torch_files_never_pass_on_the_advice_to_trust_them(
     else:
         file.write_bytes(content)
     with pytest.raises(ValueError, match=rf"pytorch_model\.bin {message}") as caught:
-        PiTe.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
     assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -176,7 +176,7 @@ def test_quantized_weights_of_the_right_shape_are_refused(tmp_path: Path) -> Non
     name = "model.layers.0.mlp.up_proj.weight"
     save_file({**weights, name: (weights[name] * 100).to(torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"{name} is of type torch\.int8: quantized weights are not supported"):
-        PiTe.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -188,10 +188,10 @@ def test_a_tied_head_must_be_the_embedding(tmp_path: Path, same: bool) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
     if same:
-        assert torch.equal(PiTe.from_pretrained(tmp_path).output_embedding, weights["lm_head.weight"])
+        assert torch.equal(from_pretrained(tmp_path).output_embedding, weights["lm_head.weight"])
         return
     with pytest.raises(ValueError, match=r"tie_word_embeddings is set, but lm_head\.weight is not the embedding"):
-        PiTe.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
 
 
 SIZES = {"one": 2**40, "few": 150_000, "many": 40_000}
@@ -205,8 +205,8 @@ def test_a_model_saved_over_another_is_the_second(
     first, second = tiny_model(seed=1), tiny_model(seed=2)
     for model, size in ((first, before), (second, after)):
         monkeypatch.setattr(checkpoint, "SHARD_BYTES", SIZES[size])
-        model.save_pretrained(tmp_path)
-    loaded, expected = PiTe.from_pretrained(tmp_path), names.merged_tensors(second) | names.head_tensors(second)
+        save_pretrained(model, tmp_path)
+    loaded, expected = from_pretrained(tmp_path), names.merged_tensors(second) | names.head_tensors(second)
     assert_same(names.language_model_tensors(loaded) | names.head_tensors(loaded), expected)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
     assert_same(theirs, {name: expected[name] for name in theirs})
@@ -241,7 +241,7 @@ def test_a_kill_while_saving_leaves_a_whole_model_or_a_refusal(
     for end in range(1, 100):
         directory = tmp_path / str(end)
         monkeypatch.setattr(checkpoint, "SHARD_BYTES", SIZES[before])
-        models[0].save_pretrained(directory)
+        save_pretrained(models[0], directory)
         monkeypatch.setattr(checkpoint, "SHARD_BYTES", SIZES[after])
         changes = 0
         with monkeypatch.context() as patch:
@@ -249,13 +249,13 @@ def test_a_kill_while_saving_leaves_a_whole_model_or_a_refusal(
                 patch.setattr(Path, name, counted(getattr(Path, name)))
             patch.setattr(checkpoint, "write_tensors", counted(checkpoint.write_tensors))
             try:
-                models[1].save_pretrained(directory)
+                save_pretrained(models[1], directory)
             except Killed:
                 killed = True
             else:
                 killed = False
         try:
-            loaded = PiTe.from_pretrained(directory)
+            loaded = from_pretrained(directory)
         except ValueError as error:
             assert killed and "holds no config.json" in str(error)
             refused += 1
@@ -270,9 +270,9 @@ def test_a_kill_while_saving_leaves_a_whole_model_or_a_refusal(
 
 
 def test_a_whole_model_is_not_written_into_a_stage(tmp_path: Path) -> None:
-    tiny_model(lora=False).save_pretrained(tmp_path / "base")
+    save_pretrained(tiny_model(lora=False), tmp_path / "base")
     stage = tmp_path / "stage1"
     stage.mkdir()
     checkpoint.save_stage(tiny_model(), stage, {"stage": 1, "language_model": str(tmp_path / "base"), "merged": []})
     with pytest.raises(ValueError, match="holds a training stage's output"):
-        tiny_model(seed=2).save_pretrained(stage)
+        save_pretrained(tiny_model(seed=2), stage)

@@ -1,0 +1,1 @@
+"""Kernel benchmarks: inputs, cases with their peers, rows of results, tile sizes."""

@@ -1,0 +1,115 @@
+"""One benchmark row: an implementation is built, checked against float64, and only then timed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from bench.kernels.cases import BARE, IMPLEMENTATIONS, OURS, PLAIN
+from bench.kernels.inputs import Case, Inputs
+from bench.measure import Roofline, Step, Timing, gate, interleaved
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a result file holds per case and implementation; times in milliseconds, None where `problem` says why.
+
+    roofline_share  the floor (measured GEMM rate and bandwidth of this device) over the median; None for bare
+                    GEMMs, which do not do all of the work
+    """
+
+    case: str
+    op: str
+    tokens: int
+    depth: int
+    fraction: float
+    dtype: str
+    implementation: str
+    problem: str | None
+    median_ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    peak_mb: float | None = None
+    roofline_share: float | None = None
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def problem_of(case: Case, implementation: str, device: torch.device) -> str | None:
+    """Why this implementation may not be timed: it does not import, or its results are wrong. None: nothing."""
+    # On a GPU enough rows for a second chunk of logits and for several parts of dW.
+    small = Inputs(replace(case, tokens=min(case.tokens, 4096 if device.type == "cuda" else 512)), device)
+    try:
+        step = IMPLEMENTATIONS[case.op][implementation](small)
+    except (ImportError, AttributeError, ValueError) as error:
+        return f"not available: {error}"
+    if implementation == BARE:
+        return None
+    try:
+        results = step()
+    except Exception as error:  # a peer may fail in any way it likes; ours are tested elsewhere
+        return _failure(error)
+    plain = IMPLEMENTATIONS[case.op][PLAIN]
+    wrong = gate(results, plain(small)(), plain(small.double())())
+    return f"wrong: {wrong}" if wrong else None
+
+
+Checked = dict[tuple[Case, str], str | None]
+
+
+def measure(case: Case, device: torch.device, roof: Roofline, rounds: int, checked: Checked) -> list[Row]:
+    """All implementations of a case, interleaved.
+
+    checked  the problems of peers found so far: one check serves all fractions of rows, since most of its time is a
+             compiler's. Ours is checked for every case
+    """
+    torch._dynamo.reset()  # or its limit of recompilations would end in eager mode
+    problems: dict[str, str | None] = {}
+    for name in IMPLEMENTATIONS[case.op]:
+        key = (case if name == OURS else replace(case, fraction=0.5)), name
+        if key not in checked:
+            checked[key] = problem_of(key[0], name, device)
+        problems[name] = checked[key]
+    inputs = Inputs(case, device)
+    steps: dict[str, Step] = {}
+    for name, problem in problems.items():
+        if problem is None:
+            step = IMPLEMENTATIONS[case.op][name](inputs)
+            try:
+                # At the real shape a peer may run out of memory, or want a multiple of something.
+                step()
+            except Exception as error:
+                problems[name] = _failure(error)
+            else:
+                steps[name] = step
+    timings = interleaved(steps, device, rounds)
+    return [_row(case, name, problem, timings.get(name), roof) for name, problem in problems.items()]
+
+
+def _failure(error: Exception) -> str:
+    return f"fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _row(case: Case, name: str, problem: str | None, timing: Timing | None, roof: Roofline) -> Row:
+    row = Row(
+        case.name,
+        case.op,
+        case.tokens,
+        case.depth,
+        case.fraction,
+        str(case.dtype).removeprefix("torch."),
+        name,
+        problem,
+    )
+    if timing is None:
+        return row
+    return replace(
+        row,
+        median_ms=timing.median * 1e3,
+        low_ms=timing.low * 1e3,
+        high_ms=timing.high * 1e3,
+        peak_mb=None if timing.peak_bytes is None else timing.peak_bytes / 1e6,
+        roofline_share=None if name == BARE else roof.floor(*case.work) / timing.median,
+    )

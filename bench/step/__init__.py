@@ -1,0 +1,1 @@
+"""The training step against its peers: `python -m bench.step`."""

@@ -1,0 +1,262 @@
+"""The training step against its peers: `python -m bench.step --model 7b` on a GPU, `pytest bench/test_step.py` on a CPU.
+
+Every implementation trains the same LoRA and trajectory head of the same weights on the same samples, with AdamW, and is
+timed in turn; none is timed before its loss agrees with ours. Useful tokens are the samples' own, padding never counts.
+
+  pite             packed: forward, backward, clipping and update as engine.train runs them
+  pite loop        engine.loop.train itself: with collation, copies to the device and the check for finite numbers; not in
+                   turn with the others, but before them
+  pite compiled    the same with --compile
+  pite fp8         the same with --frozen-dtype fp8 (sm_89 and newer)
+  hf padded        transformers + peft as the predecessors train: right-padded micro-batches of eight samples in order,
+                   gradient checkpointing, full logits, the head on every position (VTimeLLM's recipe)
+  hf padded, kept  the same without gradient checkpointing
+  hf packed        transformers + peft on the packed row, with liger-kernel on CUDA; attention is flash-attn's, else ours
+  unsloth          `hf padded` with unsloth's Llama and its gradient checkpointing. It patches transformers for the whole
+                   process, so it is not among the others: `--only unsloth` times it beside ours
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import Timing, environment, interleaved
+from bench.step.loop import loop_timing
+from bench.step.peers import packed_step, padded_step, unsloth_step
+from bench.step.problem import RECIPE, Problem, Step, make_problem, paper_shape, tiny_shape, twin
+from dataloaders.samples.plan import split_batch
+from engine.distributed.gradients import Gradients
+from engine.distributed.world import grow_segments
+from engine.hardware import peak_of
+from engine.layout import count_parameters
+from engine.loop import backward_order, compute_losses, make_optimizer
+from pite.config import PiTeConfig
+from pite.model import PiTe
+from pite_kernels.fp8 import why_unsupported
+
+RESULTS = Path(__file__).parent / "results"
+OURS, LOOP, COMPILED, FP8, UNSLOTH = "pite", "pite loop", "pite compiled", "pite fp8", "unsloth"
+
+
+def beside(config: PiTeConfig, peers: Sequence[str]) -> float:
+    """Bytes that the peers hold while ours is timed: a LoRA, gradient and moments each; two have weights of their own."""
+    count = count_parameters(config, RECIPE)
+    own_weights = 2 * count.linear * (FP8 in peers) + 2 * count.total * (UNSLOTH in peers)
+    return 16 * (count.lora + count.heads) * len(peers) + own_weights
+
+
+def compiled_step(problem: Problem) -> Step:
+    model = twin(problem.model)
+    model.decoder.compile_layers()
+    return pite_step(replace(problem, model=model))
+
+
+def fp8_step(problem: Problem) -> Step:
+    why = "a CPU only emulates float8" if problem.model.device.type == "cpu" else why_unsupported(problem.model.device)
+    if why is not None:
+        raise ValueError(why)
+    model = twin(problem.model)
+    model.quantize()
+    return pite_step(replace(problem, model=model))
+
+
+def pite_step(problem: Problem) -> Step:
+    model = problem.model
+    (bins,) = split_batch([len(s.token_ids) for s in problem.samples], 1, problem.token_budget)
+    batches = [problem.pack(members) for members in bins if members]
+    optimizer = make_optimizer(model, RECIPE)
+    gradients = Gradients(backward_order(model), 1)
+
+    def step(update: bool = True) -> Sequence[Tensor]:
+        total = torch.zeros((), device=model.device)
+        for batch in batches:
+            losses = compute_losses(model, batch, RECIPE, "skip")
+            losses.total.backward()
+            total += losses.total.detach()
+        if update:
+            torch.nn.utils.clip_grad_norm_([p for _, p in model.trainable()], RECIPE.max_grad_norm)
+            optimizer.step()
+        gradients.zero()
+        return [total]
+
+    return step
+
+
+PEERS: dict[str, Callable[[Problem], Any]] = {
+    OURS: pite_step,
+    COMPILED: compiled_step,
+    FP8: fp8_step,
+    "hf padded": lambda problem: padded_step(problem, checkpointing=True),
+    "hf padded, kept": lambda problem: padded_step(problem, checkpointing=False),
+    "hf packed": packed_step,
+    UNSLOTH: unsloth_step,
+}
+TOGETHER = (LOOP, *(name for name in PEERS if name != UNSLOTH))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation's numbers; `problem` says why there are none.
+
+    peak_gb       most that tensors took: of ours with nothing else there; of a peer, what was allocated since it was
+                  built, and the frozen weights that it shares
+    reserved_gb   what the allocator held for it, of ours alone
+    estimated_gb  `engine.layout`'s forecast of peak_gb
+    """
+
+    model: str
+    implementation: str
+    tokens_per_second: float | None = None
+    slow: float | None = None
+    fast: float | None = None
+    videos_per_second: float | None = None
+    mfu: float | None = None
+    peak_gb: float | None = None
+    estimated_gb: float | None = None
+    problem: str | None = None
+    reserved_gb: float | None = None
+
+
+def measure(model: str, problem: Problem, rounds: int, peers: Sequence[str] = TOGETHER) -> list[Row]:
+    """Time ours and the peers whose loss agrees with it within the dtype's rounding, interleaved."""
+    device, dtype = problem.model.device, problem.model.dtype
+    memory: dict[str, tuple[float, float]] = {}
+    steps: dict[str, Any] = {OURS: pite_step(problem)}
+    if device.type == "cuda":
+        memory[OURS] = _peak(steps[OURS], device)
+    # The peers start from what has become of our weights by now.
+    expected = float(steps[OURS](update=False)[0])
+    rows: list[Row] = []
+    timings: dict[str, Timing] = {}
+
+    def disagrees(name: str, loss: float) -> bool:
+        exact = dtype == torch.float32 and name != FP8
+        if abs(loss - expected) <= (1e-4 if exact else 2e-2) * abs(expected):
+            return False
+        rows.append(Row(model, name, problem=f"its loss is {loss:.6f}, ours {expected:.6f}"))
+        return True
+
+    if LOOP in peers:
+        timing, loss = loop_timing(problem, rounds)
+        if not disagrees(LOOP, loss):
+            timings[LOOP] = timing
+    for name in peers:
+        if name in (OURS, LOOP):
+            continue
+        try:
+            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            step = PEERS[name](problem)
+            loss = float(step(update=False)[0])
+            if device.type == "cuda":
+                memory[name] = _peak(step, device)[0] - before + _shared(problem.model, name), 0.0
+        except Exception as error:  # whatever a peer fails of, it is no reason to lose the others
+            kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
+            rows.append(Row(model, name, problem=kind + str(error).partition("\n")[0]))
+            continue
+        if not disagrees(name, loss):
+            steps[name] = step
+    timings |= interleaved(steps, device, rounds)
+    count = count_parameters(problem.model.config, RECIPE)
+    peak = peak_of(device)
+    for name, timing in timings.items():
+        rate = problem.tokens / timing.median
+        row = Row(
+            model,
+            name,
+            rate,
+            problem.tokens / timing.high,
+            problem.tokens / timing.low,
+            len(problem.samples) / timing.median,
+            None if peak is None else rate * 4 * count.linear / peak,
+        )
+        if name in memory:
+            row = replace(row, peak_gb=memory[name][0] / 1e9)
+        if name == OURS and name in memory:
+            row = replace(row, reserved_gb=memory[name][1] / 1e9, estimated_gb=problem.needed.total / 1e9)
+        rows.append(row)
+    return rows
+
+
+def _peak(step: Any, device: torch.device) -> tuple[float, float]:
+    """Most bytes that tensors took in a step, and that the allocator held; the optimizer's moments are there."""
+    step()
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return float(torch.cuda.max_memory_allocated(device)), float(torch.cuda.max_memory_reserved(device))
+
+
+def _shared(model: PiTe, peer: str) -> float:
+    """Bytes of the frozen weights that a peer uses and has not made itself."""
+    linear = {p for layer in model.decoder.layers for name, p in layer.named_parameters() if name.endswith(".weight")}
+    own = {FP8: linear, UNSLOTH: set(model.parameters())}.get(peer, set())
+    return float(sum(p.nbytes for p in model.parameters() if not p.requires_grad and p not in own))
+
+
+def show(rows: Sequence[Row]) -> None:
+    for row in rows:
+        if row.tokens_per_second is None:
+            print(f"  {row.implementation:16} {row.problem}")
+            continue
+        extra = "" if row.mfu is None else f"  MFU {row.mfu:.1%}"
+        extra += "" if row.peak_gb is None else f"  {row.peak_gb:.1f} GB"
+        extra += "" if row.estimated_gb is None else f" (estimated {row.estimated_gb:.1f})"
+        print(
+            f"  {row.implementation:16} {row.tokens_per_second:10,.0f} useful tokens/s "
+            f"({row.slow:,.0f} to {row.fast:,.0f})  {row.videos_per_second:8,.1f} videos/s{extra}"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=("tiny", "7b", "13b"), default="tiny", help="shape, with random weights")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--token-budget", type=int, help="tokens of a packed micro-batch; what fits otherwise")
+    parser.add_argument("--memory", type=float, help="lay out for a device of so many GB; this one's otherwise")
+    parser.add_argument("--only", nargs="+", choices=(LOOP, *PEERS), default=list(TOGETHER), help="implementations")
+    parser.add_argument("--output", type=Path, help="result file; bench/results/step_<device>.json otherwise")
+    options = parser.parse_args(arguments)
+    grow_segments()  # as a run does
+    device = torch.device(options.device)
+    tiny = options.model == "tiny"
+    shape = tiny_shape() if tiny else paper_shape(options.model)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    capacity = None
+    if options.memory:
+        capacity = options.memory * 1e9
+    elif device.type == "cuda":
+        capacity = torch.cuda.get_device_properties(device).total_memory - beside(shape.config, options.only)
+    rank = 16 if tiny else RECIPE.lora_rank
+    try:
+        problem = make_problem(shape, device, dtype, rank, options.token_budget, capacity)
+    except ValueError as error:
+        print(f"bench.step: {error}, or measure fewer at once (--only)", file=sys.stderr)
+        return 1
+    rows = measure(options.model, problem, options.rounds, options.only)
+    print(f"{options.model}: {len(problem.samples)} samples, {problem.tokens:,} tokens")
+    show(rows)
+    described = environment(device)
+    path = options.output or RESULTS / f"step_{described['device'].split(',')[0].replace(' ', '_')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [row for row in before if row["model"] != options.model or row["implementation"] not in options.only]
+    content = {
+        "environment": described,
+        "rows": kept + [vars(row) for row in rows if row.implementation in options.only],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Files to frames: frame sampling, pre-processing, decoders, worker processes."""

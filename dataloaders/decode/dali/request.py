@@ -1,0 +1,94 @@
+"""Which files DALI is given: each is looked at in a process first, where it may hang or crash."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from PIL import Image
+
+from dataloaders.decode.decoder import Decoded, decode_cropped, guarded
+from dataloaders.decode.preprocess import Preprocess
+from dataloaders.decode.video import DecodeError, frame_indices, probe
+from dataloaders.records import Media
+
+CODECS: dict[str, frozenset[str]] = {
+    "cuda": frozenset({"h264", "hevc", "vp8", "vp9"}),
+    "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
+}
+"""Video codecs that DALI is given, by device. NVDEC of A100, H100 and H200 lacks AV1; the CPU variant is built with three."""
+
+PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
+BT709, BT601 = (1,), (2, 5, 6)
+"""FFmpeg's numbers of colour matrices; 2 is none named, which all take for BT.601."""
+
+MAX_FILE = 512 * 2**20
+"""Bytes of a file that are read into memory; PyAV takes longer ones, seeking in them."""
+
+FRAME_MEMORY = {"cuda": 6 * 2**30, "cpu": 2**30}
+"""Bytes of whole frames in a batch: they are all held before they are resized, 276 MB for 100 of 720p."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A file that DALI is given.
+
+    indices     (u,) frames to decode, ascending, each once; empty for a still
+    places      (N,) where each wanted frame is among them
+    memory      bytes that the whole frames take
+    matrix      FFmpeg's number of the colour matrix
+    """
+
+    media: Media
+    codec: str
+    indices: np.ndarray
+    places: np.ndarray
+    memory: int
+    matrix: int = 2
+
+
+def prepare(media: Media, num_frames: int, preprocess: Preprocess, device: str) -> Decoded | Ticket:
+    """A ticket where DALI can decode a file on `device`, otherwise its frames or why there are none."""
+    try:
+        ticket = _still(media) if media.kind == "image" else _video(media, num_frames, device)
+    except DecodeError as error:
+        return Decoded(media, reason=str(error))
+    except Exception as error:  # Whatever it is, PyAV will name it.
+        ticket = f"{type(error).__name__}: {error}"
+    if isinstance(ticket, Ticket):
+        return ticket
+    return guarded(partial(decode_cropped, num_frames=num_frames, preprocess=preprocess), media, by=f"PyAV ({ticket})")
+
+
+def _video(media: Media, num_frames: int, device: str) -> Ticket | str:
+    """A video's ticket, or why it has none."""
+    known = probe(media.path, media.split)
+    indices, places = np.unique(known.first + frame_indices(known.total, num_frames), return_inverse=True)
+    memory = len(indices) * known.height * known.width * 3
+    problems = {
+        f"{known.codec} is not for DALI on {device}": known.codec not in CODECS[device],
+        f"{known.pixel_format} pixels": known.pixel_format not in PIXEL_FORMATS,
+        "rotated": known.rotation % 360 != 0,
+        f"colour matrix {known.matrix}": known.matrix not in BT709 + BT601,
+        "full range": known.full_range != (known.codec == "mjpeg"),
+        "packets that are no frames": not known.regular,
+        "a long file": media.path.stat().st_size > MAX_FILE,
+        "large frames": memory > FRAME_MEMORY[device],
+    }
+    why = next((name for name, is_so in problems.items() if is_so), None)
+    return why or Ticket(media, known.codec, indices, places, memory, known.matrix)
+
+
+def _still(media: Media) -> Ticket | str:
+    """A still's ticket, or why it has none."""
+    with Image.open(media.path) as image:
+        width, height = image.size
+        kind = f"{image.format} {image.mode}"
+    if kind not in ("JPEG RGB", "JPEG L"):
+        return kind
+    with media.path.open("rb") as file:
+        file.seek(-2, 2)
+        if file.read() != b"\xff\xd9":
+            return "no end mark"
+    return Ticket(media, "jpeg", np.zeros(0, np.int64), np.zeros(1, np.int64), height * width * 3)

@@ -1,0 +1,44 @@
+"""torchcodec as a back end: the FFmpeg that the machine has, frames as tensors. Optional (`pip install torchcodec`).
+
+Its exact mode and ours count the same packets. Where it finds another number of frames than they promise, the file is
+left to PyAV, which counts by decoding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dataloaders.decode.video import Clip, DecodeError, Transform, frame_indices, probe
+from dataloaders.decode.video import decode_video as decode_with_pyav
+
+
+def require() -> None:
+    """Raise ValueError where torchcodec cannot be used."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"torchcodec cannot be used here ({str(error).partition(chr(10))[0]}); install it and FFmpeg, or take pyav"
+        ) from None
+
+
+def decode_video(path: Path, num_frames: int, split: Clip = None, transform: Transform | None = None) -> np.ndarray:
+    """The same frames as `dataloaders.decode.video.decode_video`, (N, H, W, 3) uint8. Raises DecodeError."""
+    from torchcodec.decoders import VideoDecoder
+
+    known = probe(path, split)
+    if not known.regular:
+        return decode_with_pyav(path, num_frames, split, transform)
+    try:
+        decoder = VideoDecoder(path, num_ffmpeg_threads=1, seek_mode="exact")
+        if (decoder.metadata.num_frames or 0) < known.first + known.total:
+            return decode_with_pyav(path, num_frames, split, transform)
+        indices = known.first + frame_indices(known.total, num_frames)
+        distinct, places = np.unique(indices, return_inverse=True)
+        # One at a time, so that whole frames are not kept. Ascending indices are decoded without seeking back.
+        frames = (decoder.get_frame_at(i).data.permute(1, 2, 0).contiguous().numpy() for i in distinct.tolist())
+        return np.stack([frame if transform is None else transform(frame) for frame in frames])[places]
+    except RuntimeError as error:
+        raise DecodeError(f"{path}: torchcodec: {str(error).partition(chr(10))[0]}") from None

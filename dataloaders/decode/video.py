@@ -1,0 +1,317 @@
+"""Frames out of files: one sequential decode per video, since seeking per frame is 3 to 40 times slower.
+
+Containers miscount their frames, so the count is taken from the packets, which costs no decoding, and checked while
+decoding; where even that was wrong the video is decoded once more.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, VideoReformatter
+from av.video.stream import VideoStream
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dataloaders.decode.containers import truncation
+
+CLIP_TOLERANCE = 1.0
+"""Seconds by which a clip may outlast its file: lengths are rounded, and audio often outlasts the pictures."""
+
+MAX_PIXELS = 8192 * 8192
+"""Pixels of a frame, twice those of 8K video; a damaged header can ask for terabytes."""
+
+_VP8_SHOWN = 0x10
+"""The bit of a VP8 packet's first byte that says whether its frame is shown (RFC 6386, 9.1)."""
+
+Clip = tuple[float, float] | None
+Transform = Callable[[np.ndarray], np.ndarray]
+
+
+class DecodeError(ValueError):
+    """A file that gives no frames: the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is known of a video before its frames are decoded.
+
+    codec, pixel_format  FFmpeg's names, such as "h264" and "yuv420p"
+    width, height        in pixels, as coded: before a rotation
+    rotation             degrees counter-clockwise that its display matrix asks for
+    matrix, full_range   FFmpeg's number of the colour matrix (1: BT.709; 2: none is named, which is taken for BT.601), and
+                         whether black is 0 instead of 16
+    first, total         the clip's first frame, counted from 0 in display order over the whole file, and its frames
+    regular              every packet is a frame that is shown and says when, so that all decoders count alike
+    """
+
+    codec: str
+    pixel_format: str
+    width: int
+    height: int
+    rotation: int
+    matrix: int
+    full_range: bool
+    first: int
+    total: int
+    regular: bool
+
+
+def probe(path: Path, split: Clip = None) -> Probe:
+    """Look at every packet's header and decode the first frame. Raises DecodeError as `decode_video` does."""
+    _check_readable(path)
+    try:
+        packets = _read_packets(path, split)
+        with _open(path) as container:
+            stream = _video_stream(container, path)
+            frame = next(container.decode(stream), None)
+            codec = stream.codec_context.codec.name
+    except av.EOFError:
+        frame = None
+    except av.FFmpegError as error:
+        raise DecodeError(f"{path}: {error.strerror}; is it a video?") from None
+    if frame is None or (packets.origin is not None and not packets.total):
+        raise DecodeError(_no_frame(path, split))
+    return Probe(
+        codec=codec,
+        pixel_format=frame.format.name,
+        width=frame.width,
+        height=frame.height,
+        rotation=frame.rotation,
+        matrix=int(frame.colorspace),
+        full_range=frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj"),
+        first=packets.first,
+        total=packets.total,
+        regular=packets.origin is not None and packets.all_shown,
+    )
+
+
+def frame_indices(total: int, num_frames: int) -> np.ndarray:
+    """linspace(0, total - 1, N) truncated: (N,) int64, the published sampling rule. Short videos repeat frames."""
+    return np.linspace(0, total - 1, num_frames, dtype=np.int64)
+
+
+def decode_video(path: Path, num_frames: int, split: Clip = None, transform: Transform | None = None) -> np.ndarray:
+    """N frames of a video, (N, H, W, 3) uint8 RGB, turned upright.
+
+    split      (start, end) in seconds from the first frame: only frames shown in [start, end) count
+    transform  applied to each chosen frame (H, W, 3) as it is decoded, so that only its results are kept in memory
+    Raises DecodeError for whatever cannot be decoded whole.
+    """
+    _check_readable(path)
+    try:
+        packets = _read_packets(path, split)
+        total, origin = packets.total, packets.origin
+        seen = -1
+        frames: dict[int, np.ndarray] = {}
+        if origin is not None:
+            seen, frames = _decode(path, _indices(total, num_frames), split, transform, origin)
+        if seen != total:
+            # Packets or the jump to the clip were wrong: believe what a decode from the start gives.
+            total, _ = _decode(path, _indices(0, num_frames), split, None, None)
+            seen, frames = _decode(path, _indices(total, num_frames), split, transform, None)
+    except av.EOFError:
+        # FFmpeg's word for a header that is followed by nothing.
+        total = 0
+    except av.FFmpegError as error:
+        raise DecodeError(f"{path}: {error.strerror}; is it a video?") from None
+    if not total:
+        raise DecodeError(_no_frame(path, split))
+    if seen != total:
+        raise DecodeError(f"{path}: gave {total} frames when decoded once and {seen} when decoded again")
+    try:
+        return np.stack([frames[i] for i in _indices(total, num_frames).tolist()])
+    except ValueError:
+        raise DecodeError(f"{path}: its frames change size") from None
+
+
+def decode_image(path: Path) -> np.ndarray:
+    """A still image, (H, W, 3) uint8 RGB, turned upright. Raises DecodeError."""
+    _check_readable(path)
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except UnidentifiedImageError:
+        raise DecodeError(f"{path}: not an image that Pillow knows") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DecodeError(f"{path}: {error}") from None
+
+
+def _no_frame(path: Path, split: Clip) -> str:
+    return f"{path}: holds no frame" + ("" if split is None else f" between {split[0]:g} and {split[1]:g} s")
+
+
+def _open(path: Path) -> InputContainer:
+    # Titles and tags are not ours to judge.
+    return av.open(str(path), metadata_errors="replace")
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise DecodeError(f"{path}: no file but a pipe or a device, which may never end")
+        if status.st_size == 0:
+            raise DecodeError(f"{path}: the file is empty")
+        cut = truncation(path)
+    except OSError as error:
+        raise DecodeError(f"{path}: {error.strerror}") from None
+    if cut:
+        raise DecodeError(f"{path}: the file is cut off: {cut}")
+
+
+def _video_stream(container: InputContainer, path: Path) -> VideoStream:
+    """The first video stream that is no cover picture. Raises DecodeError where there is none, or it is too large."""
+    if container.format.name.endswith("_pipe"):
+        raise DecodeError(f"{path}: a still image ({container.format.name.removesuffix('_pipe')}), not a video")
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            # Processes, not threads, share the work: one file per core has no idle waits.
+            stream.codec_context.thread_count = 1
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > MAX_PIXELS:
+                raise DecodeError(f"{path}: frames of {width} x {height} pixels are more than can be decoded")
+            # The stream itself may ask for larger ones than the container does.
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            return stream
+    raise DecodeError(f"{path}: holds no video stream")
+
+
+def _indices(total: int, num_frames: int) -> np.ndarray:
+    return frame_indices(total, num_frames) if total else np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Packets:
+    """What the packets say of a clip: frames before it and in it, the first display time of the file in stream units.
+
+    origin is None where packets carry no times; nothing else is known then.
+    """
+
+    first: int = 0
+    total: int = 0
+    origin: int | None = None
+    all_shown: bool = False
+
+
+def _read_packets(path: Path, split: Clip) -> _Packets:
+    with _open(path) as container:
+        stream = _video_stream(container, path)
+        hides = stream.codec_context.codec.name == "vp8"
+        packets = [p for p in container.demux(stream) if p.size]
+        shown = [p for p in packets if not (p.is_discard or (hides and not bytes(p)[0] & _VP8_SHOWN))]
+        times, unit, announced = [p.pts for p in shown], stream.time_base, _announced(container, stream)
+        last = max((p.pts + (p.duration or 0) for p in shown if p.pts is not None), default=0)
+    pts = [t for t in times if t is not None]
+    if len(pts) < len(times) or not pts or unit is None:
+        return _Packets()
+    origin = min(pts)
+    seconds = sorted(float((t - origin) * unit) for t in pts)
+    if announced is not None and float(max(last, last - origin) * unit) < announced - CLIP_TOLERANCE:
+        raise DecodeError(f"{path}: its frames end at {seconds[-1]:.2f} s of {announced:.2f} s; the file is damaged")
+    if split is not None and split[1] > seconds[-1] + CLIP_TOLERANCE:
+        raise DecodeError(
+            f"{path}: its last frame stands at {seconds[-1]:.2f} s, before the clip's end at {split[1]:g} s"
+        )
+    before = 0 if split is None else sum(t < split[0] for t in seconds)
+    return _Packets(before, sum(_inside(t, split) for t in seconds), origin, len(shown) == len(packets))
+
+
+def _announced(container: InputContainer, stream: VideoStream) -> float | None:
+    """Seconds that the stream itself claims to last. A container's length may be the sound's, and other formats guess."""
+    if not {"mp4", "matroska"} & set(container.format.name.split(",")):
+        return None
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    try:
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    except (KeyError, ValueError):
+        return None
+
+
+def _decode(
+    path: Path, chosen: np.ndarray, split: Clip, transform: Transform | None, origin: int | None
+) -> tuple[int, dict[int, np.ndarray]]:
+    """Decode once: how many frames there are, and those at the `chosen` indices."""
+    wanted = set(chosen.tolist())
+    frames: dict[int, np.ndarray] = {}
+    seen = 0
+    for seen, array in enumerate(_pictures(path, wanted, split, origin), 1):
+        if array is not None:
+            frames[seen - 1] = array if transform is None else transform(array)
+    return seen, frames
+
+
+def iter_frames(path: Path, wanted: Container[int]) -> Iterator[np.ndarray | None]:
+    """Every frame of a video in order, (H, W, 3) uint8 RGB, turned upright; None for those whose index is not `wanted`.
+
+    One at a time, for what would not fit in memory together. Raises DecodeError; a file that ends early is for the caller
+    to notice, who knows from `probe` how many frames there are.
+    """
+    _check_readable(path)
+    try:
+        yield from _pictures(path, wanted, None, None)
+    except av.EOFError:
+        raise DecodeError(_no_frame(path, None)) from None
+    except av.FFmpegError as error:
+        raise DecodeError(f"{path}: {error.strerror}; is it a video?") from None
+
+
+def _pictures(path: Path, wanted: Container[int], split: Clip, origin: int | None) -> Iterator[np.ndarray | None]:
+    """The frames of a clip in order, as RGB where wanted."""
+    # One for all frames: making its scaler anew costs more than decoding a small frame.
+    reformatter = VideoReformatter()
+    for index, frame in enumerate(_frames(path, split, origin)):
+        if index not in wanted:
+            yield None
+            continue
+        if frame.is_corrupt:
+            raise DecodeError(f"{path}: frame {index} is damaged")
+        yield _upright(reformatter.reformat(frame, format="rgb24"), frame.rotation)
+
+
+def _frames(path: Path, split: Clip, origin: int | None) -> Iterator[VideoFrame]:
+    """Decoded frames in display order; those of a clip only.
+
+    origin  display time of the file's first frame: with it, decoding starts at the clip's key frame instead of there
+    """
+    with _open(path) as container:
+        stream = _video_stream(container, path)
+        unit = stream.time_base
+        decoded = 0
+        try:
+            if split is not None and origin is not None and unit is not None:
+                container.seek(origin + int(split[0] / unit), stream=stream, backward=True)
+            for frame in container.decode(stream):
+                decoded += 1
+                if split is not None:
+                    if frame.pts is None or unit is None:
+                        raise DecodeError(f"{path}: its frames carry no times, so no clip can be cut from it")
+                    origin = frame.pts if origin is None else origin
+                    seconds = float((frame.pts - origin) * unit)
+                    if seconds >= split[1]:
+                        return
+                    if not _inside(seconds, split):
+                        continue
+                yield frame
+        except av.FFmpegError as error:
+            raise DecodeError(f"{path}: decoding failed after {decoded} frames: {error.strerror}") from None
+
+
+def _inside(seconds: float, split: Clip) -> bool:
+    return split is None or split[0] <= seconds < split[1]
+
+
+def _upright(frame: VideoFrame, degrees: int) -> np.ndarray:
+    """An RGB frame (H, W, 3), turned counter-clockwise as its display matrix says."""
+    array = frame.to_ndarray()
+    quarter_turns = round(degrees / 90) % 4
+    return np.ascontiguousarray(np.rot90(array, quarter_turns)) if quarter_turns else array

@@ -1,0 +1,151 @@
+"""A log of the media that failed to decode or encode, and the share of media that may fail.
+
+    FEATURES/failures.HOST-PID-RANDOM.jsonl    one process's failures, made with the first
+    FEATURES/failures.jsonl                    those of earlier versions, read as well
+
+Each process appends to a file of its own, because a network file system may mix or lose what several append to one.
+
+`python -m dataloaders.store failures FEATURES` prints those of a folder of feature stores, by reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from glob import escape
+from pathlib import Path
+
+from dataloaders.files import process_name
+
+LEDGER = "failures.jsonl"
+"""Name of the ledger in a folder of feature stores; a process's file has its own name in the middle."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One media item that gave no features.
+
+    id      its key
+    path    its file
+    stage   what was being done: "decode" or "encode", or "import" of features that others made
+    reason  one sentence
+    """
+
+    id: str
+    path: str
+    stage: str
+    reason: str
+
+
+class BudgetExceeded(ValueError):
+    """More media failed than the user allowed."""
+
+
+class Ledger:
+    """An append-only log of failures, JSON lines, and the share of media that may fail before a run stops.
+
+    Processes that share the ledger share the budget: each counts what the others append from now on. For that a run
+    writes its failures down although an earlier run wrote the same.
+
+    path    such as STORE/failures.jsonl; this process's file is made next to it, with its first failure
+    total   media in the run, of all its processes
+    budget  share of `total` that may fail; 0.01 is one in a hundred
+    """
+
+    def __init__(self, path: Path, total: int, budget: float = 0.01) -> None:
+        if not 0 <= budget <= 1:
+            raise ValueError(f"the failure budget must be a share between 0 and 1, not {budget}")
+        self.path, self.total, self.budget = path, total, budget
+        self._own = path.with_name(f"{path.stem}.{process_name()}{path.suffix}")
+        self._read_to = {file: file.stat().st_size for file in _files(path)}
+        self._failed: set[str] = set()
+        self._failed_elsewhere: set[str] = set()
+
+    @property
+    def files(self) -> str:
+        """A pattern of all files of the ledger, for messages."""
+        return str(self.path.with_name(f"{self.path.stem}*{self.path.suffix}"))
+
+    @property
+    def count(self) -> int:
+        """Media that failed in this process."""
+        return len(self._failed)
+
+    def add(self, failure: Failure) -> None:
+        """Write a failure to disk, once; raises BudgetExceeded when it is one too many."""
+        if failure.id not in self._failed:
+            self._append({**asdict(failure), "time": time.time()})
+            self._failed.add(failure.id)
+        for file in _files(self.path):
+            if file != self._own:
+                entries, self._read_to[file] = _read(file, self._read_to.get(file, 0))
+                self._failed_elsewhere.update(other.id for _, other in entries)
+        failed = len(self._failed | self._failed_elsewhere)
+        if failed > self.budget * self.total:
+            raise BudgetExceeded(
+                f"{failed} of {self.total} media failed, more than the failure budget of {self.budget:.2%}; the last: "
+                f"{failure.reason}; all are in {self.files}"
+            )
+
+    def _append(self, entry: dict[str, object]) -> None:
+        with self._own.open("ab") as file:
+            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_failures(path: Path) -> Iterator[Failure]:
+    """Failures in the ledger of all processes, in order of time; nothing where there is none.
+
+    A line torn by a kill is left out. Those of earlier versions have no time and come first.
+    """
+    entries = [entry for file in _files(path) for entry in _read(file, 0)[0]]
+    yield from (failure for _, failure in sorted(entries, key=lambda entry: entry[0]))
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a ledger that exist."""
+    own = sorted(path.parent.glob(f"{escape(path.stem)}.*{escape(path.suffix)}"))
+    return [path, *own] if path.exists() else own
+
+
+def _read(file: Path, offset: int) -> tuple[list[tuple[float, Failure]], int]:
+    """Times and failures in the lines of a file from a byte on, and where the last whole line ends."""
+    try:
+        with file.open("rb") as opened:
+            opened.seek(offset)
+            content = opened.read()
+    except FileNotFoundError:
+        return [], offset
+    entries = []
+    for line in content.split(b"\n"):
+        try:
+            values = json.loads(line)
+            entries.append((float(values.pop("time", 0.0)), Failure(**values)))
+        except (ValueError, TypeError, AttributeError):
+            continue
+    return entries, offset + content.rfind(b"\n") + 1
+
+
+def report(failures: Iterable[Failure], encoded: Collection[str] = ()) -> str:
+    """A table of failures by reason, the most frequent first, each with an example.
+
+    Each id counts once, with its last reason, and not at all where it is among the `encoded` by now. Reasons that differ
+    only in their file and numbers are one.
+    """
+    last = {failure.id: failure for failure in failures}
+    open_cases = [failure for failure in last.values() if failure.id not in encoded]
+    groups: dict[tuple[str, str], list[Failure]] = defaultdict(list)
+    for failure in open_cases:
+        # The same file may stand under another folder there: two rooms can link to one.
+        reason = failure.reason.rpartition(f"{Path(failure.path).name}: ")[2].replace(failure.id, "...")
+        groups[failure.stage, re.sub(r"\d+(\.\d+)?", "#", reason)].append(failure)
+    lines = [f"{len(open_cases):,} media failed, {len(last) - len(open_cases):,} more were encoded since"]
+    for (stage, reason), members in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+        lines.append(f"{len(members):8,}  {stage}  {reason}  (such as {members[0].id}: {members[0].path})")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Conversations to packed batches: prompts, tokenization, batch plan, collation, prefetch."""

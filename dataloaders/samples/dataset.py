@@ -1,0 +1,142 @@
+"""A stage's training set: tokenized once, mapped from disk, and nothing left out of it without a line that says why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Container
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dataloaders.failures import Failure
+from dataloaders.formats import NarrativeTiming, Reading, Room, TurnChoice, present_formats
+from dataloaders.records import RecordError, TokenizedSample
+from dataloaders.samples.index import open_index
+
+_ERRORS_SHOWN = 10
+
+
+class StageDataset:
+    """Samples of one stage in the order of their files.
+
+    data, stage   folder in the layout of `dataloaders.formats`; 1, 2 or 3
+    num_frames, num_points  N and P of the trajectories (1 and 1 in stage 1)
+    max_length    tokens; longer samples are left out and counted in `over_length`, never cut
+    available     keys of encoded media; samples about others are left out, their keys in `not_encoded`. None for all
+    cache         folder that keeps the tokenized samples for further ranks and runs; None to make them for this one alone
+    failure_budget  share of the stage's records that may be malformed; they are left out, in `malformed`
+    turn, narrative_timing  see `dataloaders.formats.Reading`
+    processes     that read annotations; None for what their size is worth
+
+    tokens, targets, coordinates  (n,) int32 per sample: length, supervised tokens, present coordinates
+    largest_tokens                (n,) int32 per sample: the largest token id
+    Raises ValueError for a folder without data, and when more records are malformed than the budget allows: one sentence
+    for each of the first ten, with file, line and field.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        stage: Literal[1, 2, 3],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        num_frames: int,
+        num_points: int,
+        max_length: int,
+        available: Container[str] | None,
+        cache: Path | None = None,
+        failure_budget: float = 0.01,
+        turn: TurnChoice = "first",
+        narrative_timing: NarrativeTiming = "words",
+        processes: int | None = None,
+    ) -> None:
+        self.num_frames, self.num_points, self.max_length = num_frames, num_points, max_length
+        self._folder = data / f"stage{stage}"
+        formats = present_formats(data, cast(Room, f"stage{stage}"))
+        reading = Reading(num_frames, num_points, turn, narrative_timing)
+        self._index, self.malformed = open_index(self._folder, formats, tokenizer, reading, cache, processes)
+        self._check_budget(failure_budget)
+
+        fits = self._index.tokens <= max_length
+        encoded = np.array([available is None or key in available for key in self._index.media], dtype=bool)
+        self._rows = np.flatnonzero(fits & encoded)
+        ids, media = self._index.ids, self._index.media
+        self.ids = [ids[row] for row in self._rows]
+        self.media = [media[row] for row in self._rows]
+        self.over_length = [ids[row] for row in np.flatnonzero(encoded & ~fits)]
+        self.not_encoded = [media[row] for row in np.flatnonzero(~encoded)]
+        if not self.ids:
+            raise ValueError(f"{self._folder} holds no usable sample: {self.summary()}")
+        self.tokens = self._index.tokens[self._rows]
+        self.targets = self._index.targets[self._rows]
+        self.coordinates = self._index.coordinates[self._rows]
+        self.largest_tokens = self._index.largest_tokens[self._rows]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> TokenizedSample:
+        return self._index[int(self._rows[index])]
+
+    def groups(self) -> np.ndarray:
+        """A number (n,) per sample that samples about the same media share."""
+        numbers = {key: number for number, key in enumerate(sorted(set(self.media)))}
+        return np.fromiter((numbers[key] for key in self.media), np.int64, len(self.media))
+
+    def summary(self) -> str:
+        parts = [f"{len(self.ids):,} samples"]
+        if self.over_length:
+            parts.append(f"{len(self.over_length):,} left out for more than {self.max_length:,} tokens")
+        if self.not_encoded:
+            parts.append(f"{len(self.not_encoded):,} left out whose media could not be encoded")
+        if self.malformed:
+            parts.append(f"{len(self.malformed):,} malformed records left out")
+        return ", ".join(parts)
+
+    def left_out(self) -> list[Failure]:
+        """Everything that is not trained on and why, in the files' order within each reason; the same on every rank."""
+        length = f"the sample has more than {self.max_length} tokens"
+        return [
+            *(
+                Failure(f"{self._folder.name}/{m.file}:{m.line}", str(self._folder / m.file), "read", m.reason)
+                for m in self.malformed
+            ),
+            *(
+                Failure(f"{self._folder.name}/{name}", str(self._folder), "tokenize", length)
+                for name in self.over_length
+            ),
+            *(
+                Failure(key, str(self._folder), "encode", "its media is not in the feature store")
+                for key in self.not_encoded
+            ),
+        ]
+
+    def exclusions(self) -> dict[str, int | str]:
+        """How many were left out at each stage, and a checksum of which ones: for checkpoints."""
+        failures = self.left_out()
+        counts = Counter(failure.stage for failure in failures)
+        which = hashlib.sha256(json.dumps([[f.id, f.stage, f.reason] for f in failures]).encode()).hexdigest()[:16]
+        return {**dict(sorted(counts.items())), "which": which} if failures else {}
+
+    def write_left_out(self, path: Path) -> None:
+        """`left_out` as JSON lines, as the encoder's ledger is written."""
+        path.write_text("".join(json.dumps(asdict(f), ensure_ascii=False) + "\n" for f in self.left_out()))
+
+    def fingerprint(self) -> str:
+        """A short checksum of the samples, their annotations and lengths in tokens; equal data give equal training."""
+        contents = hashlib.sha256(self._index.digests[self._rows].tobytes())
+        for counts in (self.tokens, self.targets, self.coordinates):
+            contents.update(counts.tobytes())
+        return f"{len(self):,} samples {contents.hexdigest()[:16]}"
+
+    def _check_budget(self, budget: float) -> None:
+        count, total = len(self.malformed), len(self.malformed) + len(self._index)
+        if count > budget * total:
+            told = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed[:_ERRORS_SHOWN]]
+            told.append(f"{count:,} of {total:,} records are malformed, more than the failure budget of {budget:.2%}")
+            raise RecordError("\n".join(told))

@@ -1,0 +1,329 @@
+"""Feature store: what a frozen encoder saw, once, in shards that are mapped rather than read.
+
+    STORE/manifest.json                  what made the features; a store made otherwise is refused
+    STORE/00000-000003.safetensors       one tensor `features` (n, tokens, channels) float16; rank and number in the name
+    STORE/00000-000003.parquet           its keys and checksums, row by row; written last: a shard without one does not exist
+
+Files are written beside, flushed and renamed, and never changed afterwards. A killed writer loses the records of its
+unfinished shard, nothing else. One record of PiTe's is 153.6 kB, so a shard of 1024 is 157 MB.
+
+`python -m dataloaders.store --help` inspects, verifies, merges and imports stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, KeysView, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import save
+
+from dataloaders import locks
+from dataloaders.files import write_atomically
+
+MANIFEST = "manifest.json"
+_TENSOR = "features"
+_MAPPED_SHARDS = 32
+"""Shards kept mapped per store. Each holds a file descriptor, and a stage has more shards than a process may open."""
+
+_OPENING_THREADS = 8
+"""Indices read at a time: on a network each costs some round trips, and a million records have a thousand."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What made a store's features; a store whose manifest differs from the one asked for is refused.
+
+    encoder     checksum of the encoder's weights
+    num_frames  frames encoded per video; 1 for still images
+    sampling    rule that picked them
+    preprocess  resize, crop and normalisation
+    tokens, channels  shape of a record
+    dtype, compute_dtype  of what is stored, and of the encoder's own arithmetic: bfloat16 and float32 features differ
+    """
+
+    encoder: str
+    num_frames: int
+    sampling: str
+    preprocess: str
+    tokens: int
+    channels: int
+    dtype: str = "float16"
+    compute_dtype: str = "float32"
+
+    @staticmethod
+    def load(path: Path) -> Manifest:
+        try:
+            values = json.loads((path / MANIFEST).read_text())
+            return Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path} is no feature store: it holds no {MANIFEST}; make one with engine.encode"
+            ) from None
+        except KeyError as error:
+            raise ValueError(
+                f"{path / MANIFEST} says nothing of {error}: it is damaged, or of an earlier version; encode into another "
+                "folder, or remove this one"
+            ) from None
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path / MANIFEST} is damaged: {error!r}") from None
+
+    def check(self, wanted: Manifest, path: Path) -> None:
+        """Raise ValueError naming the first field in which a store at `path` differs from what is wanted."""
+        for f in fields(Manifest):
+            stored, asked = getattr(self, f.name), getattr(wanted, f.name)
+            if stored != asked:
+                raise ValueError(
+                    f"the feature store {path} was made with {f.name} {stored!r}, but {asked!r} is asked for; "
+                    "encode into another folder, or remove this one"
+                )
+
+
+class FeatureStore:
+    """Features by key, read from mapped shards. Opening reads the indices only; a shard is mapped when it is read.
+
+    Raises ValueError where `path` is no store, or holds a shard that is shorter than its index says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = Manifest.load(path)
+        self._shards: list[tuple[Path, int]] = []  # (file, where its tensor begins)
+        self._ends: list[int] = []
+        self._rows: dict[str, int] = {}
+        for index, (keys, start, damage) in read_indices(path, self.manifest).items():
+            if damage is not None:
+                raise ValueError(f"{damage}; run engine.encode again to make its records anew")
+            self._shards.append((index.with_suffix(".safetensors"), start))
+            first = self._ends[-1] if self._ends else 0
+            self._ends.append(first + len(keys))
+            self._rows.update(zip(keys, range(first, self._ends[-1])))
+        self._record_bytes = 2 * self.manifest.tokens * self.manifest.channels
+        self._mapped = lru_cache(_MAPPED_SHARDS)(self._map)
+
+    @staticmethod
+    def create_or_open(path: Path, manifest: Manifest) -> FeatureStore:
+        """Open a store to extend it, or begin an empty one.
+
+        A damaged shard loses its index here, so that its records are made again. Raises ValueError where the store was
+        made by another encoder, sampling or preprocessing.
+        """
+        if (path / MANIFEST).exists():
+            Manifest.load(path).check(manifest, path)
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(path / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+        for index, (_, _, damage) in read_indices(path, manifest).items():
+            if damage is not None:
+                # Another rank may have been here first.
+                index.unlink(missing_ok=True)
+        return FeatureStore(path)
+
+    @property
+    def keys(self) -> KeysView[str]:
+        return self._rows.keys()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
+    def read(self, key: str) -> np.ndarray:
+        """The record (tokens, channels) float16: a read-only view of the mapped file. Raises ValueError if absent."""
+        shard, row = self._place(key)
+        self._advise(shard, row)
+        return self._mapped(shard)[1][row]
+
+    def fingerprint(self, keys: Iterable[str]) -> str:
+        """A short checksum of what some records hold, from the checksums beside them, however they lie in shards.
+
+        Raises ValueError for a key that is absent.
+        """
+        of_shard = lru_cache(None)(self._checksums)
+        contents = hashlib.sha256()
+        for key in sorted(set(keys)):
+            shard, row = self._place(key)
+            contents.update(f"{key} {of_shard(shard)[row]}\n".encode())
+        return contents.hexdigest()[:16]
+
+    def _checksums(self, shard: int) -> list[int]:
+        index = self._shards[shard][0].with_suffix(".parquet")
+        return cast("list[int]", pq.read_table(index, columns=["crc32"])["crc32"].to_pylist())
+
+    def advise(self, keys: Iterable[str]) -> None:
+        """Have the disk fetch some records, all at once, that will be read next.
+
+        Unadvised, random records of a mapped file come in page by page: 0.13 GB/s where the disk gives 2.8.
+        """
+        for key in keys:
+            self._advise(*self._place(key))
+
+    def _advise(self, shard: int, row: int) -> None:
+        begin = self._shards[shard][1] + row * self._record_bytes
+        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        self._mapped(shard)[0].madvise(mmap.MADV_WILLNEED, page, begin + self._record_bytes - page)
+
+    def _place(self, key: str) -> tuple[int, int]:
+        """The number of a record's shard, and its row there."""
+        try:
+            row = self._rows[key]
+        except KeyError:
+            raise ValueError(f"the feature store {self.path} holds nothing for {key!r}; run engine.encode") from None
+        shard = bisect_right(self._ends, row)
+        return shard, row - (self._ends[shard - 1] if shard else 0)
+
+    def _map(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
+        """A shard's mapping, and its records (n, tokens, channels) float16."""
+        file, start = self._shards[shard]
+        with file.open("rb") as opened:
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        values = np.frombuffer(mapped, np.float16, offset=start)
+        return mapped, values.reshape(-1, self.manifest.tokens, self.manifest.channels)
+
+
+class NonFiniteError(ValueError):
+    """Features that half precision cannot hold; the message names the record."""
+
+
+class FeatureWriter:
+    """Appends records to a store under one rank's name; a context manager that writes the last shard at its end.
+
+    A lock keeps two processes of one machine from doing the same rank's work twice. Where it does not reach, as on some
+    network file systems, two writers still get shards of their own: a shard's name is taken by creating it.
+
+    shard_records  records per shard: what a kill can cost
+    Raises ValueError while another process writes under the same rank.
+    """
+
+    def __init__(self, store: FeatureStore, rank: int = 0, shard_records: int = 1024) -> None:
+        self.path, self.manifest, self.rank, self.shard_records = store.path, store.manifest, rank, shard_records
+        self._records: dict[str, np.ndarray] = {}
+        self._lock = lock(self.path, rank)
+        taken = [int(p.stem.partition("-")[2]) for p in self.path.glob(f"{rank:05d}-*.[sp]*")]
+        self._number = max(taken, default=-1) + 1
+
+    def add(self, records: Mapping[str, np.ndarray]) -> None:
+        """Append records (tokens, channels), kept in memory until a shard is full. Raises NonFiniteError."""
+        for key, record in records.items():
+            assert record.shape == (self.manifest.tokens, self.manifest.channels)
+            with np.errstate(over="ignore"):
+                half = record.astype(np.float16)
+            if not np.isfinite(half).all():
+                raise NonFiniteError(f"features of {key!r} are not finite in half precision")
+            self._records[key] = half
+        if len(self._records) >= self.shard_records:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is in memory as a shard, then its index."""
+        if not self._records:
+            return
+        shard = self._take_name()
+        records = list(self._records.values())
+        write_atomically(shard, save({_TENSOR: np.stack(records)}))
+        checksums = pa.array([zlib.crc32(record.tobytes()) for record in records], pa.uint32())
+        sink = pa.BufferOutputStream()
+        # Keys are all different: a dictionary would only slow the opening.
+        pq.write_table(pa.table({"key": list(self._records), "crc32": checksums}), sink, use_dictionary=False)
+        write_atomically(shard.with_suffix(".parquet"), sink.getvalue().to_pybytes())
+        self._records.clear()
+
+    def _take_name(self) -> Path:
+        """A shard's name that no other writer has, now this one's: exclusive creation holds on network disks too."""
+        while True:
+            shard = self.path / f"{self.rank:05d}-{self._number:06d}.safetensors"
+            self._number += 1
+            try:
+                os.close(os.open(shard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+                return shard
+            except FileExistsError:
+                continue
+
+    def __enter__(self) -> FeatureWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.flush()
+        finally:
+            self._lock.close()
+
+
+def lock(path: Path, rank: int) -> locks.Lock:
+    """The lock of whoever writes to a store under a rank's name, until it is closed.
+
+    Raises ValueError while another process holds it.
+    """
+    try:
+        return locks.lock(path / f".{rank:05d}.lock", "a second process that writes as the same rank is not refused")
+    except BlockingIOError:
+        raise ValueError(f"another process is writing to {path} as rank {rank}; wait for it or stop it") from None
+
+
+class Index(NamedTuple):
+    """A shard's keys and where its tensor begins; or why it cannot be used."""
+
+    keys: list[str]
+    start: int
+    damage: str | None = None
+
+
+def read_indices(path: Path, manifest: Manifest) -> dict[Path, Index]:
+    """The index files of a store, in order, each with what it says and whether its shard is as long as its records."""
+    files = sorted(path.glob("*.parquet"))
+    # Threads wait for the disk; what computes would only get in each other's way there.
+    with ThreadPoolExecutor(_OPENING_THREADS) as pool:
+        contents = pool.map(_content, files)
+        return {file: _parse_index(file, *content, manifest) for file, content in zip(files, contents)}
+
+
+def _content(index: Path) -> tuple[bytes | OSError, tuple[int, int] | None]:
+    """An index file's bytes, and its shard's size and where the tensor begins; None where there is no whole header."""
+    shard = index.with_suffix(".safetensors")
+    try:
+        extent = shard.stat().st_size, _data_start(shard)
+    except (OSError, struct.error):
+        extent = None
+    try:
+        return index.read_bytes(), extent
+    except OSError as error:
+        return error, extent
+
+
+def _parse_index(index: Path, content: bytes | OSError, extent: tuple[int, int] | None, manifest: Manifest) -> Index:
+    shard = index.with_suffix(".safetensors")
+    try:
+        if isinstance(content, OSError):
+            raise content
+        with pq.ParquetFile(pa.BufferReader(content)) as file:
+            keys = file.read(["key"], use_threads=False)["key"].to_pylist()
+    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        return Index([], 0, f"the index {index} is damaged ({error})")
+    if extent is None:
+        return Index([], 0, f"the shard {shard} is missing or empty")
+    size, start = extent
+    needed = start + len(keys) * manifest.tokens * manifest.channels * 2
+    return Index(keys, start, None if size == needed else f"the shard {shard} holds {size} bytes instead of {needed}")
+
+
+def _data_start(shard: Path) -> int:
+    """Where the one tensor begins: after the header's length (8 bytes, little-endian) and the header (safetensors)."""
+    with shard.open("rb") as file:
+        return 8 + struct.unpack("<Q", file.read(8))[0]

@@ -1,0 +1,243 @@
+"""Feature stores from the outside: verifying, merging, importing.
+
+Opening a store compares sizes only; `verify` reads every byte. A damaged shard costs its own records and no others:
+without its index it does not exist, and engine.encode makes what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from dataloaders.failures import LEDGER, Failure, Ledger, read_failures
+from dataloaders.files import abandoned
+from dataloaders.formats import ROOMS, Room, iter_media
+from dataloaders.store.features import MANIFEST, FeatureStore, FeatureWriter, Manifest, lock, read_indices
+
+AS_PITE = "linspace truncated"
+_RANK = re.compile(r"\.?(\d{5})[-.]")
+"""How the files of a store begin that a rank writes: shards, their indices, what is not yet renamed, and locks."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    records, shards  that were read
+    damage           a sentence for each damaged shard, by its index file
+    repeated         keys that more than one shard holds; readers take the last
+    stray            files without an index or a name, which killed writers left; together of `stray_bytes`
+    """
+
+    records: int
+    shards: int
+    damage: dict[Path, str]
+    repeated: list[str]
+    stray: list[Path]
+    stray_bytes: int
+
+
+def verify(path: Path, threads: int = 8) -> Report:
+    """Read every record of a store and compare it with its checksum. Raises ValueError where `path` is no store."""
+    manifest = Manifest.load(path)
+    indices = read_indices(path, manifest)
+    damage = {index: found.damage for index, found in indices.items() if found.damage is not None}
+    whole = [index for index in indices if index not in damage]
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda index: _damaged_record(index, indices[index].start, manifest), whole)
+        damage |= {index: sentence for index, sentence in zip(whole, found) if sentence is not None}
+    counts = Counter(key for index in whole for key in indices[index].keys)
+    known = {file for index in indices for file in (index, index.with_suffix(".safetensors"))}
+    stray = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".tmp") and p not in known]
+    repeated = [key for key, count in counts.items() if count > 1]
+    return Report(len(counts), len(whole), damage, repeated, stray, sum(map(_size, stray)))
+
+
+def _size(file: Path) -> int:
+    """Bytes, 0 for what a running writer has renamed meanwhile."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def discard(path: Path) -> Report:
+    """As `verify`, and remove what it found: the indices of damaged shards, and what killed writers left.
+
+    Raises ValueError, nothing removed, while a process writes to the store: of its unfinished shard the name is taken and
+    the index not yet written, as of one that a killed writer left. Of writers that begin meanwhile nothing is touched, nor,
+    where there are no locks, what any process wrote within a day, unless it is of this machine and has ended.
+    """
+    ranks = {int(found[1]) for file in path.iterdir() if (found := _RANK.match(file.name))}
+    with ExitStack() as stack:
+        locks = {rank: stack.enter_context(lock(path, rank)) for rank in sorted(ranks)}
+        report = verify(path)
+        for file in (*report.damage, *report.stray):
+            found = _RANK.match(file.name)
+            own = locks.get(int(found[1])) if found is not None else None
+            locked = found is None or (own is not None and own.held)
+            if abandoned(file, locked) or (own is not None and file in report.damage):
+                file.unlink(missing_ok=True)
+    return report
+
+
+def _damaged_record(index: Path, start: int, manifest: Manifest) -> str | None:
+    """Why a shard cannot be trusted, naming the first record at fault."""
+    shard = index.with_suffix(".safetensors")
+    table = pq.read_table(index)
+    if "crc32" not in table.column_names:
+        return f"the index {index} holds no checksums: an earlier version wrote it"
+    keys, checksums = table["key"].to_pylist(), table["crc32"].to_pylist()
+    shape = (len(keys), manifest.tokens, manifest.channels)
+    with shard.open("rb") as file:
+        header = json.loads(file.read(start)[8:])
+    if header.get("features", {}).get("shape") != list(shape):
+        return f"the shard {shard} does not say that it holds {shape}"
+    records = np.memmap(shard, np.uint8, "r", start).reshape(len(keys), -1)
+    for key, checksum, record in zip(keys, checksums, records):
+        if zlib.crc32(record.data) != checksum:
+            return f"the shard {shard} holds other bytes for {key!r} than were written"
+    return None
+
+
+def merge(output: Path, sources: Sequence[Path], shard_records: int = 1024) -> int:
+    """Copy the records of stores that were made alike into one, each key once; returns how many were copied.
+
+    May be repeated after a kill. Raises ValueError where manifests differ, or two stores hold different bytes for one key.
+    """
+    stores = [FeatureStore(source) for source in sources]
+    for store in stores[1:]:
+        store.manifest.check(stores[0].manifest, store.path)
+    merged = FeatureStore.create_or_open(output, stores[0].manifest)
+    origin: dict[str, FeatureStore] = {key: merged for key in merged.keys}
+    copied = 0
+    with FeatureWriter(merged, shard_records=shard_records) as writer:
+        for store in stores:
+            for key in store.keys:
+                first = origin.setdefault(key, store)
+                if first is store:
+                    writer.add({key: store.read(key)})
+                    copied += 1
+                elif not np.array_equal(first.read(key).view(np.uint16), store.read(key).view(np.uint16)):
+                    raise ValueError(f"{first.path} and {store.path} hold different features for {key!r}")
+    return copied
+
+
+class NpyFolder:
+    """A folder of `{id}.npy`, each (N, channels) of floats, as VTimeLLM and its descendants keep features.
+
+    room  the part before the id in this engine's keys, such as `stage2`
+    Reads as a FeatureStore does. Raises ValueError where the folder holds none, and for a file of another shape.
+    """
+
+    def __init__(self, path: Path, room: str) -> None:
+        self.path = path
+        self._files = {f"{room}/{file.stem}": file for file in sorted(path.glob("*.npy"))}
+        if not self._files:
+            raise ValueError(f"{path} holds no .npy file")
+        first = next(iter(self._files))
+        shape = self._load(first).shape
+        if len(shape) != 2:
+            raise ValueError(f"{self._files[first]} holds an array of shape {shape}, not (frames, channels)")
+        self.tokens, self.channels = shape
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return tuple(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._files
+
+    def read(self, key: str) -> np.ndarray:
+        """The record (tokens, channels), in the file's own floating-point type."""
+        record = self._load(key)
+        if record.shape != (self.tokens, self.channels):
+            raise ValueError(
+                f"{self._files[key]} holds an array of shape {record.shape}, the others {self.tokens, self.channels}"
+            )
+        return record
+
+    def _load(self, key: str) -> np.ndarray:
+        try:
+            record = np.load(self._files[key], allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{self._files[key]} is no readable .npy file ({error})") from None
+        if not np.issubdtype(record.dtype, np.floating):
+            raise ValueError(f"{self._files[key]} holds {record.dtype}, not floating-point numbers")
+        return record
+
+
+def import_npy(folder: NpyFolder, output: Path, manifest: Manifest, shard_records: int = 1024) -> int:
+    """Copy a folder of `.npy` files into a store; returns how many were new. May be repeated after a kill.
+
+    Raises ValueError for files of another shape than the manifest's, and for numbers that float16 cannot hold.
+    """
+    if (manifest.tokens, manifest.channels) != (folder.tokens, folder.channels):
+        raise ValueError(
+            f"{folder.path} holds records of {folder.tokens, folder.channels}, the store {output} is for "
+            f"{manifest.tokens, manifest.channels}"
+        )
+    store = FeatureStore.create_or_open(output, manifest)
+    new = [key for key in folder.keys if key not in store]
+    with FeatureWriter(store, shard_records=shard_records) as writer:
+        for key in new:
+            writer.add({key: folder.read(key)})
+    return len(new)
+
+
+def stores_in(path: Path) -> list[Path]:
+    """The store at `path`, or those in it, as engine.encode fills a folder. Raises ValueError where there is none."""
+    if (path / MANIFEST).exists():
+        return [path]
+    stores = [manifest.parent for manifest in sorted(path.glob(f"*/{MANIFEST}"))]
+    if not stores:
+        raise ValueError(f"{path} is no feature store and holds none: make one with engine.encode")
+    return stores
+
+
+def note_missing(folder: Path, output: Path, data: Path, room: str, budget: float) -> int:
+    """Write down, in the ledger beside a store, the media of a data folder's room that neither it nor `folder` holds.
+
+    folder  of the `.npy` files that were imported; a line names the one that is missing
+    budget  share of the room's media that may be missing
+    Returns how many are; those that the ledger names already are not written again. Raises ValueError, nothing written,
+    for an unknown room and where more are missing than the budget allows.
+    """
+    if not 0 <= budget <= 1:
+        raise ValueError(f"--failure-budget is a share between 0 and 1, not {budget}")
+    name = room.partition("/")[0]
+    if name not in ROOMS:
+        raise ValueError(f"--room must begin with {', '.join(ROOMS)}, not {name!r}")
+    # Records that name no media are training's to count.
+    named = iter_media(data, [cast(Room, name)], lambda _: None)
+    media = [m for m in named if m.key.rpartition("/")[0] == room]
+    if not media:
+        raise ValueError(f"{data} names no media whose keys begin with {room}/")
+    store = FeatureStore(output)
+    missing = [m.key for m in media if m.key not in store]
+    if len(missing) > budget * len(media):
+        raise ValueError(
+            f"{len(missing):,} of {len(media):,} media of {room} have no file in {folder}, {missing[0]!r} among them, more "
+            f"than the failure budget of {budget:.2%}; raise --failure-budget to train without them"
+        )
+    ledger = Ledger(output.parent / LEDGER, len(media), 1.0)
+    known = {failure.id for failure in read_failures(ledger.path)}
+    for key in missing:
+        if key not in known:
+            file = folder / f"{key.rpartition('/')[2]}.npy"
+            ledger.add(Failure(key, str(file), "import", f"{file.name}: not among the imported files"))
+    return len(missing)

@@ -1,0 +1,107 @@
+"""From step number to packed micro-batches: the plan picks samples, the store gives features, the collator packs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from dataloaders.records import ABSENT, TokenizedSample
+from dataloaders.samples.batch import PackedBatch, collate
+from dataloaders.samples.dataset import StageDataset
+from dataloaders.samples.plan import BatchPlan, split_batch
+from dataloaders.store.features import FeatureStore
+
+Absent = Literal["skip", "regress"]
+Normalizer = Literal["present", "paper"]
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """One rank's share of an optimizer step; tokens and samples are those of the whole global batch."""
+
+    micro_batches: tuple[PackedBatch, ...]
+    tokens: int
+    samples: int
+
+
+class StepSource:
+    """The micro-batches of any step, for one rank.
+
+    token_budget  most tokens in a micro-batch
+    absent        "skip": (-1, -1) carries no loss; "regress": every answer token has a trajectory, -1 where none is
+                  known, as the paper's text says
+    normalizer    "present": the L1 sum is divided by the coordinates that carry loss; "paper" (eq. 8): by P * N for
+                  each supervised token
+    """
+
+    def __init__(
+        self,
+        dataset: StageDataset,
+        plan: BatchPlan,
+        store: FeatureStore,
+        *,
+        token_budget: int,
+        rank: int = 0,
+        ranks: int = 1,
+        absent: Absent = "skip",
+        normalizer: Normalizer = "present",
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.plan, self.store = dataset, plan, store
+        self.token_budget, self.rank, self.ranks = token_budget, rank, ranks
+        self.absent, self.normalizer, self.pin_memory = absent, normalizer, pin_memory
+
+    def step(self, step: int) -> StepBatches:
+        chosen = self.plan.samples(step)
+        normalizers = self.normalizers(chosen)
+        # Where samples are fewer than micro-batches, one without weight takes the empty place: ranks that share sharded
+        # weights have to compute equally often.
+        shortest = int(chosen[np.argmin(self.dataset.tokens[chosen])])
+        nothing = (math.inf, math.inf)
+        micro = tuple(
+            self._pack(members, normalizers) if members else self._pack([shortest], nothing)
+            for members in self._members(chosen)
+        )
+        return StepBatches(micro, int(self.dataset.tokens[chosen].sum()), len(chosen))
+
+    def singles(self, step: int) -> Iterator[PackedBatch]:
+        """This rank's samples of a step one at a time, to find the one that went wrong."""
+        chosen = self.plan.samples(step)
+        for members in self._members(chosen):
+            for member in members:
+                yield self._pack([member], self.normalizers(chosen))
+
+    def _members(self, chosen: np.ndarray) -> list[list[int]]:
+        """The samples of each of this rank's micro-batches."""
+        bins = split_batch(self.dataset.tokens[chosen], self.ranks, self.token_budget)[self.rank]
+        return [[int(chosen[i]) for i in members] for members in bins]
+
+    def normalizers(self, chosen: np.ndarray) -> tuple[float, float]:
+        """Divisors of the summed cross-entropy and L1 over the whole global batch, known before any sample is read."""
+        targets = int(self.dataset.targets[chosen].sum())
+        points = self.dataset.num_points * self.dataset.num_frames
+        if self.normalizer == "paper":
+            return targets, targets * points
+        if self.absent == "regress":
+            return targets, targets * points * 2
+        return targets, int(self.dataset.coordinates[chosen].sum())
+
+    def _pack(self, members: list[int], normalizers: tuple[float, float]) -> PackedBatch:
+        samples = [self.dataset[i] for i in members]
+        if self.absent == "regress":
+            samples = [with_absent_trajectories(s) for s in samples]
+        self.store.advise(s.media for s in samples)
+        features = [self.store.read(s.media) for s in samples]
+        batch = collate(samples, features, normalizers=normalizers)
+        return batch.pin_memory() if self.pin_memory else batch
+
+
+def with_absent_trajectories(sample: TokenizedSample) -> TokenizedSample:
+    """The sample with a trajectory for every supervised token, absent throughout where it had none."""
+    full = np.full((len(sample.target_positions), *sample.trajectory.shape[1:]), ABSENT, dtype=np.float32)
+    full[np.searchsorted(sample.target_positions, sample.trajectory_positions)] = sample.trajectory
+    return replace(sample, trajectory=full, trajectory_positions=sample.target_positions)

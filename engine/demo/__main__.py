@@ -1,0 +1,179 @@
+"""The whole road in miniature: `python -m engine.demo --output runs/demo`.
+
+World -> tiny models -> features -> stages 1, 2, 3 -> evaluation -> chat, each step the very command that a real run
+would use, so that any line can be copied. A step that finished is not run again; one that was stopped continues.
+Then one table, the loss curves, and a held-out video with its predicted and true trajectories.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataloaders.files import write_atomically
+from dataloaders.synthetic.language import TIMES_FIRST
+from engine.cli import parse
+from engine.demo.held_out import example_event, summarize
+from engine.plots import plot_losses
+from pite.evaluate.grounding import ask
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Make a synthetic world, train the three stages on it, measure and draw what was learned."""
+
+    output: Path = Path("runs/demo")
+    """everything is made in this folder; the same command again makes what is missing"""
+    videos: int = 3400
+    """training videos"""
+    evaluation: int = 400
+    """held-out videos"""
+    num_frames: int = 32
+    """N, frames per video"""
+    tiny: str = ""
+    """further flags for engine.tiny, as one text"""
+    train: str = ""
+    """further flags for engine.train, as one text"""
+    seed: int = 0
+    """of the world, the weights and the data order"""
+
+    def __post_init__(self) -> None:
+        for name in ("videos", "evaluation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if not 2 <= self.num_frames <= 100:
+            raise ValueError(f"--num-frames must be 2 to 100 (indices have two digits), not {self.num_frames}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A module with its arguments, run as a process of its own; `leaves` is there once it is done."""
+
+    title: str
+    module: str
+    arguments: tuple[str, ...]
+    leaves: Path
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", "-m", self.module, *self.arguments])
+
+
+class StepFailed(RuntimeError):
+    """A step ended with an error or before it was done; the message names it and its command."""
+
+
+def steps(config: DemoConfig) -> Iterator[Step]:
+    """The road, in order; a step is named when those before it are done, since the last asks about a video they made."""
+    out, frames, seed = config.output, str(config.num_frames), str(config.seed)
+    data, models, store, run = (str(out / name) for name in ("data", "models", "store", "run"))
+    clip = ("--clip", f"{models}/clip")
+    given = ("--data", data, "--store", store)
+
+    sizes = ("--videos", str(config.videos), "--evaluation", str(config.evaluation))
+    captions = out / "data" / "evaluation" / "activitynet_captions.json"
+    yield Step("world", "dataloaders.synthetic", (data, *sizes, "--frames", frames, "--seed", seed), captions)
+
+    flags = (models, "--frames", frames, "--seed", seed, *shlex.split(config.tiny))
+    yield Step("tiny models", "engine.tiny", flags, out / "models" / "vicuna")
+
+    manifest = out / "store" / "videos" / "manifest.json"
+    yield Step("features", "engine.encode", (*given, *clip, "--num-frames", frames), manifest)
+
+    training = ("--model", "tiny", "--llm", f"{models}/vicuna", *given, "--output", run, "--seed", seed)
+    for stage in ("1", "2", "3"):
+        flags = ("--stage", stage, *training, *shlex.split(config.train))
+        yield Step(f"stage {stage}", "engine.train", flags, out / "run" / f"stage{stage}" / "final")
+
+    final = ("--model", f"{run}/stage3/final")
+    answers = out / "grounding.jsonl"
+    flags = ("grounding", *final, *given, "--predictions", str(answers))
+    yield Step("grounding", "pite.evaluate", flags, answers)
+
+    name, sentence = example_event(captions)
+    about = ("--video", str(captions.parent / "videos" / f"{name}.mp4"), *clip)
+    yield Step("chat", "pite.chat", (*final, *about, "--query", ask(sentence)), answers)
+
+    # Stage 3 moves the hidden states and leaves the trajectory head behind: stage 2's model draws best.
+    film = out / "chat.mp4"
+    flags = ("--model", f"{run}/stage2/final", *about, "--query", TIMES_FIRST, "--trajectory", str(film))
+    yield Step("chat, drawn", "pite.chat", flags, film)
+
+
+def run_steps(config: DemoConfig) -> tuple[dict[str, float], bool]:
+    """Run what is not done yet. Returns each step's seconds, and whether anything ran. Raises StepFailed."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    record = config.output / "steps.json"
+    done: dict[str, dict[str, Any]] = json.loads(record.read_text()) if record.exists() else {}
+    seconds: dict[str, float] = {}
+    ran = False
+    for step in steps(config):
+        if done.get(step.title, {}).get("command") == step.command and step.leaves.exists():
+            print(f"done before  {step.command}", flush=True)
+        else:
+            print(f"\n$ {step.command}", flush=True)
+            started = time.monotonic()
+            status = subprocess.run([sys.executable, "-m", step.module, *step.arguments], check=False).returncode
+            if status:
+                raise StepFailed(f"step {step.title!r} ended with status {status}: {step.command}")
+            if not step.leaves.exists():
+                raise StepFailed(f"step {step.title!r} was stopped before it was done; the same command continues")
+            done[step.title] = {"command": step.command, "seconds": round(time.monotonic() - started, 1)}
+            write_atomically(record, json.dumps(done, indent=1) + "\n")
+            ran = True
+        seconds[step.title] = done[step.title]["seconds"]
+    return seconds, ran
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The demo's last words."""
+    lines = ["", "step           seconds"]
+    lines += [f"{title:<14} {seconds:7.0f}" for title, seconds in summary["seconds"].items()]
+    lines += [
+        f"{'total':<14} {sum(summary['seconds'].values()):7.0f}",
+        "",
+        f"held out: {summary['held_out_videos']} videos, {summary['held_out_questions']} questions",
+        f"trajectory L1         {summary['trajectory_l1']:.4f}   best constant {summary['trajectory_l1_best_constant']:.4f}"
+        f"   best unmoved {summary['trajectory_l1_best_still']:.4f}   after stage 3 {summary['trajectory_l1_after_stage3']:.4f}",
+        f"grounding mIoU        {summary['grounding_miou']:.3f}    query-blind {summary['grounding_miou_query_blind']:.3f}"
+        f"   best fixed interval {summary['grounding_miou_best_fixed']:.3f}",
+    ]
+    blind, counts = summary["grounding_miou_query_blind_by_objects"], summary["questions_by_objects"]
+    lines += [
+        f"  {count} object{' ' if count == '1' else 's'}           {miou:.3f}    query-blind {blind[count]:.3f}"
+        f"   {counts[count]} questions"
+        for count, miou in summary["grounding_miou_by_objects"].items()
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status, 1 after a step that failed."""
+    config = parse(DemoConfig, argv, prog="python -m engine.demo")
+    path = config.output / "summary.json"
+    try:
+        seconds, ran = run_steps(config)
+        if ran or not path.exists():
+            started = time.monotonic()
+            losses = {f"stage {n}": config.output / "run" / f"stage{n}" / "metrics.jsonl" for n in (1, 2, 3)}
+            plot_losses(losses, config.output / "losses.png")
+            summary = summarize(config.output)
+            seconds["summary"] = round(time.monotonic() - started, 1)
+            write_atomically(path, json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
+    except (StepFailed, ValueError) as error:
+        print(f"engine.demo: {error}", file=sys.stderr)
+        return 1
+    print(table(json.loads(path.read_text())))
+    print(f"\nin {config.output}: summary.json, losses.png, overlay.png, overlay.mp4, chat.mp4")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""What the demo's models know of videos that they never saw, in numbers and in pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataloaders.decode.video import decode_video
+from dataloaders.formats import Where, iter_json, read_pite
+from dataloaders.samples.prompts import tokenize
+from dataloaders.store.features import FeatureStore
+from pite.draw import Track, save_strip, save_video
+from pite.evaluate.grounding import Events, Prediction, ious, read_ground_truth, read_predictions
+from pite.evaluate.metrics import (
+    TrajectoryScores,
+    best_fixed_interval,
+    grounding_scores,
+    query_blind_bound,
+    trajectory_scores,
+)
+from pite.evaluate.trajectories import predict_trajectories, read_samples
+from pite.generate import Generator
+
+Features = Callable[[str], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """Mean IoUs (0..1) over the questions of some videos, and the bounds to read them against.
+
+    miou         the model's
+    best_fixed   one interval given to every question, the best in hindsight
+    query_blind  one interval per video, the best in hindsight: what a model deaf to the question can reach
+    """
+
+    miou: float
+    best_fixed: float
+    query_blind: float
+    recall: dict[float, float]
+    questions: int
+    videos: int
+
+
+def measure_grounding(
+    predictions: Sequence[Prediction], truth: dict[str, Events], num_frames: int
+) -> tuple[Grounding, dict[int, Grounding]]:
+    """Scores over all predictions, and by the number of objects (events) in the video."""
+    counts = sorted({len(truth[prediction.video].intervals) for prediction in predictions})
+    by_objects = {
+        count: _grounding([p for p in predictions if len(truth[p.video].intervals) == count], truth, num_frames)
+        for count in counts
+    }
+    return _grounding(predictions, truth, num_frames), by_objects
+
+
+def _grounding(predictions: Sequence[Prediction], truth: dict[str, Events], num_frames: int) -> Grounding:
+    scores = grounding_scores(ious(predictions, truth, num_frames))
+    videos = sorted({prediction.video for prediction in predictions})
+    intervals = [truth[video].intervals for video in videos]
+    return Grounding(
+        miou=scores.miou / 100,
+        best_fixed=best_fixed_interval([interval for those in intervals for interval in those], num_frames)[1],
+        query_blind=query_blind_bound(intervals, num_frames),
+        recall={threshold: share / 100 for threshold, share in scores.recall.items()},
+        questions=scores.count,
+        videos=len(videos),
+    )
+
+
+def measure_trajectories(generator: Generator, annotations: Path, features: Features) -> TrajectoryScores:
+    """Of the trajectory head, over the answers of some annotations."""
+    samples = list(read_samples(annotations, generator.model, generator.tokenizer))
+    predicted, true = predict_trajectories(generator.model, samples, features)
+    return trajectory_scores(predicted, true)
+
+
+def draw_example(
+    generator: Generator, annotations: Path, features: Features, video: str, strip: Path, film: Path
+) -> None:
+    """Predicted and true trajectories of every phrase of one held-out answer: `strip` as PNG, `film` as MP4."""
+    config = generator.model.config
+    shape = {"num_frames": config.num_frames, "num_points": config.num_points}
+    where, record = next((Where(annotations, at), r) for at, _, r in iter_json(annotations) if r["id"] == video)
+    sample = read_pite(record, where, annotations.parent, **shape)
+    predicted, true = predict_trajectories(generator.model, [tokenize(sample, generator.tokenizer, **shape)], features)
+    (turn,) = sample.turns
+    tracks = []
+    for mention in turn.mentions:
+        tokens = (true == mention.trajectory).all((1, 2, 3))
+        tracks.append(Track(turn.answer[mention.start : mention.end], predicted[tokens].mean(0), mention.trajectory))
+    frames = decode_video(annotations.parent / "videos" / f"{video}.mp4", config.num_frames)
+    save_strip(strip, frames, tracks, title=turn.answer)
+    save_video(film, frames, tracks)
+
+
+def example_event(captions: Path, objects: int = 2) -> tuple[str, str]:
+    """A held-out video and its first sentence: the first video with that many objects, else the first of all."""
+    truth = read_ground_truth(captions)
+    video = next((video for video, events in truth.items() if len(events.intervals) == objects), next(iter(truth)))
+    return video, truth[video].sentences[0]
+
+
+def summarize(output: Path) -> dict[str, object]:
+    """Measure the models of a finished demo in `output`, draw one example, and return the summary's numbers."""
+    evaluation = output / "data" / "evaluation"
+    features = FeatureStore(output / "store" / "videos").read
+    truth = read_ground_truth(evaluation / "activitynet_captions.json")
+    stage2, stage3 = (Generator.from_pretrained(output / "run" / f"stage{n}" / "final") for n in (2, 3))
+    predictions = read_predictions(output / "grounding.jsonl", truth)
+    every, by_objects = measure_grounding(predictions, truth, stage3.model.config.num_frames)
+    tracks = evaluation / "pite_143k.jsonl"
+    trajectories = measure_trajectories(stage2, tracks, features)
+    video, _ = example_event(evaluation / "activitynet_captions.json")
+    draw_example(stage2, tracks, features, video, output / "overlay.png", output / "overlay.mp4")
+    return {
+        "trajectory_l1": trajectories.l1,
+        "trajectory_l1_best_constant": trajectories.best_constant,
+        "trajectory_l1_best_still": trajectories.best_still,
+        "trajectory_l1_after_stage3": measure_trajectories(stage3, tracks, features).l1,
+        "grounding_miou": every.miou,
+        "grounding_miou_best_fixed": every.best_fixed,
+        "grounding_miou_query_blind": every.query_blind,
+        "grounding_recall": {f"R1@{threshold}": share for threshold, share in every.recall.items()},
+        "grounding_miou_by_objects": {str(n): scores.miou for n, scores in by_objects.items()},
+        "grounding_miou_query_blind_by_objects": {str(n): scores.query_blind for n, scores in by_objects.items()},
+        "questions_by_objects": {str(n): scores.questions for n, scores in by_objects.items()},
+        "held_out_videos": every.videos,
+        "held_out_questions": every.questions,
+    }

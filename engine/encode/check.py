@@ -1,0 +1,133 @@
+"""What encoding will cost before it starts, and whether what it stored is right afterwards."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dataloaders.decode.decoder import Decoder
+from dataloaders.records import Media
+from engine.encode.work import features_of, seconds_of
+
+if TYPE_CHECKING:
+    from engine.encode.job import Job
+    from pite.clip import ClipEncoder
+
+LEAST_COSINE = 0.999
+"""Of a frame's feature and its verification: what decoders and arithmetics may differ by."""
+
+_SAMPLE = 6
+"""Files that the dry run decodes."""
+
+
+def verify(jobs: Sequence[Job], records: int) -> str:
+    """Decode and encode a random sample of stored records again; say how they compare.
+
+    Raises ValueError where a record is not what its file gives: a cosine below LEAST_COSINE in any frame.
+    """
+    stored = [(job, group) for job in jobs for group in job.groups if group[0].key in job.store]
+    drawn = random.sample(stored, min(records, len(stored)))
+    equal, least, wrong = 0, 1.0, []
+    for job in jobs:
+        groups = [group for its_job, group in drawn if its_job is job]
+        if not groups:
+            continue
+        num_frames = job.store.manifest.num_frames
+        with job.decoder(len(groups)) as decoder:
+            results = zip(groups, decoder.map(group[0] for group in groups))
+            while batch := list(islice(results, max(1, job.batch_size // num_frames))):
+                features = features_of([decoded for _, decoded in batch], job.encoder, num_frames, job.batch_size)
+                for (group, decoded), record in zip(batch, features):
+                    key = group[0].key
+                    if record is None:
+                        wrong.append(f"{key}: {decoded.reason}")
+                        continue
+                    was, now = job.store.read(key), record.astype(np.float16)
+                    equal += was.tobytes() == now.tobytes()
+                    cosine = _least_cosine(was, now)
+                    least = min(least, cosine)
+                    if not cosine >= LEAST_COSINE:
+                        wrong.append(f"{key}: cosine {cosine:.4f} with what {decoded.media.path} gives now")
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(drawn)} records are wrong, the first {wrong[0]}")
+    return (
+        f"{len(drawn):,} of {len(stored):,} records verified: {equal:,} equal in every byte, least cosine {least:.6f}"
+    )
+
+
+def _least_cosine(one: np.ndarray, two: np.ndarray) -> float:
+    """Of the frames of two records (N, channels), the pair that agrees least."""
+    a, b = one.astype(np.float64), two.astype(np.float64)
+    return float(((a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-12)).min())
+
+
+def predict(job: Job, ranks: int) -> str:
+    """The dry run's text for one kind of media: what the store will hold, and how long what is missing will take.
+
+    Measures on this machine: decodes some files, and runs CLIP a few times. Other devices are predicted by arithmetic.
+    """
+    # Decoding processes import engine.encode, and need no torch.
+    from engine.hardware import CLIP_MFU, DEVICES
+
+    missing, manifest = job.missing, job.store.manifest
+    record = manifest.tokens * manifest.channels * 2
+    keys, keys_missing = sum(map(len, job.groups)), sum(map(len, missing))
+    free = shutil.disk_usage(job.store.path).free
+    lengths = seconds_of([group[0] for group in missing])
+    lines = [
+        f"{job.kind}s",
+        f"  records      {keys:,} of {record / 1e3:,.1f} kB: {keys * record / 1e9:,.3f} GB; {keys_missing:,} are missing,"
+        f" {keys_missing * record / 1e9:,.3f} GB; {free / 1e9:,.0f} GB are free",
+        f"  to decode    {len(missing):,} files"
+        + (f", {sum(lengths) / 3600:,.2f} h by their headers" if job.kind == "video" else ""),
+    ]
+    if not missing:
+        return "\n".join(lines)
+    with job.decoder(len(missing)) as decoder:
+        decode = _seconds_per_file([group[0] for group in missing], lengths, decoder)
+    clip = _seconds_per_frame(job.encoder, job.batch_size)
+    hours = [rate * len(missing) / ranks / 3600 for rate in (decode, clip * manifest.num_frames)]
+    lines.append(
+        f"  here         {max(hours):,.2f} h, of {'decoding' if hours[0] > hours[1] else 'CLIP'}, the slower of two that overlap:"
+        f" decoding {hours[0]:,.2f} h, {ranks / decode:,.1f} files/s; CLIP {hours[1]:,.2f} h, {ranks / clip:,.0f} frames/s"
+        f" ({min(_SAMPLE, len(missing))} files and some frames measured just now, times {ranks} ranks)"
+    )
+    flops = job.encoder.flops_per_frame * manifest.num_frames * len(missing)
+    for name in ("A100-80GB", "H100", "H200"):
+        peak = DEVICES[name].peak
+        lines.append(
+            f"  8x {name:<9} {flops / (8 * peak * CLIP_MFU) / 3600:,.3f} h for CLIP, {flops:.2e} FLOPs at {CLIP_MFU:.0%} of the"
+            " bfloat16 peak (assumed, not measured)"
+        )
+    return "\n".join(lines)
+
+
+def _seconds_per_file(media: Sequence[Media], lengths: Sequence[float], decoder: Decoder) -> float:
+    """Seconds from one file to the next, of a sample, corrected for the sample's lengths; processes are started before."""
+    chosen = random.Random(0).sample(range(len(media)), min(_SAMPLE, len(media)))
+    sample = [media[i] for i in sorted(chosen)]
+    list(decoder.map(sample[:1]))
+    begin = time.perf_counter()
+    list(decoder.map(sample))
+    elapsed = (time.perf_counter() - begin) / len(sample)
+    mean_of_sample = statistics.fmean(lengths[i] for i in chosen)
+    return elapsed * (statistics.fmean(lengths) / mean_of_sample if mean_of_sample else 1)
+
+
+def _seconds_per_frame(encoder: ClipEncoder, batch_size: int) -> float:
+    """CLIP's seconds per frame: on a GPU of whole batches after a first one that compiles; a few frames on the CPU."""
+    rows = batch_size if encoder.device.type == "cuda" else min(batch_size, 4)
+    side = encoder.preprocess.crop
+    frames = np.random.default_rng(0).integers(0, 255, (rows, side, side, 3), dtype=np.uint8)
+    encoder.encode(frames).cpu()
+    begin, rounds = time.perf_counter(), 3
+    for _ in range(rounds):
+        encoder.encode(frames).cpu()
+    return (time.perf_counter() - begin) / rounds / rows

@@ -1,0 +1,105 @@
+"""What there is to encode and who does it; and decoded files through CLIP, a batch at a time."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dataloaders.decode.containers import duration
+from dataloaders.decode.decoder import Decoded
+from dataloaders.records import Media
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pite.clip import ClipEncoder
+
+_OPENING = 0.5
+"""Seconds of video whose decoding costs as much as opening a file; what a file weighs that says no length."""
+
+_LONGEST = 24 * 3600.0
+_LOOKERS = 32
+
+
+def groups_of(media: Iterable[Media]) -> list[list[Media]]:
+    """Media by file and clip, in order, the same on every rank whatever is in the store by now.
+
+    Two rooms may link to one folder of videos: a file is encoded once and stored under each of its keys.
+    """
+    # Links are between folders; to resolve a million files on a network takes minutes.
+    resolve = lru_cache(Path.resolve)
+    groups: dict[object, list[Media]] = {}
+    for m in media:
+        groups.setdefault((resolve(m.path.parent), m.path.name, m.split), []).append(m)
+    return list(groups.values())
+
+
+def seconds_of(media: Sequence[Media]) -> list[float]:
+    """Length of each in seconds: a clip's own, a file's by its headers; 0 for a still or where nothing says it."""
+
+    def look(m: Media) -> float:
+        if m.kind == "image":
+            return 0.0
+        if m.split is not None:
+            return max(0.0, m.split[1] - m.split[0])
+        try:
+            # A damaged header may say anything.
+            return min(duration(m.path) or 0.0, _LONGEST)
+        except OSError:
+            return 0.0
+
+    with ThreadPoolExecutor(_LOOKERS) as threads:  # A network file system answers many at once.
+        return list(threads.map(look, media, chunksize=64))
+
+
+def share_out(groups: Sequence[list[Media]], ranks: int) -> list[list[list[Media]]]:
+    """Divide groups into `ranks` shares of nearly equal length in seconds, the same on every rank.
+
+    The longest first, each to whoever has least; within a share the order stays.
+    """
+    if ranks == 1:
+        return [list(groups)]
+    weights = [_OPENING + seconds for seconds in seconds_of([group[0] for group in groups])]
+    heap = [(0.0, rank) for rank in range(ranks)]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for place in sorted(range(len(groups)), key=lambda place: (-weights[place], place)):
+        load, rank = heapq.heappop(heap)
+        shares[rank].append(place)
+        heapq.heappush(heap, (load + weights[place], rank))
+    return [[groups[place] for place in sorted(share)] for share in shares]
+
+
+def features_of(
+    batch: Sequence[Decoded], encoder: ClipEncoder, num_frames: int, batch_size: int
+) -> list[np.ndarray | None]:
+    """Features (num_frames, channels) of each decoded file of a batch; None for those without frames."""
+    good = [decoded.frames for decoded in batch if decoded.frames is not None]
+    if not good:
+        return [None] * len(batch)
+    rows = batch_size // num_frames * num_frames or batch_size
+    frames = _joined(good, rows)
+    encoded = [encoder.encode(frames[i : i + rows]).cpu().numpy() for i in range(0, len(frames), rows)]
+    records = iter(np.concatenate(encoded)[: len(good) * num_frames].reshape(len(good), num_frames, -1))
+    return [None if decoded.frames is None else next(records) for decoded in batch]
+
+
+def _joined(parts: Sequence[np.ndarray | Tensor], rows: int) -> np.ndarray | Tensor:
+    """Frames one after the other, filled up with black to a multiple of `rows`; on the GPU where any of them is there."""
+    length = sum(len(part) for part in parts)
+    black = -length % rows
+    if len(parts) == 1 and not black:
+        return parts[0]
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    if len(arrays) == len(parts):
+        return np.concatenate([*arrays, np.zeros((black, *arrays[0].shape[1:]), np.uint8)])
+    import torch
+
+    device = next(part.device for part in parts if not isinstance(part, np.ndarray))
+    tensors = [torch.from_numpy(p).to(device) if isinstance(p, np.ndarray) else p for p in parts]
+    return torch.cat([*tensors, tensors[0].new_zeros((black, *tensors[0].shape[1:]))])

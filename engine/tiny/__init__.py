@@ -1,0 +1,1 @@
+"""The tiny CLIP and Vicuna that the demo starts from: `python -m engine.tiny`."""

@@ -1,0 +1,51 @@
+"""Who serves a tensor: Triton on CUDA, the optional C++ library on the CPU, PyTorch everywhere else."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+OPERATORS = ("trajectory_forward", "trajectory_grad_hidden", "trajectory_grad_weight", "softmax_rows")
+
+
+@lru_cache
+def _library() -> Any | None:
+    """The registered operators, or None; PITE_KERNELS_CPP=0 in the environment leaves the library unloaded."""
+    if os.environ.get("PITE_KERNELS_CPP", "1") == "0":
+        return None
+    for path in sorted(Path(__file__).parent.glob("_C*.so")):
+        try:
+            torch.ops.load_library(path)
+            for name in OPERATORS:
+                getattr(torch.ops.pite_kernels_cpu, name)
+            return torch.ops.pite_kernels_cpu
+        except (OSError, AttributeError) as error:  # not a library for this machine, or one built from older sources
+            log.warning(
+                "pite_kernels: %s does not load (%s); rebuild it with setup.py. PyTorch is used instead.", path, error
+            )
+    return None
+
+
+def cpp(tensor: Tensor) -> Any | None:
+    """The C++ operators where they serve `tensor` (float32 on the CPU with unit last stride), else None."""
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.stride(-1) != 1:
+        return None
+    return _library()
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether pite_kernels.gpu serves `tensor`; float64 stays with PyTorch."""
+    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def with_unit_stride(hidden: Tensor) -> Tensor:
+    """`hidden` itself where its last dimension is dense, else a contiguous copy."""
+    return hidden if hidden.stride(-1) == 1 else hidden.contiguous()

@@ -1,0 +1,121 @@
+"""The decoder's elementwise ops: liger-kernel's Triton on CUDA where it is installed, PyTorch everywhere else.
+
+They are memory-bound and solved; what is ours is the packed (T, ...) shape and one set of names.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pite_kernels import reference
+
+log = logging.getLogger(__name__)
+
+_LIGER = (
+    "LigerFusedAddRMSNormFunction",
+    "LigerRMSNormFunction",
+    "LigerRopeFunction",
+    "LigerFusedGateUpSiLUMulFunction",
+    "LigerSiLUMulFunction",
+)
+
+
+@lru_cache
+def _liger() -> ModuleType | None:
+    try:
+        liger = import_module("liger_kernel.ops")
+    except ImportError:
+        log.warning(
+            "pite_kernels: liger-kernel is not installed; norms and SwiGLU take PyTorch's time and memory instead."
+        )
+        return None
+    missing = [name for name in _LIGER if not hasattr(liger, name)]
+    if missing:
+        log.warning(
+            "pite_kernels: this liger-kernel has no %s, as 0.8.2 and later do; PyTorch is used instead.",
+            ", ".join(missing),
+        )
+        return None
+    return liger
+
+
+def _liger_for(x: Tensor) -> ModuleType | None:
+    # torch.compile fuses the plain version with its neighbours.
+    if torch.compiler.is_compiling():
+        return None
+    return _liger() if x.is_cuda and x.dtype != torch.float64 else None
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = ..., residual: None = ...) -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = ..., residual: Tensor) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Root-mean-square norm, the statistics in float32 (Zhang & Sennrich 2019, in Llama's rounding).
+
+    x, residual  (..., d);  weight (d,)
+    Returns weight * x / sqrt(mean(x^2) + eps), (..., d). With a residual, the norm of x + residual and that sum.
+    """
+    liger = _liger_for(x)
+    if liger is not None:
+        if residual is not None:
+            return liger.LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, 0.0, "llama", False)
+        return liger.LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
+    if x.dtype not in (torch.float32, torch.float64):
+        return reference.rms_norm(x, weight, eps=eps, residual=residual)
+    total = x if residual is None else x + residual
+    normed = F.rms_norm(total, weight.shape, weight, eps)
+    return normed if residual is None else (normed, total)
+
+
+def rope_tables(
+    position_ids: Tensor, head_dim: int, *, theta: float = 10000.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary embedding (Su et al. 2021), half-split as in Llama: once per step, for all layers.
+
+    position_ids  (T,) integers, restarting at 0 for each packed document
+    Returns cos and sin, (T, head_dim) each, in `dtype`; the angles are made in float32.
+    """
+    if head_dim % 2:
+        raise ValueError(f"rope_tables: head_dim must be even, not {head_dim}")
+    return reference.rope_tables(position_ids, head_dim, theta=theta, dtype=dtype)
+
+
+def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate packed queries and keys by their positions.
+
+    q (T, H, D), k (T, K, D);  cos, sin (T, D) from `rope_tables`
+    Returns the rotated q and k in their own shapes.
+    """
+    liger = _liger_for(q)
+    if liger is not None:
+        # liger rotates in place, on the layout (1, heads, T, D); the copy keeps the caller's tensors whole.
+        q4, k4 = (t.clone(memory_format=torch.contiguous_format).transpose(0, 1)[None] for t in (q, k))
+        q4, k4 = liger.LigerRopeFunction.apply(q4, k4, cos[None], sin[None])
+        return q4[0].transpose(0, 1), k4[0].transpose(0, 1)
+    return reference.apply_rope(q, k, cos, sin)
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up (Shazeer 2020).
+
+    gate, up  (..., d) both; or gate alone, (..., 2d): the fused projection's output, gate first
+    """
+    liger = _liger_for(gate)
+    if up is None:
+        if liger is not None:
+            return liger.LigerFusedGateUpSiLUMulFunction.apply(gate)
+        gate, up = gate.chunk(2, -1)
+    elif liger is not None:
+        return liger.LigerSiLUMulFunction.apply(gate, up)
+    return reference.swiglu(gate, up)

@@ -1,0 +1,193 @@
+"""Low-rank adaptation of frozen linear layers, several layers that share an input in one call.
+
+y_i = x W_i' + scale (x A_i') B_i', with W (all parts stacked) multiplied in one GEMM. The low-rank term comes first and the
+large GEMM accumulates onto it: its epilogue reads y while the tensor cores are busy, where a thin GEMM would wait
+for y to be read and written again; dX likewise. Saved for backward: x and the (T, parts * r) product x A'. dW is
+never formed: the weight is frozen. docs/kernels.md counts the bytes, against concatenation along K too.
+
+The weight may be in float8 (`pite_kernels.fp8`). Then its GEMMs come first, since they cannot accumulate, and the thin ones
+are added in x's dtype, as is everything about A and B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pite_kernels.dispatch import uses_triton, with_unit_stride
+from pite_kernels.fp8 import Fp8Weight, product
+from pite_kernels.trajectory import NAMESPACE
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | Fp8Weight,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    *,
+    scale: float = 1.0,
+    splits: Sequence[int] | None = None,
+) -> Tensor:
+    """Frozen linear layers with LoRA (Hu et al. 2021), fused along their outputs.
+
+    x       (..., d_in)
+    weight  (sum(splits), d_in)     frozen; q, k, v or gate, up stacked, or one layer; or that from `quantize_weight`
+    lora_a  (len(splits) * r, d_in) the parts' A stacked; None with lora_b None: a plain linear layer
+    lora_b  (sum(splits), r)        the parts' B stacked
+    scale   alpha / r
+    splits  outputs of each part; None: one part
+    Returns (..., sum(splits)): part i is x W_i' + scale (x A_i') B_i', in x's dtype; A and B may be float32 beside a
+    half-precision x. Raises ValueError on shapes that do not fit, on a weight that wants a gradient, and for a float8
+    weight without A and B or, on CUDA, beside an x that is not bfloat16.
+    """
+    if lora_a is None or lora_b is None:
+        if lora_a is not lora_b:
+            raise ValueError("lora_linear: give both lora_a and lora_b, or neither")
+        if isinstance(weight, Fp8Weight):
+            raise ValueError("lora_linear: a float8 weight is for training; give lora_a and lora_b with it")
+        return F.linear(x, weight)
+    frozen = list(weight) if isinstance(weight, Fp8Weight) else [weight]
+    outputs = frozen[0].shape[0]
+    sizes = [outputs] if splits is None else list(splits)
+    rank, d_in = lora_b.shape[-1], x.shape[-1]
+    expected = [(sum(sizes), d_in), (len(sizes) * rank, d_in), (sum(sizes), rank)]
+    if [tuple(frozen[0].shape), tuple(lora_a.shape), tuple(lora_b.shape)] != expected:
+        raise ValueError(
+            f"lora_linear: weight {tuple(frozen[0].shape)}, lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} "
+            f"do not fit x {tuple(x.shape)} and splits {sizes}"
+        )
+    if frozen[0].requires_grad:
+        raise ValueError("lora_linear: the weight must be frozen (requires_grad False); its gradient is never formed")
+    if len(frozen) > 1 and x.is_cuda and x.dtype != torch.bfloat16:
+        raise ValueError(f"lora_linear: float8 weights need bfloat16 activations on CUDA, not {x.dtype}")
+    # An operator of torch.library costs the host 0.18 ms a call and backward, as much as all else here: it is for compilers.
+    if torch.compiler.is_compiling():
+        y, _ = lora_forward(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
+    elif not torch.is_grad_enabled():
+        y, _ = _forward(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
+    else:
+        y = _LoRALinear.apply(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
+    return y.view(*x.shape[:-1], outputs)
+
+
+def _forward(
+    x: Tensor, weight: list[Tensor], lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Returns (y (T, d_out), x A' (T, parts * r)); `weight` is one tensor, or the four of an Fp8Weight."""
+    low = torch.mm(x, lora_a.to(x.dtype).t())
+    fp8 = Fp8Weight(*weight) if len(weight) > 1 else None
+    y = x.new_empty(x.shape[0], weight[0].shape[0]) if fp8 is None else product(x, fp8.rows, fp8.row_scales)
+    b = lora_b.to(x.dtype)
+    several = len(splits) > 1
+    parts = zip(y.split(splits, 1), low.split(b.shape[1], 1), b.split(splits)) if several else ((y, low, b),)
+    for part, low_i, b_i in parts:
+        part.addmm_(low_i, b_i.t(), beta=0 if fp8 is None else 1, alpha=scale)
+    return y if fp8 is not None else y.addmm_(x, weight[0].t()), low
+
+
+lora_forward = torch.library.custom_op(f"{NAMESPACE}::lora_linear", _forward, mutates_args=())
+
+
+@lora_forward.register_fake
+def _(x: Tensor, weight: list[Tensor], lora_a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight[0].shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: list[Tensor],
+    lora_a: Tensor,
+    lora_b: Tensor,
+    low: Tensor,
+    scale: float,
+    splits: list[int],
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX, dA, dB); an empty tensor stands for one that is not needed."""
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    grad_low = x.new_empty(0)
+    if need_b and (need_x or need_a) and _one_pass(x, b):
+        from pite_kernels.gpu import lora as gpu
+
+        with torch.cuda.device_of(x):
+            grad_low, grad_b = gpu.thin_products(with_unit_stride(grad), b, low, scale, splits)
+        grad_b = grad_b.to(lora_b.dtype)
+    else:
+        parts = grad.split(splits, 1)
+        if need_x or need_a:
+            grad_low = torch.cat([torch.mm(g, b_i) for g, b_i in zip(parts, b.split(splits))], 1).mul_(scale)
+        if need_b:
+            columns = (low * scale).split(b.shape[1], 1)
+            grad_b = torch.cat([torch.mm(g.t(), low_i) for g, low_i in zip(parts, columns)]).to(lora_b.dtype)
+    if need_x and len(weight) > 1:
+        fp8 = Fp8Weight(*weight)
+        grad_x = product(grad, fp8.columns, fp8.column_scales).addmm_(grad_low, a)
+    elif need_x:
+        grad_x = torch.mm(grad_low, a).addmm_(grad, weight[0])
+    if need_a:
+        grad_a = torch.mm(grad_low.t(), x).to(lora_a.dtype)
+    return grad_x, grad_a, grad_b
+
+
+def _one_pass(x: Tensor, lora_b: Tensor) -> bool:
+    """Whether pite_kernels.gpu makes both products with dY at once: half precision and ranks that fit a tile."""
+    return uses_triton(x) and x.dtype != torch.float32 and lora_b.shape[1] <= 128
+
+
+lora_backward = torch.library.custom_op(f"{NAMESPACE}::lora_linear_backward", _gradients, mutates_args=())
+
+
+@lora_backward.register_fake
+def _(grad: Any, x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, grad_a, grad_b = (t.new_empty(t.shape if need else 0) for t, need in zip((x, lora_a, lora_b), rest[-3:]))
+    return grad_x, grad_a, grad_b
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, lora_a, lora_b, ctx.scale, ctx.splits = inputs
+    _, low = output
+    ctx.mark_non_differentiable(low)
+    ctx.set_materialize_grads(False)  # of zeros for `low`
+    ctx.save_for_backward(x, lora_a, lora_b, low, *weight)
+
+
+def _backward(ctx, grad, _grad_low):  # type: ignore[no-untyped-def]
+    x, lora_a, lora_b, low, *weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4]
+    grads = lora_backward(grad, x, weight, lora_a, lora_b, low, ctx.scale, ctx.splits, *needs)
+    grad_x, grad_a, grad_b = (g if need else None for g, need in zip(grads, needs))
+    return grad_x, [None] * len(weight), grad_a, grad_b, None, None
+
+
+lora_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """The bodies of the two operators, called directly; profiles show this name."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: list[Tensor], lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]
+    ) -> Tensor:
+        y, low = _forward(x, weight, lora_a, lora_b, scale, splits)
+        ctx.save_for_backward(x, lora_a, lora_b, low, *weight)
+        ctx.scale, ctx.splits = scale, splits
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_a, lora_b, low, *weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4]
+        grads = _gradients(grad, x, weight, lora_a, lora_b, low, ctx.scale, ctx.splits, *needs)
+        grad_x, grad_a, grad_b = (g if need else None for g, need in zip(grads, needs))
+        return grad_x, None, grad_a, grad_b, None, None

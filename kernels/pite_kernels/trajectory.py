@@ -1,0 +1,301 @@
+"""Masked L1 between projected hidden states and trajectories, without the predictions ever existing in full.
+
+The gradient of |p - t| is ternary. So the forward pass keeps one signed byte per coordinate and the backward pass is two
+GEMMs on it: dX = S W and dW = S' X, scaled by a scalar. Rows without a trajectory are never touched. What is given up:
+the loss cannot be differentiated twice, which an L1 would not reward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pite_kernels.dispatch import cpp, uses_triton, with_unit_stride
+from pite_kernels.reference import accumulator, reciprocal
+
+NAMESPACE = "pite_kernels"
+
+
+def trajectory_l1(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor,
+    *,
+    normalizer: Tensor | None = None,
+    absent: str = "skip",
+) -> Tensor:
+    """sum |hidden[rows] W' + b - targets| / normalizer, over the coordinates that are present (PiTe eq. 8).
+
+    hidden      (T, d)          bf16, fp16, fp32 or fp64; any row stride, unit stride last
+    weight      (P * N * 2, d)  any of those dtypes;  bias (P * N * 2,) or None
+    targets     (M, P, N, 2)    coordinates in [0, 1]; a pair equal to (-1, -1) is absent
+    rows        (M,) int64      the row of `hidden` that predicts each target; may repeat
+    normalizer  0-dim tensor    coordinates counted in the global batch (x and y one each); None: those of this call
+    absent      "skip": an absent pair carries no loss; "regress": -1 is a target like any other
+    Returns a 0-dim loss, float32 (float64 from float64 inputs); 0 with zero gradients where the normalizer is 0.
+    Gradients come back in each input's dtype, accumulated in float32. Raises ValueError on a shape or dtype that does
+    not fit and, on the CPU, on non-finite targets, half-absent pairs and rows out of range; on CUDA those trip a device-side
+    assert, because looking at them would make the host wait.
+    """
+    check_trajectory(hidden, weight, bias, targets, rows, normalizer, absent)
+    hidden = with_unit_stride(hidden)
+    loss, _, _ = trajectory_forward(hidden, weight, bias, targets, rows, normalizer, absent == "skip")
+    return loss
+
+
+class FusedTrajectoryL1Loss(nn.Module):
+    """`trajectory_l1` as a module; `absent` as there."""
+
+    def __init__(self, absent: str = "skip") -> None:
+        super().__init__()
+        if absent not in ("skip", "regress"):
+            raise ValueError(f"absent must be 'skip' or 'regress', not {absent!r}")
+        self.absent = absent
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rows: Tensor,
+        normalizer: Tensor | None = None,
+    ) -> Tensor:
+        return trajectory_l1(hidden, weight, bias, targets, rows, normalizer=normalizer, absent=self.absent)
+
+
+def check_trajectory(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor,
+    normalizer: Tensor | None,
+    absent: str,
+) -> None:
+    """Raise ValueError unless shapes, dtypes and options fit; looks at no values."""
+    check_hidden("trajectory_l1", hidden, weight)
+    if targets.dim() != 4 or targets.shape[-1] != 2 or not targets.is_floating_point():
+        raise ValueError(f"trajectory_l1: targets must be floating (M, P, N, 2), not {tuple(targets.shape)}")
+    outputs = targets[0].numel() if targets.shape[0] else targets.shape[1] * targets.shape[2] * 2
+    if weight.shape[0] != outputs:
+        raise ValueError(f"trajectory_l1: weight has {weight.shape[0]} rows, targets need P * N * 2 = {outputs}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"trajectory_l1: bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
+    if rows.dtype != torch.int64 or rows.shape != targets.shape[:1]:
+        raise ValueError(f"trajectory_l1: rows must be int64 ({targets.shape[0]},), not {tuple(rows.shape)}")
+    if absent not in ("skip", "regress"):
+        raise ValueError(f"trajectory_l1: absent must be 'skip' or 'regress', not {absent!r}")
+    check_normalizer("trajectory_l1", normalizer)
+    check_devices("trajectory_l1", hidden, bias, targets, rows, normalizer)
+
+
+def check_hidden(op: str, hidden: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless hidden is (T, d) and weight (outputs, d), both floating, both on one device."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit")
+    if not (hidden.is_floating_point() and weight.is_floating_point()) or hidden.device != weight.device:
+        raise ValueError(f"{op}: hidden and weight must be floating tensors on one device")
+
+
+def check_normalizer(op: str, normalizer: Tensor | None) -> None:
+    """Raise ValueError unless the normalizer is None or a 0-dim floating tensor."""
+    if normalizer is not None and (normalizer.dim() != 0 or not normalizer.is_floating_point()):
+        raise ValueError(f"{op}: normalizer must be a 0-dim floating tensor, not {tuple(normalizer.shape)}")
+
+
+def check_devices(op: str, hidden: Tensor, *others: Tensor | None) -> None:
+    """Raise ValueError unless every tensor is where hidden is: moving one here would make the host wait."""
+    for other in others:
+        if other is not None and other.device != hidden.device:
+            raise ValueError(f"{op}: hidden is on {hidden.device}, another input on {other.device}")
+
+
+@torch.library.custom_op(f"{NAMESPACE}::trajectory_l1", mutates_args=())
+def trajectory_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor,
+    normalizer: Tensor | None,
+    skip_absent: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (loss, sign (M, P * N * 2) int8, scale = 1 / normalizer)."""
+    if uses_triton(hidden):
+        from pite_kernels.gpu import trajectory as gpu
+
+        with torch.cuda.device_of(hidden):
+            return gpu.forward(hidden, weight, bias, targets, rows, normalizer, skip_absent)
+    validate_rows("trajectory_l1", rows, hidden.shape[0])
+    dtype = accumulator(hidden.dtype)
+    flat = targets.reshape(rows.numel(), weight.shape[0]).to(dtype).contiguous()
+    bias = bias if bias is None else bias.to(dtype)
+    native = cpp(hidden)
+    if native is not None:
+        total, count, bad, sign = native.trajectory_forward(
+            hidden, weight.float().contiguous(), bias, flat, rows, skip_absent
+        )
+        if bad:
+            refuse_targets(targets, skip_absent)
+    else:
+        refuse_targets(targets, skip_absent)
+        predictions = project(hidden.index_select(0, rows), weight, bias)
+        distance = predictions.sub_(flat)
+        if skip_absent:
+            distance.masked_fill_(flat == -1, 0)
+        sign = distance.sign().to(torch.int8)
+        total = distance.abs_().sum()
+        count = (flat != -1).sum() if skip_absent else hidden.new_tensor(flat.numel())
+    scale = reciprocal((count if normalizer is None else normalizer).to(dtype))
+    return total * scale, sign, scale
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + b in the accumulator dtype, rounded to x's dtype in between as a GEMM in that dtype would."""
+    predictions = torch.mm(x, weight.to(x.dtype).t()).to(accumulator(x.dtype))
+    return predictions if bias is None else predictions.add_(bias)
+
+
+@trajectory_forward.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Any, targets: Any, rows: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulator(hidden.dtype)
+    sign = hidden.new_empty((rows.shape[0], weight.shape[0]), dtype=torch.int8)
+    return hidden.new_empty((), dtype=dtype), sign, hidden.new_empty((), dtype=dtype)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::trajectory_l1_backward", mutates_args=())
+def trajectory_backward(
+    coefficient: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    sign: Tensor,
+    rows: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of coefficient * sum(sign * predictions); an empty tensor stands for one that is not needed.
+
+    coefficient  0-dim: the upstream gradient times the forward's scale
+    The bias' gradient comes in the accumulator dtype.
+    """
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
+    if need_hidden:
+        write_trajectory_grad(grad_hidden, coefficient, weight, sign, rows, accumulate=False)
+    grad_weight, grad_bias = trajectory_parameter_grads(coefficient, hidden, weight, sign, rows, need_weight, need_bias)
+    return grad_hidden, grad_weight, grad_bias
+
+
+@trajectory_backward.register_fake
+def _(
+    coefficient: Any, hidden: Tensor, weight: Tensor, sign: Any, rows: Any, *needs: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_trajectory_grads(hidden, weight, *needs)
+
+
+def fake_trajectory_grads(
+    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty gradients of hidden, weight and bias, of the shapes and dtypes that both backward ops return."""
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        hidden.new_empty(weight.shape[0] if need_bias else 0, dtype=accumulator(hidden.dtype)),
+    )
+
+
+def write_trajectory_grad(
+    grad_hidden: Tensor, coefficient: Tensor, weight: Tensor, sign: Tensor, rows: Tensor, *, accumulate: bool
+) -> None:
+    """grad_hidden[rows] += coefficient * sign W, the same bits on every call; unless `accumulate`, from zero."""
+    if uses_triton(grad_hidden):
+        from pite_kernels.gpu import trajectory as gpu
+
+        with torch.cuda.device_of(grad_hidden):
+            gpu.write_grad_hidden(grad_hidden, coefficient, weight, sign, rows, accumulate)
+        return
+    native = cpp(grad_hidden)
+    if native is not None:
+        weight = weight.float().contiguous()
+        native.trajectory_grad_hidden(grad_hidden, coefficient, weight, sign, rows, accumulate)
+        return
+    if not accumulate:
+        grad_hidden.zero_()
+    compact = torch.mm(sign.to(grad_hidden.dtype), weight.to(grad_hidden.dtype)).to(coefficient.dtype) * coefficient
+    grad_hidden.index_add_(0, rows, compact.to(grad_hidden.dtype))
+
+
+def trajectory_parameter_grads(
+    coefficient: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    sign: Tensor,
+    rows: Tensor,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """(coefficient * sign' X in the weight's dtype, coefficient * the column sums of sign)."""
+    dtype = accumulator(hidden.dtype)
+    grad_weight, grad_bias = weight.new_empty(0), hidden.new_empty(0, dtype=dtype)
+    if need_bias:
+        # Float32 counts exactly up to 2^24 rows, and is what CUDA sums fastest.
+        grad_bias = sign.sum(0, dtype=dtype) * coefficient
+    if need_weight and uses_triton(hidden):
+        from pite_kernels.gpu import trajectory as gpu
+
+        with torch.cuda.device_of(hidden):
+            grad_weight = gpu.grad_weight(coefficient, hidden, weight, sign, rows)
+    elif need_weight and (native := cpp(hidden)) is not None:
+        grad_weight = native.trajectory_grad_weight(coefficient, hidden, sign, rows).to(weight.dtype)
+    elif need_weight:
+        selected = hidden.index_select(0, rows).to(dtype)
+        grad_weight = (torch.mm(sign.t().to(dtype), selected) * coefficient).to(weight.dtype)
+    return grad_weight, grad_bias
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, weight, bias, _, rows, _, _ = inputs
+    _, sign, scale = output
+    ctx.mark_non_differentiable(sign, scale)
+    ctx.save_for_backward(hidden, weight, sign, rows, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad_loss, _grad_sign, _grad_scale):  # type: ignore[no-untyped-def]
+    hidden, weight, sign, rows, scale = ctx.saved_tensors
+    needs = tuple(ctx.needs_input_grad[:3])
+    grads = trajectory_backward(grad_loss * scale, hidden, weight, sign, rows, *needs)
+    grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs))
+    if grad_bias is not None:
+        grad_bias = grad_bias.to(ctx.bias_dtype)
+    return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+trajectory_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def refuse_targets(targets: Tensor, skip_absent: bool) -> None:
+    """Refuse non-finite targets and, where absence has a meaning, pairs with one coordinate at -1; names the first."""
+    x, y = targets.unbind(-1)
+    half_absent = (x == -1) != (y == -1) if skip_absent else torch.zeros_like(x, dtype=torch.bool)
+    if bool(targets.sum().isfinite()) and not bool(half_absent.any()):
+        return
+    bad = half_absent | ~(x.isfinite() & y.isfinite())
+    m, p, n = (int(i) for i in bad.nonzero()[0])
+    raise ValueError(
+        f"trajectory_l1: target {m} (point {p}, frame {n}) is ({float(x[m, p, n])}, {float(y[m, p, n])}); "
+        "give two coordinates, or (-1, -1) for absent"
+    )
+
+
+def validate_rows(op: str, rows: Tensor, count: int) -> None:
+    """Refuse rows outside [0, count); names the first."""
+    bad = (rows < 0) | (rows >= count)
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"{op}: rows[{first}] = {int(rows[first])} is not a row of the {count} of hidden")

@@ -1,0 +1,1 @@
+"""Scores of a model or of a file of predictions: `python -m pite.evaluate`."""

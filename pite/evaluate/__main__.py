@@ -1,0 +1,166 @@
+"""Scores, of a prediction file or of a model.
+
+python -m pite.evaluate grounding --predictions P.jsonl --ground-truth G.json
+python -m pite.evaluate grounding --model DIR --data DIR --store DIR
+python -m pite.evaluate trajectories --model DIR --data DIR --store DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dataloaders.files import write_atomically
+from dataloaders.store.features import FeatureStore
+from pite import devices
+from pite.evaluate.grounding import (
+    QUESTION,
+    Events,
+    answer_questions,
+    ious,
+    read_ground_truth,
+    read_predictions,
+    write_predictions,
+)
+from pite.evaluate.metrics import best_fixed_interval, grounding_scores, query_blind_bound, trajectory_scores
+from pite.evaluate.trajectories import caution, predict_trajectories, read_samples
+from pite.generate import Generator
+
+Report = tuple[str, dict[str, str | float]]
+"""What is printed, and the numbers in it by name."""
+
+ROOM = "evaluation"
+"""Folder of the held-out annotations and videos in a data folder, and the first part of their features' keys."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status, 2 after a one-sentence error."""
+    arguments = _parser().parse_args(argv)
+    try:
+        devices.take(arguments.device)
+        report, scores = arguments.run(arguments)
+        print(report)
+        if arguments.scores is not None:
+            write_atomically(arguments.scores, json.dumps(scores, indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"pite.evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _grounding(arguments: argparse.Namespace) -> Report:
+    for flag, value in (("--batch-size", arguments.batch_size), ("--num-frames", arguments.num_frames)):
+        if value < 1:
+            raise ValueError(f"{flag} must be at least 1, not {value}")
+    if arguments.model is None:
+        if arguments.predictions is None or arguments.ground_truth is None:
+            raise ValueError("grounding needs --predictions and --ground-truth, or --model, --data and --store")
+        truth = read_ground_truth(arguments.ground_truth)
+        predictions = read_predictions(arguments.predictions, truth)
+        num_frames = arguments.num_frames
+    else:
+        data, read_features = _data_and_store(arguments)
+        truth = read_ground_truth(arguments.ground_truth or data / "activitynet_captions.json")
+        generator = _generator(arguments)
+        num_frames = generator.model.config.num_frames
+        answers = answer_questions(
+            generator,
+            truth,
+            lambda video: read_features(f"{ROOM}/{video}"),
+            question=arguments.question,
+            batch_size=arguments.batch_size,
+        )
+        predictions = list(tqdm(answers, "answers", _num_events(truth), unit="event", file=sys.stderr))
+        if arguments.predictions is not None:
+            write_predictions(arguments.predictions, predictions)
+    scores = grounding_scores(ious(predictions, truth, num_frames))
+    asked = {prediction.video for prediction in predictions}
+    intervals = [truth[video].intervals for video in truth if video in asked]
+    fixed = best_fixed_interval([interval for those in intervals for interval in those], num_frames)[1] * 100
+    per_video = query_blind_bound(intervals, num_frames) * 100
+    lines = [f"{name:<8} {value:6.2f}" for name, value in scores.as_dict().items()]
+    lines.append(f"mIoU of the best fixed interval {fixed:.2f}, of the best interval per video {per_video:.2f}")
+    lines.append(f"over {scores.count} answers; the ground truth has {_num_events(truth)} events")
+    bounds = {"mIoU of the best fixed interval": fixed, "mIoU of the best interval per video": per_video}
+    return "\n".join(lines), {"task": "grounding", **scores.as_dict(), **bounds, "answers": scores.count}
+
+
+def _trajectories(arguments: argparse.Namespace) -> Report:
+    data, read_features = _data_and_store(arguments)
+    generator = _generator(arguments)
+    if doubt := caution(arguments.model):
+        print(f"pite.evaluate: {doubt}", file=sys.stderr)
+    samples = list(read_samples(data / "pite_143k.jsonl", generator.model, generator.tokenizer))
+    longest = max((len(sample.token_ids) for sample in samples), default=0)
+    if warning := generator.model.config.beyond_context(longest):
+        print(f"pite.evaluate: {warning}", file=sys.stderr)
+    predicted, true = predict_trajectories(generator.model, samples, read_features)
+    scores = trajectory_scores(predicted, true)
+    report = (
+        f"L1       {scores.l1:.4f}\n"
+        f"constant {scores.best_constant:.4f}\n"
+        f"unmoved  {scores.best_still:.4f}\n"
+        f"over {len(true)} tokens of {len(samples)} answers"
+    )
+    numbers = {"L1": scores.l1, "constant": scores.best_constant, "unmoved": scores.best_still, "tokens": len(true)}
+    return report, {"task": "trajectories", **numbers}
+
+
+def _num_events(truth: dict[str, Events]) -> int:
+    return sum(len(events.sentences) for events in truth.values())
+
+
+def _data_and_store(arguments: argparse.Namespace) -> tuple[Path, Callable[[str], np.ndarray]]:
+    if arguments.data is None or arguments.store is None:
+        raise ValueError("--model needs --data and --store: the held-out annotations and their frames' features")
+    return arguments.data / ROOM, FeatureStore(arguments.store / "videos").read
+
+
+def _generator(arguments: argparse.Namespace) -> Generator:
+    return Generator.from_pretrained(arguments.model, device=arguments.device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pite.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    tasks = parser.add_subparsers(dest="task", required=True)
+    grounding = tasks.add_parser("grounding", help="when in the video is this sentence?", allow_abbrev=False)
+    grounding.set_defaults(run=_grounding)
+    grounding.add_argument("--predictions", type=Path, metavar="P.jsonl", help="read, or with --model written")
+    grounding.add_argument(
+        "--ground-truth",
+        type=Path,
+        metavar="G.json",
+        help="ActivityNet Captions; with --model DATA/evaluation/activitynet_captions.json unless given",
+    )
+    grounding.add_argument(
+        "--num-frames",
+        type=int,
+        default=100,
+        help="frames that the indices in --predictions count (default: %(default)s); with --model the model's own",
+    )
+    grounding.add_argument("--question", default=QUESTION, help="{} stands for the sentence (default: %(default)s)")
+    grounding.add_argument("--batch-size", type=int, default=32, help="questions per batch (default: %(default)s)")
+    trajectories = tasks.add_parser("trajectories", help="where are the mentioned objects?", allow_abbrev=False)
+    trajectories.set_defaults(run=_trajectories)
+    for task in (grounding, trajectories):
+        task.add_argument("--model", type=Path, metavar="DIR", required=task is trajectories, help="a stage's output")
+        task.add_argument("--data", type=Path, metavar="DIR", help="data folder with evaluation/")
+        task.add_argument("--store", type=Path, metavar="DIR", help="features that engine.encode made of it")
+        task.add_argument("--scores", type=Path, metavar="S.json", help="write the scores there too, for pite.export")
+        task.add_argument("--device", default=devices.default(), help="cpu, cuda or cuda:1 (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Temporal grounding: ground truth, questions put to a model, prediction log, IoU of each answer.
+
+Predictions are one JSON object per line, the log that the predecessor's evaluation writes, so its files can be scored
+here and ours there: {"video_id", "task": "grounding", "query_id", "answer", "info": {"sentence_id"}}. Lines of
+another task are left alone. Ground truth is ActivityNet Captions: {video_id: {"duration", "timestamps", "sentences"}}.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataloaders.formats import lone_surrogate
+from pite.evaluate.metrics import Interval, interval_iou, parse_interval
+from pite.generate import Generator
+
+QUESTION = "During which frames can we see {}?"
+"""The predecessor's (VTimeLLM's) grounding question."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """One video's ground truth: sentences and when each can be seen, as fractions of the duration."""
+
+    intervals: tuple[Interval, ...]
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's answer to one grounding question: sentence `sentence` of video `video`."""
+
+    video: str
+    sentence: int
+    answer: str
+
+
+def read_ground_truth(path: Path) -> dict[str, Events]:
+    """ActivityNet Captions file -> events by video id. Raises ValueError naming file, video and field."""
+    videos = _load_json(path.read_text(encoding="utf-8") if path.is_file() else _missing(path), f"{path}")
+    if not isinstance(videos, dict) or not videos:
+        raise ValueError(f"{path}: expected an object of videos {{video_id: {{duration, timestamps, sentences}}}}")
+    return {video: _events(record, f"{path}: video {video!r}") for video, record in videos.items()}
+
+
+def _events(record: Any, where: str) -> Events:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected an object with duration, timestamps and sentences")
+    duration, timestamps, sentences = (_field(record, name, where) for name in ("duration", "timestamps", "sentences"))
+    if not _is_number(duration) or duration <= 0:
+        raise ValueError(f"{where}: field 'duration' must be a positive number of seconds, not {duration!r}")
+    if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
+        raise ValueError(f"{where}: field 'sentences' must be a list of strings")
+    if not isinstance(timestamps, list) or len(timestamps) != len(sentences):
+        raise ValueError(f"{where}: field 'timestamps' must be a list of {len(sentences)} pairs, one per sentence")
+    for pair in timestamps:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(_is_number(second) for second in pair):
+            raise ValueError(f"{where}: field 'timestamps' holds {pair!r}, which is no pair of seconds")
+    return Events(tuple((start / duration, end / duration) for start, end in timestamps), tuple(sentences))
+
+
+def read_predictions(path: Path, truth: dict[str, Events]) -> list[Prediction]:
+    """Grounding lines of a prediction log, each checked against the ground truth it answers.
+
+    Raises ValueError naming file, line and field; an event answered twice under one query is refused, since it would
+    count twice.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else _missing(path)
+    predictions: list[Prediction] = []
+    seen: dict[tuple[str, int, int], int] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        record = _load_json(line, where)
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: expected an object with video_id, task, answer and info")
+        if _field(record, "task", where) != "grounding":
+            continue
+        video, answer = _field(record, "video_id", where), _field(record, "answer", where)
+        info = _field(record, "info", where)
+        sentence = _field(info if isinstance(info, dict) else {}, "sentence_id", f"{where}: field 'info'")
+        if video not in truth:
+            raise ValueError(f"{where}: field 'video_id' names {video!r}, which the ground truth does not have")
+        if not isinstance(answer, str):
+            raise ValueError(f"{where}: field 'answer' must be a string, not {answer!r}")
+        if type(sentence) is not int or not 0 <= sentence < len(truth[video].sentences):
+            raise ValueError(
+                f"{where}: field 'info.sentence_id' is {sentence!r}, but video {video!r} has sentences "
+                f"0 to {len(truth[video].sentences) - 1}"
+            )
+        key = (video, sentence, record.get("query_id", 0))
+        if key in seen:
+            raise ValueError(f"{where}: answers the same question as line {seen[key]}; keep one of the two")
+        seen[key] = number
+        predictions.append(Prediction(video, sentence, answer))
+    if not predictions:
+        raise ValueError(f"{path}: holds no line whose task is 'grounding'")
+    return predictions
+
+
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Write a prediction log that `read_predictions` reads."""
+    lines = (
+        json.dumps(
+            {
+                "video_id": prediction.video,
+                "task": "grounding",
+                "query_id": 0,
+                "answer": prediction.answer,
+                "info": {"sentence_id": prediction.sentence},
+            }
+        )
+        for prediction in predictions
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def answer_questions(
+    generator: Generator,
+    truth: dict[str, Events],
+    read_features: Callable[[str], np.ndarray],
+    *,
+    question: str = QUESTION,
+    batch_size: int = 32,
+    max_new_tokens: int = 64,
+) -> Iterator[Prediction]:
+    """Ask the model when each event can be seen, `batch_size` questions at a time, greedily.
+
+    read_features  video id -> (num_frames, C)
+    question       `{}` stands for the sentence
+    """
+    if question.count("{}") != 1:
+        raise ValueError(f"the question must hold {{}} once, where the sentence goes: {question!r}")
+    events = [(video, i) for video, those in truth.items() for i in range(len(those.sentences))]
+    for start in range(0, len(events), batch_size):
+        asked = events[start : start + batch_size]
+        # Stored features are read-only views, which torch does not take.
+        features = {video: np.array(read_features(video)) for video, _ in asked}
+        answers = generator.answer(
+            [ask(truth[video].sentences[i], question) for video, i in asked],
+            [features[video] for video, _ in asked],
+            max_new_tokens=max_new_tokens,
+        )
+        yield from (Prediction(video, i, answer.text) for (video, i), answer in zip(asked, answers, strict=True))
+
+
+def ask(sentence: str, question: str = QUESTION) -> str:
+    """The question about one sentence, lower-cased and without its full stop as the predecessor puts it."""
+    return question.replace("{}", sentence.strip().lower().removesuffix("."))
+
+
+def ious(predictions: Sequence[Prediction], truth: dict[str, Events], num_frames: int = 100) -> list[float]:
+    """IoU (0..1) of each prediction; an answer without an interval gets 0."""
+    intervals = (parse_interval(prediction.answer, num_frames) for prediction in predictions)
+    return [
+        interval_iou(interval, truth[prediction.video].intervals[prediction.sentence]) if interval else 0.0
+        for interval, prediction in zip(intervals, predictions, strict=True)
+    ]
+
+
+def _missing(path: Path) -> str:
+    raise ValueError(f"{path}: no such file")
+
+
+def _load_json(text: str, where: str) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error.msg} at character {error.pos})") from None
+    if part := lone_surrogate(value):
+        raise ValueError(f"{where}: {part}")
+    return value
+
+
+def _field(record: dict[str, Any], name: str, where: str) -> Any:
+    if name not in record:
+        raise ValueError(f"{where}: field {name!r} is missing")
+    return record[name]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

@@ -1,0 +1,84 @@
+"""Trajectories that a model predicts for the objects of held-out answers, beside the true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dataloaders.formats import Where, iter_json, read_pite
+from dataloaders.records import TokenizedSample
+from dataloaders.samples.batch import collate
+from dataloaders.samples.prompts import tokenize
+from pite import checkpoint
+from pite.model import PiTe
+from pite.tokenizers import check_vocabulary
+
+
+def read_samples(path: Path, model: PiTe, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedSample]:
+    """PiTe-143k records that have a trajectory, tokenized for `model`. Raises ValueError where there is no such file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    shape = {"num_frames": model.config.num_frames, "num_points": model.config.num_points}
+    for offset, _, record in iter_json(path):
+        where = Where(path, offset)
+        sample = tokenize(read_pite(record, where, path.parent, **shape), tokenizer, **shape)
+        check_vocabulary(int(sample.token_ids.max()), tokenizer, model.config.llm.vocab_size, f"{path}: {sample.id!r}")
+        if len(sample.trajectory):
+            yield sample
+
+
+def caution(directory: Path) -> str | None:
+    """One sentence where a stage's output has a trajectory head that did not learn on its hidden states; else None.
+
+    The published layout does not record its stages.
+    """
+    stages = checkpoint.stages(checkpoint.resolve(directory))
+    if not stages or stages[-1] == 2:
+        return None
+    if 2 not in stages:
+        return f"{directory} is of stage {stages[-1]} without a stage 2, so its trajectory head never learned anything"
+    return (
+        f"{directory} is of stage {stages[-1]}, which changed the hidden states that its trajectory head, learned in "
+        "stage 2, reads: stage 2's own output is where the head fits"
+    )
+
+
+@torch.inference_mode()
+def predict_trajectories(
+    model: PiTe,
+    samples: Sequence[TokenizedSample],
+    read_features: Callable[[str], np.ndarray],
+    *,
+    token_budget: int = 8192,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and true trajectories (M, P, N, 2) of every answer token that has one, in the order of the samples.
+
+    The answers are the true ones, as in training: what is measured is the head, not the text.
+    read_features  media key -> (num_frames, C)
+    """
+    predicted, true = [], []
+    for batch in _batches(samples, token_budget):
+        packed = collate(batch, [read_features(sample.media) for sample in batch]).to(model.device)
+        hidden = model.hidden_states(packed)[packed.trajectory_rows]
+        predicted.append(model.predict(hidden, "trajectory").cpu().numpy())
+        true.append(packed.trajectory.cpu().numpy())
+    if not predicted:
+        raise ValueError("there is no trajectory to predict")
+    return np.concatenate(predicted), np.concatenate(true)
+
+
+def _batches(samples: Sequence[TokenizedSample], token_budget: int) -> Iterator[list[TokenizedSample]]:
+    batch: list[TokenizedSample] = []
+    tokens = 0
+    for sample in samples:
+        if batch and tokens + len(sample.token_ids) > token_budget:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(sample)
+        tokens += len(sample.token_ids)
+    if batch:
+        yield batch

@@ -1,0 +1,139 @@
+"""One folder of a trained model, all stages in it, that other programs load:
+
+python -m pite.export --model runs/pite-7b/stage3/final --output FOLDER [--format full|peft]
+
+full  a Hugging Face Llama for transformers and vLLM: the updates of all stages summed in float32 onto the language model
+      and rounded once; PiTe's adapter and heads next to it in pite.safetensors
+peft  one LoRA adapter over the original language model, float32, without any rounding of the language model
+Both load with `python -m pite.chat --model FOLDER`, and hold a model card, README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pite.export.card import Scores, model_card, read_scores
+
+if TYPE_CHECKING:
+    from pite.export.formats import Trained
+
+DTYPES = ("bfloat16", "float16", "float32")
+RECORD = "export.json"
+_WRITTEN = (
+    *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "generation_config.json"),
+    *("adapter_model.safetensors", "adapter_config.json", "lineage.json"),
+)
+"""Files that one format has and another lacks: a push removes those of an earlier one."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status, 2 after a one-sentence error."""
+    arguments = _parser().parse_args(argv)
+    try:
+        scores = _check(arguments)
+        _export(arguments, scores)
+    except (ValueError, OSError) as error:
+        print(f"pite.export: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> list[Scores]:
+    """Everything that can be wrong before a model is read; the scores. Raises ValueError."""
+    if arguments.push is None and arguments.private:
+        raise ValueError("--private is of a repository: give --push OWNER/NAME too")
+    if arguments.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", arguments.push, re.ASCII):
+        raise ValueError(f"--push takes OWNER/NAME, a repository on the Hugging Face hub, not {arguments.push!r}")
+    if arguments.format == "peft" and arguments.dtype is not None:
+        raise ValueError("--dtype is of --format full: an adapter stays in float32")
+    output = arguments.output
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file: give a folder")
+    if output.is_dir() and any(output.iterdir()) and not (output / RECORD).exists():
+        raise ValueError(f"--output {output} is not empty and is no earlier export: give another folder, or empty it")
+    if output.resolve() == Path(arguments.model).resolve():
+        raise ValueError(f"--output {output} is --model itself: give another folder")
+    return [read_scores(path) for path in arguments.scores]
+
+
+def _export(arguments: argparse.Namespace, scores: list[Scores]) -> None:
+    # Imported here: torch and transformers take seconds, and a wrong flag is refused without them.
+    import torch
+
+    from dataloaders.files import directory_written_atomically
+    from pite.export import formats
+
+    trained = formats.Trained.open(arguments.model)
+    _check_push(arguments, trained)
+    output, dtype = arguments.output.resolve(), arguments.dtype or "bfloat16"
+    with directory_written_atomically(output) as unfinished:
+        if arguments.format == "full":
+            formats.write_full(trained, unfinished, getattr(torch, dtype))
+        else:
+            dtype = "float32"
+            formats.write_peft(trained, unfinished)
+        formats.write_record(trained, unfinished, arguments.format, dtype)
+        card = model_card(
+            arguments.push or output.name, arguments.format, dtype, trained.hub_base, trained.stages, scores
+        )
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+    size = sum(file.stat().st_size for file in output.iterdir())
+    print(f"{output}: {arguments.format}, {size / 1e9:.2f} GB")
+    if arguments.push is not None:
+        push(output, arguments.push, arguments.private)
+        print(f"https://huggingface.co/{arguments.push}")
+
+
+def _check_push(arguments: argparse.Namespace, trained: Trained) -> None:
+    if arguments.push is not None and arguments.format == "peft" and trained.hub_base is None:
+        raise ValueError(
+            f"--push of an adapter needs a language model that others can get, and the lineage names {trained.language_model} "
+            "on this machine: use --format full"
+        )
+
+
+def push(folder: Path, name: str, private: bool) -> None:
+    """Upload an export to the hub, into a repository that is made where there is none. Raises ValueError."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=name, folder_path=str(folder), commit_message="pite.export", delete_patterns=list(_WRITTEN)
+        )
+    except Exception as error:  # the hub's own errors, and those of whichever HTTP library it uses
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{folder} is complete, but was not pushed to {name}: {reason}; `hf auth login` gives access to the hub"
+        ) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pite.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="a stage's output, or a whole model")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="an earlier export is replaced")
+    parser.add_argument("--format", choices=("full", "peft"), default="full", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights (default: bfloat16)")
+    parser.add_argument(
+        "--scores", type=Path, nargs="+", default=[], metavar="S.json", help="JSON files of scores for the model card"
+    )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload the folder to this repository on the Hugging Face hub"
+    )
+    parser.add_argument("--private", action="store_true", help="where --push makes the repository, make it private")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

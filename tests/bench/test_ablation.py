@@ -1,0 +1,40 @@
+"""The ablation's table and curves, and that every row's flags are flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.ablation import VARIANTS, plot_curves, table
+from engine.cli import parse
+from engine.train import TrainConfig
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_a_row_is_a_command_of_engine_train(variant):
+    config = parse(TrainConfig, ["--model", "tiny", "--llm", "x", *variant.flags])
+    assert (config != parse(TrainConfig, ["--model", "tiny", "--llm", "x"])) == bool(variant.flags)
+    # What changes stage 1 cannot start from another's.
+    assert variant.after_stage1 == (variant.name in ("PiTe", "no head initialisation", "no trajectory stage"))
+
+
+def test_curves_and_table_show_every_seed(tmp_path: Path):
+    for name in ("PiTe", "fp8"):
+        for seed in range(2):
+            folder = tmp_path / name / str(seed) / "stage2"
+            folder.mkdir(parents=True)
+            lines = [{"step": i + 1, "loss": 1.0, "ce": 2.0 / (i + 1 + seed), "l1": 0.1} for i in range(40)]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chosen = [v for v in VARIANTS if v.name in ("PiTe", "fp8", "no trajectory stage")]
+    plot_curves(tmp_path, chosen, 2)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no such file"):
+        plot_curves(tmp_path, chosen, 3)
+    text = table(
+        {"PiTe": [{"ce": 1.0, "miou": 0.5}, {"ce": 2.0, "miou": 0.5}], "no trajectory stage": [{"miou": 0.25}]}
+    )
+    _, first, second = (line.split() for line in text.splitlines())
+    assert first == ["PiTe", "2", "1.5000", "+-", "0.7071", "-", "-", "0.5000", "+-", "0.0000", "-"]
+    assert second == ["no", "trajectory", "stage", "1", "-", "-", "-", "0.2500", "-"]

@@ -1,0 +1,150 @@
+"""The benchmark's honesty: wrong results get no time, red rows no speed-up, and the report says what it read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, report
+from bench.kernels import cases as kernel_cases
+from bench.kernels import rows as kernel_rows
+from bench.kernels.cases import BARE, IMPLEMENTATIONS, OURS, PLAIN
+from bench.kernels.inputs import Case, Inputs
+from bench.kernels.rows import Row
+from bench.measure import Roofline, gate
+from bench.step import __main__ as step
+
+CPU = torch.device("cpu")
+ROW = Row("a case", "trajectory", 8, 16, 1.0, "float32", OURS, None, 2.0, 1.9, 2.2, 10.0, 0.5)
+
+
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_every_case_passes_its_own_gate(op):
+    case = Case(op, 64, 128, 0.5, vocabulary=90, dtype=torch.float32)
+    assert kernel_rows.problem_of(case, OURS, CPU) is None
+    assert all(w > 0 for w in case.work)
+
+
+def test_wrong_results_are_not_timed(monkeypatch):
+    def wrong(x: Inputs):
+        right = kernel_cases.trajectory_ours(x)
+        return lambda: [right()[0] * 1.01, *right()[1:]]
+
+    broken = {OURS: wrong, PLAIN: IMPLEMENTATIONS["trajectory"][PLAIN]}
+    monkeypatch.setitem(kernel_rows.IMPLEMENTATIONS, "trajectory", broken)
+    case = Case("trajectory", 32, 16, 0.5, dtype=torch.float32)
+    rows = {r.implementation: r for r in kernel_rows.measure(case, CPU, Roofline(1e10, 1e10), 2, {})}
+    assert rows[OURS].median_ms is None and rows[OURS].problem.startswith("wrong")
+    assert rows[PLAIN].median_ms is not None
+    assert report.speedup(list(rows.values())) is None
+
+
+def test_a_peer_that_fails_at_the_real_shape_is_a_row(monkeypatch):
+    def brittle(x: Inputs):
+        right = kernel_cases.trajectory_eager(x)
+
+        def step():
+            if x.case.rows % 8:
+                raise RuntimeError("rows must be a multiple of 8\nand so on")
+            return right()
+
+        return step
+
+    some = {OURS: kernel_cases.trajectory_ours, PLAIN: kernel_cases.trajectory_eager, "brittle": brittle}
+    monkeypatch.setitem(kernel_rows.IMPLEMENTATIONS, "trajectory", some)
+    case = Case("trajectory", 32, 16, 0.1, dtype=torch.float32)
+    rows = {r.implementation: r for r in kernel_rows.measure(case, CPU, Roofline(1e10, 1e10), 1, {})}
+    assert rows["brittle"].problem == "fails: RuntimeError: rows must be a multiple of 8"
+    assert rows["brittle"].median_ms is None and rows[OURS].median_ms is not None
+
+
+def test_gate_measures_against_plain_pytorch():
+    exact = [torch.linspace(0, 1, 5, dtype=torch.float64)]
+    plain = [exact[0].float() + 1e-3]
+    assert gate([exact[0].float() + 1.9e-3], plain, exact) is None
+    assert "off by" in gate([exact[0].float() + 2.1e-3], plain, exact)
+    assert "off by nan" in gate([torch.full((5,), float("nan"))], plain, exact)
+
+
+def test_one_call_checks_times_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "roofline", lambda device, dtype: Roofline(1e10, 1e10))
+    path = tmp_path / "r.json"
+    call = ["--device", "cpu", "--only", "attention", "--rounds", "2", "--output", str(path)]
+    commands: list[list[str]] = []
+    monkeypatch.setattr(gpu, "kernel_tests", lambda device: "1 failed")
+    monkeypatch.setattr(
+        gpu, "run_step", lambda *options: commands.append(list(options)) or int("--only" not in options)
+    )
+    assert gpu.main(call) == 1
+    assert "nothing is timed" in capsys.readouterr().out and not path.exists() and not commands
+    monkeypatch.setattr(gpu, "kernel_tests", lambda device: None)
+    assert gpu.main(call) == 0
+    # All training steps at once have just failed: one by one they fit.
+    assert [c[-1] for c in commands] == ["cpu", *step.TOGETHER, step.UNSLOTH]
+    call += ["--skip-steps"]
+    environment, rows = report.read(path)
+    assert {"device", "commit", "torch"} <= environment.keys()
+    assert {r.implementation for r in rows} == set(IMPLEMENTATIONS["attention"])
+    monkeypatch.setitem(kernel_rows.IMPLEMENTATIONS["attention"], OURS, lambda x: lambda: [x.upstream.clone()] * 4)
+    assert gpu.main(call) == 1, "wrong results end in an error"
+
+
+def test_report(tmp_path, capsys):
+    rows = [
+        ROW,
+        replace(ROW, implementation="eager", median_ms=5.0),
+        replace(ROW, implementation="x", problem="fails", median_ms=None),
+        replace(ROW, implementation=BARE, median_ms=1.6),
+    ]
+    content = {"environment": {"device": "a device", "commit": "abc"}, "rows": [r.to_json() for r in rows]}
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(content))
+    assert report.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "a device" in printed and "2.50 times the best peer" in printed and "| x | fails |" in printed
+    assert "25% over the bare GEMMs" in printed
+    assert report.main([str(path), "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "bad.json")])
+    assert "bad.json: holds neither" in capsys.readouterr().err
+
+
+def test_the_readme_gets_its_tables_from_the_files(tmp_path):
+    rows = [ROW, replace(ROW, implementation=PLAIN, median_ms=5.0), replace(ROW, implementation="x", median_ms=4.0)]
+    red = [replace(ROW, case="another", problem="wrong: off by 3", median_ms=None)]
+    kernels, steps, readme = (tmp_path / name for name in ("k.json", "step_a.json", "README.md"))
+    about = {"device": "a device", "commit": "abc"}
+    kernels.write_text(json.dumps({"environment": about, "rows": [r.to_json() for r in rows + red]}))
+    ours = step.Row("7b", OURS, 18e3, 17e3, 19e3, 20.0, 0.4, 70.0)
+    peer = step.Row("7b", "peer", problem="not installed")
+    steps.write_text(json.dumps({"environment": about, "rows": [vars(ours), vars(peer)]}))
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        assert report.main([str(kernels), str(steps), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "| a case | 2.00 (1.90 to 2.20) | 5.00 | 4.00 (x) |" in text
+    assert "| another | wrong: off by 3 | | |" in text
+    assert (
+        "| 7b: ours | 18,000 (17,000 to 19,000) | 20.0 | 40.0% | 70.0 |" in text
+        and "| 7b: peer | not installed |" in text
+    )
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    with pytest.raises(ValueError, match="no place"):
+        report.fill("nothing", "table")
+
+
+def test_readme_shows_what_was_measured():
+    """Whoever measures anew rewrites the README with the same command."""
+    readme = Path(__file__).parents[2] / "README.md"
+    text = readme.read_text()
+    for path in sorted((readme.parent / "bench" / "results").glob("*.json")):
+        if steps := report.read_steps(path):
+            assert report.step_table(*steps) in text
+        elif not path.name.startswith("encode_"):
+            assert report.summary(*report.read(path)) in text

@@ -1,0 +1,378 @@
+"""PyAV, torchcodec and DALI give the same frames of every kind of file, and so the same features."""
+
+from __future__ import annotations
+
+import importlib.util
+from concurrent.futures import Future
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from weakref import WeakSet
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from bench.media import link_ffmpeg
+from dataloaders.decode.dali import decoder as dali
+from dataloaders.decode.dali import pipeline as dali_pipeline
+from dataloaders.decode.dali import request as dali_ticket
+from dataloaders.decode.decoder import Decoded, DecodePool, decode_cropped
+from dataloaders.decode.preprocess import Preprocess
+from dataloaders.decode.video import Probe, frame_indices, probe
+from dataloaders.records import Media
+from pite.clip import ClipEncoder
+from tests.clips import SIZE, save_clip
+from tests.damage import garbled
+from tests.media import needs_dali
+
+N = 7
+PREPROCESS = Preprocess(SIZE, SIZE)
+VP9 = {"cpu-used": "8"}
+DIFFERENCE = 3
+"""Of 255, in the mean: DALI interpolates colour otherwise."""
+
+needs_torchcodec = pytest.mark.skipif(
+    importlib.util.find_spec("torchcodec") is None, reason="torchcodec is not installed: pip install torchcodec"
+)
+
+
+def picture(i: int, size: tuple[int, int]) -> np.ndarray:
+    """Frame `i` of a scene whose shades and shapes move: (H, W, 3) uint8, no two frames alike."""
+    width, height = size
+    y, x = np.mgrid[:height, :width] / max(size)
+    shade = np.stack([x + 0.02 * i, y + 0.3 - 0.01 * i, (x + y) / 2 + 0.015 * i], -1) % 1
+    frame = (255 * np.abs(2 * shade - 1)).astype(np.uint8)
+    column = (5 * i) % width
+    frame[height // 4 : height // 2, column : column + width // 4] = (200, 60, 40)
+    frame[height // 2 : 3 * height // 4, width - 1 - column : width - 1 - column + width // 5] = (40, 80, 190)
+    return frame
+
+
+def write(
+    path: Path,
+    codec: str,
+    options: dict[str, str] | None = None,
+    *,
+    frames: int = 40,
+    size: tuple[int, int] = (96, 72),
+    rotation: int = 0,
+    times: list[int] | None = None,
+    bt709: bool = False,
+) -> Path:
+    """A video of the moving scene; `times` in milliseconds for a variable frame rate."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options=options or {})
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        if codec != "mjpeg":
+            stream.codec_context.gop_size = 12
+        stream.bit_rate = 4_000_000
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if bt709:
+            stream.codec_context.colorspace = 1
+        if rotation:
+            stream.set_display_rotation(rotation)
+        container.start_encoding()
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(i, size), format="rgb24")
+            if bt709:
+                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+            frame.pts = i if times is None else times[i]
+            frame.time_base = Fraction(1, 10) if times is None else Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def hide_frames(path: Path, which: list[int]) -> Path:
+    """Mark some of a VP8 file's frames as not to be shown, as encoders do with those that are only referred to."""
+    content = path.read_bytes()
+    with av.open(str(path)) as container:
+        packets = [bytes(p) for p in container.demux(video=0) if p.size]
+    for i in which:
+        content = content.replace(packets[i], bytes([packets[i][0] & ~0x10]) + packets[i][1:])
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Media]:
+    d = tmp_path_factory.mktemp("kinds")
+    late = [7 * i * i + 10 * i for i in range(40)]
+    hevc = {"x265-params": "log-level=none"}
+    files = {
+        "H.264 with B-frames": write(d / "b.mp4", "libx264", {"bf": "3"}),
+        "H.264 with open GOPs": write(d / "open.mp4", "libx264", {"x264-params": "open-gop=1:bframes=3"}),
+        "H.264, rotated": write(d / "rotated.mp4", "libx264", rotation=90),
+        "H.264, variable frame rate": write(d / "vfr.mp4", "libx264", {"bf": "2"}, times=late),
+        "HEVC": write(d / "hevc.mkv", "libx265", hevc),
+        "MPEG-4, odd size": write(d / "mpeg4.mp4", "mpeg4", {"bf": "2"}, size=(97, 71)),
+        "MJPEG": write(d / "mjpeg.avi", "mjpeg", {"qmin": "1", "qmax": "2"}),
+        "VP8": write(d / "vp8.webm", "libvpx", VP9),
+        "VP8 with hidden frames": hide_frames(write(d / "hidden.webm", "libvpx", VP9), [5, 17]),
+        "VP9": write(d / "vp9.webm", "libvpx-vp9", VP9),
+        "VP9 with hidden frames": write(
+            d / "alt.webm", "libvpx-vp9", {"auto-alt-ref": "1", "lag-in-frames": "12", "cpu-used": "5"}
+        ),
+        "VP9 in MP4": write(d / "vp9.mp4", "libvpx-vp9", VP9),
+        "VP9, BT.709": write(d / "bt709.webm", "libvpx-vp9", VP9, bt709=True),
+        "VP9, odd size": write(d / "odd.webm", "libvpx-vp9", VP9, size=(97, 71)),
+        "VP9, portrait": write(d / "tall.webm", "libvpx-vp9", VP9, size=(72, 96)),
+        "VP9, rotated": write(d / "turned.mp4", "libvpx-vp9", VP9, rotation=180),
+        "VP9, short": write(d / "short.webm", "libvpx-vp9", VP9, frames=3),
+        "VP9, variable frame rate": write(d / "late.webm", "libvpx-vp9", VP9, times=late),
+    }
+    media = {name: Media(name, path) for name, path in files.items()}
+    for name, path in {"VP9, a clip": "vp9.webm", "H.264, a clip": "b.mp4"}.items():
+        media[name] = Media(name, d / path, split=(1.05, 3.2))
+    media["VP9, variable frame rate, a clip"] = Media("vfr clip", d / "late.webm", split=(1.0, 5.0))
+    return media
+
+
+@pytest.fixture(scope="module")
+def expected(videos: dict[str, Media]) -> dict[str, np.ndarray]:
+    return {name: decode_cropped(m, N, PREPROCESS) for name, m in videos.items()}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> ClipEncoder:
+    directory = tmp_path_factory.mktemp("clip")
+    save_clip(directory)
+    return ClipEncoder(str(directory))
+
+
+def features(encoder: ClipEncoder, frames: np.ndarray) -> torch.Tensor:
+    """Of unit length; (n, channels)."""
+    return torch.nn.functional.normalize(encoder.encode(frames).double(), dim=-1)
+
+
+def which(frames: np.ndarray, of: np.ndarray) -> list[int]:
+    """The index in `of` of the frame most like each of `frames`."""
+    differences = np.abs(frames[:, None].astype(np.int16) - of[None]).mean((2, 3, 4))
+    return differences.argmin(1).tolist()
+
+
+def test_what_the_comparison_can_see(videos: dict[str, Media]) -> None:
+    """Each frame differs from its neighbour by more than the back ends may."""
+    frames = decode_cropped(videos["VP9"], 40, PREPROCESS)
+    assert np.abs(np.diff(frames.astype(int), axis=0)).mean((1, 2, 3)).min() > 2 * DIFFERENCE
+
+
+@pytest.mark.parametrize("name", ["VP8 with hidden frames", "H.264 with B-frames", "VP9, a clip"])
+def test_probe_counts_what_is_shown(videos: dict[str, Media], name: str) -> None:
+    media = videos[name]
+    known = probe(media.path, media.split)
+    hidden = name == "VP8 with hidden frames"
+    first, total = (11, 21) if media.split else (0, 38 if hidden else 40)
+    codec, matrix = {"VP8": ("vp8", 5), "H.2": ("h264", 2), "VP9": ("vp9", 2)}[name[:3]]
+    assert known == Probe(codec, "yuv420p", 96, 72, 0, matrix, False, first, total, not hidden)
+
+
+@needs_torchcodec
+def test_torchcodec(
+    videos: dict[str, Media], expected: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers: both are FFmpeg. It looks for its libraries by their usual names; PyAV's wheel has them by others."""
+    link_ffmpeg(tmp_path)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    decode = partial(decode_cropped, num_frames=N, preprocess=PREPROCESS, reader="torchcodec")
+    with DecodePool(decode, 1, by="torchcodec") as pool:
+        results = dict(zip(videos, pool.map(videos.values())))
+        cut = tmp_path / "cut.webm"
+        cut.write_bytes(videos["VP9"].path.read_bytes()[:3000])
+        assert "cut off" in next(pool.map([Media("cut", cut)])).reason
+    for name, result in results.items():
+        assert isinstance(result.frames, np.ndarray), result.reason
+        if "odd size" in name:
+            # They interpolate the colour of the last column and row otherwise.
+            assert np.abs(result.frames.astype(int) - expected[name]).mean() < DIFFERENCE, name
+        else:
+            np.testing.assert_array_equal(result.frames, expected[name], err_msg=name)
+
+
+@needs_dali
+class TestDali:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def results(cls, videos: dict[str, Media]) -> dict[str, Decoded]:
+        with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=4) as decoder:
+            return dict(zip(videos, decoder.map(videos.values())))
+
+    def test_who_decodes_what(self, results: dict[str, Decoded]) -> None:
+        """What this DALI cannot decode, or would decode otherwise, is PyAV's; the reason is told."""
+        told = {name: result.by for name, result in results.items()}
+        assert {name for name, by in told.items() if by.startswith("DALI")} == {
+            "MJPEG",
+            "VP8",
+            *(name for name in results if name.startswith("VP9") and name != "VP9, rotated"),
+        }
+        assert told["VP9, rotated"] == "PyAV (rotated)"
+        assert told["VP8 with hidden frames"] == "PyAV (packets that are no frames)"
+        assert told["HEVC"] == "PyAV (hevc is not for DALI on cpu)"
+        assert told["VP9"] == "DALI (vp9)"
+
+    def test_same_frames(self, results: dict[str, Decoded], videos: dict[str, Media]) -> None:
+        for name, result in results.items():
+            assert isinstance(result.frames, np.ndarray), result.reason
+            known = probe(videos[name].path)
+            every = decode_cropped(Media("", videos[name].path), known.total, PREPROCESS)
+            clip = probe(videos[name].path, videos[name].split)
+            indices = clip.first + frame_indices(clip.total, N)
+            assert which(result.frames, every) == indices.tolist(), name
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_on_a_gpu(self, videos: dict[str, Media], expected: dict[str, np.ndarray]) -> None:
+        """NVDEC's frames stay on the GPU and are those of PyAV."""
+        with dali.DaliDecoder("video", N, PREPROCESS, "cuda", workers=2, batch=4) as decoder:
+            results = dict(zip(videos, decoder.map(videos.values())))
+        assert results["H.264 with B-frames"].by == "DALI (h264)" and results["HEVC"].by == "DALI (hevc)"
+        for name, result in results.items():
+            frames = result.frames
+            assert frames is not None and isinstance(frames, torch.Tensor) == result.by.startswith("DALI"), result.by
+            ours = frames if isinstance(frames, np.ndarray) else frames.cpu().numpy()
+            assert np.abs(ours.astype(int) - expected[name]).mean() < DIFFERENCE, name
+
+    def test_same_features(
+        self, results: dict[str, Decoded], expected: dict[str, np.ndarray], encoder: ClipEncoder
+    ) -> None:
+        for name, result in results.items():
+            assert isinstance(result.frames, np.ndarray)
+            difference = np.abs(result.frames.astype(int) - expected[name])
+            assert difference.mean() < DIFFERENCE, name
+            one, two = features(encoder, result.frames), features(encoder, expected[name])
+            assert (one * two).sum(-1).min() >= 0.999, name
+            # A random CLIP sees all frames as similar, yet each is nearest to itself.
+            indices = [list(map(bytes, expected[name])).index(bytes(frame)) for frame in expected[name]]
+            assert (one @ two.T).argmax(1).tolist() == indices, name
+
+    @pytest.mark.parametrize("noise", [False, True], ids=["picture", "noise"])
+    @pytest.mark.parametrize(
+        "size", [(320, 240), (640, 360), (361, 643), (1280, 720), (224, 224), (100, 97), (230, 600)]
+    )
+    def test_preprocessing(self, tmp_path: Path, size: tuple[int, int], noise: bool) -> None:
+        """On a still, whose pixels are the same for both: 2/255 from CLIPImageProcessor, where 6/255 is asked for."""
+        white = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(white if noise else picture(3, size)).save(tmp_path / "a.jpg", quality=95, subsampling=0)
+        with dali.DaliDecoder("image", 1, Preprocess(), "cpu", workers=1) as decoder:
+            (result,) = decoder.map([Media("a", tmp_path / "a.jpg", "image")])
+        assert result.by == "DALI (jpeg)" and isinstance(result.frames, np.ndarray)
+        with Image.open(tmp_path / "a.jpg") as image:
+            reference = CLIPImageProcessorPil()(images=[image], return_tensors="pt")["pixel_values"]
+        ours = Preprocess().normalized(torch.from_numpy(result.frames))
+        scale = torch.tensor(Preprocess.std).view(3, 1, 1)
+        assert ((ours - reference) * scale).abs().max() <= 2 / 255 + 1e-5
+
+    def test_stills(self, tmp_path: Path) -> None:
+        image = Image.fromarray(picture(3, (96, 72)))
+        turned = Image.Exif()
+        turned[0x0112] = 6
+        image.save(tmp_path / "plain.jpg")
+        image.save(tmp_path / "turned.jpg", exif=turned)
+        image.save(tmp_path / "progressive.jpg", progressive=True)
+        image.convert("L").save(tmp_path / "grey.jpg")
+        image.convert("CMYK").save(tmp_path / "cmyk.jpg")
+        image.save(tmp_path / "png.jpg", format="PNG")
+        content = (tmp_path / "plain.jpg").read_bytes()
+        (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+        (tmp_path / "noise.jpg").write_bytes(content[:300] + b"\x00\xff\x55" * 200 + b"\xff\xd9")
+        (tmp_path / "empty.jpg").touch()
+        names = ["plain", "turned", "cut", "progressive", "noise", "grey", "cmyk", "empty", "png", "plain", "missing"]
+        media = [Media(f"{name}{i}", tmp_path / f"{name}.jpg", "image") for i, name in enumerate(names)]
+        with dali.DaliDecoder("image", 1, PREPROCESS, "cpu", workers=1, batch=3) as decoder:
+            results = list(decoder.map(media))
+        assert [r.media for r in results] == media
+        for name, result in zip(names, results):
+            if name in ("cut", "noise", "empty", "missing"):
+                assert result.frames is None and f"{name}.jpg: " in result.reason
+                continue
+            assert isinstance(result.frames, np.ndarray)
+            right = decode_cropped(result.media, 1, PREPROCESS)
+            assert np.abs(result.frames.astype(int) - right).max() <= 2, name
+            assert result.by.startswith("PyAV" if name in ("cmyk", "png") else "DALI"), (name, result.by)
+
+    def test_a_bad_sample_costs_itself_alone(self, videos: dict[str, Media], tmp_path: Path) -> None:
+        """Bytes changed inside frames pass the look at the packets and fail in the pipeline, which is spoiled for all."""
+        good = videos["VP9"]
+        with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=4) as decoder:
+            (alone,) = decoder.map([good])
+        media = []
+        for i in range(20):
+            if i % 5 != 3:
+                media.append(Media(str(i), good.path))
+                continue
+            bad = tmp_path / f"{i}.webm"
+            bad.write_bytes(garbled(good.path.read_bytes(), np.random.default_rng(i), tmp_path))
+            media.append(Media(str(i), bad))
+        with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=4) as decoder:
+            builds = 0
+            build, alive = decoder._build, WeakSet([decoder._pipeline])
+
+            def count() -> dali.Pipeline:
+                nonlocal builds
+                builds += 1
+                alive.add(pipeline := build())
+                return pipeline
+
+            decoder._build = count
+            results = list(decoder.map(media))
+            assert list(alive) == [decoder._pipeline], "a spoiled one frees its memory at once"
+        assert builds >= 4, "the pipeline never failed: the files are not bad enough"
+        assert [r.media for r in results] == media
+        for i, result in enumerate(results):
+            if i % 5 == 3:
+                assert result.frames is None and f"{i}.webm: " in result.reason
+            else:
+                np.testing.assert_array_equal(result.frames, alone.frames)
+
+    def test_frames_that_are_not_there_are_not_taken_for_black(self, videos: dict[str, Media]) -> None:
+        """DALI gives black for an index beyond the end, without a word; PyAV then says what is there."""
+        ticket = dali_ticket.prepare(videos["VP9"], N, PREPROCESS, "cpu")
+        assert isinstance(ticket, dali_ticket.Ticket)
+        beyond = replace(ticket, indices=ticket.indices + 30)
+        with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1) as decoder:
+            decoder._pipeline.start([beyond])
+            (frames,) = decoder._pipeline.finish([beyond], 60)
+            assert frames[0].any() and not frames[-1].any()
+            looked_at = decoder._result(beyond, frames)
+            assert isinstance(looked_at, Future)
+            decoded = looked_at.result()
+        assert decoded.by == "PyAV (its last frame is black)"
+        np.testing.assert_array_equal(decoded.frames, decode_cropped(videos["VP9"], N, PREPROCESS))
+
+    def test_colours_that_dali_gets_wrong_are_left_to_pyav(
+        self, videos: dict[str, Media], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(dali_pipeline, "FROM_601_TO_709", np.eye(3, dtype=np.float32))
+        media = [videos["VP9, BT.709"], videos["VP9"], videos["VP9, BT.709"]]
+        with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1) as decoder:
+            told = [result.by for result in decoder.map(media)]
+        assert told == [wrong := "PyAV (DALI decodes vp9 of matrix 1 otherwise)", "DALI (vp9)", wrong]
+        assert "PyAV keeps that kind" in caplog.text
+
+    def test_a_pipeline_that_cannot_be_built(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*arguments: object) -> None:
+            raise RuntimeError("Critical error when building pipeline: no driver")
+
+        monkeypatch.setattr(dali, "Pipeline", fail)
+        with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(.*no driver\); take pyav"):
+            dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1)
+
+    def test_dali_that_never_works_is_left(self, videos: dict[str, Media], monkeypatch: pytest.MonkeyPatch) -> None:
+        """As in a container without the driver's video part: after some failures everything goes to PyAV."""
+        tried: list[int] = []
+
+        def fail(self: dali.Pipeline, tickets: list[dali_ticket.Ticket]) -> None:
+            tried.append(len(tickets))
+            raise RuntimeError("NVDEC is not there")
+
+        monkeypatch.setattr(dali.Pipeline, "start", fail)
+        with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=4) as decoder:
+            results = list(decoder.map([videos["VP9"]] * 40))
+        assert {r.by for r in results} == {"PyAV (DALI cannot decode it)", "PyAV (DALI is asked no more)"}
+        assert all(r.frames is not None for r in results) and len(tried) < 40

@@ -1,0 +1,108 @@
+"""DALI cannot be interrupted: a batch that gives nothing is given up, its files go to PyAV, and the others go on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dataloaders.decode.dali import decoder as dali
+from dataloaders.decode.dali.pipeline import Pipeline
+from dataloaders.decode.dali.request import Ticket
+from dataloaders.decode.decoder import decode_cropped, guarded
+from dataloaders.decode.preprocess import Preprocess
+from dataloaders.records import Media
+from tests import SOURCE_PATH
+from tests.damage import decode_or_hang
+from tests.media import needs_dali, write_video
+
+pytestmark = needs_dali
+N, FILES, LIMIT = 5, 10, 2.0
+PREPROCESS = Preprocess(32, 32)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> list[Media]:
+    """Ten VP9 files; "v2.mp4" is the one that `decode_or_hang` hangs on."""
+    folder = tmp_path_factory.mktemp("videos")
+    paths = [folder / f"v{i}.mp4" for i in range(FILES)]
+    for i, path in enumerate(paths):
+        write_video(path, 12 + i, codec="libvpx-vp9", options={"cpu-used": "8"})
+    return [Media(path.stem, path) for path in paths]
+
+
+def test_a_batch_that_hangs(
+    media: list[Media], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first pipeline stops for ever while it reads; of the four files it has, one hangs PyAV as well."""
+    from nvidia.dali import fn
+
+    released, read = threading.Event(), fn.io.file.read
+
+    def wait(path: Any) -> Any:
+        released.wait()
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fn.io.file, "read", lambda path, **options: read(fn.python_function(path, function=wait)))
+        decoder = dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=4, time_limit=LIMIT)
+    decoder._decode = partial(guarded, partial(decode_or_hang, num_frames=N, preprocess=PREPROCESS))
+    try:
+        with decoder:
+            results = list(decoder.map(media))
+    finally:
+        released.set()
+    assert [result.media for result in results] == media, "none is lost, none comes twice"
+    told = [result.by for result in results]
+    assert told[:2] + told[3:4] == ["PyAV (DALI gave nothing for 2 s)"] * 3 and set(told[4:]) == {"DALI (vp9)"}
+    assert results[2].frames is None and results[2].reason == f"{media[2].path}: it took more than 2 s and was stopped"
+    for result in results[:2] + results[3:]:
+        assert isinstance(result.frames, np.ndarray)
+        assert np.abs(result.frames.astype(int) - decode_cropped(result.media, N, PREPROCESS)).max() <= 2
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert all((str(m.path) in warning) == (place < 4) for place, m in enumerate(media)), warning
+
+
+def always_hanging(folder: Path) -> None:
+    """Decode with a DALI that never answers, since it opens a pipe that nobody writes to, and end as a program does."""
+    pipe, start = folder / "pipe", Pipeline.start
+    os.mkfifo(pipe)
+    Pipeline.start = lambda self, tickets: start(self, [_at(ticket, pipe) for ticket in tickets])  # type: ignore[method-assign]
+    media = [Media(str(i), path) for i, path in enumerate(sorted(folder.glob("*.mp4")))]
+    with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=2, time_limit=1.5) as decoder:
+        results = list(decoder.map(media))
+    print([result.by for result in results if result.frames is not None])
+
+
+def _at(ticket: Ticket, path: Path) -> Ticket:
+    return replace(ticket, media=replace(ticket.media, path=path))
+
+
+def test_dali_that_always_hangs_is_left(media: list[Media]) -> None:
+    """After three pipelines PyAV decodes everything, and what hangs does not keep the program from ending."""
+    code = (
+        "import sys, pathlib\nfrom tests.dataloaders.decode.test_dali_hangs import always_hanging\n"
+        "if __name__ == '__main__':\n    always_hanging(pathlib.Path(sys.argv[1]))\n"
+    )
+    script = media[0].path.parent / "script.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, script, media[0].path.parent],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": SOURCE_PATH},
+    )
+    assert done.returncode == 0, done.stderr
+    expected = ["PyAV (DALI gave nothing for 1.5 s)"] * 4 + ["PyAV (DALI is asked no more)"] * 6
+    assert done.stdout == f"{expected}\n"
+    assert done.stderr.count("One of these hangs") == 3 and done.stderr.count("is asked no more") == 1

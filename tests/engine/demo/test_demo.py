@@ -1,0 +1,141 @@
+"""The demo's plumbing: which commands it runs, what it does not run twice, and what it measures and draws."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.demo import __main__ as demo
+from engine.demo.held_out import measure_grounding, summarize
+from pite.evaluate.grounding import Events, Prediction, ious, read_ground_truth, write_predictions
+from tests.held_out import FRAMES, make_held_out, save_model
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[demo.Step]:
+    """The steps that would have been run; each leaves what it should, unless it is told to fail or to stop early."""
+    ran: list[demo.Step] = []
+    named: list[demo.Step] = []
+    one = {"duration": 4.0, "timestamps": [[0, 1]], "sentences": ["A."]}
+    two = {"duration": 4.0, "timestamps": [[0, 1], [2, 3]], "sentences": ["A.", "B."]}
+    real_steps = demo.steps
+
+    def steps(config: demo.DemoConfig) -> Iterator[demo.Step]:
+        for step in real_steps(config):
+            named.append(step)
+            yield step
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
+        step = named[-1]
+        assert command[1:] == ["-m", step.module, *step.arguments] and not check
+        ran.append(step)
+        if "stop-early" not in command:
+            step.leaves.parent.mkdir(parents=True, exist_ok=True)
+            step.leaves.write_text(json.dumps({"e0": one, "e1": two}))
+        return subprocess.CompletedProcess(command, int("fail" in command))
+
+    monkeypatch.setattr(demo, "steps", steps)
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    return ran
+
+
+def test_every_step_is_run_once(tmp_path: Path, ran: list[demo.Step]) -> None:
+    config = demo.DemoConfig(tmp_path)
+    seconds, first = demo.run_steps(config)
+    assert first
+    assert [step.module for step in ran] == [
+        "dataloaders.synthetic",
+        "engine.tiny",
+        "engine.encode",
+        *["engine.train"] * 3,
+        "pite.evaluate",
+        *["pite.chat"] * 2,
+    ]
+    assert "e1.mp4" in ran[-1].command, "the second video shows two objects"
+    assert "During which frames can we see a?" in ran[-2].arguments
+    assert demo.run_steps(config) == (seconds, False)
+    assert len(ran) == 9
+
+
+def test_a_step_is_run_again_when_its_command_changed_or_its_product_is_gone(
+    tmp_path: Path, ran: list[demo.Step]
+) -> None:
+    demo.run_steps(demo.DemoConfig(tmp_path))
+    demo.run_steps(demo.DemoConfig(tmp_path, train="--epochs 1"))
+    assert [step.title for step in ran[9:]] == ["stage 1", "stage 2", "stage 3"]
+    (tmp_path / "grounding.jsonl").unlink()
+    demo.run_steps(demo.DemoConfig(tmp_path, train="--epochs 1"))
+    assert [step.title for step in ran[12:]] == ["grounding"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("fail", "engine.demo: step 'tiny models' ended with status 1: python -m engine.tiny"),
+        ("stop-early", "engine.demo: step 'tiny models' was stopped before it was done; the same command continues"),
+    ],
+)
+def test_a_step_that_did_not_end_well_is_named_and_tried_again(
+    tmp_path: Path, ran: list[demo.Step], flag: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert demo.main(["--output", str(tmp_path), "--tiny", flag]) == 1
+        assert message in capsys.readouterr().err
+    assert [step.title for step in ran] == ["world", "tiny models", "tiny models"]
+
+
+def test_grounding_is_told_apart_by_number_of_objects() -> None:
+    truth = {"a": Events(((0.0, 0.5),), ("one",)), "b": Events(((0.0, 0.25), (0.5, 0.75)), ("one", "two"))}
+    deaf = [
+        Prediction("a", 0, "From 00 to 16."),
+        Prediction("b", 0, "From 00 to 08."),
+        Prediction("b", 1, "From 00 to 08."),
+    ]
+    every, by_objects = measure_grounding(deaf, truth, num_frames=32)
+    assert every.miou == pytest.approx(2 / 3)
+    assert (by_objects[1].miou, by_objects[1].query_blind) == (1.0, 1.0)
+    assert (by_objects[2].miou, by_objects[2].query_blind) == (0.5, 0.5)
+    assert every.query_blind == pytest.approx(2 / 3)
+    assert every.best_fixed < every.query_blind
+    listening = [*deaf[:2], Prediction("b", 1, "From 16 to 24.")]
+    assert measure_grounding(listening, truth, num_frames=32)[1][2].miou == 1.0
+
+
+def test_summary_has_the_promised_numbers_and_pictures(tmp_path: Path) -> None:
+    make_held_out(tmp_path)
+    for stage in (2, 3):
+        save_model(tmp_path / "run" / f"stage{stage}" / "final", seed=stage)
+    truth = read_ground_truth(tmp_path / "data" / "evaluation" / "activitynet_captions.json")
+    answers = [
+        Prediction(video, i, "From 00 to 07." if i else "It is not there.")
+        for video, events in truth.items()
+        for i in range(len(events.sentences))
+    ]
+    write_predictions(tmp_path / "grounding.jsonl", answers)
+    summary = summarize(tmp_path)
+    for name in (
+        "trajectory_l1",
+        "trajectory_l1_best_constant",
+        "trajectory_l1_best_still",
+        "grounding_miou_best_fixed",
+        "grounding_miou_query_blind",
+    ):
+        assert isinstance(summary[name], float) and 0 < summary[name] < 1.5
+    assert summary["trajectory_l1"] != summary["trajectory_l1_after_stage3"]
+    assert summary["grounding_miou"] == pytest.approx(np.mean(ious(answers, truth, FRAMES)))
+    assert summary["grounding_miou"] > 0
+    by_objects, counts = summary["grounding_miou_by_objects"], summary["questions_by_objects"]
+    assert isinstance(by_objects, dict) and isinstance(counts, dict)
+    weighted = sum(by_objects[n] * counts[n] for n in counts) / sum(counts.values())
+    assert weighted == pytest.approx(summary["grounding_miou"])
+    with Image.open(tmp_path / "overlay.png") as strip:
+        assert np.asarray(strip).std() > 10
+    assert (tmp_path / "overlay.mp4").stat().st_size > 1000
+    told = demo.table({**summary, "seconds": {"world": 3.0, "chat": 4.0}})
+    assert "total                7" in told

@@ -1,0 +1,139 @@
+"""What several ranks have to complain of alike is said once, what one has is said with its name, and nothing hangs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from engine.train import main
+from tests.engine.distributed.ranks import Ranks, launch, train
+from tests.engine.workspace import train_arguments
+
+END_WITHIN = 30
+
+
+def said(ranks: Ranks, sentence: str) -> list[str]:
+    """The lines of all ranks that hold a sentence; there is nothing in the way of a traceback."""
+    texts = [ranks.said(rank) for rank in range(len(ranks.logs))]
+    assert not any("Traceback" in text for text in texts), texts
+    return [line for text in texts for line in text.splitlines() if sentence in line]
+
+
+def mistype(port: int | None, wrong: tuple[int, ...]) -> int:
+    """A wrong flag on some ranks, the first of which is late; beside torchrun's store where a port is given."""
+    rank = int(os.environ["RANK"])
+    if port is not None:
+        os.environ.update({"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    if rank == 0:
+        time.sleep(0.3)
+    try:
+        return main(["--learning-rat", "1"]) if rank in wrong else 0
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def test_a_wrong_flag_is_said_once(tmp_path: Path):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = launch(2, tmp_path, mistype, store.port, (0, 1))
+    assert ranks.wait(END_WITHIN) == [2, 2]
+    (line,) = said(ranks, "there is no flag --learning-rat")
+    assert line.startswith("python -m engine.train: there is no flag")
+    # torchrun would have ended rank 0 with the first that ends: that one speaks.
+    assert line in ranks.said(1)
+
+
+@pytest.mark.parametrize("torchrun", [False, True], ids=["alone", "torchrun"])
+def test_a_flag_that_is_wrong_on_one_node_is_said_there(tmp_path: Path, torchrun: bool):
+    """Where no store tells of the others each speaks for itself: better twice than never."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if torchrun else None
+    ranks = launch(2, tmp_path, mistype, store and store.port, (1,))
+    assert ranks.wait(END_WITHIN) == [0, 2]
+    (line,) = said(ranks, "there is no flag --learning-rat")
+    assert line.startswith("python -m engine.train: rank 1 (")
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [({"data": "nowhere"}, "engine.train: nowhere"), ({"global_batch": 100}, "engine.train: 24 samples do not fill")],
+)
+def test_what_all_ranks_miss_is_said_once(workspace: Path, tmp_path: Path, flags: dict[str, object], sentence: str):
+    ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path, "1", **flags))
+    assert ranks.wait(END_WITHIN) == [1, 1]
+    assert len(said(ranks, sentence)) == 1
+    assert len(said(ranks, "engine.train:")) == 1
+
+
+MISSING = """
+import engine.train
+def missing(*rest): raise FileNotFoundError("/scratch is not mounted")
+if rank == 1: engine.train.{} = missing"""
+
+
+def test_what_one_rank_misses_beforehand_is_known_to_all(workspace: Path, tmp_path: Path):
+    arguments = train_arguments(workspace, tmp_path, "1")
+    ranks = train(2, tmp_path / "logs", arguments, MISSING.format("check_given"))
+    assert ranks.wait(END_WITHIN) == [1, 1]
+    assert said(ranks, "engine.train:") == ["engine.train: rank 1: /scratch is not mounted"]
+
+
+def test_what_one_rank_meets_later_ends_the_others(workspace: Path, tmp_path: Path):
+    arguments = train_arguments(workspace, tmp_path, "1")
+    ranks = train(2, tmp_path / "logs", arguments, MISSING.format("BatchPlan"))
+    assert ranks.wait(END_WITHIN) == [1, 1]
+    assert "engine.train: rank 1 (" in ranks.said(1)
+    (heard,) = said(ranks, "rank 0 ends: rank 1 (")
+    assert "ended: /scratch is not mounted" in heard
+
+
+WITHOUT_LOCKS = """
+import time
+from dataloaders import locks
+from dataloaders.samples import index
+def refuse(*_): raise OSError(37, "No locks available")
+locks.fcntl.flock = refuse
+build = index._build
+def counting(path, *rest):
+    with open("BUILT", "a") as file: file.write(f"{rank}\\n")
+    time.sleep(1)
+    build(path, *rest)
+index._build = counting"""
+
+
+def test_one_rank_tokenizes_where_there_are_no_locks(workspace: Path, tmp_path: Path):
+    """And one of each machine warns."""
+    code = WITHOUT_LOCKS.replace("BUILT", str(tmp_path / "built"))
+    arguments = train_arguments(workspace, tmp_path / "out", "1", cache=tmp_path / "cache", max_steps=1)
+    ranks = train(3, tmp_path / "logs", arguments, code)
+    assert ranks.wait(END_WITHIN) == [0, 0, 0], ranks.said(0)
+    assert (tmp_path / "built").read_text() == "0\n"
+    assert len(said(ranks, "is on a file system without locks")) == 2, "the run's folder and the cache"
+
+
+def test_malformed_data_are_reported_once(workspace: Path, tmp_path: Path):
+    """Rank 0 alone reads them, and all end with its sentence."""
+    data = tmp_path / "data"
+    shutil.copytree(workspace / "data", data, symlinks=True)
+    file = data / "stage1" / "localized_narratives.jsonl"
+    file.write_text("{}\n" + file.read_text())
+    ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path / "out", "1", data=data))
+    assert ranks.wait(END_WITHIN) == [1, 1]
+    assert len(said(ranks, "1 of 25 records are malformed")) == 1
+    assert not said(ranks, "rank 0:")
+
+
+def test_damaged_checkpoints_are_refused_on_all_ranks(workspace: Path, tmp_path: Path):
+    arguments = train_arguments(workspace, tmp_path, "1")
+    assert train(2, tmp_path / "logs", [*arguments, "--max-steps", "2"]).wait(END_WITHIN) == [0, 0]
+    (checkpoint,) = (tmp_path / "stage1" / "checkpoints").iterdir()
+    (checkpoint / "state.json").write_text("{")
+    ranks = train(2, tmp_path / "logs", arguments)
+    assert ranks.wait(END_WITHIN) == [1, 1]
+    assert len(said(ranks, "--start-over-if-damaged")) == 1 and checkpoint.exists()
+    ranks = train(2, tmp_path / "logs", [*arguments, "--start-over-if-damaged"])
+    assert ranks.wait(END_WITHIN) == [0, 0]
+    assert len(said(ranks, "set aside as damaged-step-00000002")) == 1

@@ -1,0 +1,149 @@
+"""The command line out of a dataclass: every type, every refusal in one sentence, help out of docstrings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from engine.cli import field_docs, parse
+
+
+@dataclass(frozen=True)
+class Base:
+    """Settings that two commands share."""
+
+    seed: int = 0
+    """Seed of everything random."""
+
+
+@dataclass(frozen=True)
+class Config(Base):
+    """Train a small thing."""
+
+    data: Path = field(kw_only=True)
+    """Data folder,
+    as documented."""
+    stage: Literal[1, 2, "all"] = "all"
+    """Stage, or all of them at 100% each."""
+    learning_rate: float = 1e-4
+    resume: bool = True
+    """Continue where a run stopped."""
+    name: str | None = None
+    device: Literal["cpu", "cuda"] | None = None
+    limits: tuple[int, ...] = ()
+    size: tuple[int, int] = (224, 224)
+    files: tuple[Path, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"--learning-rate must be positive, not {self.learning_rate}")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse(Config, argv, prog="train")
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("train: ") and message.count("\n") == 1, "one sentence, no usage dump"
+    return message
+
+
+def test_defaults_and_required() -> None:
+    config = parse(Config, ["--data", "d"])
+    assert config == Config(data=Path("d"))
+
+
+def test_every_type() -> None:
+    argv = [
+        "--data",
+        "d",
+        "--stage",
+        "2",
+        "--learning-rate",
+        "3e-4",
+        "--no-resume",
+        "--name",
+        "x",
+        "--device",
+        "cuda",
+        "--limits",
+        "1",
+        "2",
+        "3",
+    ]
+    config = parse(Config, [*argv, "--size", "336", "448", "--files", "a", "b", "--seed=-7"])
+    assert config == Config(
+        seed=-7,
+        data=Path("d"),
+        stage=2,
+        learning_rate=3e-4,
+        resume=False,
+        name="x",
+        device="cuda",
+        limits=(1, 2, 3),
+        size=(336, 448),
+        files=(Path("a"), Path("b")),
+    )
+    assert type(config.stage) is int
+
+
+def test_none_for_optional() -> None:
+    config = parse(Config, ["--data", "d", "--name", "none", "--device", "none"])
+    assert config.name is None and config.device is None
+
+
+def test_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    # The typo is reported, not the required flag that is missing because of it.
+    assert refusal(capsys, "--dta", "d") == "train: there is no flag --dta; did you mean --data?\n"
+    assert "did you mean --no-resume?" in refusal(capsys, "--data", "d", "--no-resum")
+    assert "--zzz; see --help" in refusal(capsys, "--data", "d", "--zzz=3")
+    assert "unexpected argument 'stray'" in refusal(capsys, "--data", "d", "stray")
+
+
+def test_abbreviations_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no flag --learning; " in refusal(capsys, "--data", "d", "--learning", "1")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--seed", "1.5"], ["--seed", "'1.5'", "a whole number"]),
+        (["--learning-rate", "fast"], ["--learning-rate", "'fast'", "a number"]),
+        (["--stage", "4"], ["--stage", "'4'", "1, 2, all"]),
+        (["--device", "tpu"], ["--device", "'tpu'", "cpu, cuda, none"]),
+        (["--size", "1"], ["--size", "2"]),
+        (["--seed"], ["--seed"]),
+        (["--learning-rate", "0"], ["--learning-rate must be positive, not 0.0"]),
+    ],
+)
+def test_bad_values(capsys: pytest.CaptureFixture[str], argv: list[str], words: list[str]) -> None:
+    message = refusal(capsys, "--data", "d", *argv)
+    assert all(word in message for word in words), message
+
+
+def test_missing_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys) == "train: --data must be given; see --help\n"
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(Config, ["--help"], prog="train")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "Train a small thing.",
+        "--data PATH Data folder, as documented. (required)",
+        "--stage {1,2,all} Stage, or all of them at 100% each. (default: all)",
+        "--resume, --no-resume Continue where a run stopped. (default: yes)",
+        "--size INT INT (default: 224 224)",
+        "--seed INT Seed of everything random. (default: 0)",
+    ):
+        assert words in text, text
+
+
+def test_field_docs() -> None:
+    assert field_docs(Config)["seed"] == "Seed of everything random."
+    assert "name" not in field_docs(Config)

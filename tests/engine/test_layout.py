@@ -1,0 +1,97 @@
+"""Bytes on a device, and the layout chosen from them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.hardware import DEVICES
+from engine.layout import LARGEST_BUDGET, SPARE, choose_layout, count_parameters, memory
+from engine.loop import compute_losses
+from engine.recipes import recipe
+from engine.train import main
+from pite.config import PiTeConfig
+from tests.engine.workspace import train_arguments
+from tests.samples import random_batch, tiny_model
+
+
+def layout(size: str, capacity: float, **asked: object):
+    config = PiTeConfig.preset(size)
+    return choose_layout(config, count_parameters(config, recipe(size, 2)), capacity, **asked)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_what_is_chosen_fits_and_holds_the_longest_sample(size, device):
+    chosen = layout(size, DEVICES[device].bytes, ranks=8)
+    assert 2048 <= chosen.token_budget <= LARGEST_BUDGET
+    assert chosen.needed.total <= (1 - SPARE) * DEVICES[device].bytes
+
+
+def test_memory_is_spent_in_order_of_price():
+    """Everything kept where it fits; then a few layers recomputed; then weights sharded; alone, more recomputed."""
+    roomy, snug, forty, alone = (
+        layout("13b", gigabytes * 1e9, ranks=ranks) for gigabytes, ranks in ((200, 8), (60, 8), (40, 8), (40, 1))
+    )
+    assert (roomy.shards, roomy.recompute, roomy.token_budget) == (1, 0, LARGEST_BUDGET)
+    assert snug.shards == 1 and 0 < snug.recompute <= 10
+    assert forty.shards == 8 and forty.recompute <= 10
+    assert alone.shards == 1 and alone.recompute > 20
+    with pytest.raises(ValueError, match="needs"):
+        layout("13b", 40e9, recompute=alone.recompute - 1)
+
+
+def test_a_device_too_small_is_refused():
+    with pytest.raises(ValueError, match="a device of 24 GB has room for 22"):
+        layout("13b", 24e9)
+    with pytest.raises(ValueError, match="--recompute must be 0 to 40"):
+        layout("13b", 80e9, recompute=41)
+
+
+def test_shards_share_the_weights():
+    config = PiTeConfig.preset("13b")
+    count = count_parameters(config, recipe("13b", 2))
+    copied, sharded = (memory(config, count, 0, shards=n).weights for n in (1, 8))
+    assert copied == pytest.approx(26.0e9, rel=0.01)
+    assert copied / 8 < sharded < copied / 8 + 2 * 0.65e9 + 0.7e9
+
+
+def saved_bytes(model, batch, layers: int) -> int:
+    """Of the tensors that autograd keeps, parameters left out."""
+    model.decoder.recompute(layers)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = compute_losses(model, batch, recipe("7b", 3), "skip")
+    total = sum(storage.nbytes() for storage in kept.values())
+    del losses
+    return total
+
+
+def test_a_recomputed_layer_keeps_its_input_alone():
+    model = tiny_model(num_hidden_layers=6)
+    batch = random_batch(6, model.config)
+    kept = [saved_bytes(model, batch, layers) for layers in (1, 2, 4)]
+    one = batch.num_tokens * model.config.llm.hidden_size * 4
+    every = saved_bytes(model, batch, 0)
+    assert kept[0] > kept[1] > kept[2]
+    assert kept[0] - kept[1] == pytest.approx((kept[1] - kept[2]) / 2)
+    assert every - kept[0] > 10 * one
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_recomputing_changes_no_bit(workspace: Path, tmp_path: Path, layers: int):
+    metrics = []
+    for name, flags in (("kept", {}), ("again", {"recompute": layers})):
+        assert main(train_arguments(workspace, tmp_path / name, "2", llm="random", max_steps=3, **flags)) == 0
+        text = (tmp_path / name / "stage2" / "metrics.jsonl").read_text()
+        metrics.append([line.partition('"seconds"')[0] for line in text.splitlines()])
+    assert metrics[0] == metrics[1]
+    assert len(metrics[0]) == 3

@@ -1,0 +1,185 @@
+"""The tiny models: a tokenizer that treats text as Llama's does, weights that transformers loads, twice the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionModelWithProjection,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from dataloaders.records import Turn
+from dataloaders.samples.prompts import SYSTEM
+from dataloaders.synthetic.scene import COLOURS, DIRECTIONS, SHAPES, Scene, Thing
+from engine.tiny.__main__ import TinyConfig, main, make_tiny
+from engine.tiny.clip import CHANNELS, PREPROCESSOR, SIZE, code, code_weights, pixel_values
+from engine.tiny.tokenizer import build_tokenizer
+from engine.tiny.vicuna import Dialogue, build, frame_log, hidden_states, make_batch, sample_dialogue
+
+CONFIG = TinyConfig(clip_steps=2, list_steps=1, vicuna_steps=1, frames=8, seed=1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("tiny") / "t"
+    assert len(make_tiny(output, CONFIG)) == 2
+    return output
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+def tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(tokenizer.encode(text, add_special_tokens=False))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "From 05 to 12, a red circle moves right. From 13 to 31, a blue square moves up.",
+        " leading,  double and trailing spaces ",
+        "Grüße, 你好, 🚗!\n\ttabs",
+        "",
+        "GPT-4 scored 97.3% on {json: [1, 2]}",
+    ],
+)
+def test_any_text_survives_the_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_words_of_the_world_and_indices_are_single_tokens(tokenizer):
+    for index in range(100):
+        assert tokens(tokenizer, f"From {index:02d} to") == ["▁From", f"▁{index:02d}", "▁to"]
+    for word in (*COLOURS, *SHAPES, *DIRECTIONS):
+        assert tokens(tokenizer, f"a {word}.") == ["▁a", f"▁{word}", "."]
+    assert len(tokens(tokenizer, f"{SYSTEM} USER: ")) == 2 + len(("▁USER", ":", "▁"))
+
+
+def test_spaces_and_special_tokens_behave_as_llamas(tokenizer):
+    assert tokens(tokenizer, "From") == ["▁From"]
+    assert tokens(tokenizer, " From") == ["▁", "▁From"]
+    assert tokens(tokenizer, "\nFrom") == ["▁", "<0x0A>", "From"]
+    assert tokens(tokenizer, "to 12.</s>")[-2:] == [".", "</s>"]
+    assert tokenizer("From").input_ids[0] == tokenizer.bos_token_id == 1
+    assert (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 2, 0)
+
+
+def test_offsets_name_the_characters_of_each_token(tokenizer):
+    text = "From 05 to 12, a red circle"
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert [text[a:b].strip() for a, b in offsets] == ["From", "05", "to", "12", ",", "a", "red", "circle"]
+
+
+def test_same_seed_gives_the_same_weights(tiny, tmp_path):
+    make_tiny(tmp_path / "again", CONFIG)
+    for name in ("clip", "vicuna"):
+        first, again = (load_file(folder / name / "model.safetensors") for folder in (tiny, tmp_path / "again"))
+        assert first.keys() == again.keys()
+        assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_repeating_trains_nothing_and_another_seed_is_refused(tiny, capsys):
+    assert make_tiny(tiny, CONFIG) == []
+    assert (
+        main(
+            [str(tiny), "--clip-steps", "2", "--list-steps", "1", "--vicuna-steps", "1", "--frames", "8", "--seed", "2"]
+        )
+        == 2
+    )
+    assert "choose another folder" in capsys.readouterr().err
+    assert main([str(tiny), "--frames", "101"]) == 2
+    assert "--frames must be 2 to 100" in capsys.readouterr().err
+
+
+def test_transformers_loads_both_and_preprocesses_as_they_were_trained(tiny):
+    vision = CLIPVisionModelWithProjection.from_pretrained(tiny / "clip")
+    assert vision.visual_projection.weight.shape == (64, 128)
+    image = np.random.default_rng(0).integers(0, 256, (1, SIZE, SIZE, 3), dtype=np.uint8)
+    processed = CLIPImageProcessor.from_pretrained(tiny / "clip")(Image.fromarray(image[0]), return_tensors="pt")
+    torch.testing.assert_close(processed["pixel_values"], pixel_values(image))
+    assert PREPROCESSOR["crop_size"]["height"] == vision.config.image_size
+    language = LlamaForCausalLM.from_pretrained(tiny / "vicuna")
+    saved = AutoTokenizer.from_pretrained(tiny / "vicuna")
+    assert saved.is_fast
+    assert len(saved) == language.config.vocab_size
+    assert language.config.rope_parameters["rope_theta"] == 100_000
+
+
+def test_a_batch_learns_the_answers_and_shows_the_log_where_frames_stand(tokenizer):
+    rng = np.random.default_rng(0)
+    dialogues = [sample_dialogue(rng, 32) for _ in range(24)]
+    batch = make_batch(dialogues, tokenizer)
+    ends = [*batch.offsets[1:].tolist(), len(batch.words)]
+    shown = [tokenizer.decode(batch.words[a:b]) for a, b in zip(batch.offsets.tolist(), ends)]
+    assert shown == [words for dialogue in dialogues for words in dialogue.log]
+    assert not batch.ids[batch.rows, batch.columns].any()
+    assert tokenizer.decode(batch.numbers[batch.rows == 0]).split()[:3] == ["00", "01", "02"][: len(dialogues[0].log)]
+    for row, dialogue in enumerate(dialogues):
+        learned = tokenizer.decode(batch.labels[row][batch.labels[row] != -100]).split("</s>")
+        assert learned.pop() == ""
+        assert [answer.strip() for answer in learned] == [turn.answer for turn in dialogue.turns]
+
+
+def test_the_first_layer_is_asked_for_the_colour_last_spoken_of(tokenizer):
+    turns = (
+        Turn("When is the red circle there?", "From 00 to 01, before a blue square."),
+        Turn("And the circle?", "There is no circle."),
+    )
+    batch = make_batch([Dialogue(("green square top",), turns)], tokenizer)
+    asked = {"": [], "red": [], "blue": [], "green": []}
+    for token, colour in zip(batch.ids[0].tolist(), batch.colours[0].tolist()):
+        asked["" if colour == -100 else tokenizer.decode(colour)].append(tokenizer.decode(token))
+    assert asked["green"] == []
+    assert "circle" not in asked[""]
+    assert asked["red"][:2] == ["red", "circle"]
+    assert asked["red"][-2:] == ["before", "a"]
+    assert asked["blue"][:2] == ["blue", "square"]
+    assert asked["blue"][-3:] == ["circle", ".", "</s>"]
+
+
+def test_a_frames_embedding_is_the_sum_of_its_words(tokenizer):
+    torch.manual_seed(0)
+    model = build(len(tokenizer)).eval()
+    dialogue = Dialogue(("red circle top", "nothing"), (Turn("When?", "From 00 to 00."),))
+    batch = make_batch([dialogue], tokenizer)
+    embedded: list[torch.Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0]))
+    with torch.no_grad():
+        hidden_states(model, batch)
+    table = model.model.embed_tokens.weight
+    words = tokenizer.encode("red circle top", add_special_tokens=False)
+    torch.testing.assert_close(embedded[0][0, batch.columns[0]], table[words].sum(0))
+    before = int(batch.columns[0]) - 1
+    torch.testing.assert_close(embedded[0][0, before], table[batch.ids[0, before]])
+
+
+def test_a_log_names_what_is_there_and_nothing_else():
+    thing = Thing("red", "circle", "right", 10, 19, np.full((10, 2), 0.1))
+    log = frame_log(Scene(40, 30, (thing,)), 40)
+    assert len(log) == 40
+    assert set(log[:10] + log[20:]) == {"nothing"}
+    assert set(log[10:20]) == {"red circle top left"}
+
+
+def test_the_code_says_what_a_still_holds():
+    things = tuple(
+        Thing(colour, shape, "", 0, 0, np.array([centre]))
+        for colour, shape, centre in (("red", "square", (0.5, 0.25)), ("cyan", "circle", (1.0, 0.75)))
+    )
+    told = code([Scene(1, 30, things), Scene(1, 30, ())])
+    assert told.shape == (2, CHANNELS) == (2, len(code_weights()))
+    assert told[0, :6].tolist() == [1, 0, -1, 0, 0.5, 0]
+    assert told[0, 30:36].tolist() == [1, 2, 1, 0.5, 0, 0]
+    assert told[0].count_nonzero() == 3 + 4
+    assert told[1].count_nonzero() == 0
