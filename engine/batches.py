@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from dataloaders.records import ABSENT, TokenizedSample
 from dataloaders.samples.batch import PackedBatch, collate
-from dataloaders.samples.dataset import StageDataset
 from dataloaders.samples.plan import BatchPlan, split_batch
-from dataloaders.store.features import FeatureStore
+
+if TYPE_CHECKING:
+    from dataloaders.samples.dataset import StageDataset
+    from dataloaders.store.features import FeatureStore
 
 Absent = Literal["skip", "regress"]
 Normalizer = Literal["present", "paper"]

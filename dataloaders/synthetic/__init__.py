@@ -1,10 +1,6 @@
-"""A small world of moving shapes, written as the real data sets are: the demo, the tests' corpus, the laboratory.
+"""A small world of moving shapes in the form of the real data sets: for the demo, the tests and ablations.
 
-Scenes are sampled (`scene`), drawn (`render`), told (`language`) and written (`world`). The price of drawing instead
-of collecting is that nothing here says how a model fares on real video; what it buys is that every trajectory, time
-and answer is exact, and that a data set costs a minute.
+`scene` samples scenes, `render` draws them, `language` describes them, `world` writes the data folder. A drawn world does
+not show how a model performs on real video. In exchange every trajectory, time and answer is exact, and a data set takes
+a minute to make.
 """
-
-from dataloaders.synthetic.world import WorldConfig, make_world
-
-__all__ = ["WorldConfig", "make_world"]

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataloaders.synthetic import WorldConfig, make_world, scene
+from dataloaders.synthetic import scene
 from dataloaders.synthetic.__main__ import main
 from dataloaders.synthetic.language import GROUNDING_QUESTION
 from dataloaders.synthetic.render import draw
+from dataloaders.synthetic.world import WorldConfig, make_world
 
 CONFIG = WorldConfig(videos=24, evaluation=4, images=6, frames=32, seed=3)
 
