@@ -25,7 +25,7 @@ RUN python3 -m venv "$VIRTUAL_ENV" \
     && pip install -c constraints.txt torch setuptools wheel cmake ninja
 
 ARG FLASH_ATTN=
-RUN if [ -n "$FLASH_ATTN" ]; then pip install --no-build-isolation "flash-attn==$FLASH_ATTN"; fi
+RUN if [ -n "$FLASH_ATTN" ]; then pip install -c constraints.txt packaging psutil && pip install --no-build-isolation "flash-attn==$FLASH_ATTN"; fi
 
 COPY . .
 RUN pip install -c constraints.txt --no-build-isolation -e ./kernels -e '.[dev,annotate]'
