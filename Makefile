@@ -29,7 +29,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest bench
 
 docs: $(STAMP)
-	$(PIP) '.[docs]'
+	$(PIP) mkdocs-material
 	$(BIN)/mkdocs build --strict
 
 # torch comes first: the C++ operators are built against it, without build isolation.
