@@ -23,7 +23,7 @@ import numpy as np
 from dataloaders.files import write_atomically
 from dataloaders.store.features import FeatureStore
 from engine.demo.held_out import measure_grounding, measure_trajectories
-from engine.plots import plt, read_metrics, smooth
+from engine.plots import plt, read_curves, smooth
 from pite.evaluate.grounding import read_ground_truth, read_predictions
 from pite.generate import Generator
 
@@ -116,7 +116,7 @@ def measure(output: Path, folder: Path, answers: Path, stage2: Path | None) -> d
     if stage2 is not None:
         features = FeatureStore(output / "store" / "videos").read
         scores = measure_trajectories(Generator.from_pretrained(stage2), evaluation / "pite_143k.jsonl", features)
-        losses = read_metrics(stage2.parent / "metrics.jsonl")["ce"]
+        losses = read_curves(stage2.parent / "metrics.jsonl")["ce"]
         last = losses[-max(1, len(losses) // 10) :]
         found |= {"l1": scores.l1, "l1_constant": scores.best_constant, "ce": float(last.mean())}
     return found
@@ -133,7 +133,7 @@ def plot_curves(output: Path, variants: Sequence[Variant], seeds: int) -> None:
         first = None
         for index, variant in enumerate(trained):
             files = [output / variant.folder / str(seed) / "stage2" / "metrics.jsonl" for seed in range(seeds)]
-            runs = [read_metrics(file) for file in files]
+            runs = [read_curves(file) for file in files]
             curves = np.stack([smooth(run[name], max(1, len(run[name]) // 30)) for run in runs])
             first = curves if first is None else first
             for panel, values in zip(column, (curves, 100 * (curves / first - 1))):

@@ -29,7 +29,7 @@ from dataloaders.cpu import available_cores
 from dataloaders.files import write_atomically
 from dataloaders.synthetic.features import write_random_features
 from dataloaders.synthetic.world import WorldConfig, make_world
-from engine.metrics import read
+from engine.metrics import read_metrics
 
 POLICIES = {
     "sleep": {"OMP_WAIT_POLICY": "PASSIVE"},
@@ -72,7 +72,7 @@ def tokens_per_second(root: Path, policy: str, steps: int) -> float:
             *("--checkpoint-every", "1000000"),
         ]
         subprocess.run(command, env=variables | POLICIES[policy], check=True, stderr=subprocess.DEVNULL)
-        lines = read(Path(output) / "stage1" / "metrics.jsonl")
+        lines = read_metrics(Path(output) / "stage1" / "metrics.jsonl")
     return median(line["tokens_per_second"] for line in lines[_WARM_UPS:])
 
 

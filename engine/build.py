@@ -112,7 +112,7 @@ def build_model(
     mesh = init_device_mesh(world.device.type, (world.size,)) if layout.shards > 1 else None
     draws = torch.Generator().manual_seed(seed + stage)
     for i in origin.layers(model):
-        world.doing(f"building layer {i + 1} of the model")
+        world.set_status(f"building layer {i + 1} of the model")
         for _, linear, _ in names.linear_layers(model, i):
             linear.add_lora(recipe.lora_rank, recipe.lora_alpha, draws)
             if fp8:
@@ -121,7 +121,7 @@ def build_model(
             shard_frozen(model.decoder.layers[i], mesh)
     if mesh is not None:
         shard_frozen(model, mesh)
-    model.set_trainable(recipe.learns)
+    model.set_trainable(recipe.trainable_modules)
     model.decoder.recompute(layout.recompute)
     return model
 

@@ -36,7 +36,7 @@ from dataloaders.files import put_in_place, remove, sha256, temporary_sibling
 # That one process alone saves, or loads for itself, is what is meant.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
-STATE = "state.json"
+STATE_FILE = "state.json"
 FILE_BYTES = 25 * 2**20
 """About a file's size. Python stands still while safetensors serializes one: about 0.03 s, but 0.65 s for 480 MB in one."""
 
@@ -83,12 +83,12 @@ class _Storage(HuggingFaceStorageWriter):
         super().finish(metadata, results)
         temporary = Path(self.path)
         content = {**self._content, "sha256": {file.name: sha256(file) for file in temporary.iterdir()}}
-        (temporary / STATE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        (temporary / STATE_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
         put_in_place(temporary, self._target)
         self._finished(self._target)
 
 
-class Writer:
+class CheckpointWriter:
     """Writes checkpoints of one run, each while training goes on; the next one waits for the one before.
 
     keep       whole checkpoints that stay
@@ -115,15 +115,15 @@ class Writer:
                 n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for n, t in tensors.items()
             }
         content = {"step": step, "fingerprint": self._fingerprint}
-        storage = _Storage(self._directory / _name(step), tensors, content, self._retain)
+        storage = _Storage(self._directory / _name(step), tensors, content, self._delete_old)
         saving = dcp.async_save(tensors, storage_writer=storage, async_stager=self._stager, no_dist=True)
         self._saving = step, cast("Future[Metadata]", saving)
 
-    def _retain(self, written: Path) -> None:
+    def _delete_old(self, written: Path) -> None:
         """Delete what is older than the newest checkpoints that are certainly whole, so that damage costs no whole one."""
         self._whole = [*self._whole, written][-self._keep :]
         if len(self._whole) == self._keep:
-            for path in _complete(self._directory):
+            for path in _directories(self._directory):
                 if path.name < self._whole[0].name:
                     shutil.rmtree(path, ignore_errors=True)  # a whole one too many is no reason to stop
 
@@ -137,10 +137,10 @@ class Writer:
             return
         _remove_unfinished(self._directory)
         if isinstance(error, CheckpointException):
-            error = _cause(error)
+            error = _root_cause(error)
         if not isinstance(error, OSError):
             raise error
-        whole, _ = newest(self._directory)
+        whole, _ = newest_checkpoint(self._directory)
         kept = f"the last whole one is {whole.path}" if whole else "there is none yet"
         raise ValueError(f"checkpoint of step {step} could not be written ({error.strerror}); {kept}") from error
 
@@ -149,7 +149,7 @@ class Writer:
         if self._saving is not None and self._saving[1].done():
             self.wait()
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -161,12 +161,12 @@ class Writer:
                 self.wait()
 
 
-def newest(directory: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
     """The newest checkpoint that is whole, and each newer one with what is wrong with it, the newest first."""
     damaged: dict[Path, str] = {}
-    for path in reversed(_complete(directory)):
+    for path in reversed(_directories(directory)):
         try:
-            return Checkpoint(path, _verified_step(path)), damaged
+            return Checkpoint(path, _verify(path)), damaged
         except PermissionError:
             raise  # that is no damage
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -174,15 +174,15 @@ def newest(directory: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
     return None, damaged
 
 
-def _verified_step(path: Path) -> int:
+def _verify(path: Path) -> int:
     """The optimizer steps in a checkpoint. Raises one of several exceptions where it is damaged."""
-    content = json.loads((path / STATE).read_text())
+    content = json.loads((path / STATE_FILE).read_text())
     for name, checksum in content["sha256"].items():
         if sha256(path / name) != checksum:
             raise ValueError(f"{name} does not match its checksum")
     step: int = content["step"]
     if path.name != _name(step) or not content["sha256"] or "fingerprint" not in content:
-        raise ValueError(f"{STATE} is another checkpoint's, or incomplete")
+        raise ValueError(f"{STATE_FILE} is another checkpoint's, or incomplete")
     return step
 
 
@@ -192,7 +192,7 @@ def resume_point(directory: Path, start_over: bool = False) -> tuple[Checkpoint 
     For one process alone: damaged checkpoints newer than the whole one are renamed, `damaged-step-00000040`.
     start_over  start at step 0 where all are damaged. Without it that raises ResumeError, and nothing is renamed
     """
-    whole, damaged = newest(directory)
+    whole, damaged = newest_checkpoint(directory)
     aside = sorted(directory.glob("damaged-step-*"))
     if whole is None and (damaged or aside) and not start_over:
         example = next(iter(damaged), aside[-1] if aside else directory)
@@ -218,7 +218,7 @@ def _set_aside(path: Path) -> Path:
     return path.rename(target)
 
 
-def compare(saved: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> None:
+def check_fingerprint(saved: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> None:
     """Raise ResumeError naming the first difference between what made `path` and what is asked for."""
     for key in sorted({*saved, *fingerprint}):
         if saved.get(key) != fingerprint.get(key):
@@ -228,22 +228,22 @@ def compare(saved: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> N
             )
 
 
-def check_newest(directory: Path, fingerprint: dict[str, Any]) -> None:
+def check_resumable(directory: Path, fingerprint: dict[str, Any]) -> None:
     """Raise ResumeError where the newest checkpoint is another run's or version's, before models load."""
-    for path in reversed(_complete(directory)):
+    for path in reversed(_directories(directory)):
         if (path / "state.safetensors").exists():
             raise ResumeError(
                 f"checkpoint {path} was written by an earlier version: finish the run with that one, "
                 "or start afresh in another --output"
             )
         try:
-            saved = json.loads((path / STATE).read_text())["fingerprint"]
+            saved = json.loads((path / STATE_FILE).read_text())["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged, which `newest` reports
-        return compare(saved, fingerprint, path)
+            continue  # damaged, which `newest_checkpoint` reports
+        return check_fingerprint(saved, fingerprint, path)
 
 
-def restore(
+def restore_checkpoint(
     checkpoint: Checkpoint,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
@@ -253,7 +253,9 @@ def restore(
 
     Raises ResumeError naming the first difference when it was made by a run with another fingerprint.
     """
-    compare(json.loads((checkpoint.path / STATE).read_text())["fingerprint"], fingerprint, checkpoint.path)
+    check_fingerprint(
+        json.loads((checkpoint.path / STATE_FILE).read_text())["fingerprint"], fingerprint, checkpoint.path
+    )
     for parameter in parameters.values():
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
@@ -264,10 +266,10 @@ def restore(
     try:
         dcp.load(tensors_of(parameters, optimizer), storage_reader=reader, no_dist=True)
     except CheckpointException as error:
-        raise _cause(error) from error
+        raise _root_cause(error) from error
 
 
-def _cause(error: CheckpointException) -> BaseException:
+def _root_cause(error: CheckpointException) -> BaseException:
     """What the one process that took part ran into."""
     return next(iter(error.failures.values()))[0]
 
@@ -276,7 +278,7 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _complete(directory: Path) -> list[Path]:
+def _directories(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob("step-*") if p.is_dir())
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from engine.distributed.errors import say_error
+from engine.distributed.errors import print_error
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ _MISSING = object()
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        say_error(self.prog, message)
+        print_error(self.prog, message)
         self.exit(2)
 
 

@@ -59,7 +59,7 @@ def count_parameters(config: PiTeConfig, recipe: Recipe) -> ParameterCount:
     layer = sum(p.numel() for p in model.decoder.layers[0].parameters())
     model.add_lora(recipe.lora_rank, recipe.lora_alpha)
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    model.set_trainable(recipe.learns)
+    model.set_trainable(recipe.trainable_modules)
     return ParameterCount(total, linear, layer, lora, sum(p.numel() for _, p in model.trainable()) - lora)
 
 

@@ -111,7 +111,7 @@ def train(
     absent: Absent,
     interrupted: Callable[[], bool],
     after_step: Callable[[int, Callable[[], None], bool], bool],
-    blame: Callable[[int], list[str]],
+    find_nonfinite_samples: Callable[[int], list[str]],
     efficiency: Callable[[int, float], dict[str, float]],
 ) -> int:
     """Run optimizer steps `start` .. `stop`; returns the number of steps done.
@@ -120,7 +120,7 @@ def train(
     interrupted  whether this rank was asked to stop; the ranks agree on it with the step's other numbers
     after_step  called with the steps done, a function that waits for their numbers, and whether any rank was asked to
                 stop; True ends the run early
-    blame       names the samples of a step whose loss or gradient is not finite
+    find_nonfinite_samples       names the samples of a step whose loss or gradient is not finite
     efficiency  further numbers from a step's tokens and seconds
     Raises NonFiniteError.
     """
@@ -142,7 +142,7 @@ def train(
         loss, ce, l1, asked, norm, failed = done.numbers.tolist()
         stopping = asked > 0
         if failed:
-            found = enumerate(world.gather(blame(done.step)))
+            found = enumerate(world.gather(find_nonfinite_samples(done.step)))
             culprits = [f"rank {rank}: the loss or gradient of {', '.join(names)}" for rank, names in found if names]
             raise NonFiniteError(
                 f"step {done.step + 1}, {' and '.join(culprits) or 'the summed gradient, though of no sample alone,'} is not finite "
@@ -169,9 +169,9 @@ def train(
     with closing(Gradients(backward_order(model), world.size)) as gradients:
         for step in range(start, stop):
             before = time.perf_counter()
-            world.doing(f"waiting for the data of step {step + 1}")
+            world.set_status(f"waiting for the data of step {step + 1}")
             current = next(batches)
-            world.doing(f"computing step {step + 1}")
+            world.set_status(f"computing step {step + 1}")
             data_wait = time.perf_counter() - before
             rate = learning_rate(step, total, recipe)
             for group in optimizer.param_groups:
@@ -185,8 +185,8 @@ def train(
                     gradients.reduce_in_next_backward()
                 losses.total.backward()
                 sums[:3] += torch.stack([losses.total.detach(), losses.ce, losses.l1]).float()
-            if world.watch is not None:
-                world.watch.arrived(_recorded_event() if device.type == "cuda" else None)
+            if world.watchdog is not None:
+                world.watchdog.step_done(_recorded_event() if device.type == "cuda" else None)
             gradients.finish(sums)
             norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
             bad.copy_(torch.maximum(bad, (~torch.isfinite(norm + sums[0])).float()))

@@ -1,10 +1,10 @@
-"""What a run says of itself: a progress bar, one JSON line per step, TensorBoard, and Weights & Biases where asked.
+"""The numbers of a run: a progress bar, metrics.jsonl with one line per step, TensorBoard, and optionally Weights & Biases.
 
 tokens_per_second  useful tokens of the global batch over the step's wall time; there is no padding to count
 mfu                model FLOPs utilisation: 4N FLOPs per useful token (N: the linear weights of the layers; forward 2N,
-                   gradient of the activations 2N; the frozen weights have no gradient of their own), attention, heads and
-                   recomputation not counted, over the data sheets' dense bfloat16 peak of all devices
-data_wait          share of the step that waited for the next batch
+                   gradient of the activations 2N; the frozen weights have no gradient of their own), over the data sheets'
+                   dense bfloat16 peak of all devices. Attention, heads and activation checkpointing are not counted
+data_wait          share of the step spent waiting for the next batch
 memory_gb          peak allocation of this device so far
 """
 
@@ -25,10 +25,10 @@ from dataloaders.files import write_atomically
 class Metrics:
     """Writes each step's numbers to metrics.jsonl, TensorBoard and a progress bar.
 
-    directory  of the stage; metrics.jsonl and tensorboard/ are made in it. None on all ranks but the first: silence
+    directory  the stage's; metrics.jsonl and tensorboard/ are made in it. None, on all ranks but 0, disables all output
     start      steps already done; later lines of an interrupted run are dropped, so that each step has one line
     total      steps of the stage
-    wandb      project on Weights & Biases that gets the numbers too; its own WANDB_* variables apply
+    wandb      project on Weights & Biases that gets the numbers too; its WANDB_* environment variables apply
     """
 
     def __init__(self, directory: Path | None, *, start: int, total: int, title: str, wandb: str | None = None) -> None:
@@ -68,7 +68,8 @@ class Metrics:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
-    def say(self, text: str) -> None:
+    def write(self, text: str) -> None:
+        """Print a line above the progress bar."""
         if self._silent:
             return
         self._bar.write(text, file=sys.stderr)
@@ -89,7 +90,7 @@ class Metrics:
 
 
 def require_wandb() -> Any:
-    """The module. Raises ValueError when it is not installed."""
+    """Import wandb. Raises ValueError if it is not installed."""
     try:
         return import_module("wandb")
     except ImportError:
@@ -97,20 +98,35 @@ def require_wandb() -> Any:
 
 
 def _wandb_run(project: str, directory: Path) -> Any:
-    # The same directory is the same run, so that a run that is continued continues its curves.
+    # The id is a function of the directory, so that a resumed run continues its curves.
     name = f"{directory.resolve().parent.name}-{directory.name}"
     return require_wandb().init(project=project, id=name, name=name, dir=str(directory), resume="allow")
 
 
-def read(path: Path) -> list[dict[str, float]]:
-    """The whole lines of a metrics.jsonl; a last line cut off by a kill is left out."""
-    if not path.exists():
+def read_metrics(path: Path, *, strict: bool = False) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl.
+
+    strict  by default a missing file has no lines, and a last line that a kill has cut off is left out; both raise if strict
+    Raises ValueError naming file and line, where a line is not a JSON object with a step.
+    """
+    if not path.is_file():
+        if strict:
+            raise ValueError(f"{path}: no such file")
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    *whole, last = path.read_text(encoding="utf-8").split("\n")
+    lines = []
+    for number, text in enumerate([*whole, last] if strict and last else whole, start=1):
+        try:
+            line = json.loads(text)
+            int(line["step"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{path}:{number}: not a JSON object with a step") from None
+        lines.append(line)
+    return lines
 
 
 def _keep_until(path: Path, step: int) -> None:
-    kept = [line for line in read(path) if line["step"] <= step]
+    """Drop the lines after a step."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
     if path.exists():
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-# No window: training machines have no display.
+# Draw without a window: training machines have no display.
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+
+from engine.metrics import read_metrics
 
 CURVES = (
     ("loss", "loss"),
@@ -24,22 +25,14 @@ CURVES = (
 )
 
 
-def read_metrics(path: Path) -> dict[str, np.ndarray]:
-    """Metrics JSONL -> one float64 array per numeric field, NaN where a line lacks it, in order of step.
+def read_curves(path: Path) -> dict[str, np.ndarray]:
+    """metrics.jsonl -> one float64 array per numeric field, NaN where a line lacks it, in order of step.
 
     A step logged again after a resume replaces the earlier line. Raises ValueError naming file and line.
     """
     lines: dict[int, dict[str, float]] = {}
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(text)
-            lines[int(record["step"])] = {
-                name: value for name, value in record.items() if isinstance(value, int | float)
-            }
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{path}:{number}: not a JSON object with a step") from None
+    for record in read_metrics(path, strict=True):
+        lines[int(record["step"])] = {name: value for name, value in record.items() if isinstance(value, int | float)}
     if not lines:
         raise ValueError(f"{path}: holds no step")
     rows = [lines[step] for step in sorted(lines)]
@@ -48,7 +41,7 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean over `window` steps, NaNs left out, narrower at both ends."""
+    """Centred running mean over `window` steps. NaNs are left out; the window is narrower at both ends."""
     known = np.isfinite(values)
     kernel = np.ones(window)
     total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
@@ -57,11 +50,11 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def plot_losses(stages: dict[str, Path], output: Path) -> None:
-    """Write a PNG with one column per stage and one row per curve; raw values pale, their running mean strong.
+    """Write a PNG with one column per stage and one row per curve: raw values pale, their running mean strong.
 
-    stages  title -> metrics JSONL with the fields step, loss, ce, l1, tokens_per_second
+    stages  title -> metrics.jsonl with the fields step, loss, ce, l1, tokens_per_second
     """
-    metrics = {title: read_metrics(path) for title, path in stages.items()}
+    metrics = {title: read_curves(path) for title, path in stages.items()}
     curves = [curve for curve in CURVES if any(np.isfinite(m.get(curve[0], np.nan)).any() for m in metrics.values())]
     if not curves:
         raise ValueError(f"none of {', '.join(map(str, stages.values()))} holds a loss")

@@ -77,7 +77,7 @@ def check_fp8(world: World, dtype: torch.dtype) -> None:
     if world.device.type == "cuda" and dtype != torch.bfloat16:
         raise ValueError("--frozen-dtype fp8 on CUDA goes with bfloat16: leave --dtype out")
     if world.device.type == "cpu":
-        world.say("fp8 is emulated on a CPU: its rounding, not its speed")
+        world.log_rank0("fp8 is emulated on a CPU: its rounding, not its speed")
 
 
 def check_tokens(

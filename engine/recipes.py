@@ -17,7 +17,7 @@ LANGUAGE_MODELS: dict[str, str] = {"7b": "lmsys/vicuna-7b-v1.5", "13b": "lmsys/v
 class Recipe:
     """Hyper-parameters of one stage. Defaults are the paper's (section 4.3, table 2) where it names them.
 
-    learns             modules that learn beside the LoRA
+    trainable_modules         modules that learn beside the LoRA
     head               the head whose L1 joins the cross-entropy; None for cross-entropy alone
     max_grad_norm      global gradient norm is clipped to this; 0 for never (the paper is silent; its predecessors' 1)
     head_rate_ratio    learning rate of the coordinate heads, as a share of `learning_rate`
@@ -26,7 +26,7 @@ class Recipe:
     align_adapter      start the adapter as the linear map from features to the captions' words (stage 1)
     """
 
-    learns: tuple[str, ...]
+    trainable_modules: tuple[str, ...]
     head: Head | None
     epochs: int
     learning_rate: float = 1e-4
@@ -60,9 +60,9 @@ class Recipe:
 
 
 PAPER: dict[Stage, Recipe] = {
-    1: Recipe(learns=("vision_adapter", "localization_projector"), head="localization", epochs=1),
-    2: Recipe(learns=("trajectory_projector",), head="trajectory", epochs=2),
-    3: Recipe(learns=(), head=None, epochs=2),
+    1: Recipe(trainable_modules=("vision_adapter", "localization_projector"), head="localization", epochs=1),
+    2: Recipe(trainable_modules=("trajectory_projector",), head="trajectory", epochs=2),
+    3: Recipe(trainable_modules=(), head=None, epochs=2),
 }
 
 # A model of a million weights wants twenty times the learning rate of one of seven billion; but at that rate a step of

@@ -1,4 +1,4 @@
-"""One stage's run: resume where the last checkpoint is, train, write checkpoints, leave in good order."""
+"""The run of one stage: resume from the last checkpoint, train, write checkpoints, end cleanly."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 from dataloaders.samples.batch import PackedBatch
 from dataloaders.samples.prefetch import prefetch
-from engine import checkpoint as state
 from engine.batches import Absent, StepSource
+from engine.checkpoint import Checkpoint, CheckpointWriter, restore_checkpoint, resume_point
 from engine.distributed.world import World
 from engine.hardware import efficiency
 from engine.loop import compute_losses, make_optimizer, train
@@ -38,57 +38,57 @@ def run(
     total: int,
     fingerprint: dict[str, Any],
 ) -> tuple[int, bool]:
-    """Resume, train and checkpoint one stage; returns the steps done, and whether any rank was asked to stop.
+    """Resume, train and checkpoint one stage; returns the steps done, and whether any rank got a signal to stop.
 
-    directory    of the stage: checkpoints, metrics and profiles are made in it
+    directory    the stage's: checkpoints, metrics and profiles are made in it
     total        steps of the stage's schedule
-    fingerprint  what the run is made of; a checkpoint of another is refused
+    fingerprint  the run's inputs and settings; a checkpoint with another fingerprint is refused
     """
     parameters = dict(model.trainable())
     optimizer = make_optimizer(model, recipe)
     checkpoints = directory / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    continued, complaints = resume_point(checkpoints, config.start_over_if_damaged, world)
+    continued, warnings = shared_resume_point(checkpoints, config.start_over_if_damaged, world)
     start = 0
     if continued is not None:
-        state.restore(continued, parameters, optimizer, fingerprint)
+        restore_checkpoint(continued, parameters, optimizer, fingerprint)
         start = continued.step
     stop = total if config.max_steps is None else max(start, min(total, config.max_steps))
     with (
-        InterruptFlag(among_others=world.size > 1) as interrupted,
+        InterruptFlag(distributed=world.size > 1) as interrupted,
         Metrics(
             directory if world.is_main else None, start=start, total=stop, title=directory.name, wandb=config.wandb
         ) as metrics,
-        state.Writer(checkpoints, fingerprint, config.keep_checkpoints, continued) as writer,
+        CheckpointWriter(checkpoints, fingerprint, config.keep_checkpoints, continued) as writer,
         Profile(directory / "profile", config.profile, world, start) as profile,
     ):
-        for text in complaints:
-            metrics.say(text)
+        for text in warnings:
+            metrics.write(text)
         if start:
-            metrics.say(f"continuing after step {start} of {stop}")
+            metrics.write(f"continuing after step {start} of {stop}")
 
-        asked = False
+        stop_requested = False
 
         def after_step(done: int, finish: Callable[[], None], stopping: bool) -> bool:
-            nonlocal asked
-            asked = stopping
+            nonlocal stop_requested
+            stop_requested = stopping
             profile.after_step(done)
             writer.check()
             if stopping or done % config.checkpoint_every == 0 or done == stop:
-                # What a step did is known to be finite before it is saved.
+                # Wait for the step's numbers: only steps with a finite loss and gradient are saved.
                 finish()
                 if world.is_main:
-                    world.doing(f"saving step {done}")
+                    world.set_status(f"saving step {done}")
                     writer.save(done, parameters, optimizer)
             return stopping or done == stop
 
-        def blame(step: int) -> list[str]:
+        def find_nonfinite_samples(step: int) -> list[str]:
             batches = list(source.singles(step))
-            # Sharded weights are gathered by all ranks together, so that all compute equally often.
+            # All ranks gather sharded weights together, so all must compute equally often; `padding` fills up the rounds.
             rounds = max(world.gather(len(batches)))
-            idle = source.step(step).micro_batches[:1] * (rounds - len(batches))
-            found = [finite(model, batch, recipe, config.absent) for batch in (*batches, *idle)]
-            return [batch.sample_ids[0] for batch, good in zip(batches, found) if not good]
+            padding = source.step(step).micro_batches[:1] * (rounds - len(batches))
+            results = [is_finite(model, batch, recipe, config.absent) for batch in (*batches, *padding)]
+            return [batch.sample_ids[0] for batch, finite in zip(batches, results) if not finite]
 
         try:
             with collector_frozen():
@@ -105,38 +105,38 @@ def run(
                     absent=config.absent,
                     interrupted=lambda: interrupted.set,
                     after_step=after_step,
-                    blame=blame,
+                    find_nonfinite_samples=find_nonfinite_samples,
                     efficiency=efficiency(model.config, recipe, world),
                 )
-            # In the last step too, of which no other tells the ranks.
-            asked = any(world.gather(asked or interrupted.set))
+            # The ranks agree on a stop one step later. After the last step this gather does it.
+            stop_requested = any(world.gather(stop_requested or interrupted.set))
         finally:
-            if world.watch is not None:
-                world.watch.rest()
+            if world.watchdog is not None:
+                world.watchdog.pause()
     if done < total:
-        if asked:
-            by = interrupted.by or "by another rank"
-            world.say(
-                f"asked to stop ({by}): saved step {done} of {total} in {checkpoints}; the same command continues"
+        if stop_requested:
+            signal_name = interrupted.signal_name or "on another rank"
+            world.log_rank0(
+                f"stop requested ({signal_name}): saved step {done} of {total} in {checkpoints}; the same command continues"
             )
         else:
-            world.say(
-                f"stopped after step {done} of {total}, as --max-steps says, and saved in {checkpoints}; "
-                "the same command with more of them continues"
+            world.log_rank0(
+                f"stopped after step {done} of {total}, because of --max-steps, and saved in {checkpoints}; "
+                "the same command with a larger --max-steps continues"
             )
-    return done, asked
+    return done, stop_requested
 
 
-def resume_point(checkpoints: Path, start_over: bool, world: World) -> tuple[state.Checkpoint | None, list[str]]:
-    """`state.resume_point` of rank 0, on all ranks: all start from the same, and one renames."""
-    found: list[tuple[state.Checkpoint | None, list[str]]] = []
-    agree_with_main(world, lambda: found.append(state.resume_point(checkpoints, start_over)))
+def shared_resume_point(checkpoints: Path, start_over: bool, world: World) -> tuple[Checkpoint | None, list[str]]:
+    """`resume_point` on rank 0, its result on all ranks: all start from the same checkpoint, and only one renames."""
+    found: list[tuple[Checkpoint | None, list[str]]] = []
+    agree_with_main(world, lambda: found.append(resume_point(checkpoints, start_over)))
     return world.from_main(lambda: found[0])
 
 
 @contextmanager
 def collector_frozen() -> Iterator[None]:
-    """Keep Python's garbage collector from scanning everything that lives as long as the run anyway."""
+    """Keep Python's garbage collector from scanning the objects that live as long as the run."""
     gc.collect()
     gc.freeze()
     try:
@@ -145,8 +145,8 @@ def collector_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-def finite(model: PiTe, batch: PackedBatch, recipe: Recipe, absent: Absent) -> bool:
-    """Whether one sample alone has a finite loss and finite gradients."""
+def is_finite(model: PiTe, batch: PackedBatch, recipe: Recipe, absent: Absent) -> bool:
+    """Whether the loss and the gradients of one sample alone are finite."""
     losses = compute_losses(model, batch.to(model.device), recipe, absent)
     parameters = [p for _, p in model.trainable()]
     gradients = torch.autograd.grad(losses.total, parameters, allow_unused=True)
@@ -154,30 +154,30 @@ def finite(model: PiTe, batch: PackedBatch, recipe: Recipe, absent: Absent) -> b
 
 
 class InterruptFlag:
-    """Within its block SIGTERM (preemption) and a first Ctrl-C set the flag, and `by`, instead of ending the process.
+    """Within its block SIGTERM (preemption) and a first Ctrl-C set the flag and `signal_name`; the process goes on.
 
-    among_others  keep it so after an error or a stop: torchrun sends SIGTERM as soon as another rank is gone, when this
-                  one has yet to say which, and again where a scheduler has signalled every process
+    distributed  stay in effect after an error or a stop. torchrun sends SIGTERM as soon as another rank is gone, before
+                 this rank has printed which one; and once more where a scheduler has signalled every process
     """
 
-    def __init__(self, among_others: bool = False) -> None:
+    def __init__(self, distributed: bool = False) -> None:
         self.set = False
-        self.by = ""
-        self._among_others = among_others
+        self.signal_name = ""
+        self._distributed = distributed
 
     def _raise(self, number: int, _: object) -> None:
         if self.set:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        self.set, self.by = True, signal.Signals(number).name
+        self.set, self.signal_name = True, signal.Signals(number).name
 
     def __enter__(self) -> InterruptFlag:
         self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._among_others and (kind is not None or self.set):
+        if self._distributed and (kind is not None or self.set):
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)

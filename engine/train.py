@@ -1,7 +1,7 @@
 """python -m engine.train --stage 1|2|3|all --model tiny|7b|13b --data DIR --store DIR --output DIR
 
-Each stage starts from the one before (its LoRA merged, a new one on top) and leaves OUTPUT/stageN/final. The same
-command again continues where it was stopped, or says that it is done.
+Each stage starts from the previous one, with its LoRA merged and a new LoRA on top, and writes OUTPUT/stageN/final. The
+same command resumes an interrupted run, and reports a finished one as done.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from dataloaders.samples.dataset import StageDataset
 from dataloaders.samples.plan import BatchPlan
 from dataloaders.store.features import FeatureStore, Manifest
 from engine import budget
-from engine import checkpoint as state
 from engine.batches import StepSource
 from engine.build import (
     RANDOM,
@@ -31,10 +30,11 @@ from engine.build import (
     model_config,
     random_shape,
 )
+from engine.checkpoint import check_fingerprint, check_resumable
 from engine.cli import parse
 from engine.config import TrainConfig
-from engine.distributed.errors import say_error
-from engine.distributed.watchdog import say_end
+from engine.distributed.errors import print_error
+from engine.distributed.watchdog import print_end
 from engine.distributed.world import World
 from engine.hardware import capacity_of
 from engine.layout import choose_layout, count_parameters
@@ -49,7 +49,7 @@ from pite import checkpoint
 from pite.config import PiTeConfig
 from pite_kernels.attention import choose_backend
 
-_RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name not in ("learns", "head"))
+_RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name not in ("trainable_modules", "head"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return budget.main(argv)
     world: World | None = None
     status = 1
-    alone_because: str | None = "an error, which its own output tells"
+    leave_reason: str | None = "an error; see the output of that rank"
     try:
         if config.wandb is not None:
             require_wandb()
@@ -69,46 +69,52 @@ def main(argv: list[str] | None = None) -> int:
         with claimed(config.output, world):
             for stage in config.stages:
                 progress = train_stage(config, stage, world)
-                if progress.asked and world.is_main and not (progress.done and stage == config.stages[-1]):
+                finished = progress.done and stage == config.stages[-1]
+                if progress.stop_requested and world.is_main and not finished:
                     write_marker(config.output, stage, progress.step)
-                if progress.asked or not progress.done:
+                if progress.stop_requested or not progress.done:
                     break
-        status, alone_because = 0, None
+        status, leave_reason = 0, None
     except NonFiniteError as error:
-        # All ranks know it; one says it, and all leave together.
+        # All ranks raise it: rank 0 prints it, and all leave together.
         if world is None or world.is_main:
             print(f"engine.train: {error}", file=sys.stderr)
-        alone_because = None
+        leave_reason = None
     except torch.OutOfMemoryError as error:
-        say_error("engine.train", f"{error}\nLower --token-budget, which is one micro-batch's tokens.")
-        alone_because = "out of memory"
+        print_error("engine.train", f"{error}\nLower --token-budget, which is one micro-batch's tokens.")
+        leave_reason = "out of memory"
     except (ValueError, OSError) as error:
-        say_error("engine.train", str(error))
-        alone_because = str(error)
+        print_error("engine.train", str(error))
+        leave_reason = str(error)
     except RuntimeError:
-        # A collective that failed says nothing of its cause; the watch may know it.
-        cause = world.watch.explain() if world is not None and world.watch is not None else None
+        # The error of a failed collective does not name its cause. The watchdog may have found it.
+        cause = world.watchdog.diagnose() if world is not None and world.watchdog is not None else None
         if world is None or cause is None:
             raise
-        say_end(f"rank {world.rank} ends: {cause}")
-        alone_because = cause
+        print_end(f"rank {world.rank} ends: {cause}")
+        leave_reason = cause
     finally:
         if world is not None:
-            world.leave(alone_because)
+            world.leave(leave_reason)
     return status
 
 
 class Progress(NamedTuple):
-    """How far a stage is: its optimizer steps, whether those are all, and whether any rank was asked to stop."""
+    """The progress of a stage.
+
+    step            optimizer steps done
+    done            whether those are all of the stage
+    stop_requested  whether any rank got a signal to stop
+    """
 
     step: int
     done: bool
-    asked: bool
+    stop_requested: bool
 
 
 def train_stage(config: TrainConfig, stage: Stage, world: World) -> Progress:
-    """Train one stage to its end, or until it is asked to stop or has done `--max-steps`."""
-    world.doing(f"checking what stage {stage} is made of")
+    """Train one stage to its end, until a signal to stop, or up to `--max-steps`."""
+    world.set_status(f"checking the inputs of stage {stage}")
     directory = config.output / f"stage{stage}"
     final = directory / "final"
     recipe = config.recipe(stage)
@@ -142,26 +148,26 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> Progress:
     }
     if (final / checkpoint.LINEAGE).exists():
         lineage = checkpoint.read_lineage(final)
-        state.compare({name: lineage["made_of"].get(name) for name in settings}, settings, final)
-        world.say(f"stage {stage} is done: {final}")
+        check_fingerprint({name: lineage["made_of"].get(name) for name in settings}, settings, final)
+        world.log_rank0(f"stage {stage} is done: {final}")
         return Progress(lineage["steps"], True, False)
 
-    world.doing(f"reading the data of stage {stage}")
+    world.set_status(f"reading the data of stage {stage}")
     tokenizer = load_tokenizer(llm or RANDOM)
     store = FeatureStore(config.features(stage))
     dataset = _open_dataset(config, stage, world, tokenizer, pite_config, store)
     left_out = directory / "left_out.jsonl"
     note = f"; they are listed in {left_out}" if dataset.exclusions() else ""
-    world.say(f"stage {stage}: {dataset.summary()}{note}")
+    world.log_rank0(f"stage {stage}: {dataset.summary()}{note}")
     if world.is_main:
         directory.mkdir(parents=True, exist_ok=True)
         dataset.write_left_out(left_out)
     check_encoded(dataset, config.store)
-    check_tokens(dataset, tokenizer, pite_config, lambda warning: world.say(f"stage {stage}: {warning}"))
+    check_tokens(dataset, tokenizer, pite_config, lambda warning: world.log_rank0(f"stage {stage}: {warning}"))
     layout = choose_layout(
         pite_config,
         count_parameters(pite_config, recipe),
-        # One layout for all: the smallest device's.
+        # All ranks have one layout: that of the smallest device.
         min(world.gather(capacity_of(world.device)), key=lambda capacity: capacity or 0.0),
         ranks=world.size,
         width=dtype.itemsize,
@@ -175,7 +181,7 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> Progress:
     attention = choose_backend(
         world.device, dtype, llm_config.num_attention_heads, llm_config.num_key_value_heads, pite_config.head_dim
     )
-    world.say(f"stage {stage}: {layout.describe(llm_config.num_hidden_layers)}, attention by {attention}")
+    world.log_rank0(f"stage {stage}: {layout.describe(llm_config.num_hidden_layers)}, attention by {attention}")
     if dataset.tokens.max() > layout.token_budget:
         raise ValueError(
             f"the longest sample has {dataset.tokens.max():,} tokens and a micro-batch holds {layout.token_budget:,}: "
@@ -183,8 +189,9 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> Progress:
         )
     plan = BatchPlan(len(dataset), recipe.global_batch, config.seed, dataset.groups() if recipe.group_media else None)
     if plan.left_over:
-        world.say(
-            f"stage {stage}: {plan.left_over} samples fill no batch of {recipe.global_batch}, others in each epoch",
+        world.log_rank0(
+            f"stage {stage}: dropping the last incomplete batch ({plan.left_over} of {len(dataset):,} samples, "
+            "different ones in each epoch)"
         )
     source = StepSource(
         dataset,
@@ -203,25 +210,25 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> Progress:
         "feature records": world.from_main(lambda: store.fingerprint(dataset.media)),
         "left out": dataset.exclusions() or None,
     }
-    agree(world, lambda: state.check_newest(directory / "checkpoints", fingerprint))
+    agree(world, lambda: check_resumable(directory / "checkpoints", fingerprint))
     total = plan.steps_per_epoch * recipe.epochs
     if config.profile is not None and config.profile[0] > total:
         raise ValueError(f"--profile starts at step {config.profile[0]}, and stage {stage} has {total}")
-    world.doing(f"building the model of stage {stage}")
+    world.set_status(f"building the model of stage {stage}")
     model = build_model(
         stage, recipe, pite_config, llm=llm, merged=merged, dataset=dataset, store=store, seed=config.seed,
         head_init=config.head_init, dtype=dtype, fp8=fp8, world=world, layout=layout,
     )  # fmt: skip
     if config.compile:
         model.decoder.compile_layers()
-    done, asked = run(config, recipe, model, source, world, directory, total, fingerprint)
-    progress = Progress(done, done == total, asked)
+    done, stop_requested = run(config, recipe, model, source, world, directory, total, fingerprint)
+    progress = Progress(done, done == total, stop_requested)
     if not progress.done:
         return progress
     if world.is_main:
         plot_losses({directory.name: directory / "metrics.jsonl"}, directory / "losses.png")
     if llm is None:
-        world.say(f"stage {stage} is done: random weights are not exported")
+        world.log_rank0(f"stage {stage} is done: random weights are not exported")
         return progress
     if world.is_main:
         base = str(llm) if Path(llm_name).expanduser().is_dir() else llm_name
@@ -229,7 +236,9 @@ def train_stage(config: TrainConfig, stage: Stage, world: World) -> Progress:
         with directory_written_atomically(final, alone=True) as temporary:
             tokenizer.save_pretrained(str(temporary))
             checkpoint.save_stage(model, temporary, lineage)
-    world.say(f"stage {stage} is done: {final}" + ("; asked to stop, no other is begun" if asked else ""))
+    world.log_rank0(
+        f"stage {stage} is done: {final}" + ("; stopping before the next stage, as requested" if stop_requested else "")
+    )
     world.barrier()
     return progress
 
@@ -242,9 +251,9 @@ def _open_dataset(
     pite_config: PiTeConfig,
     store: FeatureStore,
 ) -> StageDataset:
-    """The stage's training set, tokenized by rank 0 alone: a lock does not keep the others from it on every file system.
+    """The stage's training set. Rank 0 alone tokenizes it, since file locks do not work on every file system.
 
-    Raises ValueError, on all ranks, where rank 0 cannot make it.
+    Raises ValueError, on all ranks, if rank 0 cannot make it.
     """
 
     def open_it() -> None:
@@ -266,7 +275,7 @@ def _open_dataset(
 
     opened: list[StageDataset] = []
     agree_with_main(world, open_it)
-    # What rank 0 made is found, unless the cache is a disk of each machine's own.
+    # The other ranks find what rank 0 made in the cache, unless each machine has a cache of its own.
     agree(world, lambda: None if world.is_main else open_it())
     return opened[0]
 
@@ -281,6 +290,6 @@ def _model_config(config: TrainConfig, llm: Path | None) -> PiTeConfig:
 if __name__ == "__main__":
     status = main()
     if status:
-        # A collective that will never finish would keep the interpreter from ending.
+        # The interpreter would not end while a collective that never finishes is still running.
         sys.stderr.flush()
         os._exit(status)

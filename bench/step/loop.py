@@ -68,7 +68,7 @@ def run_loop(problem: Problem, steps: int, warm: Callable[[], None] = lambda: No
         absent="skip",
         interrupted=lambda: False,
         after_step=after_step,
-        blame=lambda _: [],
+        find_nonfinite_samples=lambda _: [],
         efficiency=lambda *_: {},
     )
     return seconds.values[WARM_UPS:], seconds.losses[0]

@@ -106,7 +106,7 @@ def make_problem(
     torch.manual_seed(0)
     model = checkpoint.random_model(shape.config, dtype=dtype, device=str(device))
     model.add_lora(rank, 2.0 * rank)
-    model.set_trainable(RECIPE.learns)
+    model.set_trainable(RECIPE.trainable_modules)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b"):

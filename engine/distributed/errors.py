@@ -1,7 +1,8 @@
-"""One sentence, once: of the ranks that meet the same error, the first says it.
+"""Print an error once per job, not once per rank.
 
-Which one that is cannot be fixed beforehand, because torchrun ends all ranks as soon as one has ended. They count
-themselves in the key-value store instead; nothing here is collective, so that a rank which is alone with its error says it too.
+Which rank prints cannot be fixed beforehand, because torchrun ends all ranks as soon as one has ended. Instead, the
+ranks that have an error count themselves in the key-value store, and the first one prints it. Nothing here is a
+collective: a rank that alone has an error prints it too.
 """
 
 from __future__ import annotations
@@ -15,44 +16,44 @@ from datetime import timedelta
 
 from dataloaders.ranks import Ranks
 
-TOGETHER = 2.0
-"""Seconds that the first rank gives the others to meet the same error, before it says that it is alone with it."""
+COLLECT_SECONDS = 2.0
+"""Seconds that the first rank waits for the others to have the same error. If some do not, it prints its own name too."""
 
 
-def say_error(program: str, error: str) -> None:
-    """Print an error on stderr, once for all ranks that have it; where some do not, it names the first that has it."""
+def print_error(program: str, error: str) -> None:
+    """Print an error on stderr, once for all ranks that have it. If some do not have it, add the first rank's name."""
     ranks = Ranks.read()
-    whose: str | None = ""
+    prefix: str | None = ""
     if ranks.size > 1:
         try:
-            whose = _whose(error, ranks.rank, ranks.size)
+            prefix = _prefix(error, ranks.rank, ranks.size)
         except RuntimeError:
-            whose = _name(ranks.rank)  # the store is gone, and with it the others
-    if whose is not None:
-        print(f"{program}: {whose}{error}", file=sys.stderr, flush=True)
+            prefix = _rank_name(ranks.rank)  # the store is gone, and the other ranks with it
+    if prefix is not None:
+        print(f"{program}: {prefix}{error}", file=sys.stderr, flush=True)
 
 
-def _whose(error: str, rank: int, size: int) -> str | None:
-    """What the sentence begins with; None where another rank says it."""
+def _prefix(error: str, rank: int, size: int) -> str | None:
+    """The start of the printed line; None when another rank prints it."""
     import torch.distributed as dist
 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not dist.is_initialized():
-        return "" if rank == 0 else _name(rank)  # nothing tells whether the others have it too
+        return "" if rank == 0 else _rank_name(rank)  # no store: unknown whether the others have it too
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))
     key = f"pite/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{hashlib.sha256(error.encode()).hexdigest()}"
-    until = time.monotonic() + TOGETHER
+    until = time.monotonic() + COLLECT_SECONDS
     if store.add(key, 1) > 1:
-        # Ending now would have torchrun end the one that speaks.
-        while time.monotonic() < until + 1 and not store.check([f"{key}/said"]):
+        # If this rank ended now, torchrun would end the rank that prints.
+        while time.monotonic() < until + 1 and not store.check([f"{key}/printed"]):
             time.sleep(0.02)
         return None
     while time.monotonic() < until and store.add(key, 0) < size:
         time.sleep(0.02)
-    whose = "" if store.add(key, 0) == size else _name(rank)
-    store.set(f"{key}/said", "")
-    return whose
+    prefix = "" if store.add(key, 0) == size else _rank_name(rank)
+    store.set(f"{key}/printed", "")
+    return prefix
 
 
-def _name(rank: int) -> str:
+def _rank_name(rank: int) -> str:
     return f"rank {rank} ({socket.gethostname()}): "

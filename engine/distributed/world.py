@@ -1,7 +1,8 @@
-"""The processes of a run. One without torchrun; with it, data parallel: each rank takes its share of a global batch.
+"""The processes of a run: one without torchrun, and data parallel with it. Each rank takes its share of a global batch.
 
-Frozen weights are copied to every rank, or sharded (FSDP2) where they do not fit. What learns is small and always
-copied: its gradients are summed (`engine.distributed.gradients`), and rank 0 alone can save it, whatever the layout.
+Frozen weights are copied to every rank, or sharded (FSDP2) where they do not fit. Trainable parameters are small and
+always copied: an all-reduce sums their gradients (`engine.distributed.gradients`), and rank 0 alone can save them under
+any layout.
 """
 
 from __future__ import annotations
@@ -20,37 +21,37 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dataloaders.ranks import Ranks
-from engine.distributed.watchdog import SET_UP, Watch, kept_by_torchrun
+from engine.distributed.watchdog import SETUP_TIMEOUT, Watchdog, torchrun_hosts_store
 from pite import names
 
-# What a decoder layer returns may be a view; the next one writes only to memory of its own.
+# A decoder layer may return a view. That is safe: the next layer writes only to its own memory.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 T = TypeVar("T")
 
-BACKSTOP = 4
-"""The process group's and NCCL's own timeouts, which name nobody, are this many times the watch's longest."""
+BACKSTOP_FACTOR = 4
+"""The timeouts of the process group and of NCCL, whose messages name no rank, are this many times the watchdog's longest."""
 
 NCCL_DUMP = 15
-"""Seconds that torch's watchdog over NCCL gives a dump, its default. Four times that pass between an error, such as a lost
-connection, and a C++ abort, which names nobody: more than our watch needs to speak first."""
+"""Seconds that torch's own NCCL watchdog allows for a dump, its default. Four times that pass between an error, such as a
+lost connection, and a C++ abort that names no rank. Our watchdog needs less, so its message comes first."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: its rank among `size`, and its device; `watch` looks after the others."""
+    """This process's rank among `size` and its device; `watchdog` monitors the other ranks."""
 
     rank: int
     size: int
     device: torch.device
-    watch: Watch | None = None
+    watchdog: Watchdog | None = None
 
     @staticmethod
     def join(device: str | None = None, stall: float = 600.0) -> World:
-        """Read torchrun's environment; join its process group, when there is one: gloo, and NCCL on CUDA.
+        """Read torchrun's environment and join its process group, if there is one: gloo, and NCCL on CUDA.
 
-        stall  seconds without progress after which a rank that the others wait for ends the run
-        Raises ValueError where this rank's device is not there.
+        stall  seconds without progress after which the watchdog ends the run
+        Raises ValueError if this rank's device does not exist.
         """
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if kind.startswith("cuda") and not torch.cuda.is_available():
@@ -69,11 +70,11 @@ class World:
             torch.cuda.set_device(kind)
         if size == 1:
             return World(rank, size, torch.device(kind))
-        # torchrun's store is there before the process group: then a rank that never joins it is named too.
-        watch = Watch(rank, size, stall, torch.device(kind)) if kept_by_torchrun() else None
+        # torchrun's store exists before the process group, so the watchdog can name a rank that never joins the group.
+        watchdog = Watchdog(rank, size, stall, torch.device(kind)) if torchrun_hosts_store() else None
         if not dist.is_initialized():
             on_gpu = kind.startswith("cuda")
-            backstop = BACKSTOP * max(SET_UP, stall)
+            backstop = BACKSTOP_FACTOR * max(SETUP_TIMEOUT, stall)
             os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(1000 * NCCL_DUMP))
             os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{backstop:.0f}")
             dist.init_process_group(
@@ -81,16 +82,16 @@ class World:
                 device_id=torch.device(kind) if on_gpu else None,
                 timeout=timedelta(seconds=backstop),
             )
-        watch = watch or Watch(rank, size, stall, torch.device(kind))
-        watch.joined()
-        return World(rank, size, torch.device(kind), watch)
+        watchdog = watchdog or Watchdog(rank, size, stall, torch.device(kind))
+        watchdog.attach_process_group()
+        return World(rank, size, torch.device(kind), watchdog)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank; for work that is long and the same everywhere."""
+        """Run `make` on rank 0 and return its result on every rank; for long work with the same result everywhere."""
         if self.size == 1:
             return make()
         shared = [make() if self.is_main else None]
@@ -98,20 +99,20 @@ class World:
         return cast(T, shared[0])
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in order of the ranks."""
+        """The values of all ranks, in order of the ranks."""
         if self.size == 1:
             return [value]
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value)
         return cast(list[T], values)
 
-    def doing(self, what: str) -> None:
-        """What this rank is at, for the others should it stall there."""
-        if self.watch is not None:
-            self.watch.doing(what)
+    def set_status(self, status: str) -> None:
+        """Set what this rank is doing, for the other ranks' message if it stalls."""
+        if self.watchdog is not None:
+            self.watchdog.set_status(status)
 
-    def say(self, text: str) -> None:
-        """Tell the user something once."""
+    def log_rank0(self, text: str) -> None:
+        """Print a line on stderr, on rank 0 only."""
         if self.is_main:
             print(text, file=sys.stderr)
 
@@ -119,27 +120,30 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def leave(self, alone_because: str | None = None) -> None:
-        """Leave the process group: all ranks together, or this one alone for a reason that the others are told."""
-        if self.watch is None:
+    def leave(self, reason: str | None = None) -> None:
+        """Leave the process group: all ranks together, or this rank alone for a reason that the watchdog publishes."""
+        if self.watchdog is None:
             return
-        if alone_because is None:
+        if reason is None:
             self.barrier()
-        self.watch.close(alone_because or "")
-        if alone_because is None:
+        self.watchdog.close(reason or "")
+        if reason is None:
             dist.destroy_process_group()
 
 
 def grow_segments() -> None:
-    """Let CUDA's allocator grow its segments, before its first use: micro-batches differ in length, and fixed ones pile up."""
+    """Let CUDA's allocator grow its segments. Call before its first use.
+
+    Micro-batches differ in length, and segments of fixed size would fragment the memory.
+    """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def shard_frozen(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread a decoder layer's frozen weights, or at last the rest of a model's, over all ranks (FSDP2).
+    """Shard the frozen weights of a decoder layer, and in the last call the rest of the model's, over all ranks (FSDP2).
 
-    A layer's are gathered while it computes, forward and backward. Adapter, heads and LoRA stay whole on every rank.
+    A layer's weights are gathered while it computes, forward and backward. Adapter, heads and LoRA stay whole on every rank.
     """
     from torch.distributed.fsdp import fully_shard
 

@@ -103,7 +103,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("shards, fp8", [(1, False), (RANKS, False), (RANKS, True)])
 def test_a_model_is_built_a_layer_at_a_time(stages: Path, shards: int, fp8: bool):
     ranks = launch(shards, stages / "logs", build_stage_3, stages, shards, fp8)
-    assert ranks.wait() == [0] * shards, ranks.said(0)
+    assert ranks.wait() == [0] * shards, ranks.stderr(0)
 
     # Every weight by its own arithmetic: the file's and both stages' updates summed in float32, rounded once.
     expected = load_file(stages / "llm" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on, and hold the moment they were asked for."""
+"""Checkpoints are written while training goes on, and hold the state at the moment of the call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from engine import checkpoint as state
+from dataloaders.files import sha256
+from engine.checkpoint import (
+    STATE_FILE,
+    Checkpoint,
+    CheckpointWriter,
+    ResumeError,
+    check_resumable,
+    newest_checkpoint,
+    restore_checkpoint,
+    resume_point,
+    tensors_of,
+)
 
 
 def small_run() -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
@@ -34,7 +45,7 @@ def step(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch):
     parameters, optimizer = small_run()
-    expected = {name: tensor.clone() for name, tensor in state.tensors_of(parameters, optimizer).items()}
+    expected = {name: tensor.clone() for name, tensor in tensors_of(parameters, optimizer).items()}
     may_write = threading.Event()
     write = HuggingFaceStorageWriter.write_data
 
@@ -43,14 +54,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
         return write(self, *rest)
 
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", waiting)
-    monkeypatch.setattr(state, "FILE_BYTES", 100)
-    with state.Writer(tmp_path, {"seed": 0}, keep=2) as writer:
+    monkeypatch.setattr("engine.checkpoint.FILE_BYTES", 100)
+    with CheckpointWriter(tmp_path, {"seed": 0}, keep=2) as writer:
         writer.save(1, parameters, optimizer)
         step(parameters, optimizer)
         writer.check()
-        assert state.newest(tmp_path) == (None, {})
+        assert newest_checkpoint(tmp_path) == (None, {})
         may_write.set()
-    found, damaged = state.newest(tmp_path)
+    found, damaged = newest_checkpoint(tmp_path)
     assert found is not None and found.step == 1 and not damaged
     files = [load_file(path) for path in found.path.glob("*.safetensors")]
     assert len(files) == 3
@@ -60,15 +71,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     fresh = {name: nn.Parameter(torch.zeros_like(parameter)) for name, parameter in parameters.items()}
     other = torch.optim.AdamW(fresh.values(), lr=0.1, fused=True)
     for one, theirs in ((parameters, optimizer), (fresh, other)):
-        state.restore(found, one, theirs, {"seed": 0})
-        assert all(torch.equal(t, expected[n]) for n, t in state.tensors_of(one, theirs).items())
+        restore_checkpoint(found, one, theirs, {"seed": 0})
+        assert all(torch.equal(t, expected[n]) for n, t in tensors_of(one, theirs).items())
 
 
-def test_one_after_the_other_and_the_oldest_go(tmp_path: Path):
-    """Also what a process left unfinished that was killed."""
+def test_the_newest_checkpoints_are_kept(tmp_path: Path):
+    """And the unfinished checkpoint of a killed process is removed."""
     parameters, optimizer = small_run()
     (tmp_path / ".step-00000009.node7-0123abcd-17-89abcdef.tmp").mkdir()
-    with state.Writer(tmp_path, {}, keep=2) as writer:
+    with CheckpointWriter(tmp_path, {}, keep=2) as writer:
         for number in (1, 2, 3, 4):
             writer.save(number, parameters, optimizer)
             step(parameters, optimizer)
@@ -81,69 +92,75 @@ def full(*_) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("owner, name", [(HuggingFaceStorageWriter, "write_data"), (state, "put_in_place")])
-def test_a_failed_write_surfaces_at_the_next_word(tmp_path: Path, monkeypatch, owner, name):
+@pytest.mark.parametrize(
+    "target",
+    [
+        "torch.distributed.checkpoint.hf_storage.HuggingFaceStorageWriter.write_data",
+        "engine.checkpoint.put_in_place",
+    ],
+)
+def test_a_failed_write_is_raised_by_the_next_call(tmp_path: Path, monkeypatch, target: str):
     parameters, optimizer = small_run()
-    with state.Writer(tmp_path, {}, keep=2) as writer:
+    with CheckpointWriter(tmp_path, {}, keep=2) as writer:
         writer.save(1, parameters, optimizer)
 
-    monkeypatch.setattr(owner, name, full)
-    for speak in ("save", "check", "end"):
+    monkeypatch.setattr(target, full)
+    for call in ("save", "check", "end"):
         with pytest.raises(ValueError, match=r"step 2 could not be written \(No space.*step-00000001"):  # noqa: SIM117
-            with state.Writer(tmp_path, {}, keep=2) as writer:
+            with CheckpointWriter(tmp_path, {}, keep=2) as writer:
                 writer.save(2, parameters, optimizer)
-                if speak == "save":
+                if call == "save":
                     writer.save(3, parameters, optimizer)
-                elif speak == "check":
+                elif call == "check":
                     while True:
                         writer.check()
         assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_what_ended_the_run_is_told_first(tmp_path: Path, monkeypatch):
+def test_the_runs_own_error_goes_before_a_failed_write(tmp_path: Path, monkeypatch):
     parameters, optimizer = small_run()
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
     with pytest.raises(KeyError, match="the run's own"):  # noqa: SIM117
-        with state.Writer(tmp_path, {}, keep=2) as writer:
+        with CheckpointWriter(tmp_path, {}, keep=2) as writer:
             writer.save(2, parameters, optimizer)
             raise KeyError("the run's own")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mistake_is_not_taken_for_a_full_disk(tmp_path: Path, monkeypatch):
+def test_a_programming_error_is_not_reported_as_a_full_disk(tmp_path: Path, monkeypatch):
     parameters, optimizer = small_run()
-    monkeypatch.setattr(state, "put_in_place", None)
+    monkeypatch.setattr("engine.checkpoint.put_in_place", None)
     with pytest.raises(TypeError, match="NoneType"):  # noqa: SIM117
-        with state.Writer(tmp_path, {}, keep=2) as writer:
+        with CheckpointWriter(tmp_path, {}, keep=2) as writer:
             writer.save(2, parameters, optimizer)
 
 
-def test_the_layout_of_earlier_versions_is_refused(tmp_path: Path):
+def test_checkpoints_of_earlier_versions_are_refused(tmp_path: Path):
     old = tmp_path / "step-00000002"
     old.mkdir()
     save_file({"parameter/a": torch.zeros(3)}, old / "state.safetensors")
-    (old / state.STATE).write_text('{"step": 2, "fingerprint": {}, "sha256": "0123"}')
-    with pytest.raises(state.ResumeError, match=r"step-00000002 was written by an earlier version.*another --output"):
-        state.check_newest(tmp_path, {"seed": 0})
+    (old / STATE_FILE).write_text('{"step": 2, "fingerprint": {}, "sha256": "0123"}')
+    with pytest.raises(ResumeError, match=r"step-00000002 was written by an earlier version.*another --output"):
+        check_resumable(tmp_path, {"seed": 0})
 
 
 @pytest.mark.parametrize(
     "key, there, now",
     [("seed", 0, 1), ("data", "24 samples ab", "24 samples cd"), ("global batch", 8, 4), ("language model", "x", "y")],
 )
-def test_another_run_is_refused_by_name(tmp_path: Path, key, there, now):
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path: Path, key, there, now):
     parameters, optimizer = small_run()
     same = {"seed": 0, "data": "d", "global batch": 8, "language model": "m"}
-    with state.Writer(tmp_path, {**same, key: there}, keep=1) as writer:
+    with CheckpointWriter(tmp_path, {**same, key: there}, keep=1) as writer:
         writer.save(1, parameters, optimizer)
-    saved, _ = state.newest(tmp_path)
-    with pytest.raises(state.ResumeError, match=f"{key} was {there} there and is {now} now"):
-        state.restore(saved, parameters, optimizer, {**same, key: now})
+    saved, _ = newest_checkpoint(tmp_path)
+    with pytest.raises(ResumeError, match=f"{key} was {there} there and is {now} now"):
+        restore_checkpoint(saved, parameters, optimizer, {**same, key: now})
 
 
-def save_steps(directory: Path, *steps: int, keep: int = 100, continued: state.Checkpoint | None = None) -> None:
+def save_steps(directory: Path, *steps: int, keep: int = 100, continued: Checkpoint | None = None) -> None:
     parameters, optimizer = small_run()
-    with state.Writer(directory, {"seed": 0}, keep, continued) as writer:
+    with CheckpointWriter(directory, {"seed": 0}, keep, continued) as writer:
         for number in steps:
             writer.save(number, parameters, optimizer)
 
@@ -166,8 +183,8 @@ def without_a_file(checkpoint: Path) -> None:
 
 def edit_state(**changes: object) -> Callable[[Path], None]:
     def edit(checkpoint: Path) -> None:
-        content = json.loads((checkpoint / state.STATE).read_text())
-        (checkpoint / state.STATE).write_text(json.dumps({**content, **changes}))
+        content = json.loads((checkpoint / STATE_FILE).read_text())
+        (checkpoint / STATE_FILE).write_text(json.dumps({**content, **changes}))
 
     return edit
 
@@ -176,11 +193,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "cut off": truncate,
     "another byte": other_bytes,
     "a missing file": without_a_file,
-    "state cut off": lambda checkpoint: (checkpoint / state.STATE).write_text('{"step": '),
-    "state empty": lambda checkpoint: (checkpoint / state.STATE).write_bytes(b""),
-    "state zeros": lambda checkpoint: (checkpoint / state.STATE).write_bytes(bytes(100)),
-    "state missing": lambda checkpoint: (checkpoint / state.STATE).unlink(),
-    "state a list": lambda checkpoint: (checkpoint / state.STATE).write_text("[1]"),
+    "state cut off": lambda checkpoint: (checkpoint / STATE_FILE).write_text('{"step": '),
+    "state empty": lambda checkpoint: (checkpoint / STATE_FILE).write_bytes(b""),
+    "state zeros": lambda checkpoint: (checkpoint / STATE_FILE).write_bytes(bytes(100)),
+    "state missing": lambda checkpoint: (checkpoint / STATE_FILE).unlink(),
+    "state a list": lambda checkpoint: (checkpoint / STATE_FILE).write_text("[1]"),
     "state of another step": edit_state(step=7),
     "state without checksums": edit_state(sha256={}),
     "state with other checksums": edit_state(sha256="0123"),
@@ -196,12 +213,12 @@ def steps_in(directory: Path) -> list[str]:
 def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path, damage: Callable[[Path], object]):
     save_steps(tmp_path, 10, 20)
     damage(tmp_path / "step-00000020")
-    whole, (sentence,) = state.resume_point(tmp_path)
-    assert whole == state.Checkpoint(tmp_path / "step-00000010", 10)
+    whole, (sentence,) = resume_point(tmp_path)
+    assert whole == Checkpoint(tmp_path / "step-00000010", 10)
     assert f"checkpoint {tmp_path}/step-00000020 is damaged" in sentence
     assert sentence.endswith("set aside as damaged-step-00000020, falling back to step 10")
     assert steps_in(tmp_path) == ["damaged-step-00000020", "step-00000010"]
-    assert state.resume_point(tmp_path) == (whole, []), "a sentence once"
+    assert resume_point(tmp_path) == (whole, []), "reported once"
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -209,74 +226,72 @@ def test_retention_keeps_whole_checkpoints_and_damaged_ones(tmp_path: Path, keep
     save_steps(tmp_path, 10, 20, 30)
     for name in ("step-00000020", "step-00000030"):
         truncate(tmp_path / name)
-    whole, sentences = state.resume_point(tmp_path)
+    whole, sentences = resume_point(tmp_path)
     assert len(sentences) == 2
     save_steps(tmp_path, 20, keep=keep, continued=whole)
     aside = ["damaged-step-00000020", "damaged-step-00000030"]
     assert steps_in(tmp_path) == [*aside, *["step-00000010", "step-00000020"][-keep:]]
     truncate(tmp_path / "step-00000020")
     if keep == 2:
-        state.resume_point(tmp_path)
+        resume_point(tmp_path)
         assert steps_in(tmp_path) == [aside[0], "damaged-step-00000020-2", aside[1], "step-00000010"]
 
 
-def test_an_older_damaged_checkpoint_costs_no_whole_one(tmp_path: Path):
-    """Only the newest whole one is verified at the start; older ones might be anything."""
+def test_an_older_damaged_checkpoint_does_not_count_as_kept(tmp_path: Path):
+    """Only the newest whole checkpoint is verified at the start; older ones may be damaged."""
     save_steps(tmp_path, 10, 20, 30)
     truncate(tmp_path / "step-00000020")
-    whole, _ = state.resume_point(tmp_path)
+    whole, _ = resume_point(tmp_path)
     save_steps(tmp_path, 40, keep=3, continued=whole)
     assert "step-00000010" in steps_in(tmp_path)
-    save_steps(tmp_path, 50, 60, keep=3, continued=state.newest(tmp_path)[0])
+    save_steps(tmp_path, 50, 60, keep=3, continued=newest_checkpoint(tmp_path)[0])
     assert steps_in(tmp_path) == [f"step-{step:08d}" for step in (40, 50, 60)]
 
 
-def test_saving_verifies_nothing_again(tmp_path: Path, monkeypatch):
+def test_saving_does_not_verify_older_checkpoints_again(tmp_path: Path, monkeypatch):
     checked: list[Path] = []
-    real = state.sha256
-    monkeypatch.setattr(state, "sha256", lambda path: checked.append(path) or real(path))
+    real = sha256
+    monkeypatch.setattr("engine.checkpoint.sha256", lambda path: checked.append(path) or real(path))
     save_steps(tmp_path, 10, 20, 30, 40, keep=2)
     assert len({path.parent.name.partition(".step-")[2][:8] for path in checked}) == 4
     assert len(checked) == 4 * 2, "each of a checkpoint's two files once, when it is written"
 
 
-def test_a_start_from_nothing_needs_no_flag(tmp_path: Path):
-    assert state.resume_point(tmp_path) == (None, [])
+def test_an_empty_folder_needs_no_flag(tmp_path: Path):
+    assert resume_point(tmp_path) == (None, [])
 
 
-def test_where_all_are_damaged_a_start_at_step_0_takes_a_flag(tmp_path: Path):
+def test_a_start_at_step_0_after_damage_to_all_checkpoints_needs_a_flag(tmp_path: Path):
     save_steps(tmp_path, 10, 20)
     truncate(tmp_path / "step-00000010")
-    (tmp_path / "step-00000020" / state.STATE).unlink()
+    (tmp_path / "step-00000020" / STATE_FILE).unlink()
     for _ in range(2):
-        with pytest.raises(
-            state.ResumeError, match=rf"all checkpoints in {tmp_path} are damaged.*--start-over-if-damaged"
-        ):
-            state.resume_point(tmp_path)
+        with pytest.raises(ResumeError, match=rf"all checkpoints in {tmp_path} are damaged.*--start-over-if-damaged"):
+            resume_point(tmp_path)
     assert steps_in(tmp_path) == ["step-00000010", "step-00000020"], "a user may repair them"
-    whole, sentences = state.resume_point(tmp_path, start_over=True)
+    whole, sentences = resume_point(tmp_path, start_over=True)
     assert whole is None and len(sentences) == 2 and all("starting at step 0" in s for s in sentences)
-    with pytest.raises(state.ResumeError, match=r"damaged-step-00000020 among them.*--start-over-if-damaged"):
-        state.resume_point(tmp_path)
+    with pytest.raises(ResumeError, match=r"damaged-step-00000020 among them.*--start-over-if-damaged"):
+        resume_point(tmp_path)
     save_steps(tmp_path, 10, keep=1)
-    assert state.resume_point(tmp_path) == (state.Checkpoint(tmp_path / "step-00000010", 10), [])
+    assert resume_point(tmp_path) == (Checkpoint(tmp_path / "step-00000010", 10), [])
     assert steps_in(tmp_path) == ["damaged-step-00000010", "damaged-step-00000020", "step-00000010"]
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_damaged(tmp_path: Path, monkeypatch):
+def test_a_checkpoint_without_read_permission_is_not_damaged(tmp_path: Path, monkeypatch):
     save_steps(tmp_path, 10)
 
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(state, "sha256", refuse)
+    monkeypatch.setattr("engine.checkpoint.sha256", refuse)
     with pytest.raises(PermissionError):
-        state.resume_point(tmp_path)
+        resume_point(tmp_path)
     assert steps_in(tmp_path) == ["step-00000010"]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002])
-def test_checkpoints_take_the_umask(tmp_path: Path, umask: int):
+def test_checkpoints_have_the_permissions_of_the_umask(tmp_path: Path, umask: int):
     before = os.umask(umask)
     try:
         save_steps(tmp_path, 10)

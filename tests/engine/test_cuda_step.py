@@ -58,7 +58,7 @@ def training_step(size: str, tokens: int, *, stage: Stage = 2, recompute: int = 
     model.add_lora(recipe_.lora_rank, recipe_.lora_alpha)
     if fp8:
         model.quantize()
-    model.set_trainable(recipe_.learns)
+    model.set_trainable(recipe_.trainable_modules)
     model.decoder.recompute(recompute)
     for parameter in model.parameters():
         peak.own(parameter)

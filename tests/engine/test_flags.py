@@ -1,4 +1,4 @@
-"""What the flags of engine.train switch on: random weights, profiles, Weights & Biases, the paper's ablations."""
+"""Flags of engine.train: random weights, profiles, Weights & Biases, the paper's ablations."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import metrics, train
+from engine import train
 from engine.build import random_shape
 from engine.config import TrainConfig
 from engine.distributed.world import World
+from engine.metrics import read_metrics
 from engine.preflight import claimed
 from engine.train import main
 from pite.checkpoint import read_lineage
 from tests.engine.workspace import train_arguments
 
 
-def test_random_weights_need_no_earlier_stage_and_leave_no_model(workspace: Path, tmp_path: Path, capsys):
+def test_random_weights_need_no_earlier_stage_and_export_no_model(workspace: Path, tmp_path: Path, capsys):
     assert main(train_arguments(workspace, tmp_path, "3", llm="random", max_steps=2)) == 0
     assert main(train_arguments(workspace, tmp_path, "3", llm="random", epochs=2)) == 0
     assert "random weights are not exported" in capsys.readouterr().err
     assert not (tmp_path / "stage3" / "final").exists()
-    assert len(metrics.read(tmp_path / "stage3" / "metrics.jsonl")) == 16
+    assert len(read_metrics(tmp_path / "stage3" / "metrics.jsonl")) == 16
     assert main(train_arguments(workspace, tmp_path, "3", llm="random", seed=1)) == 1
     assert "cannot resume" in capsys.readouterr().err
 
@@ -39,30 +40,30 @@ def test_chosen_steps_are_profiled(workspace: Path, tmp_path: Path):
     assert trace.name == "rank0.trace.json.gz"
     with gzip.open(trace) as file:
         events = [str(event.get("name")) for event in json.load(file)["traceEvents"]]
-    # One launch for the adapter and the decoder and one for the heads, which have their own rate, in each step.
+    # In each step one launch for the adapter and the decoder, and one for the heads, which have their own learning rate.
     assert sum("_fused_adamw_" in name and name.startswith("aten::") for name in events) == 2 * 2
     assert any("LoRALinear" in name for name in events)
 
 
-def test_steps_that_do_not_come_cannot_be_profiled(workspace: Path, tmp_path: Path, capsys):
+def test_a_profile_of_steps_after_the_last_is_refused(workspace: Path, tmp_path: Path, capsys):
     assert main([*train_arguments(workspace, tmp_path, "1", llm="random"), "--profile", "900", "902"]) == 1
     assert "--profile starts at step 900, and stage 1 has 6" in capsys.readouterr().err
 
 
-def test_the_attention_that_serves_is_named(workspace: Path, tmp_path: Path, capsys, monkeypatch):
-    asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(train, "choose_backend", lambda *kind: asked.append(kind) or "varlen_attn")
+def test_the_attention_backend_is_printed(workspace: Path, tmp_path: Path, capsys, monkeypatch):
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(train, "choose_backend", lambda *kind: calls.append(kind) or "varlen_attn")
     assert main(train_arguments(workspace, tmp_path, "1", llm="random", max_steps=1)) == 0
     (layout,) = (line for line in capsys.readouterr().err.splitlines() if "tokens a micro-batch" in line)
     assert layout.endswith(", attention by varlen_attn")
     llama = random_shape("tiny", 3, 1, 1).llm
     heads = llama.num_attention_heads
     width = llama.hidden_size // heads
-    assert asked == [(torch.device("cpu"), torch.float32, heads, llama.num_key_value_heads, width)]
+    assert calls == [(torch.device("cpu"), torch.float32, heads, llama.num_key_value_heads, width)]
 
 
 def test_compile_is_passed_on_to_every_layer(workspace: Path, tmp_path: Path, monkeypatch):
-    """That it computes the same is a test of the model's."""
+    """The tests of the model check that the result is the same."""
     traced: list[str] = []
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph: traced.append(function.__name__) or function)
     assert main(train_arguments(workspace, tmp_path, "1", llm="random", max_steps=1, compile=True)) == 0
@@ -85,12 +86,12 @@ def test_weights_and_biases_gets_every_step(workspace: Path, tmp_path: Path, mon
     output = tmp_path / "run"
     assert main(train_arguments(workspace, output, "1", llm="random", max_steps=2, wandb="pite")) == 0
     assert [step for step, _ in logged] == [1, 2]
-    assert logged[0][1]["loss"] == metrics.read(output / "stage1" / "metrics.jsonl")[0]["loss"]
+    assert logged[0][1]["loss"] == read_metrics(output / "stage1" / "metrics.jsonl")[0]["loss"]
     assert ended == [0]
     assert (started[0]["project"], started[0]["id"], started[0]["resume"]) == ("pite", "run-stage1", "allow")
 
 
-def test_weights_and_biases_is_asked_for_by_name(workspace: Path, tmp_path: Path, capsys, monkeypatch):
+def test_a_missing_wandb_package_is_named(workspace: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(train_arguments(workspace, tmp_path, "1", wandb="pite")) == 1
     assert "pip install wandb" in capsys.readouterr().err
@@ -129,20 +130,20 @@ def test_without_the_trajectory_stage_all_is_two_stages():
         ("recompute", -1),
     ],
 )
-def test_a_number_that_cannot_be_is_refused_by_its_flag(workspace: Path, tmp_path: Path, capsys, flag, value):
+def test_an_invalid_number_is_refused_with_its_flag(workspace: Path, tmp_path: Path, capsys, flag, value):
     with pytest.raises(SystemExit) as ended:
         main(train_arguments(workspace, tmp_path, "1", **{flag: value}))
     assert ended.value.code == 2
     assert f"--{flag.replace('_', '-')} must be" in capsys.readouterr().err
 
 
-def test_a_run_asked_to_stop_where_it_has_been_stays_there(workspace: Path, tmp_path: Path, capsys):
+def test_max_steps_below_the_steps_done_trains_nothing(workspace: Path, tmp_path: Path, capsys):
     assert main(train_arguments(workspace, tmp_path, "1", max_steps=4)) == 0
     assert main(train_arguments(workspace, tmp_path, "1", max_steps=2)) == 0
-    assert "stopped after step 4 of 6, as --max-steps says" in capsys.readouterr().err
+    assert "stopped after step 4 of 6, because of --max-steps" in capsys.readouterr().err
 
 
-def test_what_a_later_stage_lacks_is_said_before_the_first(workspace: Path, tmp_path: Path, capsys):
+def test_missing_data_of_a_later_stage_are_reported_before_the_first(workspace: Path, tmp_path: Path, capsys):
     data = tmp_path / "data"
     shutil.copytree(workspace / "data", data, ignore=shutil.ignore_patterns("stage3"))
     arguments = {"data": data, "llm": "not/there"}

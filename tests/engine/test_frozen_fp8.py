@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import engine.train
-from engine import budget, metrics
+from engine import budget
 from engine.distributed.world import World
 from engine.layout import choose_layout, count_parameters, memory
+from engine.metrics import read_metrics
 from engine.preflight import check_fp8
 from engine.recipes import recipe
 from engine.train import main
@@ -27,7 +28,7 @@ NUMBERS = ("loss", "ce", "l1", "gradient_norm")
 
 
 def lines(output: Path, stage: int) -> list[dict[str, float]]:
-    return metrics.read(output / f"stage{stage}" / "metrics.jsonl")
+    return read_metrics(output / f"stage{stage}" / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_sharded_weights_compute_what_copied_ones_do(workspace: Path, tmp_path: 
     for parallel in ("ddp", "fsdp"):
         flags = {"parallel": parallel, "llm": "random", "max_steps": 2, **FP8}
         ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path / parallel, "2", **flags))
-        assert ranks.wait() == [0, 0], ranks.said(0)
+        assert ranks.wait() == [0, 0], ranks.stderr(0)
     for a, b in zip(lines(tmp_path / "ddp", 2), lines(tmp_path / "fsdp", 2), strict=True):
         assert [a[n] for n in NUMBERS] == pytest.approx([b[n] for n in NUMBERS], rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""Loss curves: what is read from a metrics log, and what the picture is made of."""
+"""Loss curves: how metrics.jsonl is read, and what the picture holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.plots import main, plot_losses, read_metrics, smooth
+from engine.plots import main, plot_losses, read_curves, smooth
 
 
 def write(path: Path, records: list[dict[str, object]]) -> Path:
@@ -23,7 +23,7 @@ def test_a_step_logged_again_after_a_resume_replaces_the_earlier_line(tmp_path: 
         tmp_path / "metrics.jsonl",
         [{"step": 1, "ce": 3.0}, {"step": 2, "ce": 2.0, "l1": None}, {"step": 2, "ce": 1.0, "l1": 0.5}],
     )
-    metrics = read_metrics(path)
+    metrics = read_curves(path)
     np.testing.assert_array_equal(metrics["step"], [1, 2])
     np.testing.assert_array_equal(metrics["ce"], [3.0, 1.0])
     np.testing.assert_array_equal(metrics["l1"], [np.nan, 0.5])

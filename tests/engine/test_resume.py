@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, a run ends where the uninterrupted one does, bit for bit."""
+"""A run that is killed at any moment and resumed equals the uninterrupted run bit for bit."""
 
 import json
 import os
@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from dataloaders import files
-from engine import metrics
 from engine.distributed.world import World
+from engine.metrics import read_metrics
 from engine.preemption import MARKER, write_marker
 from engine.train import main
 from tests import SOURCE_PATH
@@ -38,7 +38,7 @@ from engine import loop
 compute = loop.compute_losses
 loop.compute_losses = lambda *rest: (time.sleep(0.2), compute(*rest))[1]
 from engine.train import main"""
-"""Steps that last, so that a signal from outside meets a run that is still under way."""
+"""Slow steps, so that a signal from outside reaches the run before it has ended."""
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
@@ -50,7 +50,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
 
 
 def numbers(output: Path, stage: int = 1) -> list[tuple[float, ...]]:
-    return [tuple(line[name] for name in NUMBERS) for line in metrics.read(output / f"stage{stage}" / "metrics.jsonl")]
+    return [tuple(line[name] for name in NUMBERS) for line in read_metrics(output / f"stage{stage}" / "metrics.jsonl")]
 
 
 def weights(output: Path, stage: int = 1) -> dict[str, torch.Tensor]:
@@ -72,36 +72,36 @@ def assert_equal_runs(output: Path, reference: Path, stage: int = 1) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-def asking_in_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have an optimizer step, counted over all stages from now on, send SIGTERM to this process."""
+def send_sigterm_in_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make one optimizer step, counted over all stages from now on, send SIGTERM to this process."""
     step, steps = torch.optim.AdamW.step, []
 
-    def asking(self, *rest):
+    def signalling(self, *rest):
         steps.append(self)
         if len(steps) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *rest)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", asking)
+    monkeypatch.setattr(torch.optim.AdamW, "step", signalling)
 
 
-def test_asked_in_its_last_step_a_stage_ends_and_no_other_begins(workspace: Path, tmp_path: Path, monkeypatch, capsys):
-    asking_in_step(6, monkeypatch)
+def test_sigterm_in_a_stages_last_step_ends_the_run_after_it(workspace: Path, tmp_path: Path, monkeypatch, capsys):
+    send_sigterm_in_step(6, monkeypatch)
     assert main(train_arguments(workspace, tmp_path)) == 0
-    assert "asked to stop, no other is begun" in capsys.readouterr().err
+    assert "stopping before the next stage, as requested" in capsys.readouterr().err
     assert json.loads((tmp_path / MARKER).read_text()) == {"stage": 1, "step": 6}
     assert (tmp_path / "stage1" / "final").exists() and not (tmp_path / "stage2").exists()
     assert main(train_arguments(workspace, tmp_path)) == 0
     assert (tmp_path / "stage3" / "final").exists() and not (tmp_path / MARKER).exists()
 
 
-def test_asked_in_the_last_step_of_the_last_stage_nothing_is_left_to_do(workspace: Path, tmp_path: Path, monkeypatch):
-    asking_in_step(6, monkeypatch)
+def test_sigterm_in_the_last_step_of_the_last_stage_leaves_no_marker(workspace: Path, tmp_path: Path, monkeypatch):
+    send_sigterm_in_step(6, monkeypatch)
     assert main(train_arguments(workspace, tmp_path, "1")) == 0
     assert (tmp_path / "stage1" / "final").exists() and not (tmp_path / MARKER).exists()
 
 
-# Each program kills itself at a moment that a signal from outside would hardly hit.
+# Each program kills itself at a moment that a signal from outside would rarely hit.
 MOMENTS = {
     "while the tensors of a checkpoint are written": """
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -169,7 +169,7 @@ def test_killed_from_outside(workspace: Path, tmp_path: Path, uninterrupted: Pat
     assert_equal_runs(tmp_path, uninterrupted)
 
 
-def test_preemption_saves_and_leaves_in_good_order(workspace: Path, tmp_path: Path, uninterrupted: Path):
+def test_preemption_saves_and_exits_cleanly(workspace: Path, tmp_path: Path, uninterrupted: Path):
     process = start(train_arguments(workspace, tmp_path, "1", checkpoint_every=1000), f"exec({SLOWLY!r})")
     wait_until(lambda: len(numbers(tmp_path)) >= 1, process)
     assert not (tmp_path / MARKER).exists()
@@ -179,7 +179,7 @@ def test_preemption_saves_and_leaves_in_good_order(workspace: Path, tmp_path: Pa
     assert json.loads((tmp_path / MARKER).read_text()) == {"stage": 1, "step": saved}
     error = process.stderr.read().decode()
     assert "the same command continues" in error
-    assert "torch.distributed" not in error, "what saving says to those who program it"
+    assert "torch.distributed" not in error, "a warning of torch for programmers"
     assert not (tmp_path / "stage1" / "final").exists()
     assert main(train_arguments(workspace, tmp_path, "1", checkpoint_every=1000)) == 0
     assert_equal_runs(tmp_path, uninterrupted)
@@ -188,7 +188,7 @@ def test_preemption_saves_and_leaves_in_good_order(workspace: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("how", ["malformed data", "no data", "another seed", "--max-steps", "no device", "finished"])
 def test_only_a_preemption_leaves_a_marker(workspace: Path, tmp_path: Path, monkeypatch, how: str):
-    """An error, or a stop that was asked for on the command line, does not have a job queue itself again."""
+    """After an error, or a stop by --max-steps, a job does not queue itself again."""
     assert main(train_arguments(workspace, tmp_path, "1", max_steps=2)) == 0
     assert not (tmp_path / MARKER).exists()
     write_marker(tmp_path, 1, 2)
@@ -222,7 +222,9 @@ def test_a_damaged_newest_checkpoint_falls_back(workspace: Path, tmp_path: Path,
     assert_equal_runs(tmp_path, uninterrupted)
 
 
-def test_damage_to_all_checkpoints_takes_a_flag(workspace: Path, tmp_path: Path, uninterrupted: Path, capsys):
+def test_a_start_after_damage_to_all_checkpoints_needs_a_flag(
+    workspace: Path, tmp_path: Path, uninterrupted: Path, capsys
+):
     assert main(train_arguments(workspace, tmp_path, "1", max_steps=4)) == 0
     checkpoints = tmp_path / "stage1" / "checkpoints"
     for checkpoint in checkpoints.iterdir():
@@ -243,11 +245,11 @@ def test_damage_to_all_checkpoints_takes_a_flag(workspace: Path, tmp_path: Path,
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(workspace: Path, tmp_path: Path, uninterrupted: Path, capsys):
-    """On a real file system of 3 MB, where the machine lets us mount one."""
+    """On a real file system of 3 MB, if this user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs takes root")
+        pytest.skip("mounting a tmpfs needs root")
     try:
         assert main(train_arguments(workspace, disk, "1", max_steps=2)) == 0
         free = shutil.disk_usage(disk).free
@@ -262,7 +264,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(workspace: Path, tmp_path: Path
         assert main(train_arguments(workspace, disk, "1")) == 0
         assert_equal_runs(disk, uninterrupted)
     finally:
-        # Lazily: mapped files of this process may still be open.
+        # Lazy unmount: this process may still have mapped files open.
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
@@ -271,8 +273,8 @@ def test_a_write_that_fails_leaves_no_trace(tmp_path: Path):
     (tmp_path / "target" / "old").write_text("whole")
 
     def write() -> None:
-        with files.directory_written_atomically(tmp_path / "target") as beside:
-            (beside / "new").write_text("half")
+        with files.directory_written_atomically(tmp_path / "target") as temporary:
+            (temporary / "new").write_text("half")
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dataloaders.samples.dataset import StageDataset
 from dataloaders.store.features import FeatureStore, FeatureWriter
-from engine import loop, metrics, run, train
+from engine import loop, run, train
+from engine.metrics import read_metrics
 from engine.train import main
 from pite.checkpoint import from_pretrained
 from tests.engine.workspace import train_arguments
@@ -32,7 +33,7 @@ def trained(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_three_stages_leave_models_metrics_and_lineage(trained: Path):
     for stage, steps in ((1, 6), (2, 6), (3, 16)):
-        lines = metrics.read(trained / f"stage{stage}" / "metrics.jsonl")
+        lines = read_metrics(trained / f"stage{stage}" / "metrics.jsonl")
         assert [line["step"] for line in lines] == list(range(1, steps + 1))
         assert all(np.isfinite(list(line.values())).all() for line in lines)
         assert (lines[0]["l1"] > 0) == (stage < 3)
@@ -195,7 +196,7 @@ def test_nothing_is_updated_from_the_step_that_was_not_finite(
     assert "engine.train: step 3, " in error
     clean, stopped = ([p for group in o.param_groups for p in group["params"]] for o in optimizers)
     assert clean and all(torch.equal(a, b) for a, b in zip(clean, stopped, strict=True))
-    assert [line["step"] for line in metrics.read(output / "stage2" / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in read_metrics(output / "stage2" / "metrics.jsonl")] == [1, 2]
 
 
 def test_the_collector_rests_while_it_trains(trained: Path, workspace: Path, tmp_path: Path, monkeypatch):
@@ -245,7 +246,7 @@ def test_the_papers_other_readings_divide_by_other_counts(workspace: Path, tmp_p
     assert main(train_arguments(workspace, tmp_path / "default", "1", **arguments)) == 0
     other = {**arguments, "absent": absent, "trajectory_normalizer": normalizer}
     assert main(train_arguments(workspace, tmp_path / "other", "1", **other)) == 0
-    default, line = (metrics.read(tmp_path / name / "stage1" / "metrics.jsonl")[0] for name in ("default", "other"))
+    default, line = (read_metrics(tmp_path / name / "stage1" / "metrics.jsonl")[0] for name in ("default", "other"))
     assert line["ce"] == default["ce"]
     assert line["l1"] != default["l1"]
     assert line["loss"] == pytest.approx(line["ce"] + 5 * line["l1"], rel=1e-5)

@@ -45,7 +45,7 @@ CONFIG = PiTeConfig(
     vision_feature_size=8,
 )
 RECIPE = Recipe(
-    learns=("vision_adapter", "trajectory_projector"),
+    trainable_modules=("vision_adapter", "trajectory_projector"),
     head="trajectory",
     epochs=1,
     learning_rate=3e-3,
@@ -88,7 +88,7 @@ def golden_model(recipe: Recipe = RECIPE) -> PiTe:
                 parameter.zero_()
             else:
                 parameter.copy_(torch.from_numpy(values * np.float32(0.25)))
-    model.set_trainable(recipe.learns)
+    model.set_trainable(recipe.trainable_modules)
     return model
 
 
@@ -144,7 +144,7 @@ def curve(recipe: Recipe = RECIPE, dtype: torch.dtype = torch.float32) -> list[l
         absent="skip",
         interrupted=lambda: False,
         after_step=lambda done, finish, stopping: False,
-        blame=lambda step: [],
+        find_nonfinite_samples=lambda step: [],
         efficiency=lambda tokens, seconds: {},
     )
     return [[float(line[name]) for name in NUMBERS] for line in lines]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dataloaders.decode.dali.pipeline import Pipeline, gist, require
+from dataloaders.decode.dali.pipeline import Pipeline, require, root_cause
 from dataloaders.decode.dali.request import FRAME_MEMORY, Ticket, prepare
 from dataloaders.decode.decoder import TIME_LIMIT, Decoded, answer_of, decode_cropped, guarded
 from dataloaders.decode.preprocess import Preprocess
@@ -88,7 +88,7 @@ class DaliDecoder:
         try:
             self._pipeline = self._build()
         except RuntimeError as error:
-            raise ValueError(f"DALI cannot decode on {device} here ({gist(error)}); take pyav") from None
+            raise ValueError(f"DALI cannot decode on {device} here ({root_cause(error)}); take pyav") from None
         self.workers = Workers(max(1, workers), time_limit)
         self._flights: deque[_Flight] = deque()
 
@@ -155,7 +155,7 @@ class DaliDecoder:
         try:
             frames = self._finish(flight.tickets) if flight.scheduled else self._search(flight.tickets)
         except RuntimeError as error:
-            _LOG.info("DALI's pipeline is built anew: %s", gist(error))
+            _LOG.info("DALI's pipeline is built anew: %s", root_cause(error))
             self._start_anew()
             frames = self._search(flight.tickets)
         self._failed += sum(isinstance(f, str) and f == _CANNOT for f in frames)

@@ -133,6 +133,6 @@ def _to_rgb(red: float, blue: float) -> np.ndarray:
 FROM_601_TO_709 = (_to_rgb(0.2126, 0.0722) @ np.linalg.inv(_to_rgb(0.299, 0.114))).astype(np.float32)
 
 
-def gist(error: Exception) -> str:
+def root_cause(error: Exception) -> str:
     """DALI's own words, out of a message that starts with where its operators were defined."""
     return " ".join(str(error).rpartition("encountered:")[2].split())[:200]

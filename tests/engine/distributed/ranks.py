@@ -37,7 +37,7 @@ class Ranks:
             process.join()
         return codes
 
-    def said(self, rank: int) -> str:
+    def stderr(self, rank: int) -> str:
         return self.logs[rank].read_text()
 
 

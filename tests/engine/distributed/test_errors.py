@@ -19,7 +19,7 @@ END_WITHIN = 30
 
 def said(ranks: Ranks, sentence: str) -> list[str]:
     """The lines of all ranks that hold a sentence; there is nothing in the way of a traceback."""
-    texts = [ranks.said(rank) for rank in range(len(ranks.logs))]
+    texts = [ranks.stderr(rank) for rank in range(len(ranks.logs))]
     assert not any("Traceback" in text for text in texts), texts
     return [line for text in texts for line in text.splitlines() if sentence in line]
 
@@ -44,7 +44,7 @@ def test_a_wrong_flag_is_said_once(tmp_path: Path):
     (line,) = said(ranks, "there is no flag --learning-rat")
     assert line.startswith("python -m engine.train: there is no flag")
     # torchrun would have ended rank 0 with the first that ends: that one speaks.
-    assert line in ranks.said(1)
+    assert line in ranks.stderr(1)
 
 
 @pytest.mark.parametrize("torchrun", [False, True], ids=["alone", "torchrun"])
@@ -85,7 +85,7 @@ def test_what_one_rank_meets_later_ends_the_others(workspace: Path, tmp_path: Pa
     arguments = train_arguments(workspace, tmp_path, "1")
     ranks = train(2, tmp_path / "logs", arguments, MISSING.format("BatchPlan"))
     assert ranks.wait(END_WITHIN) == [1, 1]
-    assert "engine.train: rank 1 (" in ranks.said(1)
+    assert "engine.train: rank 1 (" in ranks.stderr(1)
     (heard,) = said(ranks, "rank 0 ends: rank 1 (")
     assert "ended: /scratch is not mounted" in heard
 
@@ -109,7 +109,7 @@ def test_one_rank_tokenizes_where_there_are_no_locks(workspace: Path, tmp_path: 
     code = WITHOUT_LOCKS.replace("BUILT", str(tmp_path / "built"))
     arguments = train_arguments(workspace, tmp_path / "out", "1", cache=tmp_path / "cache", max_steps=1)
     ranks = train(3, tmp_path / "logs", arguments, code)
-    assert ranks.wait(END_WITHIN) == [0, 0, 0], ranks.said(0)
+    assert ranks.wait(END_WITHIN) == [0, 0, 0], ranks.stderr(0)
     assert (tmp_path / "built").read_text() == "0\n"
     assert len(said(ranks, "is on a file system without locks")) == 2, "the run's folder and the cache"
 

@@ -1,4 +1,4 @@
-"""Ranks that die, stall or are killed: the others say which, and the run continues where it was, on any number."""
+"""Ranks that die, stall or are killed: the others name them, and the run resumes, with any number of ranks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine import metrics
-from engine.distributed import watchdog as watch
+from engine.distributed import watchdog
+from engine.metrics import read_metrics
 from engine.preemption import MARKER
 from engine.train import main
 from tests import SOURCE_PATH
@@ -40,8 +40,8 @@ decoder.DecoderLayer._compute = stalling"""
 STALL_BEFORE_THE_FIRST = """
 import time
 from engine import train
-from engine.distributed import watchdog as watch
-watch.SET_UP = 4
+from engine.distributed import watchdog
+watchdog.SETUP_TIMEOUT = 4
 build = train.build_model
 train.build_model = lambda *rest, **named: time.sleep(1000) if rank == 1 else build(*rest, **named)"""
 
@@ -51,7 +51,7 @@ END_WITHIN = 30
 
 @pytest.fixture(scope="module")
 def stage1(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What stage 2 starts from."""
+    """The output of stage 1, from which stage 2 starts."""
     output = tmp_path_factory.mktemp("one")
     assert main(train_arguments(workspace, output, "1", epochs=1)) == 0
     return output / "stage1" / "final"
@@ -59,15 +59,15 @@ def stage1(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(workspace: Path, tmp_path_factory: pytest.TempPathFactory, stage1: Path) -> Path:
-    """What two ranks make of stage 2 when nobody disturbs them."""
+    """An undisturbed run of stage 2 on two ranks."""
     output = tmp_path_factory.mktemp("two")
     ranks = train(2, output / "logs", train_arguments(workspace, output, "2", init=stage1))
-    assert ranks.wait() == [0, 0], ranks.said(0)
+    assert ranks.wait() == [0, 0], ranks.stderr(0)
     return output
 
 
 def after_a_random_while(output: Path, running: Ranks | subprocess.Popen[str]) -> None:
-    """Wait for the first checkpoint and then for anything between nothing and two steps."""
+    """Wait for the first checkpoint and then for a random time of up to two steps."""
     deadline = time.monotonic() + 120
     while not list(output.glob("stage*/checkpoints/step-*")):
         assert time.monotonic() < deadline
@@ -78,17 +78,17 @@ def after_a_random_while(output: Path, running: Ranks | subprocess.Popen[str]) -
 
 
 def torchrun(output: Path, arguments: list[str]) -> subprocess.Popen[str]:
-    """The very command that users type, on two ranks with slow steps; each leaves its process and how it ended as files."""
+    """torchrun as users start it, on two ranks with slow steps; each rank writes its process id and exit status to files."""
     program = f"""
 import os, pathlib, sys
-def tell(what, number):
+def note(what, number):
     pathlib.Path({str(output)!r}, what + os.environ['RANK']).write_text(str(number))
-tell("process", os.getpid())
+note("process", os.getpid())
 exec({SLOW!r})
 from engine.preemption import MARKER
 from engine.train import main
 status = main(sys.argv[1:])
-tell("status", status)
+note("status", status)
 sys.exit(status)"""
     (output / "program.py").write_text(program)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -101,7 +101,7 @@ sys.exit(status)"""
 
 
 def test_one_rank_of_torchrun_is_killed(workspace: Path, tmp_path: Path, stage1: Path, uninterrupted: Path):
-    """What it ends with names the rank, and the run goes on to the same end."""
+    """The message names the rank, and the resumed run equals the uninterrupted one."""
     arguments = train_arguments(workspace, tmp_path, "2", init=stage1)
     run = torchrun(tmp_path, arguments)
     after_a_random_while(tmp_path, run)
@@ -115,12 +115,12 @@ def test_one_rank_of_torchrun_is_killed(workspace: Path, tmp_path: Path, stage1:
     assert "rank 0 ends: rank 1 (" in error
     assert not (tmp_path / "stage2" / "final").exists()
     again = train(2, tmp_path / "logs", arguments)
-    assert again.wait() == [0, 0], again.said(0)
+    assert again.wait() == [0, 0], again.stderr(0)
     assert_equal_runs(tmp_path, uninterrupted, 2)
 
 
-def test_torchrun_is_asked_to_stop(workspace: Path, tmp_path: Path, stage1: Path):
-    """As a scheduler that preempts does, with its ranks or without: all save and leave in good order."""
+def test_torchrun_gets_sigterm(workspace: Path, tmp_path: Path, stage1: Path):
+    """As from a scheduler that preempts, which may signal the ranks too: all save and exit 0."""
     run = torchrun(tmp_path, train_arguments(workspace, tmp_path, "2", init=stage1, checkpoint_every=1000))
     deadline = time.monotonic() + 120
     while not numbers(tmp_path, 2):
@@ -135,13 +135,13 @@ def test_torchrun_is_asked_to_stop(workspace: Path, tmp_path: Path, stage1: Path
     assert [(tmp_path / f"status{rank}").read_text() for rank in (0, 1)] == ["0", "0"]
     (saved,) = (tmp_path / "stage2" / "checkpoints").iterdir()
     step = int(saved.name.split("-")[1])
-    assert f"asked to stop (SIGTERM): saved step {step} of 6 in {saved.parent}; the same command continues" in error
+    assert f"stop requested (SIGTERM): saved step {step} of 6 in {saved.parent}; the same command continues" in error
     assert len(numbers(tmp_path, 2)) == step
     assert json.loads((tmp_path / MARKER).read_text()) == {"stage": 2, "step": step}
     assert not (tmp_path / "stage2" / "final").exists()
 
 
-def test_all_ranks_are_killed_and_other_numbers_of_ranks_continue(
+def test_all_ranks_are_killed_and_another_number_of_ranks_resumes(
     workspace: Path, tmp_path: Path, stage1: Path, uninterrupted: Path
 ):
     killed = tmp_path / "killed"
@@ -155,8 +155,8 @@ def test_all_ranks_are_killed_and_other_numbers_of_ranks_continue(
         output = tmp_path / str(size)
         shutil.copytree(killed, output)
         again = train(size, tmp_path / f"logs{size}", train_arguments(workspace, output, "2", init=stage1))
-        assert again.wait() == [0] * size, again.said(0)
-        assert "continuing after step" in again.said(0)
+        assert again.wait() == [0] * size, again.stderr(0)
+        assert "continuing after step" in again.stderr(0)
         if size == 2:
             assert_equal_runs(output, uninterrupted, 2)
         found = numbers(output, 2)
@@ -166,7 +166,7 @@ def test_all_ranks_are_killed_and_other_numbers_of_ranks_continue(
 
 
 @pytest.mark.parametrize(
-    "parallel, size, code, doing, steps",
+    "parallel, size, code, status, steps",
     [
         ("ddp", 2, STALL_IN_A_STEP, "computing step 3", 2),
         ("fsdp", 3, STALL_IN_A_STEP, "computing step 3", 2),
@@ -174,55 +174,55 @@ def test_all_ranks_are_killed_and_other_numbers_of_ranks_continue(
     ],
 )
 def test_a_stalled_rank_is_named_and_ends_the_run(
-    workspace: Path, tmp_path: Path, parallel: str, size: int, code: str, doing: str, steps: int
+    workspace: Path, tmp_path: Path, parallel: str, size: int, code: str, status: str, steps: int
 ):
-    """By every rank, itself among them: it alone has not begun what the others wait in, be it gathering a layer."""
+    """By every rank, itself included: it alone has not begun the collective that the others wait in, such as gathering a layer."""
     arguments = train_arguments(workspace, tmp_path, "1", stall_timeout=4, checkpoint_every=1000, parallel=parallel)
     ranks = train(size, tmp_path / "logs", arguments, code)
     assert ranks.wait(END_WITHIN) == [1] * size
-    whole_name = f"process {ranks.processes[1].pid}, {doing})"
+    whole_name = f"process {ranks.processes[1].pid}, {status})"
     for rank in range(size):
-        (sentence,) = re.findall(r"engine.train: (.*);", ranks.said(rank))  # once, whichever thread found it
+        (sentence,) = re.findall(r"engine.train: (.*);", ranks.stderr(rank))  # once, whichever thread finds it
         start = f"rank {rank} ends: the others wait for rank 1 ("
         assert sentence.startswith(start) and sentence.endswith(f"{whole_name}, stalled for more than 4 s"), sentence
-    assert [line["step"] for line in metrics.read(tmp_path / "stage1" / "metrics.jsonl")] == [*range(1, steps + 1)]
+    assert [line["step"] for line in read_metrics(tmp_path / "stage1" / "metrics.jsonl")] == [*range(1, steps + 1)]
 
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
-    """A key-value store for watches of several ranks in this process."""
+    """A key-value store for the watchdogs of several ranks in this process."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     return store
 
 
-def test_a_device_that_fails_makes_nobody_look_dead(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch):
+def test_a_rank_whose_device_fails_does_not_look_dead(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch):
     class Event:
         def query(self) -> bool:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(watch, "SILENT_AFTER_ERROR", 1.0)
-    ranks = [watch.Watch(rank, 2, 60.0, torch.device("cpu"), pytest.fail) for rank in (0, 1)]
-    time.sleep(1.2)  # they have heard of each other
-    ranks[0].arrived(Event())
-    assert ranks[0].explain() is None
+    monkeypatch.setattr(watchdog, "HEARTBEAT_TIMEOUT_AFTER_ERROR", 1.0)
+    ranks = [watchdog.Watchdog(rank, 2, 60.0, torch.device("cpu"), pytest.fail) for rank in (0, 1)]
+    time.sleep(1.2)  # they have read each other's heartbeats
+    ranks[0].step_done(Event())
+    assert ranks[0].diagnose() is None
     for each in ranks:
         each.close()
 
 
-def test_progress_before_the_first_step_is_no_stall(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch):
-    """Two ranks of one process, one of which works on while the other waits, and then does not; a third never comes."""
-    monkeypatch.setattr(watch, "SET_UP", 1.5)
+def test_progress_before_the_first_step_is_not_a_stall(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch):
+    """Two ranks in one process: one makes progress while the other waits, then stops. A third rank never starts."""
+    monkeypatch.setattr(watchdog, "SETUP_TIMEOUT", 1.5)
     for size, expected in (
-        (2, r"no rank got any further for 2 s: .*, layer 3\).*, starting\)"),
+        (2, r"no rank made progress for 2 s: .*, layer 3\).*, starting\)"),
         (3, "wait for rank 2,"),
     ):
         found: list[str] = []
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(size))  # a place of its own in the store
-        working, waiting = (watch.Watch(rank, size, 1.0, torch.device("cpu"), found.append) for rank in (0, 1))
+        working, waiting = (watchdog.Watchdog(rank, size, 1.0, torch.device("cpu"), found.append) for rank in (0, 1))
         for layer in range(4):
-            working.doing(f"layer {layer}")
+            working.set_status(f"layer {layer}")
             time.sleep(0.5)
             assert not found
         until = time.monotonic() + 10
@@ -235,7 +235,7 @@ def test_progress_before_the_first_step_is_no_stall(store: dist.TCPStore, monkey
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_rank_is_named(workspace: Path, tmp_path: Path, victim: int):
-    """Rank 0 also keeps the store where there is no torchrun."""
+    """Without torchrun, rank 0 also hosts the store."""
     ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path, "1"), SLOW)
     after_a_random_while(tmp_path, ranks)
     ranks.processes[victim].kill()
@@ -243,18 +243,18 @@ def test_a_dead_rank_is_named(workspace: Path, tmp_path: Path, victim: int):
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == 1
     named = f"rank {1 - victim} ends: rank {victim} ("
-    assert named in ranks.said(1 - victim)
-    assert f"process {ranks.processes[victim].pid}) died or was cut off" in ranks.said(1 - victim)
-    assert "Traceback" not in ranks.said(1 - victim)
+    assert named in ranks.stderr(1 - victim)
+    assert f"process {ranks.processes[victim].pid}) died or was cut off" in ranks.stderr(1 - victim)
+    assert "Traceback" not in ranks.stderr(1 - victim)
 
 
-def test_an_error_of_one_rank_is_told_by_the_others(workspace: Path, tmp_path: Path):
+def test_an_error_of_one_rank_is_reported_by_the_others(workspace: Path, tmp_path: Path):
     full = """
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 def full(*rest): raise OSError(28, "No space left on device")
 HuggingFaceStorageWriter.write_data = full"""
     ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path, "1"), full + SLOW)
     assert ranks.wait(END_WITHIN) == [1, 1]
-    assert "checkpoint of step 2 could not be written (No space left on device); there is none yet" in ranks.said(0)
-    assert "rank 1 ends: rank 0 (" in ranks.said(1)
-    assert "No space left on device" in ranks.said(1)
+    assert "checkpoint of step 2 could not be written (No space left on device); there is none yet" in ranks.stderr(0)
+    assert "rank 1 ends: rank 0 (" in ranks.stderr(1)
+    assert "No space left on device" in ranks.stderr(1)

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine import checkpoint as state
-from engine.distributed.watchdog import Watch
+from engine.checkpoint import CheckpointWriter, newest_checkpoint
+from engine.distributed.watchdog import Watchdog
 from tests.engine.test_checkpoint import small_run
 
 DEVICE = torch.device("cuda", 3)
@@ -51,10 +51,10 @@ def test_the_watch(event: Event, monkeypatch):
     monkeypatch.setitem(os.environ, "MASTER_ADDR", "127.0.0.1")
     monkeypatch.setitem(os.environ, "MASTER_PORT", str(port))
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    watch = Watch(0, 1, stall=60, device=DEVICE, finding=lambda _: None)
-    watch.arrived(event)
+    watchdog = Watchdog(0, 1, stall=60, device=DEVICE, on_failure=lambda _: None)
+    watchdog.step_done(event)
     assert event.asked.wait(30)
-    watch.close()
+    watchdog.close()
     assert event.asked_on == [DEVICE]
     del store
 
@@ -65,8 +65,8 @@ def test_the_writer_of_checkpoints(tmp_path: Path, monkeypatch):
     asked: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: asked.append(threading.current_thread().name))
-    with state.Writer(tmp_path, {}, keep=1) as writer:
+    with CheckpointWriter(tmp_path, {}, keep=1) as writer:
         writer.save(1, parameters, optimizer)
         writer.wait()
     assert not asked
-    assert state.newest(tmp_path)[0].step == 1
+    assert newest_checkpoint(tmp_path)[0].step == 1

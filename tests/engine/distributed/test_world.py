@@ -14,12 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dataloaders.samples.batch import collate
 from dataloaders.samples.plan import split_batch
-from engine import metrics
-from engine.distributed import watchdog as watch
-from engine.distributed import world as parallel
+from engine.distributed import watchdog
 from engine.distributed.gradients import Gradients
 from engine.distributed.world import World, shard_frozen
 from engine.loop import backward_order
+from engine.metrics import read_metrics
 from engine.train import main
 from tests.engine.distributed.ranks import launch, train
 from tests.engine.workspace import train_arguments
@@ -89,7 +88,7 @@ def write_every_layout(directory: Path) -> int:
 def test_every_layout_gives_the_same_loss_and_gradients(tmp_path: Path, size: int):
     reference = losses_and_gradients(World(0, 1, torch.device("cpu")), 1, sharded=False)
     ranks = launch(size, tmp_path, write_every_layout, tmp_path)
-    assert ranks.wait() == [0] * size, ranks.said(0)
+    assert ranks.wait() == [0] * size, ranks.stderr(0)
     for sharded in (False, True):
         for micro_batches in MICRO_BATCHES:
             every = [torch.load(tmp_path / f"{size}-{micro_batches}-{sharded}-{r}.pt") for r in range(size)]
@@ -101,7 +100,7 @@ def test_every_layout_gives_the_same_loss_and_gradients(tmp_path: Path, size: in
 
 def test_gradients_are_reduced_while_backward_runs(tmp_path: Path):
     ranks = launch(2, tmp_path, reduce_during_backward)
-    assert ranks.wait() == [0, 0], ranks.said(0)
+    assert ranks.wait() == [0, 0], ranks.stderr(0)
 
 
 def test_torchs_own_timeouts_are_longer_than_the_watchs(monkeypatch: pytest.MonkeyPatch):
@@ -112,12 +111,12 @@ def test_torchs_own_timeouts_are_longer_than_the_watchs(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(dist, "init_process_group", lambda backends, **named: joined.update(named))
-    monkeypatch.setattr(parallel, "Watch", MagicMock())
+    monkeypatch.setattr("engine.distributed.world.Watchdog", MagicMock())
     stall = 5000.0
     assert World.join(stall=stall).device == torch.device("cuda:1")
     assert joined["timeout"].total_seconds() > stall
     assert int(os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > stall
-    assert 4 * int(os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) / 1000 > 2 * watch.SILENT
+    assert 4 * int(os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) / 1000 > 2 * watchdog.HEARTBEAT_TIMEOUT
 
 
 def test_more_processes_than_devices_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
@@ -149,7 +148,7 @@ NUMBERS = ("loss", "ce", "l1", "gradient_norm")
 
 
 def lines(output: Path, stage: int = 1) -> list[dict[str, float]]:
-    return metrics.read(output / f"stage{stage}" / "metrics.jsonl")
+    return read_metrics(output / f"stage{stage}" / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("parallel, size", [("ddp", 2), ("fsdp", 2), ("fsdp", 3)])
@@ -159,7 +158,7 @@ def test_ranks_train_as_one(workspace: Path, tmp_path: Path, parallel: str, size
     one, many = tmp_path / "one", tmp_path / "many"
     assert main(train_arguments(workspace, one, "1", dtype="float32", **flags)) == 0
     ranks = train(size, tmp_path / "logs", train_arguments(workspace, many, "1", parallel=parallel, **flags))
-    assert ranks.wait() == [0] * size, ranks.said(0)
+    assert ranks.wait() == [0] * size, ranks.stderr(0)
     alone, together = lines(one), lines(many)
     assert len(alone) == len(together) == (4 if size == 3 else 6)
     for a, b in zip(alone, together):
@@ -184,12 +183,12 @@ def test_a_feature_that_is_not_a_number_is_named_with_its_rank(workspace: Path, 
     flags = {"llm": "random", "parallel": parallel, "checkpoint_every": 1}
     ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path, "2", **flags), POISON)
     assert ranks.wait() == [1, 1]
-    (sentence,) = (line for line in ranks.said(0).splitlines() if "is not finite" in line)
+    (sentence,) = (line for line in ranks.stderr(0).splitlines() if "is not finite" in line)
     assert (
         "rank 0: the loss or gradient of v000003 is" in sentence
         or "rank 1: the loss or gradient of v000003 is" in sentence
     )
-    assert "is not finite" not in ranks.said(1), "one rank says what all know"
+    assert "is not finite" not in ranks.stderr(1), "one rank says what all know"
     failed = int(sentence.split("engine.train: step ")[1].split(",")[0])
     saved = sorted(p.name for p in (tmp_path / "stage2" / "checkpoints").iterdir())
     assert saved[-1:] == ([f"step-{failed - 1:08d}"] if failed > 1 else [])
