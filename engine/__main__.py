@@ -1,6 +1,6 @@
-"""`pite NAME ...` or `python -m engine NAME ...`: every command under one name; each is the `main` of its module.
+"""`pite NAME ...` or `python -m engine NAME ...`: all commands under one name; each calls the `main` of its module.
 
-Several GPUs are started by torchrun, which takes the module: `torchrun --nproc-per-node 8 -m engine.train ...`.
+For several GPUs start the module with torchrun instead: `torchrun --nproc-per-node 8 -m engine.train ...`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
-    "demo": ("engine.demo.__main__", "run everything in miniature"),
+    "demo": ("engine.demo.__main__", "end-to-end demo: every step with tiny models"),
     "annotate": ("dataloaders.annotation.__main__", "make trajectories from videos and captions"),
     "encode": ("engine.encode.__main__", "decode and encode videos once, into a feature store"),
     "store": ("dataloaders.store.__main__", "inspect, verify, merge or import feature stores"),
-    "budget": ("engine.budget", "parameters, memory and hours of a run, before it starts"),
+    "budget": ("engine.budget", "estimate parameters, memory and hours of a run"),
     "train": ("engine.train", "train stages 1, 2 and 3"),
     "evaluate": ("pite.evaluate.__main__", "score a model or a file of predictions"),
-    "chat": ("pite.chat", "ask a trained model about a video"),
-    "export": ("pite.export.__main__", "one folder for transformers or peft, and the hub"),
+    "chat": ("pite.chat", "chat with a trained model about a video"),
+    "export": ("pite.export.__main__", "export one folder for transformers or peft, and push it to the hub"),
     "world": ("dataloaders.synthetic.__main__", "make the synthetic world"),
     "tiny": ("engine.tiny.__main__", "train the tiny CLIP and Vicuna of the demo"),
 }

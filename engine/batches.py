@@ -1,4 +1,4 @@
-"""From step number to packed micro-batches: the plan picks samples, the store gives features, the collator packs."""
+"""From a step number to packed micro-batches: plan (samples), feature store (features), collator (packing)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class StepBatches:
 class StepSource:
     """The micro-batches of any step, for one rank.
 
-    token_budget  most tokens in a micro-batch
-    absent        "skip": (-1, -1) carries no loss; "regress": every answer token has a trajectory, -1 where none is
-                  known, as the paper's text says
-    normalizer    "present": the L1 sum is divided by the coordinates that carry loss; "paper" (eq. 8): by P * N for
-                  each supervised token
+    token_budget  maximum tokens in a micro-batch
+    absent        "skip": (-1, -1) has no loss; "regress": every answer token has a trajectory, -1 where none is
+                  known, as in the paper's text
+    normalizer    "present": the L1 sum is divided by the number of coordinates with a loss; "paper" (eq. 8): by P * N
+                  for each supervised token
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class StepSource:
     def step(self, step: int) -> StepBatches:
         chosen = self.plan.samples(step)
         normalizers = self.normalizers(chosen)
-        # Where samples are fewer than micro-batches, one without weight takes the empty place: ranks that share sharded
-        # weights have to compute equally often.
+        # With fewer samples than micro-batches, a sample of weight 0 fills the empty one: ranks with sharded weights
+        # must compute equally often.
         shortest = int(chosen[np.argmin(self.dataset.tokens[chosen])])
         nothing = (math.inf, math.inf)
         micro = tuple(
@@ -71,7 +71,7 @@ class StepSource:
         return StepBatches(micro, int(self.dataset.tokens[chosen].sum()), len(chosen))
 
     def singles(self, step: int) -> Iterator[PackedBatch]:
-        """This rank's samples of a step one at a time, to find the one that went wrong."""
+        """This rank's samples of a step, one per batch, to find those with a non-finite loss."""
         chosen = self.plan.samples(step)
         for members in self._members(chosen):
             for member in members:
@@ -83,7 +83,7 @@ class StepSource:
         return [[int(chosen[i]) for i in members] for members in bins]
 
     def normalizers(self, chosen: np.ndarray) -> tuple[float, float]:
-        """Divisors of the summed cross-entropy and L1 over the whole global batch, known before any sample is read."""
+        """Divisors of the summed cross-entropy and L1 of the whole global batch, computed before any sample is read."""
         targets = int(self.dataset.targets[chosen].sum())
         points = self.dataset.num_points * self.dataset.num_frames
         if self.normalizer == "paper":
@@ -103,7 +103,7 @@ class StepSource:
 
 
 def with_absent_trajectories(sample: TokenizedSample) -> TokenizedSample:
-    """The sample with a trajectory for every supervised token, absent throughout where it had none."""
+    """The sample with a trajectory for every supervised token; a token without one gets absent coordinates only."""
     full = np.full((len(sample.target_positions), *sample.trajectory.shape[1:]), ABSENT, dtype=np.float32)
     full[np.searchsorted(sample.target_positions, sample.trajectory_positions)] = sample.trajectory
     return replace(sample, trajectory=full, trajectory_positions=sample.target_positions)

@@ -1,8 +1,8 @@
-"""What a run will cost, before it costs anything: `python -m engine.budget` takes the flags of engine.train.
+"""Estimate the cost of a run before it starts: `python -m engine.budget` takes the flags of engine.train.
 
-Parameters, tokens, FLOPs, memory per device, hours. LoRA on frozen weights is counted as what it is: 2N FLOPs per token
-forward and 2N for the gradient of the activations, none for the frozen weights' own gradient. Only useful tokens count;
-there is no padding to hide.
+It prints parameters, tokens, FLOPs, memory per device and hours. LoRA on frozen weights takes 2N FLOPs per token
+forward and 2N for the gradient of the activations, and none for a gradient of the frozen weights. There is no padding,
+so all tokens are useful ones.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAPER_HOURS = {"7b": 10.0, "13b": 17.0}
 """The paper's training time of all three stages on eight A100s."""
 
 COUNTED_STEPS = 100
-"""Global batches whose micro-batches the dry run plans."""
+"""Number of global batches whose micro-batches the dry run plans."""
 
 VIT_L_14 = CLIPVisionConfig(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
@@ -42,7 +42,7 @@ VIT_L_14 = CLIPVisionConfig(
 
 @dataclass(frozen=True)
 class Corpus:
-    """A stage's training set: samples, means per sample, images or videos, and the lengths of its first global batches."""
+    """A stage's training set: samples, means per sample, number of media, the lengths of its first global batches."""
 
     samples: int
     tokens: float
@@ -58,20 +58,20 @@ ASSUMED_CORPORA: dict[Stage, Corpus] = {
     2: Corpus(143_640, 215, 65, 143_640, f"assumed: PiTe-143k, 2.4 events and 7.1 mentions per video; {_UNKNOWN}"),
     3: Corpus(173_000, 260, 90, 86_303, f"assumed: Valley 73k and VideoInstruct100K, 90 answer tokens; {_UNKNOWN}"),
 }
-"""Stand-ins for training sets that are not on disk, from their papers' counts."""
+"""Assumed training sets, from the counts in their papers, for stages whose data are not on disk."""
 
 
 def fullness(batches: Sequence[np.ndarray], ranks: int, token_budget: int) -> float:
-    """Useful tokens over the token budget of all micro-batches that the global batches are split into.
+    """Useful tokens of the global batches, divided by the token budget of all micro-batches that they are split into.
 
-    Raises ValueError where a sample exceeds the budget.
+    Raises ValueError if a sample exceeds the budget.
     """
     planned = sum(len(of_rank) for batch in batches for of_rank in split_batch(batch, ranks, token_budget))
     return sum(int(batch.sum()) for batch in batches) / (planned * token_budget)
 
 
 def step_flops(config: PiTeConfig, linear: int, tokens: float, targets: float, mean_length: float) -> float:
-    """FLOPs of training on `tokens` packed tokens: 4N each, causal attention at the mean length, frozen vocabulary head."""
+    """FLOPs of training on `tokens` packed tokens: 4N each, causal attention at the mean length, vocabulary head."""
     llm = config.llm
     width = llm.num_attention_heads * config.head_dim
     attention = 6 * width * mean_length * llm.num_hidden_layers
@@ -80,7 +80,7 @@ def step_flops(config: PiTeConfig, linear: int, tokens: float, targets: float, m
 
 @dataclass(frozen=True)
 class _Cost:
-    """A stage's FLOPs, those of encoding its media, its hours on each device and count that it fits, and the text."""
+    """A stage's FLOPs, those of encoding its media, its hours by (device, count) where it fits, the printed lines."""
 
     flops: float
     encoding: float
@@ -89,7 +89,7 @@ class _Cost:
 
 
 def report(config: TrainConfig) -> str:
-    """The dry run's text for every stage that was asked for, and the sum beside the paper's hours."""
+    """The dry run's text: every stage of the run, and the sum of the hours next to the paper's."""
     costs = [_stage_cost(config, stage) for stage in config.stages]
     lines = [line for cost in costs for line in cost.lines]
     if len(costs) == 1:
@@ -101,7 +101,7 @@ def report(config: TrainConfig) -> str:
             lines.append(f"  {f'{count}x {name}':<22}{sum(cost.hours[key] for cost in costs):7.2f} h")
     eight = 8 * DEVICES["A100-80GB"].peak * 3600
     floor, encoding = (sum(getattr(cost, part) for cost in costs) / eight for part in ("flops", "encoding"))
-    # Stage 3 may ask about the videos of stage 2; then this is too much.
+    # Stage 3 may use the videos of stage 2; then this counts them twice.
     lines.append(
         f"  features        {encoding / CLIP_MFU:.2f} h of 8x A100 for CLIP, once for all models and runs, at {CLIP_MFU:.0%} of the"
         " bfloat16 peak (assumed, not measured)"
@@ -142,7 +142,7 @@ def _stage_cost(config: TrainConfig, stage: Stage) -> _Cost:
     ]
     hours: dict[tuple[str, int], float] = {}
     for name, ranks in _machines(config):
-        line, taken = _on(config, name, ranks, pite_config, count, corpus, recipe, 4 * count.linear * tokens)
+        line, taken = _device_line(config, name, ranks, pite_config, count, corpus, recipe, 4 * count.linear * tokens)
         lines.append(f"  {f'{ranks}x {name}':<22}{line}")
         if taken is not None:
             hours[name, ranks] = taken
@@ -153,7 +153,7 @@ def _stage_cost(config: TrainConfig, stage: Stage) -> _Cost:
     return _Cost(flops, encoding, hours, lines)
 
 
-def _on(
+def _device_line(
     config: TrainConfig,
     name: str,
     ranks: int,
@@ -163,7 +163,7 @@ def _on(
     recipe: Recipe,
     flops: float,
 ) -> tuple[str, float | None]:
-    """A stage on so many devices of a kind: the line that says it, and its hours where it fits and has a known rate."""
+    """The printed line for a stage on `ranks` devices of a kind, and its hours if it fits and its speed is known."""
     device, layers, fp8 = DEVICES[name], pite_config.llm.num_hidden_layers, config.frozen_dtype == "fp8"
     width = 4 if config.dtype == "float32" else 2
     if fp8 and not device.fp8:
@@ -177,7 +177,7 @@ def _on(
         full = f", {fullness(corpus.batches, ranks, layout.token_budget):.0%} full" if corpus.batches else ""
     except ValueError as error:
         return f"does not fit: {error}", None
-    # A rank's share of a global batch may be less than what its memory holds.
+    # A rank's share of a global batch may have fewer tokens than its memory can hold.
     share = math.ceil(recipe.global_batch / ranks) * corpus.tokens
     planned = min(layout.token_budget, max(math.ceil(share), longest))
     needed = memory(pite_config, count, planned, width, fp8=fp8, recompute=layout.recompute, shards=layout.shards)
@@ -198,14 +198,14 @@ _PARTS = ("weights", "LoRA, heads", "gradients", "AdamW", "activations", "losses
 
 
 def _parts(needed: Memory) -> str:
-    """The columns of `_PARTS`: frozen weights, what learns, its gradient and two moments, activations, loss chunks."""
+    """The columns of `_PARTS`: frozen weights; trainable parameters, gradients, two moments; activations; losses."""
     trained = needed.trained / 4
     values = (needed.weights, trained, trained, 2 * trained, needed.activations, needed.losses)
     return "".join(f"{value / 1e9:{len(name) + 3}.1f}" for name, value in zip(_PARTS, values))
 
 
 def _attention(config: TrainConfig, pite_config: PiTeConfig) -> str:
-    """What would compute attention on this machine."""
+    """The attention backend on this machine."""
     here = torch.device("cuda:0" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     dtype, llm = config.torch_dtype(here), pite_config.llm
     name = choose_backend(here, dtype, llm.num_attention_heads, llm.num_key_value_heads, pite_config.head_dim)
@@ -214,7 +214,7 @@ def _attention(config: TrainConfig, pite_config: PiTeConfig) -> str:
 
 
 def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
-    """The model's shape: a language model's that is on this machine, or the size's Vicuna's where none was named."""
+    """The model's shape and its origin: a language model on this machine, or without --llm the size's Vicuna."""
     from engine.build import RANDOM, model_config, random_shape
 
     if config.llm == RANDOM:
@@ -227,7 +227,7 @@ def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
         cached = try_to_load_from_cache(config.llm, "config.json") if config.llm.count("/") == 1 else None
         if not isinstance(cached, str):
             raise ValueError(
-                f"{config.llm} is neither a directory nor in the Hugging Face cache, and a dry run fetches nothing"
+                f"{config.llm} is neither a directory nor in the Hugging Face cache, and a dry run downloads nothing"
             )
         llm = Path(cached).parent
     if (config.store / "videos").is_dir():
@@ -236,7 +236,7 @@ def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
 
 
 def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpus:
-    """A stage's training set as it is on disk, or the assumed one when it is not there."""
+    """A stage's training set on disk, or the assumed one if it is not there."""
     from dataloaders.samples.dataset import StageDataset
     from engine.build import load_tokenizer
     from engine.preflight import check_tokens
@@ -258,7 +258,7 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
         num_points=points,
         max_length=config.max_length,
         available=None,
-        # Tokenizing takes minutes: the run that follows finds what the dry run made.
+        # Tokenizing takes minutes: keep the result for the run that follows.
         cache=config.samples if config.cache or config.store.is_dir() else None,
         failure_budget=config.failure_budget,
         turn=config.turn,
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the same as `engine.train --dry-run`."""
     config = parse(TrainConfig, argv, prog="python -m engine.budget")
     if Ranks.read().rank:
-        return 0  # what torchrun's first process says is true of all
+        return 0  # the same for all ranks of torchrun: rank 0 prints it
     try:
         print(report(config))
     except (ValueError, OSError) as error:

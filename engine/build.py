@@ -1,4 +1,4 @@
-"""The model at the start of a stage: the language model, earlier stages merged into it, a new LoRA on top."""
+"""Build the model at the start of a stage: the language model, earlier stages merged into it, a new LoRA on top."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from pite.hub import weight_files
 from pite.model import PiTe
 
 RANDOM = "random"
-"""The name of no language model: random weights of the size's shape, for throughput runs."""
+"""In place of a language model's name: random weights of the size's shape, for throughput runs."""
 
 
 def random_shape(size: Size, num_points: int, num_frames: int = 100, vision_feature_size: int = 768) -> PiTeConfig:
-    """The shape of a size's language model; the miniature's is a stand-in of a million weights."""
+    """The shape of a size's language model; "tiny" is a stand-in of a million weights."""
     if size == "tiny":
         llm = LlamaConfig(
             hidden_size=128,
@@ -43,9 +43,9 @@ def random_shape(size: Size, num_points: int, num_frames: int = 100, vision_feat
 
 
 def load_tokenizer(llm: Path | str) -> PreTrainedTokenizerBase:
-    """A language model's tokenizer; random weights come with the synthetic world's, whose ids fit any vocabulary.
+    """A language model's tokenizer; for random weights the synthetic world's, whose ids fit any vocabulary.
 
-    Raises ValueError as `pite.tokenizers` does, and OSError where a Hugging Face name cannot be had.
+    Raises ValueError as `pite.tokenizers` does, and OSError if a Hugging Face name cannot be loaded.
     """
     if llm == RANDOM:
         return build_tokenizer()
@@ -54,7 +54,7 @@ def load_tokenizer(llm: Path | str) -> PreTrainedTokenizerBase:
 
 
 def model_config(llm: Path, store: Path, num_points: int) -> PiTeConfig:
-    """The language model's shape, the stored video features' frames and channels, and P."""
+    """The configuration: the language model's shape, the stored video features' frames and channels, and P."""
     manifest = Manifest.load(store / "videos")
     return PiTeConfig.load(
         llm, num_frames=manifest.tokens, num_points=num_points, vision_feature_size=manifest.channels
@@ -62,15 +62,17 @@ def model_config(llm: Path, store: Path, num_points: int) -> PiTeConfig:
 
 
 def merged_stages(stage: Stage, start: Path | None, same: Mapping[str, object]) -> list[str]:
-    """Directories whose LoRA is merged when a stage starts from `start` (an earlier stage's output), in order.
+    """Directories whose LoRA is merged, in order, when a stage starts from `start` (an earlier stage's output).
 
-    same  what both must be made of, such as the language model's checksum
-    Raises ValueError when `start` is no stage's output, or was made of something else.
+    same  settings that must be equal in both stages, such as the language model's checksum
+    Raises ValueError if `start` is not a stage's output, or one of the settings differs.
     """
     if start is None:
         return []
     if not (start / checkpoint.LINEAGE).exists():
-        raise ValueError(f"stage {stage} starts from an earlier stage's output and {start} is none: train that first")
+        raise ValueError(
+            f"stage {stage} starts from an earlier stage's output and {start} is not one: train that first"
+        )
     lineage = checkpoint.read_lineage(start)
     for name, value in same.items():
         before = (lineage.get("made_of") or {}).get(name)
@@ -95,11 +97,12 @@ def build_model(
     world: World,
     layout: Layout,
 ) -> PiTe:
-    """A stage's model before its first step, laid out over the ranks, made on the device one decoder layer at a time.
+    """A stage's model before its first step, laid out over the ranks, built on the device one decoder layer at a time.
 
-    llm     of the language model; None for random weights
-    merged  outputs of earlier stages, in order: their LoRA is merged, and the last one's adapter and heads go on
-    fp8     whether the layers' frozen weights, with all that was merged into them, become float8
+    llm     directory of the language model; None for random weights
+    merged  outputs of earlier stages, in order: their LoRA is merged, and training continues from the adapter and heads
+            of the last one
+    fp8     whether to quantize the layers' frozen weights to float8, after everything is merged into them
     """
     origin = checkpoint.Origin(config, llm, [*map(Path, merged)], dtype=dtype, device=str(world.device), seed=seed)
     model = origin.without_layers()
@@ -130,13 +133,13 @@ def build_model(
 def align_adapter(
     model: PiTe, dataset: StageDataset, store: FeatureStore, most: int = 16_384, ridge: float = 0.01
 ) -> None:
-    """Start the adapter as the linear map from features to words that the captions themselves suggest, in closed form.
+    """Initialize the adapter as the linear map from features to the captions' words, in closed form.
 
-    Ridge regression of each answer's bag of words, the sum of its tokens' embeddings weighted by inverse document
-    frequency, on its media's mean feature: what is in the picture then arrives in the directions in which the language
-    model reads the words for it, and "a" and "the" weigh nothing.
-    most   samples that are enough, evenly spread over the data set
-    ridge  in units of the features' mean variance
+    It is the ridge regression of each answer's bag of words on its media's mean feature. A bag of words is the sum of
+    its tokens' embeddings, weighted by inverse document frequency, so "a" and "the" weigh nothing. An object in the
+    picture is then mapped to the directions of the words for it in the language model's embedding.
+    most   maximum number of samples to use, evenly spread over the data set
+    ridge  regularization in units of the features' mean variance
     """
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(int))
     samples = [dataset[int(i)] for i in chosen]
@@ -162,5 +165,5 @@ def align_adapter(
 
 @cache
 def language_model_checksum(directory: Path) -> str:
-    """SHA-256 of the weight files that are read of a model directory, shortened, in order of their names."""
+    """Shortened SHA-256 of each weight file that is read from a model directory, in order of their names."""
     return " ".join(sha256(file)[:16] for file in weight_files(directory))

@@ -1,12 +1,13 @@
-"""Training checkpoints: everything a resumed run needs to continue bit for bit, and nothing that is frozen.
+"""Training checkpoints: the state that a run needs to resume bit for bit, without the frozen weights.
 
-Only what learns is in it, which every rank has whole under any layout: rank 0 writes it, any number of ranks reads it.
-torch.distributed.checkpoint does both. The step waits for a copy in host memory; DCP's thread writes that copy while
-training goes on. A checkpoint is a directory `step-00000100` of safetensors files with their index (trainable
-parameters and AdamW's moments; DCP's usual format would be a pickle) and one JSON file of ours with their checksums. It
-is written under a temporary name and renamed, so a kill or a full disk leaves the previous one whole. A damaged
-checkpoint is set aside under another name, and never counted or deleted. The data need no state: the batch plan is a
-function of the step.
+A checkpoint holds the trainable parameters and AdamW's moments. Every rank has them whole under any layout, so rank 0
+alone writes them and any number of ranks reads them; torch.distributed.checkpoint (DCP) does both. A step waits only
+for a copy in host memory. DCP's thread writes the copy while training goes on.
+
+On disk it is a directory `step-00000100` of safetensors files with their index (DCP's usual format would be a pickle)
+and one JSON file of ours with their checksums. It is written under a temporary name and renamed, so after a kill or
+with a full disk the previous checkpoint stays whole. A damaged checkpoint is renamed; it does not count and is never
+deleted. The data need no state: the batch plan is a function of the step.
 """
 
 from __future__ import annotations
@@ -33,30 +34,31 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from dataloaders.files import put_in_place, remove, sha256, temporary_sibling
 
-# That one process alone saves, or loads for itself, is what is meant.
+# On purpose, a single process saves, and each process loads for itself.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 STATE_FILE = "state.json"
 FILE_BYTES = 25 * 2**20
-"""About a file's size. Python stands still while safetensors serializes one: about 0.03 s, but 0.65 s for 480 MB in one."""
+"""Approximate size of a file. safetensors holds Python's lock while it serializes one: about 0.03 s, but 0.65 s for 480
+MB."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class ResumeError(ValueError):
-    """A checkpoint that does not belong to the run that was asked for."""
+    """A checkpoint does not belong to this run, or all are damaged."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk: `step` optimizer steps are in it."""
+    """A whole checkpoint on disk, after `step` optimizer steps."""
 
     path: Path
     step: int
 
 
 def tensors_of(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by its name there; not copied."""
+    """All tensors of a checkpoint by their names in it, without a copy."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         tensors[f"parameter/{name}"] = parameter.detach()
@@ -66,7 +68,7 @@ def tensors_of(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optim
 
 
 class _Storage(HuggingFaceStorageWriter):
-    """DCP's writer of one checkpoint: into a hidden directory that becomes `target` when all is in it."""
+    """DCP's storage for one checkpoint: a hidden directory, renamed to `target` when it is complete."""
 
     def __init__(
         self, target: Path, tensors: dict[str, Tensor], content: dict[str, Any], finished: Callable[[Path], None]
@@ -74,12 +76,12 @@ class _Storage(HuggingFaceStorageWriter):
         ends = accumulate(tensor.nbytes for tensor in tensors.values())
         files = {name: 1 + end // FILE_BYTES for name, end in zip(tensors, ends)}
         super().__init__(str(temporary_sibling(target)), files)
-        # All it gets is in host memory: to copy ahead, DCP's thread would open a CUDA context on device 0.
+        # All tensors are in host memory already. To copy ahead, DCP's thread would create a CUDA context on device 0.
         self.per_thread_copy_ahead = 0
         self._target, self._content, self._finished = target, content, finished
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """After the last tensor, still in DCP's thread."""
+        """Called after the last tensor, still in DCP's thread: write the JSON file and rename."""
         super().finish(metadata, results)
         temporary = Path(self.path)
         content = {**self._content, "sha256": {file.name: sha256(file) for file in temporary.iterdir()}}
@@ -89,11 +91,11 @@ class _Storage(HuggingFaceStorageWriter):
 
 
 class CheckpointWriter:
-    """Writes checkpoints of one run, each while training goes on; the next one waits for the one before.
+    """Writes the checkpoints of one run in the background; a save waits for the previous one.
 
-    keep       whole checkpoints that stay
-    continued  the whole checkpoint that the run continues
-    Raises ValueError, at the next call or the end of its block, when one could not be written.
+    keep       number of the newest whole checkpoints to keep
+    continued  the checkpoint from which the run resumed
+    Raises ValueError, at the next call or at the end of its block, if a checkpoint could not be written.
     """
 
     def __init__(
@@ -105,12 +107,13 @@ class CheckpointWriter:
         self._saving: tuple[int, Future[Metadata]] | None = None
 
     def save(self, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        """Copy the state as it is after everything queued so far, and have it written."""
+        """Copy the state, as it is after all queued work, and start to write it."""
         self.wait()
         _remove_unfinished(self._directory)
         tensors = tensors_of(parameters, optimizer)
         if self._stager.state_dict_cache is None:
-            # Made once, since page-locked memory is dear to allocate; the stager's own would be that on a CPU too.
+            # Allocated once, since page-locked memory is slow to allocate. The stager's own would be page-locked on a
+            # CPU too.
             self._stager.state_dict_cache = {
                 n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for n, t in tensors.items()
             }
@@ -120,15 +123,15 @@ class CheckpointWriter:
         self._saving = step, cast("Future[Metadata]", saving)
 
     def _delete_old(self, written: Path) -> None:
-        """Delete what is older than the newest checkpoints that are certainly whole, so that damage costs no whole one."""
+        """Delete checkpoints older than the newest `keep` that are known to be whole; damaged ones do not count."""
         self._whole = [*self._whole, written][-self._keep :]
         if len(self._whole) == self._keep:
             for path in _directories(self._directory):
                 if path.name < self._whole[0].name:
-                    shutil.rmtree(path, ignore_errors=True)  # a whole one too many is no reason to stop
+                    shutil.rmtree(path, ignore_errors=True)  # a checkpoint too many is no reason to stop
 
     def wait(self) -> None:
-        """Until the last checkpoint is whole on disk."""
+        """Wait until the last checkpoint is whole on disk."""
         if self._saving is None:
             return
         (step, saving), self._saving = self._saving, None
@@ -145,7 +148,7 @@ class CheckpointWriter:
         raise ValueError(f"checkpoint of step {step} could not be written ({error.strerror}); {kept}") from error
 
     def check(self) -> None:
-        """Raise what the last checkpoint ran into, if it has; wait for nothing."""
+        """Raise the error of the last save, if it has failed; does not wait."""
         if self._saving is not None and self._saving[1].done():
             self.wait()
 
@@ -156,26 +159,26 @@ class CheckpointWriter:
         if kind is None:
             self.wait()
         else:
-            # What ended the run is told, not what came of its last checkpoint.
+            # The error that ended the run is raised, not one of its last save.
             with suppress(Exception):
                 self.wait()
 
 
 def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """The newest checkpoint that is whole, and each newer one with what is wrong with it, the newest first."""
+    """The newest whole checkpoint, and each newer damaged one with the reason, newest first."""
     damaged: dict[Path, str] = {}
     for path in reversed(_directories(directory)):
         try:
             return Checkpoint(path, _verify(path)), damaged
         except PermissionError:
-            raise  # that is no damage
+            raise  # not a damage
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             damaged[path] = str(error)
     return None, damaged
 
 
 def _verify(path: Path) -> int:
-    """The optimizer steps in a checkpoint. Raises one of several exceptions where it is damaged."""
+    """Verify a checkpoint and return its number of steps. Raises one of several exceptions if it is damaged."""
     content = json.loads((path / STATE_FILE).read_text())
     for name, checksum in content["sha256"].items():
         if sha256(path / name) != checksum:
@@ -187,10 +190,10 @@ def _verify(path: Path) -> int:
 
 
 def resume_point(directory: Path, start_over: bool = False) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to continue, None for a start at step 0, and a sentence for each damaged one that was set aside.
+    """The checkpoint to resume from, None for a start at step 0, and a warning for each damaged one that was renamed.
 
-    For one process alone: damaged checkpoints newer than the whole one are renamed, `damaged-step-00000040`.
-    start_over  start at step 0 where all are damaged. Without it that raises ResumeError, and nothing is renamed
+    Call in one process only: damaged checkpoints newer than the whole one are renamed to `damaged-step-00000040`.
+    start_over  start at step 0 if all are damaged; without it that raises ResumeError, and nothing is renamed
     """
     whole, damaged = newest_checkpoint(directory)
     aside = sorted(directory.glob("damaged-step-*"))
@@ -202,15 +205,15 @@ def resume_point(directory: Path, start_over: bool = False) -> tuple[Checkpoint 
             "--start-over-if-damaged to begin this stage again at step 0"
         )
     next_try = f"falling back to step {whole.step}" if whole else "starting at step 0"
-    sentences = [
+    warnings = [
         f"checkpoint {path} is damaged ({why}): set aside as {_set_aside(path).name}, {next_try}"
         for path, why in damaged.items()
     ]
-    return whole, sentences
+    return whole, warnings
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint to a name that does not count as one."""
+    """Rename a damaged checkpoint, so that it no longer counts as one."""
     target, number = path.with_name(f"damaged-{path.name}"), 1
     while target.exists():
         number += 1
@@ -219,7 +222,7 @@ def _set_aside(path: Path) -> Path:
 
 
 def check_fingerprint(saved: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> None:
-    """Raise ResumeError naming the first difference between what made `path` and what is asked for."""
+    """Raise ResumeError naming the first difference between the fingerprint saved in `path` and this run's."""
     for key in sorted({*saved, *fingerprint}):
         if saved.get(key) != fingerprint.get(key):
             raise ResumeError(
@@ -229,7 +232,7 @@ def check_fingerprint(saved: dict[str, Any], fingerprint: dict[str, Any], path: 
 
 
 def check_resumable(directory: Path, fingerprint: dict[str, Any]) -> None:
-    """Raise ResumeError where the newest checkpoint is another run's or version's, before models load."""
+    """Raise ResumeError if the newest checkpoint belongs to another run or version; called before models load."""
     for path in reversed(_directories(directory)):
         if (path / "state.safetensors").exists():
             raise ResumeError(
@@ -239,7 +242,7 @@ def check_resumable(directory: Path, fingerprint: dict[str, Any]) -> None:
         try:
             saved = json.loads((path / STATE_FILE).read_text())["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged, which `newest_checkpoint` reports
+            continue  # damaged; `newest_checkpoint` reports it
         return check_fingerprint(saved, fingerprint, path)
 
 
@@ -249,9 +252,9 @@ def restore_checkpoint(
     optimizer: torch.optim.Optimizer,
     fingerprint: dict[str, Any],
 ) -> None:
-    """Put a checkpoint's numbers into the parameters and the optimizer.
+    """Load a checkpoint into the parameters and the optimizer.
 
-    Raises ResumeError naming the first difference when it was made by a run with another fingerprint.
+    Raises ResumeError naming the first difference if a run with another fingerprint wrote it.
     """
     check_fingerprint(
         json.loads((checkpoint.path / STATE_FILE).read_text())["fingerprint"], fingerprint, checkpoint.path
@@ -270,7 +273,7 @@ def restore_checkpoint(
 
 
 def _root_cause(error: CheckpointException) -> BaseException:
-    """What the one process that took part ran into."""
+    """The error of the one process that took part."""
     return next(iter(error.failures.values()))[0]
 
 
@@ -283,6 +286,6 @@ def _directories(directory: Path) -> list[Path]:
 
 
 def _remove_unfinished(directory: Path) -> None:
-    """Remove what writes left that failed or were killed: all of it, since a run's folder has one writer."""
+    """Remove what failed or killed writes left: everything unfinished, since a run's folder has a single writer."""
     for path in directory.glob(".step-*"):
         remove(path)

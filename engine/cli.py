@@ -1,6 +1,6 @@
-"""A command line out of a frozen dataclass: fields are flags, their docstrings are the help.
+"""A command line from a frozen dataclass: fields are flags, and their docstrings are the help.
 
-argparse underneath, because its help is what people know; its errors are replaced by one sentence each.
+It uses argparse, because users know its help; each of its errors is replaced by one sentence.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = No
     A field `num_frames: int = 100` becomes `--num-frames 100`; a string literal under a field is its help; a field
     without default is required; a bool has `--flag` and `--no-flag`; a tuple takes several values; an Optional takes
     `none` as well. Types: str, int, float, bool, Path, Literal, and Optional and tuple of those. An unknown flag, a bad
-    value, a missing flag or a ValueError out of `__post_init__` ends the process with status 2 after one sentence.
+    value, a missing flag or a ValueError from `__post_init__` ends the process with status 2 after one sentence.
     """
     parser = _Parser(
         prog=prog or _module_name(),
@@ -63,7 +63,7 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = No
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the string literal under it, of a class and its bases."""
+    """Field name -> the string literal under the field, for a class and its bases."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -108,7 +108,7 @@ def _strip_optional(hint: Any) -> tuple[Any, bool]:
 
 
 def _converter(hint: Any, optional: bool) -> tuple[Callable[[str], Any], str]:
-    """Text to value, and the placeholder in the help. Refusals name the value and what is accepted."""
+    """The conversion of text to a value, and the placeholder in the help. Errors name what is accepted."""
     if get_origin(hint) is Literal:
         choices = {str(choice): choice for choice in get_args(hint)}
         accepted = ", ".join([*choices, *["none"] * optional])

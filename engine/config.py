@@ -17,43 +17,46 @@ from engine.recipes import Recipe, Size, Stage, recipe
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train PiTe's three stages. A flag left out takes the stage's recipe (engine/recipes.py, the paper's table)."""
+    """Train PiTe's three stages. A flag that is not given has the value of the stage's recipe (engine/recipes.py)."""
 
     data: Path = Path("data")
-    """folder of stage1/, stage2/, stage3/ in the layout of docs/data.md"""
+    """folder with stage1/, stage2/, stage3/ in the layout of docs/data.md"""
     store: Path = Path("features")
-    """feature store that engine.encode made of that folder"""
+    """feature store that engine.encode made from that folder"""
     cache: Path | None = None
-    """where tokenized samples are kept for further runs; STORE/samples unless given, which a read-only store does not allow"""
+    """folder of tokenized samples, reused by further runs; STORE/samples unless given. A read-only store needs this
+    flag"""
     output: Path = Path("runs/pite")
-    """where stage1/, stage2/, stage3/ are written; an interrupted run there is continued"""
+    """folder to write stage1/, stage2/, stage3/ to; an interrupted run in it is resumed"""
     stage: Literal["1", "2", "3", "all"] = "all"
     """which stage to train"""
     trajectory_stage: bool = True
-    """without it, stage 3 starts from stage 1 and `all` leaves stage 2 out (the paper's ablation)"""
+    """if no, stage 3 starts from stage 1 and `all` leaves stage 2 out (the paper's ablation)"""
     model: Size = "7b"
-    """size of the language model: Vicuna v1.5 7b or 13b, or the miniature of the demo"""
+    """size of the language model: Vicuna v1.5 7b or 13b, or the demo's tiny model"""
     llm: str | None = None
-    """directory or Hugging Face name of the language model, the size's Vicuna v1.5 unless given; `random` for random
-    weights of the size's shape: a throughput run that needs no earlier stage and exports nothing"""
+    """directory or Hugging Face name of the language model; the size's Vicuna v1.5 unless given. `random` takes random
+    weights of the size's shape, for throughput runs: it needs no earlier stage and exports nothing"""
     init: Path | None = None
-    """output of an earlier stage to start from, instead of OUTPUT's previous stage"""
+    """output of an earlier stage to start from, instead of the previous stage in OUTPUT"""
     num_points: int = 3
     """P, key points per object"""
     max_length: int = 2048
-    """tokens of the longest sample; longer ones are left out, counted and reported"""
+    """maximum tokens of a sample; longer samples are left out, counted and reported"""
     failure_budget: float = 0.01
     """share of a stage's records that may be malformed; they are left out and listed in OUTPUT/stageN/left_out.jsonl"""
     turn: TurnChoice = "first"
-    """which turn of a Valley conversation is learned; `any` is one that its text decides, the same in every run"""
+    """turn of a Valley conversation to train on; `any` picks one by a hash of the text, the same in every run"""
     narrative_timing: NarrativeTiming = "words"
-    """find a narrative's utterances in its caption by their words, or by their relative position"""
+    """how to find a narrative's utterances in its caption: by their words, or by their relative position"""
     token_budget: int | None = None
-    """most tokens of a micro-batch on one device; what its memory holds, up to 16384, unless given; 1024 a thread on a CPU"""
+    """maximum tokens of a micro-batch on one device; unless given, what its memory holds, up to 16384, and on a CPU
+    1024 a thread"""
     epochs: int | None = None
     """passes over the data"""
     max_steps: int | None = None
-    """stop after this many optimizer steps of a stage, to be continued; the schedule is that of the whole stage"""
+    """stop after this many optimizer steps of a stage and save; the learning-rate schedule is still the whole
+    stage's"""
     global_batch: int | None = None
     """samples per optimizer step, over all devices"""
     learning_rate: float | None = None
@@ -61,11 +64,11 @@ class TrainConfig:
     head_rate_ratio: float | None = None
     """learning rate of the coordinate heads, as a share of the peak learning rate"""
     warmup_ratio: float | None = None
-    """share of the steps in which the learning rate rises"""
+    """share of the steps used for learning-rate warm-up"""
     weight_decay: float | None = None
     """AdamW's decoupled weight decay"""
     max_grad_norm: float | None = None
-    """gradient clipping; 0 for none"""
+    """clip the global gradient norm to this; 0 for no clipping"""
     lora_rank: int | None = None
     """rank of the LoRA on q, k, v, o, gate, up and down"""
     lora_alpha: float | None = None
@@ -73,48 +76,50 @@ class TrainConfig:
     label_smoothing: float | None = None
     """label smoothing of the cross-entropy"""
     trajectory_weight: float | None = None
-    """lambda, the weight of the L1"""
+    """lambda, the weight of the L1 loss"""
     absent: Absent = "skip"
-    """coordinates at (-1, -1) carry no loss, or are regressed to -1 as the paper's text says"""
+    """coordinates at (-1, -1) have no loss (skip), or are regressed to -1 as in the paper's text (regress)"""
     trajectory_normalizer: Normalizer = "present"
-    """divide the L1 by present coordinates, or by P * N per supervised token (paper eq. 8)"""
+    """divide the L1 by the present coordinates, or by P * N per supervised token (paper, eq. 8)"""
     head_init: bool = True
     """start the trajectory head from stage 1's localization head (eq. 9)"""
     seed: int = 0
-    """of the data order and of new weights"""
+    """seed of the data order and of new weights"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of the frozen weights and activations; auto is bfloat16 on CUDA and float32 elsewhere"""
+    """dtype of the frozen weights and activations; auto is bfloat16 on CUDA and float32 elsewhere"""
     frozen_dtype: Literal["fp8"] | None = None
-    """fp8 multiplies the layers' frozen weights in float8, forward and backward: sm_89 and newer (H100, H200), with
-    bfloat16 elsewhere; a CPU emulates it. LoRA, heads and what is saved are unaffected"""
+    """fp8 multiplies the layers' frozen weights in float8, forward and backward, and needs sm_89 or newer (H100, H200);
+    a CPU emulates it. LoRA, heads and everything else stay bfloat16; what is saved does not change"""
     device: Literal["cpu", "cuda"] | None = None
-    """where to train; CUDA where there is one"""
+    """device to train on; CUDA if there is one"""
     workers: int = 2
-    """threads of each rank that prepare the next steps' batches; 0 prepares each when it is needed"""
+    """threads of each rank that prepare the next steps' batches; with 0 each is prepared when it is needed"""
     checkpoint_every: int = 100
     """optimizer steps between checkpoints"""
     keep_checkpoints: int = 2
-    """how many of the newest checkpoints stay on disk"""
+    """number of the newest checkpoints to keep on disk"""
     start_over_if_damaged: bool = False
-    """begin a stage again at step 0 where all its checkpoints are damaged; without it that is refused"""
+    """restart a stage at step 0 if all its checkpoints are damaged; without it that is an error"""
     parallel: Parallel = "auto"
-    """copy the frozen weights to every device (ddp) or shard them (fsdp); auto shards where they do not fit"""
+    """copy the frozen weights to every device (ddp) or shard them (fsdp); auto shards if they do not fit"""
     recompute: int | None = None
-    """layers that keep no activations and compute them again in backward; as few as memory allows unless given"""
+    """number of layers with activation checkpointing; unless given, as few as the memory allows"""
     compile: bool = False
-    """have torch.compile fuse the layers' elementwise work, in a minute at the start; `python -m bench.step` times both"""
+    """fuse the layers' elementwise operations with torch.compile, a minute at the start; `python -m bench.step` times
+    both"""
     stall_timeout: float = 600.0
-    """seconds without any progress after which the ranks end and name the one that they wait for"""
+    """seconds without any progress after which the ranks end and name the rank that they wait for"""
     profile: tuple[int, int] | None = None
-    """first and last step to profile, counted from 1: a trace, and on CUDA a memory history, in OUTPUT/stageN/profile"""
+    """first and last step to profile, counted from 1: a trace, and on CUDA a memory history, in
+    OUTPUT/stageN/profile"""
     wandb: str | None = None
-    """project on Weights & Biases that gets the metrics too"""
+    """log the metrics to this project on Weights & Biases too"""
     devices: tuple[int, ...] = (1, 8)
-    """numbers of devices of which the dry run tells memory and hours"""
+    """with --dry-run: numbers of devices to print memory and hours for"""
     dry_run: bool = False
-    """print parameters, tokens, steps, memory and hours, and train nothing"""
+    """print parameters, tokens, steps, memory and hours without training"""
     measured: Path = Path("bench/results")
-    """with --dry-run: folder of results of bench.step, whose efficiency on a device replaces the assumed one"""
+    """with --dry-run: folder of bench.step's results; a device's measured efficiency replaces the assumed one"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.failure_budget <= 1:
@@ -147,7 +152,7 @@ class TrainConfig:
         return (cast(Stage, int(self.stage)),)
 
     def start(self, stage: Stage) -> Path | None:
-        """The stage's output that `stage` starts from; None for the language model."""
+        """Output of the earlier stage that `stage` starts from; None to start from the language model."""
         if self.init is not None or stage == 1 or self.llm == RANDOM:
             return self.init
         before = stage - 1 if self.trajectory_stage else 1
@@ -163,7 +168,7 @@ class TrainConfig:
         return self.store / ("images" if stage == 1 else "videos")
 
     def recipe(self, stage: Stage) -> Recipe:
-        """The stage's recipe with this run's flags over it."""
+        """The stage's recipe, with the flags that were given in place of its values."""
         own = {f.name for f in fields(Recipe)}
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in own}
         return replace(recipe(self.model, stage), **{k: v for k, v in given.items() if v is not None})

@@ -1,4 +1,4 @@
-"""What is known of GPUs: their data sheets, and what bench/results has measured on them."""
+"""GPUs: numbers of their data sheets, and measurements in bench/results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """Dense bfloat16 FLOP/s of the data sheet, bytes that PyTorch finds there, and whether there is float8 arithmetic."""
+    """Dense bfloat16 FLOP/s of the data sheet, bytes that PyTorch reports, whether it has float8 arithmetic."""
 
     peak: float
     bytes: float
@@ -36,17 +36,17 @@ DEVICES: dict[str, Device] = {
 _OTHER_PEAKS: dict[str, float] = {" H100 PCIe": 756e12, " H100 NVL": 835e12, " H200 NVL": 835e12}
 
 ASSUMED_MFU = 0.45
-"""Share of the peak, by 4N FLOPs a token, taken for the hours where bench/results holds no measured step."""
+"""MFU (4N FLOPs a token) assumed for the hours where bench/results holds no measured step."""
 
 ASSUMED_FP8_GAIN = 1.3
-"""How much faster a step with float8 frozen weights is taken to be where none was measured: what the project aims at."""
+"""Assumed speed-up of a step with float8 frozen weights where none was measured: the goal of the project."""
 
 CLIP_MFU = 0.55
-"""Share of the bfloat16 peak taken for CLIP in predictions; a goal until bench/results holds a measurement."""
+"""Assumed share of the bfloat16 peak for CLIP in predictions; a goal until bench/results holds a measurement."""
 
 
 def peak_of(device: torch.device) -> float | None:
-    """Dense bfloat16 FLOP/s of a device; None for one that is not known, as no CPU is."""
+    """Dense bfloat16 FLOP/s of a device; None for an unknown one, such as every CPU."""
     return _peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
@@ -56,9 +56,9 @@ def _peak(name: str) -> float | None:
 
 
 def measured_mfu(size: str, device: str, results: Path, implementation: str = "pite") -> float | None:
-    """The best MFU of a step of ours on this model and device in bench/results/step_*.json, or None.
+    """The best measured MFU for this model and device in bench/results/step_*.json, or None.
 
-    implementation  as `bench.step` names it; of "pite", the whole loop's rather than the bare step's where both are there
+    implementation  its name in `bench.step`; for "pite", the whole loop's MFU goes before the bare step's
     """
     kind, _, room = device.partition("-")
     found: dict[str, list[float]] = {}
@@ -80,7 +80,7 @@ def capacity_of(device: torch.device) -> float | None:
 
 
 def efficiency(config: PiTeConfig, recipe: Recipe, world: World) -> Callable[[int, float], dict[str, float]]:
-    """A function of a step's useful tokens and seconds that gives MFU (4N) and peak memory where they are known."""
+    """A function from a step's useful tokens and seconds to its MFU (4N) and peak memory, where they are known."""
     if world.device.type != "cuda":
         return lambda tokens, seconds: {}
     peak = peak_of(world.device)

@@ -1,7 +1,7 @@
-"""Bytes on one device, and the layout chosen from them: weights copied or sharded, layers recomputed, tokens at once.
+"""Estimate a device's memory and choose the layout: copied or sharded weights, activation checkpointing, token budget.
 
-Arithmetic, not measurement: activations are counted tensor by tensor as the CUDA path saves them (liger's RMS norm, rotary
-embedding and SwiGLU, a varlen attention, our LoRA and losses).
+The estimate is arithmetic, not a measurement. It counts activations tensor by tensor as the CUDA path saves them
+(liger's RMS norm, rotary embedding and SwiGLU, a varlen attention, our LoRA and losses).
 """
 
 from __future__ import annotations
@@ -17,30 +17,32 @@ from pite.config import PiTeConfig
 
 Parallel = Literal["auto", "ddp", "fsdp"]
 
-SPARE = 0.1
-"""Share of a device's memory left to the allocator, the communication library and what the estimate misses."""
+RESERVED_SHARE = 0.1
+"""Share of a device's memory reserved for the allocator, the communication library and errors of the estimate."""
 
-LARGEST_BUDGET = 16384
-"""Tokens of a micro-batch beyond which the GEMMs gain nothing more."""
+MAX_TOKEN_BUDGET = 16384
+"""Maximum tokens of a micro-batch: with more the GEMMs get no faster."""
 
-CPU_BUDGET = 1024
-"""Tokens of a micro-batch for each thread of a CPU: a wide row's activations leave the caches, a short one leaves threads
-idle. At d 256, 13% faster than one row of 2,918 tokens on one thread; on two, 2,048 tokens are 7% faster than 1,024."""
+CPU_TOKENS_PER_THREAD = 1024
+"""Tokens of a micro-batch for each thread of a CPU. The activations of more tokens do not fit the caches; fewer leave
+threads idle. At d 256, 13% faster than one row of 2,918 tokens on one thread; on two, 2,048 tokens are 7% faster than
+1,024."""
 
-WORTHWHILE_BUDGET = 4096
-"""Tokens below which recomputing activations costs less than what smaller GEMMs would."""
+MIN_TOKEN_BUDGET = 4096
+"""Minimum tokens of a micro-batch: below it, activation checkpointing costs less time than the smaller GEMMs."""
 
-RECOMPUTED_BEFORE_SHARDING = 0.25
-"""Share of the layers recomputed with copied weights before sharding is preferred: that much costs an eighth more FLOPs,
-while gathering 26 GB twice takes about a ninth of a 4,096-token step of 13B on A100s with NVLink, most of it hidden."""
+CHECKPOINTED_BEFORE_SHARDING = 0.25
+"""Maximum share of the layers with activation checkpointing before sharding is preferred to copied weights. That share
+costs an eighth more FLOPs. Gathering 26 GB twice takes about a ninth of a 4,096-token step of 13B on A100s with NVLink,
+most of it hidden behind computation."""
 
 LOSS_BYTES = 300e6
-"""Chunks of logits and signs."""
+"""Bytes of the losses' chunks of logits and signs."""
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers in the whole model, in the layers' frozen linear weights, one layer's, in the LoRA, in learning heads."""
+    """Parameters of the model, the layers' frozen linear weights, one layer, the LoRA, trainable adapter and heads."""
 
     total: int
     linear: int
@@ -50,7 +52,7 @@ class ParameterCount:
 
 
 def count_parameters(config: PiTeConfig, recipe: Recipe) -> ParameterCount:
-    """Count on the meta device; no weights are needed. `linear` are those every token passes through."""
+    """Count on the meta device, without weights. `linear` counts the weights that every token is multiplied with."""
     import torch
 
     model = checkpoint.empty(config, torch.bfloat16, "meta")
@@ -65,7 +67,7 @@ def count_parameters(config: PiTeConfig, recipe: Recipe) -> ParameterCount:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device: frozen weights, what learns with its gradient and moments, activations, loss chunks."""
+    """Bytes on one device: frozen weights; trainable parameters, gradients and moments; activations; loss chunks."""
 
     weights: float
     trained: float
@@ -79,7 +81,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a stage is laid out: ranks that share the frozen weights (1: each has all), recomputed layers, tokens at once."""
+    """The layout of a stage.
+
+    shards        ranks that share the frozen weights; 1: each rank has all of them
+    recompute     number of layers with activation checkpointing
+    token_budget  tokens of a micro-batch
+    needed        estimated memory of a device
+    """
 
     shards: int
     recompute: int
@@ -87,13 +95,14 @@ class Layout:
     needed: Memory
 
     def extra_flops(self, layers: int) -> float:
-        """Recomputed forward passes, as a share of the step's own FLOPs: forward is half of a LoRA step."""
+        """FLOPs of activation checkpointing, as a share of the step's own: the forward pass is half of a LoRA step."""
         return 0.5 * self.recompute / layers
 
     def describe(self, layers: int) -> str:
         weights = "weights copied" if self.shards == 1 else "weights sharded (FSDP2)"
-        again = f"{self.recompute} of {layers} layers recomputed" if self.recompute else "nothing recomputed"
-        return f"{weights}, {again}, {self.token_budget:,} tokens a micro-batch"
+        where = f" in {self.recompute} of {layers} layers" if self.recompute else ""
+        checkpointing = f"{'' if self.recompute else 'no '}activation checkpointing{where}"
+        return f"{weights}, {checkpointing}, {self.token_budget:,} tokens a micro-batch"
 
 
 def memory(
@@ -108,14 +117,15 @@ def memory(
 ) -> Memory:
     """Estimate the peak in bytes per device; `width` is the bytes of the frozen dtype.
 
-    Weights in float8 are there twice, in one byte each, and quantised activations come and go: the MLP's gradient is
-    the largest.
+    Trainable parameters take 16 bytes each: float32 value, gradient and AdamW's two moments.
 
-    Trained parameters cost 16 bytes each: float32 value, gradient and AdamW's two moments. A kept layer holds, per
-    token: both norms' inputs and outputs, q, k, v in their projection's output, the attention output, gate, up and
-    their product, and the LoRA's x A'. A recomputed one holds its input; while backward is in it, it is a kept one.
-    Working memory is the MLP's gradients. Sharded weights are whole for two layers at a time, the one that computes and
-    the one that is fetched ahead, and for the embeddings and the vocabulary head.
+    A layer without activation checkpointing holds, per token: both norms' inputs and outputs, q, k, v in their
+    projection's output, the attention output, gate, up and their product, and the LoRA's x A'. A layer with it holds
+    its input only, and all of these while its backward runs. Working memory is the MLP's gradients.
+
+    Sharded weights are whole for two layers at a time, the one that computes and the prefetched one, and for the
+    embeddings and the vocabulary head. float8 weights are held in two orientations, one byte each; quantized
+    activations are temporary, and the MLP's gradient is the largest of them.
     """
     llm = config.llm
     hidden, inner = llm.hidden_size, llm.intermediate_size
@@ -143,7 +153,7 @@ def memory(
 
 
 def _lora_rows(config: PiTeConfig) -> int:
-    """Numbers in the LoRA of rank 1."""
+    """Parameters of a LoRA of rank 1."""
     llm = config.llm
     queries = llm.num_attention_heads * config.head_dim
     keys = llm.num_key_value_heads * config.head_dim
@@ -165,37 +175,39 @@ def choose_layout(
     token_budget: int | None = None,
     longest: int = 0,
 ) -> Layout:
-    """The cheapest that fits: weights copied and few layers recomputed, else sharded, else as many recomputed as it takes.
+    """The cheapest layout that fits.
 
-    capacity      bytes of the device; None for a CPU, where nothing is recomputed or sharded unless it is asked for
-    parallel, recompute, token_budget  what was asked for; None or "auto" leaves the choice here
-    longest       tokens of the longest sample, which a CPU's micro-batch holds in any case
-    Raises ValueError when nothing fits: with the reason, and what to change.
+    First choice: copied weights and activation checkpointing in few layers. Second: sharded weights. Last: activation
+    checkpointing in as many layers as needed.
+    capacity      bytes of the device; None for a CPU: neither checkpointing nor sharding unless a flag sets it
+    parallel, recompute, token_budget  values of the flags; None or "auto" means that this function chooses
+    longest       tokens of the longest sample; a CPU's micro-batch holds at least these
+    Raises ValueError if nothing fits, with the reason and what to change.
     """
     layers = config.llm.num_hidden_layers
     if recompute is not None and not 0 <= recompute <= layers:
         raise ValueError(f"--recompute must be 0 to {layers}, the model's layers, not {recompute}")
 
-    def needed(tokens: int, shards: int, again: int) -> Memory:
-        return memory(config, count, tokens, width, fp8=fp8, recompute=again, shards=shards)
+    def needed(tokens: int, shards: int, checkpointed: int) -> Memory:
+        return memory(config, count, tokens, width, fp8=fp8, recompute=checkpointed, shards=shards)
 
     kinds = {"ddp": (1,), "fsdp": (ranks,), "auto": (1,) if ranks == 1 else (1, ranks)}[parallel]
     if capacity is None:
-        budget = token_budget or max(min(LARGEST_BUDGET, CPU_BUDGET * torch.get_num_threads()), longest)
+        budget = token_budget or max(min(MAX_TOKEN_BUDGET, CPU_TOKENS_PER_THREAD * torch.get_num_threads()), longest)
         return Layout(kinds[0], recompute or 0, budget, needed(budget, kinds[0], recompute or 0))
-    room = capacity * (1 - SPARE)
-    least = token_budget or WORTHWHILE_BUDGET
+    room = capacity * (1 - RESERVED_SHARE)
+    least = token_budget or MIN_TOKEN_BUDGET
     depths = range(layers + 1) if recompute is None else (recompute,)
-    few = int(RECOMPUTED_BEFORE_SHARDING * layers)
-    candidates = [(shards, again) for shards in kinds for again in depths]
+    few = int(CHECKPOINTED_BEFORE_SHARDING * layers)
+    candidates = [(shards, checkpointed) for shards in kinds for checkpointed in depths]
     if recompute is None and len(kinds) > 1:
         candidates.sort(key=lambda candidate: candidate[0] == 1 and candidate[1] > few)
-    for shards, again in candidates:
-        if needed(least, shards, again).total <= room:
-            fixed, one = (needed(n, shards, again) for n in (0, 1))
-            most = min(int((room - fixed.total) / one.activations) // 512 * 512, LARGEST_BUDGET)
+    for shards, checkpointed in candidates:
+        if needed(least, shards, checkpointed).total <= room:
+            fixed, one = (needed(n, shards, checkpointed) for n in (0, 1))
+            most = min(int((room - fixed.total) / one.activations) // 512 * 512, MAX_TOKEN_BUDGET)
             most = token_budget or most
-            return Layout(shards, again, most, needed(most, shards, again))
+            return Layout(shards, checkpointed, most, needed(most, shards, checkpointed))
     tightest = needed(least, kinds[-1], depths[-1])
     raise ValueError(
         f"a micro-batch of {least:,} tokens needs {tightest.total / 1e9:.0f} GB, {tightest.weights / 1e9:.0f} of them weights, "

@@ -1,10 +1,12 @@
-"""The training loop, and nothing else.
+"""The training loop: gradient accumulation, all-reduce, clipping, optimizer step, metrics.
 
-One optimizer step is: micro-batches forward and backward, gradients summed over ranks while the last backward still
-runs, clip, update, report. Losses arrive already divided by the global batch's normalizers, so that micro-batches and
-ranks are summed, never averaged. A step's numbers are read one step late, when the device has long had them; an update
-with a non-finite loss or gradient is withheld on the device itself, and so are all that follow until the host has seen
-it and stops.
+One optimizer step runs all micro-batches forward and backward (gradient accumulation), all-reduces the gradients while
+the last backward still runs, clips, updates and logs. The model divides each loss by the global batch's normalizers, so
+micro-batches and ranks are summed, never averaged.
+
+On a GPU the host reads a step's numbers one step late, when the device has finished them, so that it never waits. If a
+loss or gradient is not finite, the optimizer step is skipped on the device (found_inf). So are all later steps, until
+the host has read the numbers and stops.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _COORDINATE_HEADS = ("localization_projector.", "trajectory_projector.")
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient that is NaN or infinite: the run stopped before it touched a parameter."""
+    """A loss or gradient is NaN or infinite. The run stopped before it changed a parameter."""
 
 
 def learning_rate(step: int, total: int, recipe: Recipe) -> float:
@@ -42,9 +44,9 @@ def learning_rate(step: int, total: int, recipe: Recipe) -> float:
 
 
 def make_optimizer(model: PiTe, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over what learns; fused, so that one launch updates everything and a non-finite step can be withheld.
+    """AdamW over the trainable parameters; fused: one launch updates a group, and `found_inf` can skip the step.
 
-    Each group's `rate_ratio` is its share of the learning rate: the coordinate heads have their own.
+    Each group's `rate_ratio` is its share of the learning rate. The coordinate heads have a ratio of their own.
     """
     heads = [p for name, p in model.trainable() if name.startswith(_COORDINATE_HEADS)]
     others = [p for name, p in model.trainable() if not name.startswith(_COORDINATE_HEADS)]
@@ -57,14 +59,14 @@ def make_optimizer(model: PiTe, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def backward_order(model: PiTe) -> list[nn.Parameter]:
-    """What learns, in the order in which backward finishes the gradients: heads, last layer to first, adapter."""
+    """Trainable parameters in the order in which backward finishes gradients: heads, last layer to first, adapter."""
     named = list(model.trainable())[::-1]
     return [p for name, p in sorted(named, key=lambda pair: pair[0].startswith("vision_adapter."))]
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """Numbers of a step that the device may still be computing: [loss, ce, l1, ranks asked to stop, norm, bad]."""
+    """Numbers of a step that the device may still be computing: [loss, ce, l1, ranks to stop, norm, not finite]."""
 
     step: int
     numbers: Tensor
@@ -75,7 +77,7 @@ class _Pending:
 
 
 def reads_late(device: torch.device) -> bool:
-    """Whether a step's numbers are read after the next step was queued. A CPU queues nothing: it has them at once."""
+    """Whether a step's numbers are read after the next step is queued. A CPU queues nothing and has them at once."""
     return device.type == "cuda"
 
 
@@ -116,12 +118,12 @@ def train(
 ) -> int:
     """Run optimizer steps `start` .. `stop`; returns the number of steps done.
 
-    total       steps of the whole learning-rate schedule
-    interrupted  whether this rank was asked to stop; the ranks agree on it with the step's other numbers
-    after_step  called with the steps done, a function that waits for their numbers, and whether any rank was asked to
-                stop; True ends the run early
-    find_nonfinite_samples       names the samples of a step whose loss or gradient is not finite
-    efficiency  further numbers from a step's tokens and seconds
+    total        steps of the whole learning-rate schedule
+    interrupted  whether this rank got a signal to stop; the ranks share it along with the step's other numbers
+    after_step   called with the number of steps done, a function that waits for the last step's numbers, and whether
+                 any rank got a signal to stop; True ends the run early
+    find_nonfinite_samples  returns the ids of a step's samples whose loss or gradient is not finite
+    efficiency   further metrics from a step's tokens and seconds
     Raises NonFiniteError.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -139,14 +141,14 @@ def train(
         done, pending = pending, None
         if done.ready is not None:
             done.ready.synchronize()
-        loss, ce, l1, asked, norm, failed = done.numbers.tolist()
-        stopping = asked > 0
+        loss, ce, l1, ranks_to_stop, norm, failed = done.numbers.tolist()
+        stopping = ranks_to_stop > 0
         if failed:
             found = enumerate(world.gather(find_nonfinite_samples(done.step)))
             culprits = [f"rank {rank}: the loss or gradient of {', '.join(names)}" for rank, names in found if names]
             raise NonFiniteError(
-                f"step {done.step + 1}, {' and '.join(culprits) or 'the summed gradient, though of no sample alone,'} is not finite "
-                f"(loss {loss}, gradient norm {norm}); nothing was updated"
+                f"step {done.step + 1}, {' and '.join(culprits) or 'the summed gradient, but that of no single sample,'} "
+                f"is not finite (loss {loss}, gradient norm {norm}); no parameter was updated"
             )
         now = time.perf_counter()
         seconds, clock = now - clock, now
@@ -178,7 +180,7 @@ def train(
                 group["lr"] = rate * group["rate_ratio"]
 
             sums = torch.zeros(4, device=device)
-            sums[3].fill_(float(interrupted()))  # an assignment would copy from the host and wait
+            sums[3].fill_(float(interrupted()))  # an assignment would copy from the host and synchronize
             for left, batch in zip(range(len(current.micro_batches))[::-1], current.micro_batches):
                 losses = compute_losses(model, batch.to(device), recipe, absent)
                 if left == 0:

@@ -1,9 +1,10 @@
-"""The numbers of a run: a progress bar, metrics.jsonl with one line per step, TensorBoard, and optionally Weights & Biases.
+"""The metrics of a run: progress bar, metrics.jsonl with one line per step, TensorBoard, optionally Weights & Biases.
 
 tokens_per_second  useful tokens of the global batch over the step's wall time; there is no padding to count
 mfu                model FLOPs utilisation: 4N FLOPs per useful token (N: the linear weights of the layers; forward 2N,
-                   gradient of the activations 2N; the frozen weights have no gradient of their own), over the data sheets'
-                   dense bfloat16 peak of all devices. Attention, heads and activation checkpointing are not counted
+                   gradient of the activations 2N; the frozen weights have no gradient of their own), over the data
+                   sheets' dense bfloat16 peak of all devices. Attention, heads and activation checkpointing are not
+                   counted
 data_wait          share of the step spent waiting for the next batch
 memory_gb          peak allocation of this device so far
 """
@@ -106,7 +107,8 @@ def _wandb_run(project: str, directory: Path) -> Any:
 def read_metrics(path: Path, *, strict: bool = False) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl.
 
-    strict  by default a missing file has no lines, and a last line that a kill has cut off is left out; both raise if strict
+    strict  raise ValueError for a missing file and for a last line that a kill has cut off; by default a missing file
+            has no lines, and the cut line is left out
     Raises ValueError naming file and line, where a line is not a JSON object with a step.
     """
     if not path.is_file():

@@ -1,6 +1,6 @@
-"""A file in OUTPUT that exists only where the last run was asked to stop, saved, and has more to do.
+"""A marker file in OUTPUT. It exists only if the last run got a signal to stop, saved, and has more to do.
 
-A job script queues itself again where the file exists, and so not after an error or at the end of the training.
+A job script queues itself again if the file exists; so it does not after an error or at the end of the training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from dataloaders.files import write_atomically
 
 MARKER = "preempted.json"
-"""Name of the file: {"stage": which one the same command continues, "step": optimizer steps of it that are saved}."""
+"""Name of the file. It holds {"stage": the stage that the same command continues, "step": its saved steps}."""
 
 
 def write_marker(output: Path, stage: int, step: int) -> None:
@@ -20,6 +20,6 @@ def write_marker(output: Path, stage: int, step: int) -> None:
 
 
 def remove_marker(output: Path) -> None:
-    """Remove what an earlier run left, if anything; an `output` that is no folder is reported elsewhere."""
+    """Remove the marker of an earlier run, if there is one. Other code reports an `output` that is not a folder."""
     with suppress(NotADirectoryError):
         (output / MARKER).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a run needs, looked at before anything large is fetched or read."""
+"""Checks of a run's inputs, before anything large is downloaded or read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pite_kernels.fp8 import why_unsupported
 
 
 def agree(world: World, check: Callable[[], None]) -> None:
-    """Make a check on every rank; where it fails on any, all raise the same ValueError, which names one unless all fail."""
+    """Run a check on every rank. If it fails on any, all raise the same ValueError, with the rank unless all fail."""
     every = world.gather(_failure(check))
     for rank, sentence in enumerate(every):
         if sentence is not None:
@@ -31,7 +31,7 @@ def agree(world: World, check: Callable[[], None]) -> None:
 
 
 def agree_with_main(world: World, check: Callable[[], None]) -> None:
-    """Make a check on rank 0 alone; where it fails, all ranks raise the same ValueError."""
+    """Run a check on rank 0 alone. If it fails, all ranks raise the same ValueError."""
     failed = world.from_main(lambda: _failure(check))
     if failed is not None:
         raise ValueError(failed)
@@ -46,7 +46,7 @@ def _failure(check: Callable[[], None]) -> str | None:
 
 
 def check_given(config: TrainConfig) -> None:
-    """Raise ValueError or OSError where the data or features of any stage to come are missing."""
+    """Raise ValueError or OSError if the data or features of any stage of the run are missing."""
     rooms: dict[Stage, Room] = {1: "stage1", 2: "stage2", 3: "stage3"}
     for stage in config.stages:
         present_formats(config.data, rooms[stage])
@@ -55,7 +55,7 @@ def check_given(config: TrainConfig) -> None:
 
 @contextmanager
 def claimed(output: Path, world: World) -> Iterator[None]:
-    """Keep other runs out of a run's folder within the block. Raises ValueError, on all ranks, where another is in it."""
+    """Lock a run's folder for the block. Raises ValueError, on all ranks, if another run has locked it."""
     with ExitStack() as held:
         agree_with_main(world, lambda: _claim(output, held))
         yield
@@ -70,37 +70,37 @@ def _claim(output: Path, held: ExitStack) -> None:
 
 
 def check_fp8(world: World, dtype: torch.dtype) -> None:
-    """Raise ValueError where --frozen-dtype fp8 cannot be had."""
+    """Raise ValueError if the device or dtype does not support --frozen-dtype fp8."""
     why = why_unsupported(world.device)
     if why is not None:
         raise ValueError(f"--frozen-dtype fp8: {why}; leave the flag out")
     if world.device.type == "cuda" and dtype != torch.bfloat16:
-        raise ValueError("--frozen-dtype fp8 on CUDA goes with bfloat16: leave --dtype out")
+        raise ValueError("--frozen-dtype fp8 on CUDA needs bfloat16: leave --dtype out")
     if world.device.type == "cpu":
-        world.log_rank0("fp8 is emulated on a CPU: its rounding, not its speed")
+        world.log_rank0("a CPU emulates fp8: its rounding, not its speed")
 
 
 def check_tokens(
-    dataset: StageDataset, tokenizer: PreTrainedTokenizerBase, config: PiTeConfig, say: Callable[[str], None]
+    dataset: StageDataset, tokenizer: PreTrainedTokenizerBase, config: PiTeConfig, warn: Callable[[str], None]
 ) -> None:
-    """Raise ValueError where a sample has a token that the language model has no embedding for.
+    """Raise ValueError if a sample has a token without an embedding in the language model.
 
-    say  is given a warning where a sample is longer than the language model's context
+    warn  called with a warning if a sample is longer than the language model's context
     """
     worst = int(dataset.largest_tokens.argmax())
     check_vocabulary(
         int(dataset.largest_tokens[worst]), tokenizer, config.llm.vocab_size, f"sample {dataset.ids[worst]!r}"
     )
     if warning := config.beyond_context(int(dataset.tokens.max())):
-        say(f"{warning}; --max-length {config.context_length} leaves such samples out")
+        warn(f"{warning}; --max-length {config.context_length} leaves such samples out")
 
 
 def check_encoded(dataset: StageDataset, store: Path) -> None:
-    """Raise ValueError when media are missing from the store though their encoding did not fail."""
+    """Raise ValueError if media are missing from the store but not in its ledger of failures."""
     failed = {failure.id for failure in read_failures(store / LEDGER)}
-    forgotten = sorted(set(dataset.not_encoded) - failed)
-    if forgotten:
+    missing = sorted(set(dataset.not_encoded) - failed)
+    if missing:
         raise ValueError(
-            f"{len(forgotten):,} media, {forgotten[0]!r} among them, are neither in the feature store {store} nor in its "
+            f"{len(missing):,} media, {missing[0]!r} among them, are neither in the feature store {store} nor in its "
             "ledger of failures; run engine.encode first (for imported features, dataloaders.store import --data)"
         )

@@ -1,4 +1,4 @@
-"""A look inside chosen steps: PyTorch's profiler trace, and on CUDA the history of every allocation."""
+"""Profile chosen steps: PyTorch's profiler trace, and on CUDA the history of all allocations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.distributed.world import World
 
 
 class Profile:
-    """Records steps `first` to `last`, counted from 1, of this rank into `directory`; nothing when `steps` is None.
+    """Profiles this rank's steps `first` to `last`, counted from 1, into `directory`; does nothing if `steps` is None.
 
     rankN.trace.json.gz opens in https://ui.perfetto.dev, rankN.memory.pickle in https://docs.pytorch.org/memory_viz
     """
@@ -54,6 +54,6 @@ class Profile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A run that ends before its last profiled step keeps what was recorded.
+        # A run that ends before its last profiled step still writes what was recorded.
         if self._profiler is not None:
             self._end()

@@ -1,4 +1,4 @@
-"""What each stage learns and how: the paper's table, and the same three stages for the miniature of the demo."""
+"""Trainable modules and hyper-parameters of each stage: the paper's table, and the demo's tiny model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LANGUAGE_MODELS: dict[str, str] = {"7b": "lmsys/vicuna-7b-v1.5", "13b": "lmsys/v
 class Recipe:
     """Hyper-parameters of one stage. Defaults are the paper's (section 4.3, table 2) where it names them.
 
-    trainable_modules         modules that learn beside the LoRA
-    head               the head whose L1 joins the cross-entropy; None for cross-entropy alone
-    max_grad_norm      global gradient norm is clipped to this; 0 for never (the paper is silent; its predecessors' 1)
+    trainable_modules  modules that are trained in addition to the LoRA
+    head               the head whose L1 is added to the cross-entropy; None for cross-entropy alone
+    max_grad_norm      the global gradient norm is clipped to this; 0 for never (paper: not given; predecessors: 1)
     head_rate_ratio    learning rate of the coordinate heads, as a share of `learning_rate`
-    warmup_ratio       share of the steps over which the learning rate rises linearly; then a cosine to 0
-    group_media        keep questions about one video in one batch: they then differ by the question alone
+    warmup_ratio       share of the steps with linear warm-up of the learning rate; then a cosine to 0
+    group_media        keep questions about one video in one batch, where they differ by the question alone
     align_adapter      start the adapter as the linear map from features to the captions' words (stage 1)
     """
 
@@ -65,8 +65,9 @@ PAPER: dict[Stage, Recipe] = {
     3: Recipe(trainable_modules=(), head=None, epochs=2),
 }
 
-# A model of a million weights wants twenty times the learning rate of one of seven billion; but at that rate a step of
-# Adam moves what a head reads from 128 numbers by up to a fifth of the frame.
+# A model of a million weights needs twenty times the learning rate of a model of seven billion. But at that rate one
+# step of Adam moves the output of a head, computed from 128 numbers, by up to a fifth of the frame: so heads get a
+# tenth of it.
 _TINY: dict[str, Any] = {
     "learning_rate": 2e-3,
     "head_rate_ratio": 0.1,
@@ -76,7 +77,7 @@ _TINY: dict[str, Any] = {
     "trajectory_weight": 10.0,
 }
 TINY: dict[Stage, Recipe] = {
-    # A still asks for one place alone, and where things are is all that stage 2 needs of the adapter.
+    # The larger weight: a still has one position only, and positions are all that stage 2 needs from the adapter.
     1: replace(PAPER[1], **{**_TINY, "trajectory_weight": 25.0}, epochs=3, align_adapter=True),
     2: replace(PAPER[2], **_TINY, epochs=8),
     3: replace(PAPER[3], **{**_TINY, "learning_rate": 1e-3}, epochs=1, group_media=True),

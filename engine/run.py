@@ -84,7 +84,8 @@ def run(
 
         def find_nonfinite_samples(step: int) -> list[str]:
             batches = list(source.singles(step))
-            # All ranks gather sharded weights together, so all must compute equally often; `padding` fills up the rounds.
+            # All ranks gather sharded weights together, so all must compute equally often; `padding` fills up the
+            # rounds.
             rounds = max(world.gather(len(batches)))
             padding = source.step(step).micro_batches[:1] * (rounds - len(batches))
             results = [is_finite(model, batch, recipe, config.absent) for batch in (*batches, *padding)]
@@ -117,7 +118,8 @@ def run(
         if stop_requested:
             signal_name = interrupted.signal_name or "on another rank"
             world.log_rank0(
-                f"stop requested ({signal_name}): saved step {done} of {total} in {checkpoints}; the same command continues"
+                f"stop requested ({signal_name}): saved step {done} of {total} in {checkpoints}; "
+                "the same command continues"
             )
         else:
             world.log_rank0(

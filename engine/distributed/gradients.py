@@ -1,8 +1,8 @@
 """Gradients of the trainable parameters in a few flat buckets; each is all-reduced as soon as backward has filled it.
 
-Each parameter's `.grad` is a view of its bucket, so nothing is copied before or after an all-reduce. All ranks reduce the
-buckets in the same fixed order, the order in which backward finishes them. Where a parameter got no gradient, zeros are
-reduced.
+Each parameter's `.grad` is a view of its bucket, so nothing is copied before or after an all-reduce. All ranks reduce
+the buckets in the same fixed order, the order in which backward finishes them. Where a parameter got no gradient, zeros
+are reduced.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Gradients:
             flat.zero_()
 
     def reduce_in_next_backward(self) -> None:
-        """Call before the step's last backward: it then starts the all-reduce of each bucket as soon as it has filled it."""
+        """Call before the step's last backward, which then all-reduces each bucket as soon as it has filled it."""
         self._reducing = self._ranks > 1
         self._not_ready = list(self._members)
 
     def finish(self, sums: Tensor) -> None:
-        """All-reduce the remaining buckets and the step's numbers in `sums`. The device waits for them, the host does not."""
+        """All-reduce the remaining buckets and the step's numbers in `sums`. The device waits, the host does not."""
         if self._ranks == 1:
             return
         self._reducing = False

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 
 HEARTBEAT_TIMEOUT = 20.0
-"""Seconds without a heartbeat after which a rank counts as dead. torchrun kills 30 s after its SIGTERM; this is less."""
+"""Seconds without a heartbeat after which a rank counts as dead. torchrun kills 30 s after its SIGTERM; this is
+less."""
 
 HEARTBEAT_TIMEOUT_AFTER_ERROR = 4.0
 """The same after a collective failed, when only the cause is missing."""
@@ -69,7 +70,7 @@ class Heartbeat:
 class Watchdog:
     """Publishes this rank's heartbeats and checks those of the other ranks.
 
-    stall       seconds in which some rank must make progress in the training loop; elsewhere `SETUP_TIMEOUT`, if that is more
+    stall       seconds in which some rank must make progress in the training loop; elsewhere at least `SETUP_TIMEOUT`
     device      device of this rank; the events given to `step_done` are recorded on it
     on_failure  gets the sentence about a dead or stalled rank; by default prints it and ends the process
     Raises nothing. The default `on_failure` ends the process with status 1 from the thread, since the main thread may
@@ -119,7 +120,7 @@ class Watchdog:
         self._status = status
 
     def step_done(self, event: torch.cuda.Event | None = None) -> None:
-        """This rank has done its part of a step and waits for the others. On CUDA that holds once `event` has happened."""
+        """This rank has done its part of a step and waits for the others; on CUDA, once `event` has happened."""
         if event is None:
             self._steps_done += 1
         else:
@@ -168,7 +169,8 @@ class Watchdog:
                     self._events.pop(0)
                     self._steps_done += 1
             except RuntimeError:
-                # The device failed. The main thread gets the same error and publishes it; until then no rank may look dead.
+                # The device failed. The main thread gets the same error and publishes it; until then no rank may look
+                # dead.
                 self._events.clear()
             try:
                 self._write_heartbeat()
@@ -267,7 +269,8 @@ class Watchdog:
         absent = [f"rank {r}" for r in range(self._size) if r != self._rank and r not in self._latest]
         if absent:
             return f"the others wait for {', '.join(absent)}, without a heartbeat since the start {limit:.0f} s ago"
-        # Ranks between the first and the last, such as the source of a broadcast, have done their part and wait as well.
+        # Ranks between the first and the last, such as the source of a broadcast, have done their part and wait as
+        # well.
         least = min(beat.progress for beat in beats.values())
         names = [self._name(r, b, b.status) for r, b in sorted(beats.items()) if b.progress == least]
         if len(names) == len(beats):

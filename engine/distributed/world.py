@@ -30,11 +30,12 @@ warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tenso
 T = TypeVar("T")
 
 BACKSTOP_FACTOR = 4
-"""The timeouts of the process group and of NCCL, whose messages name no rank, are this many times the watchdog's longest."""
+"""The timeouts of the process group and of NCCL, whose messages name no rank, are this many times the watchdog's
+longest."""
 
 NCCL_DUMP = 15
-"""Seconds that torch's own NCCL watchdog allows for a dump, its default. Four times that pass between an error, such as a
-lost connection, and a C++ abort that names no rank. Our watchdog needs less, so its message comes first."""
+"""Seconds that torch's own NCCL watchdog allows for a dump, its default. Four times that pass between an error, such as
+a lost connection, and a C++ abort that names no rank. Our watchdog needs less, so its message comes first."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,10 @@ def grow_segments() -> None:
 
 
 def shard_frozen(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard the frozen weights of a decoder layer, and in the last call the rest of the model's, over all ranks (FSDP2).
+    """Shard the frozen weights of a decoder layer, or in the last call of the rest of a model, over all ranks (FSDP2).
 
-    A layer's weights are gathered while it computes, forward and backward. Adapter, heads and LoRA stay whole on every rank.
+    A layer's weights are gathered while it computes, forward and backward. Adapter, heads and LoRA stay whole on every
+    rank.
     """
     from torch.distributed.fsdp import fully_shard
 

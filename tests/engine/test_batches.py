@@ -1,4 +1,4 @@
-"""The batches of a run, compared sample by sample: ranks, workers and the place of a restart change nothing."""
+"""The batches of a run, compared sample by sample: the number of ranks and workers and a restart change nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def dataset(workspace: Path) -> StageDataset:
 
 
 def source(dataset: StageDataset, workspace: Path, rank: int = 0, ranks: int = 1, **options: object) -> StepSource:
-    """As a process of its own would make it: plan and store are its own too."""
+    """As a separate process would make it, with its own plan and store."""
     plan = BatchPlan(len(dataset), GLOBAL_BATCH, seed=5)
     store = FeatureStore(workspace / "features" / "videos")
     options = {"token_budget": 300, **options}
@@ -44,7 +44,7 @@ def source(dataset: StageDataset, workspace: Path, rank: int = 0, ranks: int = 1
 
 
 def samples(batch: PackedBatch) -> Iterator[tuple[str, Content]]:
-    """Every sample of a packed batch as if it stood alone: each array of it, with rows counted from its own start."""
+    """The arrays of every sample of a packed batch, with rows counted from the sample's own start."""
     bounds = batch.cu_seqlens.tolist()
     for name, begin, end in zip(batch.sample_ids, bounds, bounds[1:]):
         content = {
@@ -63,7 +63,7 @@ def samples(batch: PackedBatch) -> Iterator[tuple[str, Content]]:
 
 
 def joined(shares: tuple[StepBatches, ...]) -> Step:
-    """What all ranks compute in a step: its tokens, its normalizers, and every sample's content."""
+    """A step of all ranks together: its tokens, its normalizers and the content of every sample."""
     weighted = [b for share in shares for b in share.micro_batches if not math.isinf(b.normalizers[0])]
     contents = [pair for batch in weighted for pair in samples(batch)]
     assert len({name for name, _ in contents}) == len(contents), "no sample is computed twice"
@@ -85,8 +85,8 @@ def expected(dataset: StageDataset, workspace: Path) -> list[Step]:
     return steps(dataset, workspace, 0, STEPS, ranks=1, workers=0)
 
 
-def test_the_run_that_the_others_are_compared_with(dataset: StageDataset, expected: list[Step]) -> None:
-    """Its batches hold what the data set and the store hold, each sample once an epoch."""
+def test_the_reference_run(dataset: StageDataset, expected: list[Step]) -> None:
+    """Its batches hold the samples of the data set and their features, each sample once an epoch."""
     assert len(dataset) == 24 and all(len(contents) == GLOBAL_BATCH for _, _, contents in expected)
     for first in (0, 3):
         assert sorted(name for _, _, contents in expected[first : first + 3] for name in contents) == sorted(
@@ -116,7 +116,7 @@ def test_micro_batches(dataset: StageDataset, workspace: Path, expected: list[St
 
 @pytest.mark.parametrize(("before", "after"), [((1, 0), (4, 2)), ((4, 2), (2, 0)), ((2, 2), (1, 2)), ((2, 0), (3, 2))])
 @pytest.mark.parametrize("stopped", [1, 3, 4])
-def test_resumed_in_the_middle_under_another_count(
+def test_resumed_with_another_number_of_ranks(
     dataset: StageDataset,
     workspace: Path,
     expected: list[Step],
@@ -124,7 +124,7 @@ def test_resumed_in_the_middle_under_another_count(
     after: tuple[int, int],
     stopped: int,
 ) -> None:
-    """In the middle of an epoch, at its end and after it. The batches made ahead and never used are made again."""
+    """In the middle of an epoch, at its end and after it. Prefetched batches that were not used are made again."""
     first = source(dataset, workspace, 0, before[0])
     abandoned = prefetch(first.step, range(0, STEPS), before[1])
     for _ in range(stopped):
@@ -134,10 +134,10 @@ def test_resumed_in_the_middle_under_another_count(
     assert parts == expected
 
 
-def test_what_is_left_out_is_listed_and_kept_in_the_checkpoint(
+def test_samples_left_out_are_listed_and_part_of_the_fingerprint(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A malformed record within the budget; a run that left out something else does not continue."""
+    """A malformed record within the failure budget; a run that left out something else is refused."""
     data = tmp_path / "data"
     shutil.copytree(workspace / "data", data, symlinks=True)
     file = data / "stage1/localized_narratives.jsonl"
@@ -157,7 +157,9 @@ def test_what_is_left_out_is_listed_and_kept_in_the_checkpoint(
     assert "left out was" in capsys.readouterr().err
 
 
-def test_ranks_agree_on_a_step_without_talking(dataset: StageDataset, workspace: Path) -> None:
+def test_ranks_agree_on_the_number_of_micro_batches_without_communication(
+    dataset: StageDataset, workspace: Path
+) -> None:
     """Every rank has as many micro-batches as the others, in every step."""
     for ranks in (2, 3, 4):
         counts = [

@@ -56,24 +56,24 @@ def test_the_dry_run_counts_data_that_is_there(workspace, tmp_path, capsys):
     assert "6 of 8 samples" in printed
     assert "none of more than 2,048 tokens" in printed
     assert "attention       by sdpa on this machine (a CPU, torch.float32)" in printed
-    # 24 samples in three batches of eight, one a device: each fills its own share of 600 tokens.
+    # 24 samples in three batches of eight, one sample per device: each fills a part of its device's 600 tokens.
     (mean,) = {int(n) for n in re.findall(r"samples, (\d+) tokens", printed)}
     assert {int(n) for n in re.findall(r"600 tokens a micro-batch, (\d+)% full", printed)} == {round(mean / 6)}
 
 
-def test_one_process_of_torchruns_speaks(monkeypatch, capsys):
+def test_only_rank_0_prints_the_dry_run(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     assert budget.main(["--stage", "2"]) == 0
     assert capsys.readouterr().out == ""
 
 
 def test_each_number_of_devices_has_a_layout_of_its_own(capsys):
-    """One 40 GB device has to recompute most of 13B where eight share its weights."""
+    """For 13B one 40 GB device needs activation checkpointing in most layers, where eight devices shard the weights."""
     assert budget.main(["--model", "13b", "--stage", "2", "--devices", "1", "8"]) == 0
     lines = capsys.readouterr().out.splitlines()
     alone, eight = (next(line for line in lines if f"{n}x A100-40GB" in line) for n in (1, 8))
-    assert "33 of 40 layers recomputed" in alone and "sharded" not in alone
-    assert "sharded (FSDP2), nothing recomputed" in eight
+    assert "activation checkpointing in 33 of 40 layers" in alone and "sharded" not in alone
+    assert "sharded (FSDP2), no activation checkpointing" in eight
     hours = [float(line.split()[2]) for line in (alone, eight)]
     assert hours[0] / hours[1] == pytest.approx(8 * (1 + 0.5 * 33 / 40), rel=0.01)
 
@@ -92,7 +92,7 @@ def test_flags_reach_the_dry_run(tmp_path, capsys):
     assert "neither a directory nor in the Hugging Face cache" in capsys.readouterr().err
 
 
-def test_micro_batches_are_as_full_as_the_samples_make_them():
+def test_fullness_of_micro_batches():
     batches = [np.array([60, 40, 30, 70]), np.array([100, 100, 100, 100])]
     assert budget.fullness(batches, ranks=1, token_budget=100) == pytest.approx(600 / 600)
     assert budget.fullness(batches, ranks=2, token_budget=250) == pytest.approx(600 / (4 * 250))
@@ -101,15 +101,15 @@ def test_micro_batches_are_as_full_as_the_samples_make_them():
         budget.fullness(batches, ranks=2, token_budget=80)
 
 
-def test_linear_parameters_are_those_of_every_projection():
+def test_linear_parameters_count_every_projection():
     config = tiny_config(kv_heads=2)
     d, i = 64, 96
     expected = 2 * (d * d * 2 + d * 32 * 2 + 3 * d * i)
     assert count_parameters(config, PAPER[2]).linear == expected
 
 
-def test_flops_are_those_that_torch_counts():
-    """4N a token and the heads, against PyTorch's own counter; attention it counts without the causal half."""
+def test_flops_equal_torchs_count():
+    """4N a token and the heads, against PyTorch's counter. Attention is excluded: it ignores the causal mask."""
     config = tiny_config()
     model = checkpoint.random_model(config, dtype=torch.float32)
     model.vision_adapter.requires_grad_(True)
@@ -156,7 +156,7 @@ def test_a_measured_step_replaces_the_assumption(tmp_path, monkeypatch, capsys):
         ("NVIDIA L4", None, None),
     ],
 )
-def test_a_measurement_serves_the_device_it_was_made_on(name, device, peak, tmp_path, monkeypatch):
+def test_a_measurement_applies_only_to_its_own_device(name, device, peak, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert hardware.peak_of(torch.device("cuda")) == peak
     rows = [
@@ -165,10 +165,10 @@ def test_a_measurement_serves_the_device_it_was_made_on(name, device, peak, tmp_
         {"model": "7b", "implementation": "pite fp8", "mfu": 0.6},
     ]
     (tmp_path / "step_x.json").write_text(json.dumps({"environment": {"device": name}, "rows": rows}))
-    served = {key for key in hardware.DEVICES if hardware.measured_mfu("7b", key, tmp_path) == 0.4}
-    assert served == ({device} if device else set())
+    found = {key for key in hardware.DEVICES if hardware.measured_mfu("7b", key, tmp_path) == 0.4}
+    assert found == ({device} if device else set())
     assert device is None or hardware.measured_mfu("7b", device, tmp_path, "pite fp8") == 0.6
 
 
-def test_clip_frames_cost_what_the_encoder_counts():
+def test_flops_of_a_clip_frame():
     assert frame_flops(budget.VIT_L_14, 768) == pytest.approx(156e9, rel=0.01)

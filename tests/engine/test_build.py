@@ -1,4 +1,4 @@
-"""How a stage's model starts: its weights, the adapter in the words of the captions, coordinate heads near the centre."""
+"""A stage's model before its first step: weights, the aligned adapter, coordinate heads that start near the centre."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_the_adapter_starts_as_the_map_from_features_to_the_captions_words():
     directions = np.linalg.qr(rng.standard_normal((16, 16)))[0][: len(WORDS)]
     samples, features = [], Features()
     for present in product((False, True), repeat=len(WORDS)):
-        said = [ALWAYS, *(word for word, there in zip(WORDS, present) if there), ALWAYS]
-        ids = np.array([1, FRAME, *said])
+        words = [ALWAYS, *(word for word, there in zip(WORDS, present) if there), ALWAYS]
+        ids = np.array([1, FRAME, *words])
         name = str(present)
         nothing = np.zeros((0, 1, 1, 2), np.float32)
         samples.append(TokenizedSample(name, name, ids, 1, 1, np.arange(2, len(ids)), np.array([], int), nothing))
@@ -55,7 +55,7 @@ def test_the_adapter_starts_as_the_map_from_features_to_the_captions_words():
         torch.testing.assert_close(
             weight @ torch.from_numpy(direction).float(), np.log(2) * embedding[word], rtol=1e-3, atol=1e-4
         )
-    # A word of every caption says nothing about any picture, and adds nothing.
+    # A word that is in every caption has weight 0 and adds nothing.
     nothing_there = torch.from_numpy(features[str((False,) * 3)])
     assert model.vision_adapter(nothing_there).abs().max() < 1e-3 * embedding[ALWAYS].abs().max()
 
@@ -70,7 +70,7 @@ def test_coordinate_heads_start_near_the_centre_of_the_frame():
 
 
 def build_stage_3(directory: Path, shards: int, fp8: bool) -> int:
-    """Two earlier stages merged, bfloat16; leaves what was built and the bytes that lived meanwhile."""
+    """Build in bfloat16 with two earlier stages merged; save the tensors, the bytes kept and the peak above them."""
     world = World.join("cpu")
     with PeakMemory() as live:
         model = build_model(
@@ -105,7 +105,7 @@ def test_a_model_is_built_a_layer_at_a_time(stages: Path, shards: int, fp8: bool
     ranks = launch(shards, stages / "logs", build_stage_3, stages, shards, fp8)
     assert ranks.wait() == [0] * shards, ranks.stderr(0)
 
-    # Every weight by its own arithmetic: the file's and both stages' updates summed in float32, rounded once.
+    # The expected weights: those of the file and both stages' updates, summed in float32 and rounded once.
     expected = load_file(stages / "llm" / "model.safetensors")
     for stage in ("one", "two"):
         lora = load_file(stages / stage / "adapter_model.safetensors")
@@ -136,6 +136,7 @@ def test_a_model_is_built_a_layer_at_a_time(stages: Path, shards: int, fp8: bool
         for name, tensor in wanted.items():
             assert torch.equal(built[name], tensor.chunk(shards)[rank] if name in sharded else tensor), name
         assert kept <= 1.1 * (layers + outside) / shards + sum(learning.values())
-        # One layer, a float32 copy and update of a weight while it is merged or quantised, and what is outside the layers.
+        # One layer, a float32 copy and update of a weight while it is merged or quantized, and the weights outside the
+        # layers.
         assert extra <= 4 * layers / LAYERS + outside, f"{extra / layers:.0%} of all layers"
         assert 4 * layers / LAYERS + outside < layers / 5

@@ -1,4 +1,4 @@
-"""The command line out of a dataclass: every type, every refusal in one sentence, help out of docstrings."""
+"""The command line from a dataclass: every type, every error in one sentence, help from docstrings."""
 
 from __future__ import annotations
 

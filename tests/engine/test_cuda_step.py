@@ -1,7 +1,7 @@
-"""A training step of the CUDA code at real shapes, without a GPU: it looks at no value, what it takes, what it launches.
+"""A training step of the CUDA code at real shapes, without a GPU: no synchronization, memory, launched kernels.
 
-On fake tensors (`tests.fake_cuda`) a look at a value raises. A copy between host and device would not be seen here, nor
-what `engine.loop.train` does around a step: `bench.gpu` asks a GPU about both.
+The tensors are fake (`tests.fake_cuda`), so reading a value raises. These tests do not see a copy between host and
+device, nor what `engine.loop.train` does around a step; `bench.gpu` measures both on a GPU.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def packed_batch(config: PiTeConfig, tokens: int, stage: Stage) -> PackedBatch:
 
 
 def training_step(size: str, tokens: int, *, stage: Stage = 2, recompute: int = 0, fp8: bool = False) -> PeakMemory:
-    """Bytes of a step, AdamW's moments there from a step before."""
+    """Bytes of a step. AdamW's moments exist from an earlier step."""
     config, recipe_ = PiTeConfig.preset(size), recipe(size, stage)
     peak = PeakMemory(block=512)
     model = PiTe(config, torch.bfloat16)
@@ -100,7 +100,7 @@ def test_the_estimate_is_what_a_step_allocates(size, tokens, recompute, fp8, mon
     ],
 )
 def test_everything_a_step_launches_compiles(fp8, capabilities, expected, monkeypatch, capsys):
-    """Triton's programs, liger-kernel's too, with the very arguments of the call; cuBLAS and attention are not Triton's."""
+    """The Triton kernels, liger-kernel's included, with the call's own arguments. cuBLAS and attention are excluded."""
     assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
     with fake_cuda(monkeypatch) as launches:
         for stage in (1, 2):

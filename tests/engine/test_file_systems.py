@@ -1,4 +1,4 @@
-"""engine.train on file systems as they are: moved and linked folders, no locks, read-only stores, umasks."""
+"""engine.train on real file systems: moved and linked folders, no locks, read-only stores, umasks."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from tests.engine.workspace import train_arguments
 
 
 def test_a_whole_run_can_be_moved(workspace: Path, tmp_path: Path, monkeypatch):
-    """Lineage names its neighbours by relative paths."""
+    """The lineage holds relative paths to the earlier stages."""
     monkeypatch.chdir(workspace)
     shutil.copytree(workspace / "llm", tmp_path / "here" / "llm")
     for stage in ("1", "2"):
@@ -26,7 +26,7 @@ def test_a_whole_run_can_be_moved(workspace: Path, tmp_path: Path, monkeypatch):
 
 
 def test_a_run_behind_symbolic_links(workspace: Path, tmp_path: Path, capsys):
-    """An output reached through a link, a stage that is a link, a link to what a stage left: loaded by every path."""
+    """An output folder behind a link, a stage that is a link, a link to a stage's output: each path loads."""
     disk, home = tmp_path / "disks" / "7" / "scratch", tmp_path / "home"
     for folder in (disk / "elsewhere", home):
         folder.mkdir(parents=True)
@@ -50,7 +50,7 @@ def test_a_run_behind_symbolic_links(workspace: Path, tmp_path: Path, capsys):
 
 
 def test_a_run_is_moved_out_of_symbolic_links(workspace: Path, tmp_path: Path):
-    """The links need not be there any more: stages name each other by their real places."""
+    """The links may be gone: stages refer to each other by their real paths."""
     (tmp_path / "a" / "disk").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "a" / "disk")
     shutil.copytree(workspace / "llm", tmp_path / "a" / "disk" / "llm")
@@ -82,7 +82,7 @@ def test_without_file_locks_it_trains_after_a_warning(workspace: Path, tmp_path:
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_a_read_only_store_takes_a_cache_elsewhere(workspace: Path, tmp_path: Path, capsys, monkeypatch, number: int):
-    """The owner of shared features is often someone else. Permissions do not bind root, so the refusal is simulated."""
+    """Shared features often belong to another user. Permissions do not apply to root, so the refusal is simulated."""
     store = tmp_path / "features"
     shutil.copytree(workspace / "features", store, ignore=shutil.ignore_patterns("samples"))
     forbid_writing_below(store, number, monkeypatch)
@@ -97,7 +97,7 @@ def test_a_read_only_store_takes_a_cache_elsewhere(workspace: Path, tmp_path: Pa
 
 
 def test_samples_in_a_read_only_store_are_read_there(workspace: Path, tmp_path: Path, monkeypatch):
-    """Whoever made the store may have made them; then nothing is written next to them, not even a lock."""
+    """The owner of the store may have made them. Then nothing is written next to them, not even a lock."""
     store = tmp_path / "features"
     shutil.copytree(workspace / "features", store, ignore=shutil.ignore_patterns("samples"))
     assert main(train_arguments(workspace, tmp_path / "owner", "1", store=store, max_steps=1)) == 0
@@ -106,7 +106,7 @@ def test_samples_in_a_read_only_store_are_read_there(workspace: Path, tmp_path: 
 
 
 def forbid_writing_below(folder: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every call that would write to a folder fail as on a disk that is read-only."""
+    """Make every call that would write to a folder fail, as on a read-only disk."""
     real_open, real_mkdir = os.open, os.mkdir
 
     def check(path: object) -> None:
@@ -134,7 +134,7 @@ def forbid_writing_below(folder: Path, number: int, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002])
-def test_a_stage_can_be_read_by_whom_the_umask_allows(workspace: Path, tmp_path: Path, umask: int):
+def test_a_stage_has_the_permissions_of_the_umask(workspace: Path, tmp_path: Path, umask: int):
     before = os.umask(umask)
     try:
         assert main(train_arguments(workspace, tmp_path / "out", "1", cache=tmp_path / "cache")) == 0

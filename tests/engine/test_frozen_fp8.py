@@ -1,4 +1,4 @@
-"""--frozen-dtype fp8: what is quantised and when, that training goes on as it does otherwise, and what is refused."""
+"""--frozen-dtype fp8: what is quantized and when, training as without it, and refused devices."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def trained(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_losses_and_gradients_are_near_those_of_the_weights_themselves():
+def test_losses_and_gradients_are_close_to_those_of_exact_weights():
     model, exact = tiny_model(2), tiny_model(2)
     model.quantize()
     batch = random_batch(6, model.config)
@@ -55,7 +55,7 @@ def test_losses_and_gradients_are_near_those_of_the_weights_themselves():
     assert torch.cosine_similarity(gradient, exact_gradient, dim=0) > 0.98
 
 
-def test_stages_train_and_what_they_leave_is_not_float8(trained: Path, workspace: Path, tmp_path: Path):
+def test_stages_train_and_their_outputs_are_not_float8(trained: Path, workspace: Path, tmp_path: Path):
     assert main(train_arguments(workspace, tmp_path, "1")) == 0
     ours, exact = lines(trained, 1), lines(tmp_path, 1)
     assert len(ours) == len(exact) == 6
@@ -96,7 +96,7 @@ def test_an_interrupted_run_continues_bit_for_bit_and_only_as_float8(trained: Pa
         assert [a[n] for n in NUMBERS] == [b[n] for n in NUMBERS]
 
 
-def test_sharded_weights_compute_what_copied_ones_do(workspace: Path, tmp_path: Path):
+def test_sharded_weights_compute_the_same_as_copied_ones(workspace: Path, tmp_path: Path):
     for parallel in ("ddp", "fsdp"):
         flags = {"parallel": parallel, "llm": "random", "max_steps": 2, **FP8}
         ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path / parallel, "2", **flags))
@@ -112,7 +112,7 @@ def test_a_quantised_model_is_not_saved_whole(tmp_path: Path):
         save_pretrained(model, tmp_path)
 
 
-def test_devices_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatch):
+def test_devices_without_float8_are_refused(monkeypatch: pytest.MonkeyPatch):
     cuda = World(0, 1, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

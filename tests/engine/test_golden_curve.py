@@ -1,4 +1,4 @@
-"""The loss curve of a hundred steps, as committed: a change that alters it must say why, and write it anew."""
+"""The loss curve of a hundred steps equals the committed one. A change that alters it must explain and commit it."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,8 @@ from tests.golden.loss_curve import FILE, NUMBERS, RECIPE, STEPS, curve
 
 TOLERANCE = 1e-5
 """Relative. Other instruction sets (SSE4, AVX2, AVX-512), PyTorch instead of the C++ operators, and float64 change no
-number by more than 1e-6; one per mille of the learning rate, the smoothing or lambda changes the loss by 1.6e-3."""
+number by more than 1e-6. A change of the learning rate, the smoothing or lambda by one per mille changes the loss by
+1.6e-3."""
 
 
 def golden() -> np.ndarray:
@@ -35,5 +36,5 @@ def test_the_curve_is_the_committed_one(dtype):
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 3.003e-3}, {"label_smoothing": 0.0999}])
-def test_a_per_mille_would_be_seen(change):
+def test_a_change_of_one_per_mille_is_detected(change):
     assert distance(curve(replace(RECIPE, **change)))[0] > 100 * TOLERANCE

@@ -1,4 +1,4 @@
-"""Features that others made, with a file missing: imported, written down, and trained on without it."""
+"""Imported features with a missing file: the import logs it, and training runs without it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.engine.workspace import FRAMES, train_arguments
 
 @pytest.fixture
 def folder(workspace: Path, tmp_path: Path) -> Path:
-    """A .npy file for each of stage 2's 24 videos but one, `gone`."""
+    """A .npy file for each of stage 2's 24 videos except one; the file `gone` holds its key."""
     store = FeatureStore(workspace / "features" / "videos")
     keys = sorted(key for key in store.keys if key.startswith("stage2/"))
     assert len(keys) == 24
@@ -44,13 +44,13 @@ def test_training_goes_on_without_the_missing_file(
     gone, features = (folder.parent / "gone").read_text(), folder.parent / "features"
     data = ["--data", str(workspace / "data")]
     assert imported(folder) == 0
-    assert trained(workspace, folder) == 1, "nothing says why a feature is missing"
+    assert trained(workspace, folder) == 1, "no ledger explains why a feature is missing"
     assert f"1 media, {gone!r} among them, are neither in the feature store" in capsys.readouterr().err
 
     assert imported(folder, *data) == 1
-    said = capsys.readouterr().err
-    assert f"1 of 24 media of stage2 have no file in {folder}, {gone!r} among them" in said
-    assert "more than the failure budget of 1.00%" in said
+    error = capsys.readouterr().err
+    assert f"1 of 24 media of stage2 have no file in {folder}, {gone!r} among them" in error
+    assert "more than the failure budget of 1.00%" in error
     assert not list(features.glob("failures*"))
 
     for _ in range(2):
@@ -88,5 +88,5 @@ def test_refusals(
     workspace: Path, folder: Path, flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert imported(folder, "--data", str(workspace / "data"), *flags) == 1
-    said = capsys.readouterr().err
-    assert sentence in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1

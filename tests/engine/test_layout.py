@@ -1,4 +1,4 @@
-"""Bytes on a device, and the layout chosen from them."""
+"""The memory estimate of a device, and the layout chosen from it."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.hardware import DEVICES
-from engine.layout import LARGEST_BUDGET, SPARE, choose_layout, count_parameters, memory
+from engine.layout import MAX_TOKEN_BUDGET, RESERVED_SHARE, choose_layout, count_parameters, memory
 from engine.loop import compute_losses
 from engine.recipes import recipe
 from engine.train import main
@@ -15,25 +15,25 @@ from tests.engine.workspace import train_arguments
 from tests.samples import random_batch, tiny_model
 
 
-def layout(size: str, capacity: float, **asked: object):
+def layout(size: str, capacity: float, **flags: object):
     config = PiTeConfig.preset(size)
-    return choose_layout(config, count_parameters(config, recipe(size, 2)), capacity, **asked)
+    return choose_layout(config, count_parameters(config, recipe(size, 2)), capacity, **flags)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", ["7b", "13b"])
 def test_what_is_chosen_fits_and_holds_the_longest_sample(size, device):
     chosen = layout(size, DEVICES[device].bytes, ranks=8)
-    assert 2048 <= chosen.token_budget <= LARGEST_BUDGET
-    assert chosen.needed.total <= (1 - SPARE) * DEVICES[device].bytes
+    assert 2048 <= chosen.token_budget <= MAX_TOKEN_BUDGET
+    assert chosen.needed.total <= (1 - RESERVED_SHARE) * DEVICES[device].bytes
 
 
-def test_memory_is_spent_in_order_of_price():
-    """Everything kept where it fits; then a few layers recomputed; then weights sharded; alone, more recomputed."""
+def test_layouts_are_tried_from_the_cheapest():
+    """No activation checkpointing if it fits; then in a few layers; then sharding; on one device, in more layers."""
     roomy, snug, forty, alone = (
         layout("13b", gigabytes * 1e9, ranks=ranks) for gigabytes, ranks in ((200, 8), (60, 8), (40, 8), (40, 1))
     )
-    assert (roomy.shards, roomy.recompute, roomy.token_budget) == (1, 0, LARGEST_BUDGET)
+    assert (roomy.shards, roomy.recompute, roomy.token_budget) == (1, 0, MAX_TOKEN_BUDGET)
     assert snug.shards == 1 and 0 < snug.recompute <= 10
     assert forty.shards == 8 and forty.recompute <= 10
     assert alone.shards == 1 and alone.recompute > 20
@@ -41,14 +41,14 @@ def test_memory_is_spent_in_order_of_price():
         layout("13b", 40e9, recompute=alone.recompute - 1)
 
 
-def test_a_device_too_small_is_refused():
+def test_a_device_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="a device of 24 GB has room for 22"):
         layout("13b", 24e9)
     with pytest.raises(ValueError, match="--recompute must be 0 to 40"):
         layout("13b", 80e9, recompute=41)
 
 
-def test_shards_share_the_weights():
+def test_shards_divide_the_weights():
     config = PiTeConfig.preset("13b")
     count = count_parameters(config, recipe("13b", 2))
     copied, sharded = (memory(config, count, 0, shards=n).weights for n in (1, 8))
@@ -57,7 +57,7 @@ def test_shards_share_the_weights():
 
 
 def saved_bytes(model, batch, layers: int) -> int:
-    """Of the tensors that autograd keeps, parameters left out."""
+    """Bytes of the tensors that autograd saves, without parameters."""
     model.decoder.recompute(layers)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -75,7 +75,7 @@ def saved_bytes(model, batch, layers: int) -> int:
     return total
 
 
-def test_a_recomputed_layer_keeps_its_input_alone():
+def test_a_checkpointed_layer_saves_only_its_input():
     model = tiny_model(num_hidden_layers=6)
     batch = random_batch(6, model.config)
     kept = [saved_bytes(model, batch, layers) for layers in (1, 2, 4)]
@@ -87,7 +87,7 @@ def test_a_recomputed_layer_keeps_its_input_alone():
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_recomputing_changes_no_bit(workspace: Path, tmp_path: Path, layers: int):
+def test_activation_checkpointing_changes_no_bit(workspace: Path, tmp_path: Path, layers: int):
     metrics = []
     for name, flags in (("kept", {}), ("again", {"recompute": layers})):
         assert main(train_arguments(workspace, tmp_path / name, "2", llm="random", max_steps=3, **flags)) == 0

@@ -1,4 +1,4 @@
-"""The job script of docs/training.md, with Slurm's commands and torchrun replaced by programs that note how they are called."""
+"""The job script of docs/training.md, with Slurm's commands and torchrun replaced by small test programs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def script() -> str:
 
 @pytest.fixture
 def job(workspace: Path, tmp_path: Path):
-    """Runs the script in a folder of its own; returns its status, and the jobs that were queued again so far."""
+    """Runs the script in its own folder; returns its exit status and the jobs queued again so far."""
     programs = tmp_path / "bin"
     programs.mkdir()
     arguments = train_arguments(workspace, tmp_path, "1")
@@ -110,8 +110,8 @@ def test_only_a_preempted_job_queues_itself_again(job, tmp_path: Path):
     assert (output / "stage1" / "final" / "lineage.json").exists() and not (output / MARKER).exists()
 
 
-def test_a_command_that_cannot_start_is_not_queued_again(job, tmp_path: Path):
-    """Whatever an earlier run left behind."""
+def test_a_job_whose_command_cannot_start_is_not_queued_again(job, tmp_path: Path):
+    """Even if an earlier run left a marker."""
     output = tmp_path / "runs" / "pite-13b"
     output.mkdir(parents=True)
     (output / MARKER).write_text("{}")

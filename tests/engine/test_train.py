@@ -1,4 +1,4 @@
-"""engine.train from the command line's arguments: three stages, refusals, and what it says when something is wrong."""
+"""engine.train from command-line arguments: three stages, refused runs and error messages."""
 
 import gc
 import json
@@ -45,7 +45,7 @@ def test_three_stages_leave_models_metrics_and_lineage(trained: Path):
     assert all(len(entry["sha256"]) == 64 for entry in lineage["merged"])
 
 
-def test_what_a_stage_may_not_touch_it_did_not_touch(trained: Path):
+def test_a_stage_changes_only_its_trainable_modules(trained: Path):
     heads = [load_file(trained / f"stage{s}" / "final" / "pite.safetensors") for s in (1, 2, 3)]
     for name in ("model.vision_adapter.weight", "model.localization_projector.weight"):
         assert torch.equal(heads[0][name], heads[1][name])
@@ -54,7 +54,7 @@ def test_what_a_stage_may_not_touch_it_did_not_touch(trained: Path):
 
 
 def test_a_trained_chain_of_adapters_loads_in_peft(trained: Path, workspace: Path):
-    """What a user of transformers + peft does with our output: base, then each stage merged in turn."""
+    """As a user of transformers + peft would: load the language model, then merge the adapter of each stage in turn."""
     llama = LlamaForCausalLM.from_pretrained(workspace / "llm")
     for stage in (1, 2, 3):
         llama = PeftModel.from_pretrained(llama, str(trained / f"stage{stage}" / "final")).merge_and_unload()
@@ -99,7 +99,7 @@ def test_an_interrupted_run_refuses_other_data(workspace: Path, tmp_path: Path, 
 def test_an_interrupted_run_refuses_other_features_and_another_epsilon(
     workspace: Path, tmp_path: Path, capsys, monkeypatch
 ):
-    """Under the same manifest and the same weights; before any model is loaded."""
+    """With the same manifest and the same weights; refused before any model is loaded."""
     for name in ("features", "llm"):
         shutil.copytree(workspace / name, tmp_path / name)
     output, paths = tmp_path / "out", {"store": tmp_path / "features", "llm": tmp_path / "llm"}
@@ -121,7 +121,7 @@ def test_an_interrupted_run_refuses_other_features_and_another_epsilon(
     assert "feature records was" in capsys.readouterr().err
 
 
-def test_media_that_were_never_encoded_stop_the_run(workspace: Path, tmp_path: Path, capsys):
+def test_media_that_were_never_encoded_are_an_error(workspace: Path, tmp_path: Path, capsys):
     features = tmp_path / "features"
     for folder in ("images", "videos"):
         FeatureStore.create_or_open(features / folder, FeatureStore(workspace / "features" / folder).manifest)
@@ -146,7 +146,7 @@ def test_samples_over_length_are_counted(workspace: Path, tmp_path: Path, capsys
     assert f"{longer} left out for more than {limit} tokens" in capsys.readouterr().err
 
 
-def test_a_feature_that_is_not_a_number_is_named_before_any_update(
+def test_a_sample_with_nan_features_is_named_before_any_update(
     trained: Path, workspace: Path, tmp_path: Path, capsys, monkeypatch
 ):
     read = FeatureStore.read
@@ -169,10 +169,10 @@ def test_a_feature_that_is_not_a_number_is_named_before_any_update(
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_nothing_is_updated_from_the_step_that_was_not_finite(
+def test_optimizer_steps_are_skipped_from_the_first_non_finite_one(
     trained: Path, workspace: Path, tmp_path: Path, capsys, monkeypatch, late: bool
 ):
-    """As on a GPU, whose numbers are read when the next step, and its update, are queued already (`late`)."""
+    """`late`: as on a GPU, where the numbers are read when the next step and its update are queued already."""
     compute, make = loop.compute_losses, run.make_optimizer
     optimizers: list[torch.optim.Optimizer] = []
     calls: list[int] = []
@@ -191,7 +191,7 @@ def test_nothing_is_updated_from_the_step_that_was_not_finite(
         calls.clear()
         flags = {"init": trained / "stage1/final", "max_steps": steps, "checkpoint_every": 1000}
         assert main(train_arguments(workspace, output, "2", **flags)) == status
-    assert len(calls) == (4 if late else 3), "micro-batches that were computed"
+    assert len(calls) == (4 if late else 3), "computed micro-batches"
     error = capsys.readouterr().err
     assert "engine.train: step 3, " in error
     clean, stopped = ([p for group in o.param_groups for p in group["params"]] for o in optimizers)
@@ -199,12 +199,12 @@ def test_nothing_is_updated_from_the_step_that_was_not_finite(
     assert [line["step"] for line in read_metrics(output / "stage2" / "metrics.jsonl")] == [1, 2]
 
 
-def test_the_collector_rests_while_it_trains(trained: Path, workspace: Path, tmp_path: Path, monkeypatch):
+def test_the_garbage_collector_is_frozen_during_training(trained: Path, workspace: Path, tmp_path: Path, monkeypatch):
     frozen: list[int] = []
     compute = loop.compute_losses
     monkeypatch.setattr(loop, "compute_losses", lambda *rest: frozen.append(gc.get_freeze_count()) or compute(*rest))
     assert main(train_arguments(workspace, tmp_path, "1", max_steps=1)) == 0
-    assert frozen and min(frozen) > 100_000, "what was imported, at least"
+    assert frozen and min(frozen) > 100_000, "at least the objects of the imports"
     assert gc.get_freeze_count() == 0
 
 
@@ -240,7 +240,7 @@ def test_a_batch_larger_than_the_data_is_refused(workspace: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("absent, normalizer", [("regress", "present"), ("skip", "paper"), ("regress", "paper")])
-def test_the_papers_other_readings_divide_by_other_counts(workspace: Path, tmp_path: Path, absent, normalizer):
+def test_the_papers_other_normalizers_divide_by_other_counts(workspace: Path, tmp_path: Path, absent, normalizer):
     """Stage 1 has one point of two coordinates per token; some tokens have none."""
     arguments = {"max_steps": 1, "lora_rank": 4, "trajectory_weight": 5}
     assert main(train_arguments(workspace, tmp_path / "default", "1", **arguments)) == 0
@@ -269,7 +269,9 @@ def test_a_budget_below_the_longest_sample_is_refused_at_once(workspace: Path, t
     assert "raise --token-budget" in capsys.readouterr().err
 
 
-def test_a_token_without_an_embedding_stops_before_any_model(workspace: Path, tmp_path: Path, capsys, monkeypatch):
+def test_a_token_without_an_embedding_is_an_error_before_any_model(
+    workspace: Path, tmp_path: Path, capsys, monkeypatch
+):
     shutil.copytree(workspace / "llm", tmp_path / "llm")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llm")
     tokenizer.add_tokens([AddedToken("ircle", normalized=False)])
@@ -281,7 +283,7 @@ def test_a_token_without_an_embedding_stops_before_any_model(workspace: Path, tm
         assert f"holds token {len(tokenizer) - 1} ('ircle'): the tokenizer has {len(tokenizer):,} tokens" in error
 
 
-def test_samples_beyond_the_context_are_warned_of_once(workspace: Path, tmp_path: Path, capsys):
+def test_samples_beyond_the_context_give_one_warning(workspace: Path, tmp_path: Path, capsys):
     shutil.copytree(workspace / "llm", tmp_path / "llm")
     config = tmp_path / "llm" / "config.json"
     config.write_text(config.read_text().replace('"max_position_embeddings": 2048', '"max_position_embeddings": 24'))

@@ -1,4 +1,4 @@
-"""Where Triton and liger-kernel have no wheels (macOS), and without any extra: training, then evaluation, on PyTorch alone."""
+"""Without Triton and liger-kernel (no wheels for macOS) and extras: training and evaluation on PyTorch alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 ABSENT = ("triton", "liger_kernel", "nvidia", "torchcodec", "cv2", "stanza", "flash_attn", "xformers")
 CODE = (
     "import runpy, sys\n"
-    f"sys.modules.update(dict.fromkeys({ABSENT!r}))\n"  # what is None there cannot be imported
+    f"sys.modules.update(dict.fromkeys({ABSENT!r}))\n"  # modules that are None cannot be imported
     "del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 )
 

@@ -1,4 +1,4 @@
-"""A whole training workspace in a second: a small synthetic world, a random tiny Llama, random features."""
+"""Make a training workspace in a second: a small synthetic world, a random tiny Llama, random features."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_workspace(root: Path) -> Path:
 
 
 def train_arguments(workspace: Path, output: Path, stage: str = "all", **flags: object) -> list[str]:
-    """A command line of engine.train; flags in Python spelling."""
+    """Command-line arguments of engine.train; flags are given as Python names."""
     flags = {"global_batch": 8, "epochs": 2, "token_budget": 600, "checkpoint_every": 2, "device": "cpu", **flags}
     paths = {"data": workspace / "data", "store": workspace / "features", "llm": workspace / "llm", "output": output}
     values = {**paths, "stage": stage, "model": "tiny", **flags}

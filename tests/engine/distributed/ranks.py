@@ -1,6 +1,6 @@
-"""Ranks of a run as processes of this machine, forked from one that has imported everything: a launch costs no import.
+"""Start the ranks of a run as local processes, forked from one that has all imports, so that a launch is fast.
 
-`torchrun` itself is tested where it is the subject; everywhere else this takes its place, with the same environment.
+The tests use it instead of `torchrun`, with the same environment. `torchrun` itself is tested in test_lost_ranks.py.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ CONTEXT.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class Ranks:
-    """Running processes and what each writes to stderr."""
+    """Running processes and the log of each one's stderr."""
 
     processes: list[Any]
     logs: list[Path]
 
     def wait(self, seconds: float = 120) -> list[int | None]:
-        """Exit codes, once all have ended; those still running afterwards are killed and have None."""
+        """Exit codes, once all have ended. Processes that still run after `seconds` are killed and have None."""
         for process in self.processes:
             process.join(seconds)
         codes = [process.exitcode for process in self.processes]
@@ -58,7 +58,7 @@ def launch(size: int, logs: Path, function: Callable[..., int], *arguments: Any)
 
 
 def train(size: int, logs: Path, arguments: list[str], code: str = "") -> Ranks:
-    """Start engine.train on `size` ranks; `code` runs before it and may patch what it likes."""
+    """Start engine.train on `size` ranks; `code` runs before it, for patches."""
     return launch(size, logs, _train, arguments, code)
 
 

@@ -1,4 +1,4 @@
-"""What several ranks have to complain of alike is said once, what one has is said with its name, and nothing hangs."""
+"""An error of all ranks is printed once, an error of one rank with its name, and no rank hangs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.engine.workspace import train_arguments
 END_WITHIN = 30
 
 
-def said(ranks: Ranks, sentence: str) -> list[str]:
-    """The lines of all ranks that hold a sentence; there is nothing in the way of a traceback."""
+def printed_lines(ranks: Ranks, sentence: str) -> list[str]:
+    """The lines of all ranks that contain a sentence. No rank may print a traceback."""
     texts = [ranks.stderr(rank) for rank in range(len(ranks.logs))]
     assert not any("Traceback" in text for text in texts), texts
     return [line for text in texts for line in text.splitlines() if sentence in line]
 
 
 def mistype(port: int | None, wrong: tuple[int, ...]) -> int:
-    """A wrong flag on some ranks, the first of which is late; beside torchrun's store where a port is given."""
+    """A wrong flag on some ranks; rank 0 is late. With a port, torchrun's store is there too."""
     rank = int(os.environ["RANK"])
     if port is not None:
         os.environ.update({"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"})
@@ -37,23 +37,23 @@ def mistype(port: int | None, wrong: tuple[int, ...]) -> int:
         return int(end.code or 0)
 
 
-def test_a_wrong_flag_is_said_once(tmp_path: Path):
+def test_a_wrong_flag_is_printed_once(tmp_path: Path):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = launch(2, tmp_path, mistype, store.port, (0, 1))
     assert ranks.wait(END_WITHIN) == [2, 2]
-    (line,) = said(ranks, "there is no flag --learning-rat")
+    (line,) = printed_lines(ranks, "there is no flag --learning-rat")
     assert line.startswith("python -m engine.train: there is no flag")
-    # torchrun would have ended rank 0 with the first that ends: that one speaks.
+    # torchrun would end rank 0 as soon as rank 1 ends, so rank 1, the first, prints.
     assert line in ranks.stderr(1)
 
 
 @pytest.mark.parametrize("torchrun", [False, True], ids=["alone", "torchrun"])
-def test_a_flag_that_is_wrong_on_one_node_is_said_there(tmp_path: Path, torchrun: bool):
-    """Where no store tells of the others each speaks for itself: better twice than never."""
+def test_a_flag_that_is_wrong_on_one_node_is_printed_there(tmp_path: Path, torchrun: bool):
+    """Without a store each rank prints its own error: better twice than never."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if torchrun else None
     ranks = launch(2, tmp_path, mistype, store and store.port, (1,))
     assert ranks.wait(END_WITHIN) == [0, 2]
-    (line,) = said(ranks, "there is no flag --learning-rat")
+    (line,) = printed_lines(ranks, "there is no flag --learning-rat")
     assert line.startswith("python -m engine.train: rank 1 (")
 
 
@@ -61,11 +61,13 @@ def test_a_flag_that_is_wrong_on_one_node_is_said_there(tmp_path: Path, torchrun
     "flags, sentence",
     [({"data": "nowhere"}, "engine.train: nowhere"), ({"global_batch": 100}, "engine.train: 24 samples do not fill")],
 )
-def test_what_all_ranks_miss_is_said_once(workspace: Path, tmp_path: Path, flags: dict[str, object], sentence: str):
+def test_an_error_of_all_ranks_is_printed_once(
+    workspace: Path, tmp_path: Path, flags: dict[str, object], sentence: str
+):
     ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path, "1", **flags))
     assert ranks.wait(END_WITHIN) == [1, 1]
-    assert len(said(ranks, sentence)) == 1
-    assert len(said(ranks, "engine.train:")) == 1
+    assert len(printed_lines(ranks, sentence)) == 1
+    assert len(printed_lines(ranks, "engine.train:")) == 1
 
 
 MISSING = """
@@ -74,20 +76,20 @@ def missing(*rest): raise FileNotFoundError("/scratch is not mounted")
 if rank == 1: engine.train.{} = missing"""
 
 
-def test_what_one_rank_misses_beforehand_is_known_to_all(workspace: Path, tmp_path: Path):
+def test_an_error_of_one_rank_in_the_checks_is_raised_by_all(workspace: Path, tmp_path: Path):
     arguments = train_arguments(workspace, tmp_path, "1")
     ranks = train(2, tmp_path / "logs", arguments, MISSING.format("check_given"))
     assert ranks.wait(END_WITHIN) == [1, 1]
-    assert said(ranks, "engine.train:") == ["engine.train: rank 1: /scratch is not mounted"]
+    assert printed_lines(ranks, "engine.train:") == ["engine.train: rank 1: /scratch is not mounted"]
 
 
-def test_what_one_rank_meets_later_ends_the_others(workspace: Path, tmp_path: Path):
+def test_a_later_error_of_one_rank_ends_the_others(workspace: Path, tmp_path: Path):
     arguments = train_arguments(workspace, tmp_path, "1")
     ranks = train(2, tmp_path / "logs", arguments, MISSING.format("BatchPlan"))
     assert ranks.wait(END_WITHIN) == [1, 1]
     assert "engine.train: rank 1 (" in ranks.stderr(1)
-    (heard,) = said(ranks, "rank 0 ends: rank 1 (")
-    assert "ended: /scratch is not mounted" in heard
+    (message,) = printed_lines(ranks, "rank 0 ends: rank 1 (")
+    assert "ended: /scratch is not mounted" in message
 
 
 WITHOUT_LOCKS = """
@@ -105,25 +107,25 @@ index._build = counting"""
 
 
 def test_one_rank_tokenizes_where_there_are_no_locks(workspace: Path, tmp_path: Path):
-    """And one of each machine warns."""
+    """And one rank of each machine warns."""
     code = WITHOUT_LOCKS.replace("BUILT", str(tmp_path / "built"))
     arguments = train_arguments(workspace, tmp_path / "out", "1", cache=tmp_path / "cache", max_steps=1)
     ranks = train(3, tmp_path / "logs", arguments, code)
     assert ranks.wait(END_WITHIN) == [0, 0, 0], ranks.stderr(0)
     assert (tmp_path / "built").read_text() == "0\n"
-    assert len(said(ranks, "is on a file system without locks")) == 2, "the run's folder and the cache"
+    assert len(printed_lines(ranks, "is on a file system without locks")) == 2, "the run's folder and the cache"
 
 
 def test_malformed_data_are_reported_once(workspace: Path, tmp_path: Path):
-    """Rank 0 alone reads them, and all end with its sentence."""
+    """Rank 0 alone reads them, and all ranks end with its message."""
     data = tmp_path / "data"
     shutil.copytree(workspace / "data", data, symlinks=True)
     file = data / "stage1" / "localized_narratives.jsonl"
     file.write_text("{}\n" + file.read_text())
     ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path / "out", "1", data=data))
     assert ranks.wait(END_WITHIN) == [1, 1]
-    assert len(said(ranks, "1 of 25 records are malformed")) == 1
-    assert not said(ranks, "rank 0:")
+    assert len(printed_lines(ranks, "1 of 25 records are malformed")) == 1
+    assert not printed_lines(ranks, "rank 0:")
 
 
 def test_damaged_checkpoints_are_refused_on_all_ranks(workspace: Path, tmp_path: Path):
@@ -133,7 +135,7 @@ def test_damaged_checkpoints_are_refused_on_all_ranks(workspace: Path, tmp_path:
     (checkpoint / "state.json").write_text("{")
     ranks = train(2, tmp_path / "logs", arguments)
     assert ranks.wait(END_WITHIN) == [1, 1]
-    assert len(said(ranks, "--start-over-if-damaged")) == 1 and checkpoint.exists()
+    assert len(printed_lines(ranks, "--start-over-if-damaged")) == 1 and checkpoint.exists()
     ranks = train(2, tmp_path / "logs", [*arguments, "--start-over-if-damaged"])
     assert ranks.wait(END_WITHIN) == [0, 0]
-    assert len(said(ranks, "set aside as damaged-step-00000002")) == 1
+    assert len(printed_lines(ranks, "set aside as damaged-step-00000002")) == 1

@@ -78,7 +78,7 @@ def after_a_random_while(output: Path, running: Ranks | subprocess.Popen[str]) -
 
 
 def torchrun(output: Path, arguments: list[str]) -> subprocess.Popen[str]:
-    """torchrun as users start it, on two ranks with slow steps; each rank writes its process id and exit status to files."""
+    """torchrun as users start it, on two ranks with slow steps; each rank writes its process id and status to files."""
     program = f"""
 import os, pathlib, sys
 def note(what, number):
@@ -176,7 +176,7 @@ def test_all_ranks_are_killed_and_another_number_of_ranks_resumes(
 def test_a_stalled_rank_is_named_and_ends_the_run(
     workspace: Path, tmp_path: Path, parallel: str, size: int, code: str, status: str, steps: int
 ):
-    """By every rank, itself included: it alone has not begun the collective that the others wait in, such as gathering a layer."""
+    """By every rank, itself included: it alone has not begun the collective in which the others wait."""
     arguments = train_arguments(workspace, tmp_path, "1", stall_timeout=4, checkpoint_every=1000, parallel=parallel)
     ranks = train(size, tmp_path / "logs", arguments, code)
     assert ranks.wait(END_WITHIN) == [1] * size

@@ -1,4 +1,4 @@
-"""Any number of ranks and micro-batches computes what one does, with copied and with sharded weights."""
+"""Any number of ranks and micro-batches computes the same as one, with copied and with sharded weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MICRO_BATCHES = (1, 2, 4)
 
 
 def losses_and_gradients(world: World, micro_batches: int, sharded: bool, steps: int = 1) -> dict[str, torch.Tensor]:
-    """The summed numbers of the last of some equal steps, as the training loop computes them."""
+    """The summed losses and gradients after `steps` equal steps, computed as in the training loop."""
     model = tiny_model(2)
     samples, features = random_samples(SAMPLES, model.config)
     normalizers = tuple(collate(samples, features).normalizers.tolist())
@@ -41,7 +41,7 @@ def losses_and_gradients(world: World, micro_batches: int, sharded: bool, steps:
     lengths = [len(s.token_ids) for s in samples]
     bins = split_batch(lengths, world.size * micro_batches, token_budget=10_000)
     mine = [b[0] for b in bins[world.rank * micro_batches : (world.rank + 1) * micro_batches]]
-    # Buckets of a few parameters: most are reduced while backward runs.
+    # Small buckets of a few parameters, so that most are reduced while backward runs.
     gradients = Gradients(backward_order(model), world.size, bucket_bytes=8_000)
     for _ in range(steps):
         gradients.zero()
@@ -103,8 +103,8 @@ def test_gradients_are_reduced_while_backward_runs(tmp_path: Path):
     assert ranks.wait() == [0, 0], ranks.stderr(0)
 
 
-def test_torchs_own_timeouts_are_longer_than_the_watchs(monkeypatch: pytest.MonkeyPatch):
-    """Torch's watchdog aborts four of its dump times after an error; nothing else of it is shorter than ours."""
+def test_torchs_own_timeouts_are_longer_than_the_watchdogs(monkeypatch: pytest.MonkeyPatch):
+    """Torch's NCCL watchdog aborts four dump times after an error. All its other timeouts are longer than ours too."""
     joined: dict[str, object] = {}
     monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -129,7 +129,7 @@ def test_more_processes_than_devices_is_one_sentence(monkeypatch: pytest.MonkeyP
 
 
 def test_backward_finishes_gradients_in_the_order_of_the_buckets():
-    """Otherwise a bucket would wait for the last gradient and nothing would overlap."""
+    """Otherwise a bucket would wait for the last gradient, and no all-reduce would overlap with backward."""
     model = tiny_model(2)
     model.set_trainable(("vision_adapter", "trajectory_projector"))
     order = backward_order(model)
@@ -153,7 +153,7 @@ def lines(output: Path, stage: int = 1) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("parallel, size", [("ddp", 2), ("fsdp", 2), ("fsdp", 3)])
 def test_ranks_train_as_one(workspace: Path, tmp_path: Path, parallel: str, size: int):
-    """With three ranks a global batch of four leaves places empty."""
+    """With three ranks a global batch of four leaves some micro-batches empty."""
     flags = {"global_batch": 4, "max_steps": 4, "token_budget": 80} if size == 3 else {}
     one, many = tmp_path / "one", tmp_path / "many"
     assert main(train_arguments(workspace, one, "1", dtype="float32", **flags)) == 0
@@ -179,7 +179,7 @@ FeatureStore.read = poisoned"""
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_feature_that_is_not_a_number_is_named_with_its_rank(workspace: Path, tmp_path: Path, parallel: str):
+def test_a_sample_with_nan_features_is_named_with_its_rank(workspace: Path, tmp_path: Path, parallel: str):
     flags = {"llm": "random", "parallel": parallel, "checkpoint_every": 1}
     ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path, "2", **flags), POISON)
     assert ranks.wait() == [1, 1]
@@ -188,7 +188,7 @@ def test_a_feature_that_is_not_a_number_is_named_with_its_rank(workspace: Path, 
         "rank 0: the loss or gradient of v000003 is" in sentence
         or "rank 1: the loss or gradient of v000003 is" in sentence
     )
-    assert "is not finite" not in ranks.stderr(1), "one rank says what all know"
+    assert "is not finite" not in ranks.stderr(1), "rank 0 prints it for all"
     failed = int(sentence.split("engine.train: step ")[1].split(",")[0])
     saved = sorted(p.name for p in (tmp_path / "stage2" / "checkpoints").iterdir())
     assert saved[-1:] == ([f"step-{failed - 1:08d}"] if failed > 1 else [])
