@@ -103,8 +103,8 @@ def report(config: TrainConfig) -> str:
     floor, encoding = (sum(getattr(cost, part) for cost in costs) / eight for part in ("flops", "encoding"))
     # Stage 3 may use the videos of stage 2; then this counts them twice.
     lines.append(
-        f"  features        {encoding / CLIP_MFU:.2f} h of 8x A100 for CLIP, once for all models and runs, at {CLIP_MFU:.0%} of the"
-        " bfloat16 peak (assumed, not measured)"
+        f"  features        {encoding / CLIP_MFU:.2f} h of 8x A100 for CLIP, once for all models and runs,"
+        f" at {CLIP_MFU:.0%} of the bfloat16 peak (assumed, not measured)"
     )
     lines.append(
         f"  floor           {floor:.2f} h on 8x A100 at 100% of the peak, {floor + encoding:.2f} h with the features"
@@ -189,7 +189,8 @@ def _device_line(
         hours = flops * (1 + layout.extra_flops(layers)) / (ranks * device.peak * rate) / 3600
         text = f"{hours:7.2f}{rate:9.0%}{' ' if measured else '*'}"
     return (
-        f"{text}{needed.total / 1e9:10.0f} of {device.bytes / 1e9:3.0f}{_parts(needed)}   {layout.describe(layers)}{full}",
+        f"{text}{needed.total / 1e9:10.0f} of {device.bytes / 1e9:3.0f}{_parts(needed)}"
+        f"   {layout.describe(layers)}{full}",
         hours,
     )
 

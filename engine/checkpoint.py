@@ -39,8 +39,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 
 STATE_FILE = "state.json"
 FILE_BYTES = 25 * 2**20
-"""Approximate size of a file. safetensors holds Python's lock while it serializes one: about 0.03 s, but 0.65 s for 480
-MB."""
+"""About the size of a file. safetensors holds Python's lock while it serializes one: about 0.03 s (480 MB: 0.65 s)."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -112,8 +111,7 @@ class CheckpointWriter:
         _remove_unfinished(self._directory)
         tensors = tensors_of(parameters, optimizer)
         if self._stager.state_dict_cache is None:
-            # Allocated once, since page-locked memory is slow to allocate. The stager's own would be page-locked on a
-            # CPU too.
+            # Allocated once, since page-locking is slow. The stager's own buffers would be page-locked on a CPU too.
             self._stager.state_dict_cache = {
                 n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for n, t in tensors.items()
             }
@@ -171,7 +169,7 @@ def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, dict[Path, st
         try:
             return Checkpoint(path, _verify(path)), damaged
         except PermissionError:
-            raise  # not a damage
+            raise  # the checkpoint is not damaged
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             damaged[path] = str(error)
     return None, damaged
@@ -201,8 +199,8 @@ def resume_point(directory: Path, start_over: bool = False) -> tuple[Checkpoint 
         example = next(iter(damaged), aside[-1] if aside else directory)
         why = f" ({damaged[example]})" if example in damaged else ""
         raise ResumeError(
-            f"all checkpoints in {directory} are damaged, {example.name}{why} among them: restore one from a copy, or add "
-            "--start-over-if-damaged to begin this stage again at step 0"
+            f"all checkpoints in {directory} are damaged, {example.name}{why} among them: "
+            "restore one from a copy, or add --start-over-if-damaged to begin this stage again at step 0"
         )
     next_try = f"falling back to step {whole.step}" if whole else "starting at step 0"
     warnings = [

@@ -24,8 +24,7 @@ class TrainConfig:
     store: Path = Path("features")
     """feature store that engine.encode made from that folder"""
     cache: Path | None = None
-    """folder of tokenized samples, reused by further runs; STORE/samples unless given. A read-only store needs this
-    flag"""
+    """folder of tokenized samples, reused by further runs; STORE/samples unless given. Needed if STORE is read-only"""
     output: Path = Path("runs/pite")
     """folder to write stage1/, stage2/, stage3/ to; an interrupted run in it is resumed"""
     stage: Literal["1", "2", "3", "all"] = "all"
@@ -55,8 +54,7 @@ class TrainConfig:
     epochs: int | None = None
     """passes over the data"""
     max_steps: int | None = None
-    """stop after this many optimizer steps of a stage and save; the learning-rate schedule is still the whole
-    stage's"""
+    """stop after this many optimizer steps of a stage and save; the schedule stays that of the whole stage"""
     global_batch: int | None = None
     """samples per optimizer step, over all devices"""
     learning_rate: float | None = None
@@ -105,13 +103,11 @@ class TrainConfig:
     recompute: int | None = None
     """number of layers with activation checkpointing; unless given, as few as the memory allows"""
     compile: bool = False
-    """fuse the layers' elementwise operations with torch.compile, a minute at the start; `python -m bench.step` times
-    both"""
+    """fuse the layers' elementwise operations with torch.compile: a minute at the start; bench.step times both ways"""
     stall_timeout: float = 600.0
     """seconds without any progress after which the ranks end and name the rank that they wait for"""
     profile: tuple[int, int] | None = None
-    """first and last step to profile, counted from 1: a trace, and on CUDA a memory history, in
-    OUTPUT/stageN/profile"""
+    """first and last step to profile, from 1: a trace, and on CUDA a memory history, in OUTPUT/stageN/profile"""
     wandb: str | None = None
     """log the metrics to this project on Weights & Biases too"""
     devices: tuple[int, ...] = (1, 8)

@@ -210,7 +210,8 @@ def choose_layout(
             return Layout(shards, checkpointed, most, needed(most, shards, checkpointed))
     tightest = needed(least, kinds[-1], depths[-1])
     raise ValueError(
-        f"a micro-batch of {least:,} tokens needs {tightest.total / 1e9:.0f} GB, {tightest.weights / 1e9:.0f} of them weights, "
-        f"and a device of {capacity / 1e9:.0f} GB has room for {room / 1e9:.0f}: "
-        "lower --token-budget, leave --recompute and --parallel to the engine, or use more devices"
+        f"a micro-batch of {least:,} tokens needs {tightest.total / 1e9:.0f} GB, "
+        f"{tightest.weights / 1e9:.0f} of them weights, and a device of {capacity / 1e9:.0f} GB "
+        f"has room for {room / 1e9:.0f}: lower --token-budget, "
+        "leave --recompute and --parallel to the engine, or use more devices"
     )

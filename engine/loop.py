@@ -146,9 +146,10 @@ def train(
         if failed:
             found = enumerate(world.gather(find_nonfinite_samples(done.step)))
             culprits = [f"rank {rank}: the loss or gradient of {', '.join(names)}" for rank, names in found if names]
+            named = " and ".join(culprits) or "the summed gradient (not that of any single sample)"
             raise NonFiniteError(
-                f"step {done.step + 1}, {' and '.join(culprits) or 'the summed gradient, but that of no single sample,'} "
-                f"is not finite (loss {loss}, gradient norm {norm}); no parameter was updated"
+                f"step {done.step + 1}, {named} is not finite (loss {loss}, gradient norm {norm}); "
+                "no parameter was updated"
             )
         now = time.perf_counter()
         seconds, clock = now - clock, now

@@ -84,8 +84,7 @@ def run(
 
         def find_nonfinite_samples(step: int) -> list[str]:
             batches = list(source.singles(step))
-            # All ranks gather sharded weights together, so all must compute equally often; `padding` fills up the
-            # rounds.
+            # All ranks gather sharded weights together, so all must compute equally often: `padding` is computed too.
             rounds = max(world.gather(len(batches)))
             padding = source.step(step).micro_batches[:1] * (rounds - len(batches))
             results = [is_finite(model, batch, recipe, config.absent) for batch in (*batches, *padding)]

@@ -17,8 +17,7 @@ from datetime import timedelta
 from dataloaders.ranks import Ranks
 
 COLLECT_SECONDS = 2.0
-"""Seconds that the first rank waits for the others to have the same error. If some do not, it prints its own name
-too."""
+"""Seconds that the first rank waits for the others to have the same error. If some do not, it adds its own name."""
 
 
 def print_error(program: str, error: str) -> None:

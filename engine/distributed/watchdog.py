@@ -25,8 +25,7 @@ import torch
 import torch.distributed as dist
 
 HEARTBEAT_TIMEOUT = 20.0
-"""Seconds without a heartbeat after which a rank counts as dead. torchrun kills 30 s after its SIGTERM; this is
-less."""
+"""Seconds without a heartbeat after which a rank counts as dead; less than torchrun's 30 s from SIGTERM to SIGKILL."""
 
 HEARTBEAT_TIMEOUT_AFTER_ERROR = 4.0
 """The same after a collective failed, when only the cause is missing."""
@@ -169,8 +168,8 @@ class Watchdog:
                     self._events.pop(0)
                     self._steps_done += 1
             except RuntimeError:
-                # The device failed. The main thread gets the same error and publishes it; until then no rank may look
-                # dead.
+                # The device failed. The main thread gets the same error and publishes it. Keep sending heartbeats until
+                # then, so that this rank does not look dead.
                 self._events.clear()
             try:
                 self._write_heartbeat()
@@ -269,8 +268,7 @@ class Watchdog:
         absent = [f"rank {r}" for r in range(self._size) if r != self._rank and r not in self._latest]
         if absent:
             return f"the others wait for {', '.join(absent)}, without a heartbeat since the start {limit:.0f} s ago"
-        # Ranks between the first and the last, such as the source of a broadcast, have done their part and wait as
-        # well.
+        # Only the last rank is the cause. Ranks in between, such as the source of a broadcast, did their part and wait.
         least = min(beat.progress for beat in beats.values())
         names = [self._name(r, b, b.status) for r, b in sorted(beats.items()) if b.progress == least]
         if len(names) == len(beats):

@@ -64,8 +64,8 @@ class World:
             local, there = ranks.local, torch.cuda.device_count()
             if local >= there:
                 raise ValueError(
-                    f"this node has {there} CUDA device{'s' if there > 1 else ''} and none is left for its process {local + 1}: "
-                    f"start at most {there} here (torchrun --nproc-per-node {there})"
+                    f"this node has {there} CUDA device{'s' if there > 1 else ''} and none is left "
+                    f"for its process {local + 1}: start at most {there} here (torchrun --nproc-per-node {there})"
                 )
             kind = f"cuda:{local}"
             torch.cuda.set_device(kind)
