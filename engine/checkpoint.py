@@ -203,11 +203,11 @@ def resume_point(directory: Path, start_over: bool = False) -> tuple[Checkpoint 
             "restore one from a copy, or add --start-over-if-damaged to begin this stage again at step 0"
         )
     next_try = f"falling back to step {whole.step}" if whole else "starting at step 0"
-    warnings = [
+    messages = [
         f"checkpoint {path} is damaged ({why}): set aside as {_set_aside(path).name}, {next_try}"
         for path, why in damaged.items()
     ]
-    return whole, warnings
+    return whole, messages
 
 
 def _set_aside(path: Path) -> Path:

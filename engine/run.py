@@ -48,7 +48,7 @@ def run(
     optimizer = make_optimizer(model, recipe)
     checkpoints = directory / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    continued, warnings = shared_resume_point(checkpoints, config.start_over_if_damaged, world)
+    continued, messages = shared_resume_point(checkpoints, config.start_over_if_damaged, world)
     start = 0
     if continued is not None:
         restore_checkpoint(continued, parameters, optimizer, fingerprint)
@@ -62,7 +62,7 @@ def run(
         CheckpointWriter(checkpoints, fingerprint, config.keep_checkpoints, continued) as writer,
         Profile(directory / "profile", config.profile, world, start) as profile,
     ):
-        for text in warnings:
+        for text in messages:
             metrics.write(text)
         if start:
             metrics.write(f"continuing after step {start} of {stop}")
