@@ -2,8 +2,8 @@
 
 `pip install --no-build-isolation ./kernels` or `python setup.py build_ext --inplace` (in this folder) builds the operators.
 
-torch has to be installed before, for the operators only. Without it, without CMake or a C++20 compiler, or when the build
-fails, the build prints one notice and the same functions run in PyTorch.
+The operators need torch to be installed first. Without torch, CMake or a C++20 compiler, or if the compilation fails,
+the build prints one notice, and the same functions run in PyTorch.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ SOURCES = Path(__file__).resolve().parent / "csrc"
 
 
 class BuildError(Exception):
-    """Why the C++ operators cannot be built, in one sentence."""
+    """The reason why the C++ operators cannot be built, in one sentence."""
 
 
 class CMakeBuild(build_ext):
     """Builds csrc/CMakeLists.txt into pite_kernels/_C.so."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # Not a Python module: torch loads it, with any version of the interpreter.
+        # Not a Python module: torch loads the library, so one file works with any version of the interpreter.
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def build_extension(self, ext: Extension) -> None:
         try:
             built = build_operators(Path(self.build_temp).resolve())
         except BuildError as error:
-            print(f"pite_kernels: {error} The C++ operators are left out; PyTorch is used instead.", file=sys.stderr)
+            print(f"pite_kernels: {error} The C++ operators are not built; PyTorch is used instead.", file=sys.stderr)
             return
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place: writing into a library that a running process has mapped would crash it.
+        # Renamed into place: overwriting a library that a running process has mapped would crash that process.
         fresh = target.with_suffix(".new")
         shutil.copyfile(built, fresh)
         fresh.replace(target)
 
 
 def build_operators(folder: Path) -> Path:
-    """Configure and build the operators in `folder`; returns the library. Raises BuildError."""
+    """Configure and build the operators in `folder`; returns the path of the library. Raises BuildError."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise BuildError("torch is not installed in this environment (with pip, add --no-build-isolation).")

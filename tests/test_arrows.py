@@ -1,4 +1,4 @@
-"""The shape of the tree: who imports whom, no circles, no reading of another package's files, short files and functions."""
+"""Structure of the source tree: allowed imports, no cycles, no paths into other packages, short files and functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "pite": {"pite_kernels", "dataloaders"},
     "engine": {"pite_kernels", "dataloaders", "pite"},
 }
-"""Package -> the packages of ours that it may import."""
+"""Package -> our packages that it may import."""
 
 FOLDERS = {name: ROOT / name for name in (*ALLOWED, "bench", "tests")} | {
     "pite_kernels": ROOT / "kernels" / "pite_kernels"
@@ -28,7 +28,7 @@ KERNELS_REQUIRE = {"torch", "triton"}
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 LONG_FUNCTIONS = {
-    "pite_kernels.gpu.trajectory.forward_kernel": "one tile from its loads to its stores; a JIT function inlines anyway",
+    "pite_kernels.gpu.trajectory.trajectory_l1_fwd_kernel": "one tile from load to store; JIT functions inline",
     "pite_kernels.gpu.cross_entropy.forward": "the chunk loop: each buffer is allocated, filled and reused in sequence",
     "pite_kernels.cross_entropy.cross_entropy_forward": "the same loop without Triton, in the same order",
     "engine.train.train_stage": "to be cut into prepare, identity, train",
@@ -40,7 +40,7 @@ LONG_FUNCTIONS = {
 
 @cache
 def modules() -> dict[str, Path]:
-    """Dotted name -> file, of every package but the tests."""
+    """Dotted name -> file, for all packages except the tests."""
     found = {}
     for package, folder in FOLDERS.items():
         for file in folder.rglob("*.py") if package != "tests" else ():
@@ -50,7 +50,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(source: str) -> set[str]:
-    """Dotted names that `source` imports anywhere, in functions too; of `from a import b` both `a` and `a.b`."""
+    """Dotted names that `source` imports, also inside functions; for `from a import b` both `a` and `a.b`."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -62,12 +62,12 @@ def imported(source: str) -> set[str]:
 
 
 def imported_packages(source: str) -> set[str]:
-    """Top-level packages among them."""
+    """Top-level packages that `source` imports."""
     return {name.partition(".")[0] for name in imported(source)}
 
 
 def imported_modules(file: Path) -> set[str]:
-    """Modules of ours that a file imports; of `from package import module` the module alone."""
+    """Our modules that a file imports; for `from package import module` only the module."""
     names = imported(file.read_text())
     found = names & modules().keys()
     return {m for m in found if not (file_is_package(m) and any(other.startswith(f"{m}.") for other in found))}
@@ -100,7 +100,7 @@ def test_kernels_require_torch_and_triton_only() -> None:
     assert not broken
 
 
-def test_no_module_imports_itself_in_a_circle() -> None:
+def test_there_is_no_import_cycle() -> None:
     graph = {name: imported_modules(file) - {name} for name, file in modules().items()}
     try:
         TopologicalSorter(graph).prepare()
@@ -110,7 +110,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_no_package_reads_files_outside_its_own(package: str) -> None:
-    """An installed package has no neighbours: what it needs is imported, or given to it as a path."""
+    """An installed package may be alone: it must import what it needs, or get paths as arguments."""
     leaves = re.compile(r"__file__\)[\w.()]*\.parents\[|__file__\)(\.resolve\(\))?\.parent\.parent")
     assert not [str(file) for file in FOLDERS[package].rglob("*.py") if leaves.search(file.read_text())]
 
@@ -130,7 +130,7 @@ def test_functions_are_short() -> None:
     assert long == LONG_FUNCTIONS.keys()
 
 
-def test_the_check_sees_every_form_of_import() -> None:
+def test_every_form_of_import_is_found() -> None:
     source = "import engine.train as t\nfrom . import x\ndef f():\n    from pite.model import PiTe\n"
     assert imported_packages(source) == {"engine", "pite"}
     assert {"engine.train", "pite.model"} <= imported(source)

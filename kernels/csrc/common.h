@@ -1,4 +1,4 @@
-// What both heads share: one binary for every x86-64 machine, and loops over rows in PyTorch's own threads.
+// Shared by both heads: one binary for all x86-64 machines, and loops over rows on PyTorch's thread pool.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-// The widest vectors each machine has.
+// Compiles a function for several vector widths; the widest one that the machine supports is chosen when it is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define VECTORIZED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

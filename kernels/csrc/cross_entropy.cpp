@@ -1,8 +1,8 @@
-// The vocabulary head on the CPU, between its two GEMMs: a chunk of logits becomes losses and, in place, the
-// gradient p - (1 - eps) [target] - eps / V.
+// Cross-entropy of the vocabulary head on the CPU, between its two GEMMs: computes the losses of a chunk of logits and
+// replaces the logits by their gradient p - (1 - eps) [target] - eps / V.
 //
-// A row of logits stays in the first-level cache while it is read for its maximum, turned into exponentials and scaled;
-// PyTorch's operators would send the whole chunk through memory for each of these.
+// A row of logits stays in the L1 cache through all steps: maximum, exponentials, scaling. PyTorch's operators would
+// read and write the whole chunk in memory for each step.
 
 #include "common.h"
 
@@ -17,11 +17,12 @@ namespace {
 
 using namespace pite;
 
-// exp(x) for x <= 0: 2^n times a Taylor polynomial of degree 7, whose error on |r| <= ln 2 / 2 is 5e-9. libm's does not vectorise.
+// exp(x) for x <= 0: 2^n times a Taylor polynomial of degree 7, whose error on |r| <= ln 2 / 2 is 5e-9. The compiler
+// cannot vectorize libm's exp.
 inline float exp_of_negative(float x) {
   x = std::max(x, -87.0f);
   const float n = std::floor(x * 1.44269504f + 0.5f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first with few bits
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 as a sum of two numbers, the first with few bits
   float p = 1.0f / 5040;
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;
@@ -36,7 +37,7 @@ inline float exp_of_negative(float x) {
   return p * power;
 }
 
-// One row: its smoothed loss; the logits are replaced by their gradient.
+// Returns the smoothed loss of one row and replaces its logits by their gradient.
 VECTORIZED float softmax_row(float* x, const float* bias, int64_t target, int64_t vocabulary, double smoothing) {
   if (bias)
 #pragma omp simd
@@ -46,7 +47,7 @@ VECTORIZED float softmax_row(float* x, const float* bias, int64_t target, int64_
   for (int64_t j = 0; j < vocabulary; ++j) highest = std::max(highest, x[j]);
   const double picked = x[target];
   double mass = 0, total = 0;
-  for (int64_t start = 0; start < vocabulary; start += 1024) {  // float32 sums stay short
+  for (int64_t start = 0; start < vocabulary; start += 1024) {  // blocks keep the float32 sums short
     const int64_t stop = std::min(start + 1024, vocabulary);
     float block_mass = 0, block_total = 0;
 #pragma omp simd reduction(+ : block_mass, block_total)
@@ -67,7 +68,7 @@ VECTORIZED float softmax_row(float* x, const float* bias, int64_t target, int64_
   return static_cast<float>(std::log(mass) - (1.0 - smoothing) * (picked - highest) - smoothing * mean);
 }
 
-// logits (n, V) float32, contiguous; ids (n,) int64, in the vocabulary; bias (V,). Returns the losses (n,) float32.
+// logits (n, V) float32, contiguous, overwritten; ids (n,) int64 in [0, V); bias (V,). Returns the losses (n,) float32.
 Tensor softmax_rows(Tensor logits, std::optional<Tensor> bias, Tensor ids, double smoothing) {
   const int64_t count = logits.size(0), vocabulary = logits.size(1);
   Tensor losses = empty_like(logits, {count}, ScalarType::Float);

@@ -1,8 +1,8 @@
-// The trajectory head on the CPU: sum |X W' + b - t| over present coordinates, its signs, and the gradients made of them.
+// The trajectory head on the CPU: sum |X W' + b - t| over present coordinates, the signs, and gradients from the signs.
 //
-// Rows pass through in tiles, so predictions exist for one tile only, still in cache when their distances are taken.
-// The GEMMs are PyTorch's own, and so is the thread pool (at::parallel_for, OpenMP): a second OpenMP runtime would
-// ignore torch.set_num_threads and spin beside the first.
+// Rows are processed in tiles, so predictions exist for one tile only and are still in cache when the distances are
+// computed. The GEMMs and the thread pool (at::parallel_for, OpenMP) are PyTorch's: a second OpenMP runtime would
+// ignore torch.set_num_threads, and its threads would spin next to those of the first.
 
 #include "common.h"
 
@@ -49,7 +49,7 @@ Tensor gather(Tensor& hidden, const int64_t* rows, int64_t count, Tensor& buffer
 struct RowResult {
   float total;
   int32_t count;
-  int32_t bad;  // non-finite targets and half-absent pairs
+  int32_t bad;  // number of non-finite targets and half-absent pairs
 };
 
 VECTORIZED RowResult row_distance(const float* prediction, const float* bias, const float* target, int8_t* sign,
@@ -90,7 +90,7 @@ Tensor scalar(const Tensor& like, double value) {
 
 float value(const Tensor& scalar) { return *static_cast<const float*>(scalar.data_ptr()); }
 
-// The tile's signs times the coefficient, as float32.
+// The signs of the tile times the coefficient, in float32.
 Tensor scaled_tile(const Tensor& sign, int64_t first, int64_t count, float coefficient, Tensor& buffer) {
   const int64_t outputs = sign.size(1);
   const int8_t* source = static_cast<const int8_t*>(sign.data_ptr()) + first * outputs;
@@ -102,8 +102,8 @@ Tensor scaled_tile(const Tensor& sign, int64_t first, int64_t count, float coeff
 }
 
 // hidden (T, d), weight (O, d), bias (O,), targets (M, O) float32; rows (M,) int64, in range.
-// Returns the sum of distances, the coordinates counted, how many targets are refused (0-dim float32 each), and the signs
-// (M, O) int8.
+// Returns the sum of distances, the number of coordinates counted, the number of invalid targets (0-dim float32 each),
+// and the signs (M, O) int8.
 std::tuple<Tensor, Tensor, Tensor, Tensor> trajectory_forward(Tensor hidden, Tensor weight, std::optional<Tensor> bias,
                                                       Tensor targets, Tensor rows, bool skip_absent) {
   const int64_t count = rows.size(0), outputs = weight.size(0), depth = weight.size(1);
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> trajectory_forward(Tensor hidden, Ten
                                           signs + i * outputs, outputs, skip_absent);
     });
   }
-  // Rows are summed in order, so the result does not depend on the number of threads.
+  // Rows are summed in a fixed order, so the result does not depend on the number of threads.
   double total = 0, present = 0, bad = 0;
   for (const RowResult& result : results) total += result.total, present += result.count, bad += result.bad;
   return {scalar(hidden, total), scalar(hidden, present), scalar(hidden, bad), sign};
@@ -162,7 +162,7 @@ void trajectory_grad_hidden(Tensor grad_hidden, Tensor coefficient, Tensor weigh
     Tensor product = torch::stable::narrow(products, 0, 0, size);
     gemm(product, s, weight, 0.0);
     const float* source = static_cast<const float*>(product.data_ptr());
-    // Threads share out columns, not rows: a row may be named twice.
+    // Threads split the columns, not the rows: `rows` may hold the same row twice.
     torch::stable::parallel_for(0, depth, std::max<int64_t>(64, kElementsPerThread / size), [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < size; ++i)
         add_into(target + row[first + i] * depth + begin, source + i * depth + begin, end - begin);

@@ -1,6 +1,6 @@
 """Fused losses, packed attention and LoRA layers for video-language models. Needs torch; Triton on CUDA.
 
-docs/kernels.md shows how another model adopts them; `pite_kernels.reference` has every op in plain PyTorch.
+docs/kernels.md shows how to use them in another model; `pite_kernels.reference` has every op in plain PyTorch.
 """
 
 from pite_kernels.attention import packed_attention

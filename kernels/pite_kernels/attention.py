@@ -1,9 +1,9 @@
-"""Attention over packed documents: one function, whichever varlen kernel is installed behind it.
+"""Attention over packed documents: one function for whichever varlen kernel is installed.
 
-Writing an attention kernel would duplicate what flash-attn, xformers and PyTorch already maintain; what is missing is
-one signature for them. Being installed is not enough: a back end is chosen once per kind of call, by a trial, and can be
-named by the caller instead. The CPU has no varlen kernel: documents of similar length are padded into a few batched SDPA calls, which under a causal mask needs
-no extra mask, because padding at the end is in every real token's future.
+flash-attn, xformers and PyTorch already maintain attention kernels, so this file has none; it gives them one
+signature. An installed back end may still fail, so a trial chooses one for each kind of call; the caller can also name
+one. The CPU has no varlen kernel: documents of similar length are padded into a few batched SDPA calls. A causal mask
+is enough there, because the padding at a document's end is in the future of all its tokens.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ BACKENDS = ("flash_attn.cute", "flash_attn_interface", "flash_attn", "xformers",
 _KERNEL_DEVICES = ("cuda",)
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
-# Of the largest value: half precision costs 0.1 to 0.6% of it, a wrong mask, scale or order of heads 20% and more.
+# Relative to the largest value. Half precision is off by 0.1 to 0.6%; a wrong mask, scale or order of heads by 20% and
+# more.
 _TOLERANCE = 0.05
 
-# What one more SDPA call costs (slicing, dispatch, backward nodes), in units of heads x head_dim x length^2.
-# About 100 us on one AVX-512 core; padding is accepted while it is cheaper than that.
+# Overhead of one more SDPA call (slicing, dispatch, backward nodes), in units of heads x head_dim x length^2.
+# About 100 us on one AVX-512 core. Documents are padded to share a call while the padding is cheaper than that.
 _CALL_COST = 450_000
 
 
@@ -47,14 +48,14 @@ def packed_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of each packed document to itself.
+    """Self-attention within each packed document.
 
     q           (T, H, D)
     k, v        (T, K, D) with H a multiple of K: grouped-query attention shares each key head among H / K queries
     cu_seqlens  (S + 1,) int32, the documents' boundaries: 0, ..., T
-    max_seqlen  at least the longest document's length, on the host, so that nothing waits for the device
-    scale       of the scores; 1 / sqrt(D) when None
-    backend     "auto" or one of BACKENDS; "sdpa" serves every device but copies `cu_seqlens` to the host
+    max_seqlen  at least the longest document's length, a Python int, so that the host never waits for the device
+    scale       factor of the scores; 1 / sqrt(D) when None
+    backend     "auto" or one of BACKENDS; "sdpa" runs on every device but copies `cu_seqlens` to the host
     Returns (T, H, D). Raises ValueError on shapes that do not fit or a back end that is not installed.
     """
     if q.dim() != 3 or k.shape != v.shape or k.shape[::2] != q.shape[::2] or q.shape[1] % k.shape[1]:
@@ -78,27 +79,26 @@ _loaded: dict[str, Callable[..., Tensor]] = {}
 def choose_backend(
     device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, causal: bool = True
 ) -> str:
-    """The name in BACKENDS of what "auto" takes for such calls; "sdpa" for all but half precision on CUDA.
+    """The name in BACKENDS that "auto" uses for such calls; "sdpa" for all but half precision on CUDA.
 
-    device  with its index
-    On CUDA it is the first back end that computes a small forward and backward pass like SDPA; the others are logged
-    with the reason. The trial is made once and waits for the device. A model's forward pass makes it by itself; call
-    this beforehand where that would be first inside a CUDA graph's capture, or inside a backward pass, which the
-    trial's own would wait for.
+    device  with its index On CUDA it is the first back end whose small forward and backward pass agrees with SDPA;
+    back ends that fail are logged with the reason. The trial runs once and waits for the device. The first forward
+    pass of a model runs it. Call this function earlier if that first call would be inside a CUDA graph capture, or
+    inside a backward pass: the trial's backward would wait for that pass.
     """
     if device.type not in _KERNEL_DEVICES or dtype not in _KERNEL_DTYPES:
         return "sdpa"
     key = (device, dtype, heads, key_heads, head_dim, causal)
     name = _chosen.get(key)
     if name is None:
-        name = _chosen[key] = _search(*key)
+        name = _chosen[key] = _choose(*key)
     return name
 
 
 @torch.compiler.assume_constant_result
-def _search(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, causal: bool) -> str:
-    # On a thread of its own, which has none of the modes that the caller may be in: no_grad, autocast, fake tensors, or
-    # a checkpoint, which would count the trial's saved tensors as the layer's.
+def _choose(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, causal: bool) -> str:
+    # In a separate thread, so that no mode of the caller applies: no_grad, autocast, fake tensors, or activation
+    # checkpointing, which would count the tensors that the trial saves as the layer's.
     start = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     with ThreadPoolExecutor(1, "attention", start) as pool:
         return pool.submit(_first_that_works, device, dtype, heads, key_heads, head_dim, causal).result()
@@ -114,16 +114,19 @@ def _first_that_works(
             absent = isinstance(error.__cause__, ModuleNotFoundError)
             log.log(logging.INFO if absent else logging.WARNING, "%s", error)
             continue
-        why = _fault(attend, device, dtype, heads, key_heads, head_dim, causal)
-        if why is None:
+        reason = _trial_error(attend, device, dtype, heads, key_heads, head_dim, causal)
+        if reason is None:
             log.info("packed_attention uses %s", name)
             return name
-        log.warning("packed_attention leaves %s out: %s", name, why)
-    log.warning("packed_attention found no varlen kernel: each call copies the document boundaries to the host")
+        log.warning("packed_attention skips %s: %s", name, reason)
+    log.warning(
+        "packed_attention found no varlen kernel and falls back to SDPA: "
+        "each call copies the document boundaries to the host"
+    )
     return "sdpa"
 
 
-def _fault(
+def _trial_error(
     attend: Callable[..., Tensor],
     device: torch.device,
     dtype: torch.dtype,
@@ -132,16 +135,16 @@ def _fault(
     head_dim: int,
     causal: bool,
 ) -> str | None:
-    """What is wrong with a back end, by one forward and backward pass over two documents; None when nothing is."""
+    """Run one forward and backward pass over two documents; returns what is wrong with the back end, or None."""
     lengths, parts, scale = (33, 95), (heads, key_heads, key_heads), 0.8 * head_dim**-0.5
-    # A generator of its own: the caller's random numbers stay the same.
+    # A separate generator, so that the caller's random numbers do not change.
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     fused = normal(sum(lengths), sum(parts), head_dim).to(device, dtype)
     upstream = normal(sum(lengths), heads, head_dim).to(device, dtype)
     bounds = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
 
     def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-        # Slices of one projection's output, as a model's are.
+        # q, k and v are slices of one fused tensor, as in a model.
         leaf = fused.to(dtype, copy=True).requires_grad_()
         out = function(*leaf.split(parts, 1))
         (gradient,) = torch.autograd.grad(out, leaf, upstream.to(dtype))
@@ -153,11 +156,11 @@ def _fault(
         if found[0].dtype != dtype or found[0].shape != expected[0].shape:
             return f"it returns {found[0].dtype} {tuple(found[0].shape)}"
         errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected)]
-    except Exception as error:  # whatever an unknown version of it raises
+    except Exception as error:  # an unknown version of a back end may raise anything
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    for what, wrong in zip(("output", "gradient of q", "gradient of k", "gradient of v"), errors):
-        if not wrong <= _TOLERANCE:  # NaN too
-            return f"its {what} is off by {wrong:.0%}"
+    for name, relative_error in zip(("output", "gradient of q", "gradient of k", "gradient of v"), errors):
+        if not relative_error <= _TOLERANCE:  # catches NaN too
+            return f"its {name} is off by {relative_error:.0%}"
     return None
 
 
@@ -178,7 +181,7 @@ def _import(name: str) -> Callable[..., Tensor]:
         raise ValueError(f"packed_attention: unknown backend {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
     try:
         return loaders[name]()
-    except Exception as error:  # a package built for another torch or device fails in its own way
+    except Exception as error:  # a package built for another torch or device may raise anything
         raise ValueError(f"packed_attention: backend {name!r} is not usable here: {error}") from error
 
 
@@ -212,7 +215,7 @@ def _xformers() -> Callable[..., Tensor]:
     def attend(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
     ) -> Tensor:
-        # Built from the device tensor: the public `from_seqlens` wants host lengths and would synchronise.
+        # Built from the device tensor: the public `from_seqlens` needs lengths on the host and would synchronize.
         info = lengths_of(seqstart=cu_seqlens, max_seqlen=max_seqlen, min_seqlen=1, seqstart_py=[])
         mask = (bias.BlockDiagonalCausalMask if causal else bias.BlockDiagonalMask)(q_seqinfo=info, k_seqinfo=info)
         groups = k.shape[1]
@@ -254,7 +257,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, sca
     if bounds[:1] != (0,) or bounds[-1] != q.shape[0] or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"packed_attention: cu_seqlens must rise from 0 to the {q.shape[0]} rows of q")
     if q.shape[0] == 0:
-        return q * (k.sum() + v.sum())  # nothing, but attached to all three inputs
+        return q * (k.sum() + v.sum())  # empty, but still part of the autograd graph of all three inputs
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
@@ -269,7 +272,7 @@ def _attend_group(
 ) -> Tensor:
     rows = slots.to(q.device)
     qs, ks, vs = (t.index_select(0, rows).view(-1, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
-    # A document's padding repeats its last token, so every score stays finite and the copies' gradients are zero.
+    # The padding of a document repeats its last token: all scores stay finite, and the padding's gradients are zero.
     out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale).transpose(1, 2).flatten(0, 1)
     return out if padded is None else out.index_select(0, padded.to(q.device))
 
@@ -279,16 +282,16 @@ Group = tuple[Tensor, int, Tensor | None]
 
 @lru_cache(maxsize=64)
 def _plan(bounds: tuple[int, ...], width: int, causal: bool) -> tuple[list[Group], Tensor | None]:
-    """Batches of documents, longest first: (gathered rows, padded length, where the real tokens are in the batch).
+    """Batches of documents, longest first: (gathered rows, padded length, positions of the real tokens in the batch).
 
-    The second result undoes the ordering by length (None when there is nothing to undo).
+    The second result is the index that undoes the sorting by length (None if the order has not changed).
     """
     documents = sorted(((b - a, a) for a, b in itertools.pairwise(bounds) if b > a), key=lambda d: (-d[0], d[1]))
     batches: list[list[tuple[int, int]]] = []
     for length, start in documents:
         longest = batches[-1][0][0] if batches else 0
         waste = width * (longest**2 - length**2)
-        # Without a causal mask a query would see the padding, so only equal lengths share a call.
+        # Without a causal mask queries would attend to the padding, so only documents of equal length share a call.
         if batches and (length == longest or (causal and waste < _CALL_COST)):
             batches[-1].append((length, start))
         else:

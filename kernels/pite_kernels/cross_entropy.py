@@ -1,11 +1,11 @@
 """Label-smoothed cross-entropy of a linear head, without full logits and only on the supervised rows.
 
-Rows go through the head in chunks; each chunk's logits become probabilities and then gradients in place, so one chunk
-of logits is all that ever exists. Gradients are made in the forward pass (recomputing the logits in backward would cost
-half as much again for a frozen head); the backward pass only scales and scatters them. A frozen head costs two GEMMs.
-Smoothing is a rank-one correction: with c the mean of W's rows,
-    loss = lse - (1 - eps) x.W_y - eps x.c        dX = p W - (1 - eps) W_y - eps c,
-which on CUDA keeps eps / V, too small for half precision, out of p. On the CPU it goes into p in float32.
+Rows go through the head in chunks. The logits of a chunk become probabilities and then gradients in place, so only one
+chunk of logits exists at a time. Gradients are computed in the forward pass, because recomputing the logits in backward
+would take half as long again for a frozen head. The backward pass only scales and scatters them. A frozen head needs
+two GEMMs. Smoothing is a rank-one correction: with c the mean of W's rows,
+    loss = lse - (1 - eps) x.W_y - eps x.c        dX = p W - (1 - eps) W_y - eps c.
+On CUDA this keeps eps / V, which is too small for half precision, out of p. On the CPU p is float32 and includes it.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def linear_cross_entropy(
     """sum CE(hidden[rows] W' + b, target_ids) / normalizer, smoothed as `torch.nn.functional.cross_entropy` does.
 
     hidden           (T, d)       bf16, fp16, fp32 or fp64; any row stride, unit stride last
-    weight           (V, d)       any of those dtypes;  bias (V,) or None. Costs a third less when neither learns
+    weight           (V, d)       any of those dtypes;  bias (V,) or None. A third less work when both are frozen
     target_ids       (L,) int64   in [0, V), or `ignore_index`
     rows             (L,) int64   the row of `hidden` that predicts each target, may repeat; None: target i is row i.
-                                  On CUDA only `rows` saves the work of unsupervised rows: counting ignored ids there
-                                  would make the host wait
-    label_smoothing  in [0, 1): eps / V on every token, 1 - eps more on the target
+                                  On CUDA only `rows` skips the work of unsupervised rows: counting ignored ids would
+                                  synchronize with the GPU
+    label_smoothing  in [0, 1): eps / V for every token, plus 1 - eps for the target
     normalizer       0-dim tensor: supervised tokens of the global batch; None: those of this call
     Returns a 0-dim loss, float32 (float64 from float64 inputs); 0 with zero gradients where the normalizer is 0.
-    Raises ValueError on a shape, dtype or option that does not fit and, on the CPU, on ids or rows out of range; on
-    CUDA those trip a device-side assert.
+    Raises ValueError on a shape, dtype or option that does not fit and, on the CPU, on ids or rows out of range. On
+    CUDA ids or rows out of range trigger a device-side assert.
     """
     check_cross_entropy(hidden, weight, target_ids, rows, bias, label_smoothing, normalizer)
     hidden = with_unit_stride(hidden)
@@ -56,7 +56,7 @@ def linear_cross_entropy(
 
 
 class FusedLinearCrossEntropyLoss(nn.Module):
-    """`linear_cross_entropy` as a module; options as there."""
+    """`linear_cross_entropy` as a module, with the same options."""
 
     def __init__(self, label_smoothing: float = 0.0, ignore_index: int = -100) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def check_cross_entropy(
     label_smoothing: float,
     normalizer: Tensor | None,
 ) -> None:
-    """Raise ValueError unless shapes, dtypes and options fit; looks at no values."""
+    """Raise ValueError unless shapes, dtypes and options fit. Reads no tensor values."""
     check_hidden("linear_cross_entropy", hidden, weight)
     if target_ids.dtype != torch.int64 or target_ids.dim() != 1:
         raise ValueError(f"linear_cross_entropy: target_ids must be int64 (L,), not {tuple(target_ids.shape)}")
@@ -127,10 +127,10 @@ def cross_entropy_forward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns (loss, scale = 1 / normalizer, and the gradients of the unscaled sum).
+    """Returns (loss, scale = 1 / normalizer, dX of the rows, dW, db), the gradients of the sum before scaling.
 
-    The gradients are those of hidden's supervised rows (L, d) in its dtype, of the weight and of the bias in the
-    accumulator dtype; an empty tensor stands for one that is not needed.
+    dX (L, d) has the dtype of hidden, dW (V, d) and db (V,) the accumulator dtype. A gradient that is not needed is an
+    empty tensor.
     """
     if uses_triton(hidden):
         from pite_kernels.gpu import cross_entropy as gpu
@@ -181,7 +181,7 @@ def cross_entropy_forward(
 
 
 def _softmax_rows(logits: Tensor, bias: Tensor | None, ids: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Each row's smoothed loss (n,), and its gradient in the memory of the logits (n, V)."""
+    """The smoothed loss of each row (n,), and its gradient (n, V), which overwrites the logits."""
     native = cpp(logits)
     if native is not None:
         return native.softmax_rows(logits, bias, ids, smoothing), logits
@@ -196,7 +196,7 @@ def _softmax_rows(logits: Tensor, bias: Tensor | None, ids: Tensor, smoothing: f
     return losses, gradient.scatter_add_(1, ids[:, None], logits.new_full((1, 1), smoothing - 1).expand(len(ids), 1))
 
 
-# Logits of one chunk on the CPU: 16 MB of float32 stay within a last-level cache.
+# Logits of one chunk on the CPU: 16 MB of float32, which fit in the last-level cache.
 _LOGITS_PER_CHUNK = 1 << 22
 
 
@@ -218,13 +218,13 @@ def _(
 
 @torch.library.custom_op(f"{NAMESPACE}::scatter_rows", mutates_args=())
 def scatter_rows(source: Tensor, rows: Tensor | None, coefficient: Tensor, count: int) -> Tensor:
-    """(count, d) with coefficient * source[i] added into row rows[i]; the same bits on every call."""
+    """(count, d) with coefficient * source[i] added into row rows[i]; bitwise reproducible."""
     if uses_triton(source):
         from pite_kernels.gpu import cross_entropy as gpu
 
         with torch.cuda.device_of(source):
             return gpu.scatter_rows(source, rows, coefficient, count)
-    # In the accumulator dtype: 1 / normalizer is far below float16's smallest normal number.
+    # Scaled in the accumulator dtype, because 1 / normalizer is far below float16's smallest normal number.
     scaled = (source.to(coefficient.dtype) * coefficient).to(source.dtype)
     return scaled if rows is None else source.new_zeros(count, source.shape[1]).index_add_(0, rows, scaled)
 
@@ -257,7 +257,7 @@ cross_entropy_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def validate_ids(ids: Tensor, vocabulary: int) -> None:
-    """Refuse a supervised id outside the vocabulary; names the first."""
+    """Raise ValueError with the first supervised id outside the vocabulary."""
     bad = (ids < 0) | (ids >= vocabulary)
     if bool(bad.any()):
         raise ValueError(

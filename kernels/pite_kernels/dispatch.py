@@ -1,4 +1,4 @@
-"""Who serves a tensor: Triton on CUDA, the optional C++ library on the CPU, PyTorch everywhere else."""
+"""Dispatch by device: Triton on CUDA, the optional C++ library on the CPU, PyTorch as the fallback everywhere else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPERATORS = ("trajectory_forward", "trajectory_grad_hidden", "trajectory_grad_we
 
 @lru_cache
 def _library() -> Any | None:
-    """The registered operators, or None; PITE_KERNELS_CPP=0 in the environment leaves the library unloaded."""
+    """The registered operators, or None; PITE_KERNELS_CPP=0 in the environment disables the library."""
     if os.environ.get("PITE_KERNELS_CPP", "1") == "0":
         return None
     for path in sorted(Path(__file__).parent.glob("_C*.so")):
@@ -35,17 +35,17 @@ def _library() -> Any | None:
 
 
 def cpp(tensor: Tensor) -> Any | None:
-    """The C++ operators where they serve `tensor` (float32 on the CPU with unit last stride), else None."""
+    """The C++ operators if they support `tensor` (float32 on the CPU with unit last stride), else None."""
     if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.stride(-1) != 1:
         return None
     return _library()
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Whether pite_kernels.gpu serves `tensor`; float64 stays with PyTorch."""
+    """Whether the Triton kernels support `tensor`; float64 is computed by PyTorch."""
     return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def with_unit_stride(hidden: Tensor) -> Tensor:
-    """`hidden` itself where its last dimension is dense, else a contiguous copy."""
+    """`hidden` itself if its last dimension has stride 1, else a contiguous copy."""
     return hidden if hidden.stride(-1) == 1 else hidden.contiguous()

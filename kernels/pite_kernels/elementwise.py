@@ -1,6 +1,6 @@
-"""The decoder's elementwise ops: liger-kernel's Triton on CUDA where it is installed, PyTorch everywhere else.
+"""The decoder's elementwise ops: liger-kernel's Triton kernels on CUDA if installed, PyTorch everywhere else.
 
-They are memory-bound and solved; what is ours is the packed (T, ...) shape and one set of names.
+These ops are memory-bound, and liger-kernel is fast. This file adds the packed (T, ...) shape and one set of names.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def _liger() -> ModuleType | None:
         liger = import_module("liger_kernel.ops")
     except ImportError:
         log.warning(
-            "pite_kernels: liger-kernel is not installed; norms and SwiGLU take PyTorch's time and memory instead."
+            "pite_kernels: liger-kernel is not installed; norms and SwiGLU run in PyTorch, with more time and memory."
         )
         return None
     missing = [name for name in _LIGER if not hasattr(liger, name)]
     if missing:
         log.warning(
-            "pite_kernels: this liger-kernel has no %s, as 0.8.2 and later do; PyTorch is used instead.",
+            "pite_kernels: this liger-kernel has no %s; install 0.8.2 or later. PyTorch is used instead.",
             ", ".join(missing),
         )
         return None
@@ -48,7 +48,7 @@ def _liger() -> ModuleType | None:
 
 
 def _liger_for(x: Tensor) -> ModuleType | None:
-    # torch.compile fuses the plain version with its neighbours.
+    # torch.compile fuses the plain version with the ops around it.
     if torch.compiler.is_compiling():
         return None
     return _liger() if x.is_cuda and x.dtype != torch.float64 else None
@@ -61,10 +61,10 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = ..., residual: Tensor) -
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Root-mean-square norm, the statistics in float32 (Zhang & Sennrich 2019, in Llama's rounding).
+    """Root-mean-square norm with statistics in float32 (Zhang & Sennrich 2019; rounded as in Llama).
 
     x, residual  (..., d);  weight (d,)
-    Returns weight * x / sqrt(mean(x^2) + eps), (..., d). With a residual, the norm of x + residual and that sum.
+    Returns weight * x / sqrt(mean(x^2) + eps), (..., d). With a residual: the norm of x + residual, and that sum.
     """
     liger = _liger_for(x)
     if liger is not None:
@@ -81,10 +81,10 @@ def rms_norm(
 def rope_tables(
     position_ids: Tensor, head_dim: int, *, theta: float = 10000.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary embedding (Su et al. 2021), half-split as in Llama: once per step, for all layers.
+    """Cosines and sines of rotary embedding (Su et al. 2021), half-split as in Llama. Compute them once per step.
 
     position_ids  (T,) integers, restarting at 0 for each packed document
-    Returns cos and sin, (T, head_dim) each, in `dtype`; the angles are made in float32.
+    Returns cos and sin, (T, head_dim) each, in `dtype`; the angles are computed in float32.
     """
     if head_dim % 2:
         raise ValueError(f"rope_tables: head_dim must be even, not {head_dim}")
@@ -95,11 +95,11 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
     """Rotate packed queries and keys by their positions.
 
     q (T, H, D), k (T, K, D);  cos, sin (T, D) from `rope_tables`
-    Returns the rotated q and k in their own shapes.
+    Returns the rotated q (T, H, D) and k (T, K, D).
     """
     liger = _liger_for(q)
     if liger is not None:
-        # liger rotates in place, on the layout (1, heads, T, D); the copy keeps the caller's tensors whole.
+        # liger rotates in place, in the layout (1, heads, T, D); the copies leave the caller's tensors unchanged.
         q4, k4 = (t.clone(memory_format=torch.contiguous_format).transpose(0, 1)[None] for t in (q, k))
         q4, k4 = liger.LigerRopeFunction.apply(q4, k4, cos[None], sin[None])
         return q4[0].transpose(0, 1), k4[0].transpose(0, 1)
@@ -109,7 +109,7 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up (Shazeer 2020).
 
-    gate, up  (..., d) both; or gate alone, (..., 2d): the fused projection's output, gate first
+    gate, up  (..., d) each; or gate only, (..., 2d): the output of the fused projection, gate first
     """
     liger = _liger_for(gate)
     if up is None:

@@ -1,9 +1,10 @@
-"""Frozen weights in float8 (e4m3): products whose two factors are quantised by row, each row with a scale of its own.
+"""Frozen weights in float8 (e4m3): both factors of a product are quantized by row, with one scale per row.
 
-A weight is quantised once, in both orientations, because a float8 GEMM contracts the last dimension of both factors:
-x W' over the inputs and dY W over the outputs. x and dY are quantised as they come. The two orientations together take
-the bytes of the bfloat16 weight that they replace. Range is no concern with a scale per row; precision is: three bits
-of mantissa, a relative error of at most 1/16 per number and about 2.6% in the mean square, which a product averages.
+A weight is quantized once, in both orientations, because a float8 GEMM contracts the last dimension of both factors:
+x W' over the inputs and dY W over the outputs. x and dY are quantized at each call. The two orientations together take
+as many bytes as the bfloat16 weight that they replace. With a scale per row the range of float8 is sufficient; its
+precision is the limit: three bits of mantissa, a relative error of at most 1/16 per number and a root-mean-square error
+of about 2.6%. A product averages over these errors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pite_kernels.dispatch import uses_triton, with_unit_stride
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 SMALLEST_ROW = 1e-30
-"""Rows whose largest number is below it are scaled as if it were this: a row of zeros stays one."""
+"""Lower bound of a row's largest number when its scale is computed, so that a row of zeros stays zero."""
 
 
 class Fp8Weight(NamedTuple):
@@ -36,12 +37,15 @@ class Fp8Weight(NamedTuple):
 
 
 def quantize_weight(weight: Tensor) -> Fp8Weight:
-    """Both float8 orientations of a weight (d_out, d_in). Raises ValueError for sizes and devices without float8 GEMMs."""
+    """Both float8 orientations of a weight (d_out, d_in).
+
+    Raises ValueError for sizes and devices without float8 GEMMs.
+    """
     why = why_unsupported(weight.device)
     if why is not None:
         raise ValueError(why)
     if weight.shape[0] % 16 or weight.shape[1] % 16:
-        raise ValueError(f"float8 products need sizes divisible by 16, and a weight is {tuple(weight.shape)}")
+        raise ValueError(f"float8 products need sizes divisible by 16, but a weight has shape {tuple(weight.shape)}")
     (rows, row_scales), (columns, column_scales) = quantize_rows(weight), quantize_rows(weight.t().contiguous())
     return Fp8Weight(rows, row_scales, columns, column_scales)
 
@@ -49,7 +53,7 @@ def quantize_weight(weight: Tensor) -> Fp8Weight:
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (n, k) as float8 (n, k) and float32 scales (n,): x is about float8 * scales[:, None].
 
-    The largest number of a row becomes the largest float8. A row with a NaN or an infinity becomes NaN.
+    The largest absolute value of a row becomes the largest float8. A row with a NaN or an infinity becomes NaN.
     """
     x = with_unit_stride(x)
     if uses_triton(x):
@@ -62,15 +66,15 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(x: Tensor, matrix: Tensor, scales: Tensor) -> Tensor:
-    """x (n, k), quantised by row here, times the transpose of a quantised matrix (m, k): (n, m) in x's dtype.
+    """x (n, k), quantized by row here, times the transpose of a quantized matrix (m, k): (n, m) in x's dtype.
 
-    Tensor cores on CUDA (sm_89 and newer). Elsewhere the same float8 numbers are multiplied in float32: the result is
-    that of the tensor cores up to the order of sums.
+    Uses tensor cores on CUDA (sm_89 and newer). Elsewhere the same float8 numbers are multiplied in float32: the result
+    equals that of the tensor cores up to the order of sums.
     """
     quantized, own_scales = quantize_rows(x)
     if x.is_cuda:
         row_wise = F.ScalingType.RowWise
-        # Exact sums cost a third of the tensor cores' speed, and the factors are known to 1/16.
+        # Fast accumulation: exact sums cost a third of the tensor cores' speed, and the factors are only exact to 1/16.
         return F.scaled_mm(
             quantized, matrix.t(), own_scales[:, None], row_wise, scales[None], row_wise,
             output_dtype=x.dtype, use_fast_accum=True,
@@ -79,12 +83,12 @@ def product(x: Tensor, matrix: Tensor, scales: Tensor) -> Tensor:
 
 
 def dequantize(quantized: Tensor, scales: Tensor) -> Tensor:
-    """The float32 numbers that a quantised matrix stands for."""
+    """The float32 values of a quantized matrix."""
     return quantized.float() * scales[:, None]
 
 
 def why_unsupported(device: torch.device) -> str | None:
-    """Why a device cannot multiply float8; None for one that can and for a CPU, which emulates it."""
+    """The reason why a device cannot multiply float8; None if it can, and for a CPU, which emulates it."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):
         return None
     return f"{torch.cuda.get_device_name(device)} has no float8 arithmetic, which came with sm_89 (H100, H200, L40S)"

@@ -1,12 +1,13 @@
-"""Low-rank adaptation of frozen linear layers, several layers that share an input in one call.
+"""Low-rank adaptation (LoRA) of frozen linear layers; several layers that share an input are computed in one call.
 
-y_i = x W_i' + scale (x A_i') B_i', with W (all parts stacked) multiplied in one GEMM. The low-rank term comes first and the
-large GEMM accumulates onto it: its epilogue reads y while the tensor cores are busy, where a thin GEMM would wait
-for y to be read and written again; dX likewise. Saved for backward: x and the (T, parts * r) product x A'. dW is
-never formed: the weight is frozen. docs/kernels.md counts the bytes, against concatenation along K too.
+y_i = x W_i' + scale (x A_i') B_i', with W (all parts stacked) multiplied in one GEMM. The low-rank term is computed
+first, and the large GEMM accumulates onto it: its epilogue reads y while the tensor cores are busy. In the other order
+a thin GEMM would have to wait while y is read and written again. dX works the same way. Saved for backward are x and
+the product x A' (T, parts * r). dW is never computed, because the weight is frozen. docs/kernels.md counts the bytes
+and compares with concatenation along K.
 
-The weight may be in float8 (`pite_kernels.fp8`). Then its GEMMs come first, since they cannot accumulate, and the thin ones
-are added in x's dtype, as is everything about A and B.
+The weight may be in float8 (`pite_kernels.fp8`). Float8 GEMMs cannot accumulate, so they come first, and the thin
+products are added in x's dtype. All computations with A and B are in x's dtype.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ def lora_linear(
     """Frozen linear layers with LoRA (Hu et al. 2021), fused along their outputs.
 
     x       (..., d_in)
-    weight  (sum(splits), d_in)     frozen; q, k, v or gate, up stacked, or one layer; or that from `quantize_weight`
-    lora_a  (len(splits) * r, d_in) the parts' A stacked; None with lora_b None: a plain linear layer
-    lora_b  (sum(splits), r)        the parts' B stacked
+    weight  (sum(splits), d_in)     frozen: q, k, v stacked, or gate, up stacked, or one layer; float8 if it comes from
+                                    `quantize_weight`
+    lora_a  (len(splits) * r, d_in) the A of all parts, stacked; None (with lora_b None) for a plain linear layer
+    lora_b  (sum(splits), r)        the B of all parts, stacked
     scale   alpha / r
-    splits  outputs of each part; None: one part
-    Returns (..., sum(splits)): part i is x W_i' + scale (x A_i') B_i', in x's dtype; A and B may be float32 beside a
-    half-precision x. Raises ValueError on shapes that do not fit, on a weight that wants a gradient, and for a float8
-    weight without A and B or, on CUDA, beside an x that is not bfloat16.
+    splits  number of outputs of each part; None: one part
+    Returns (..., sum(splits)): part i is x W_i' + scale (x A_i') B_i', in x's dtype. A and B may be float32 with a
+    half-precision x. Raises ValueError on shapes that do not fit, on a weight with requires_grad, and on a float8
+    weight without A and B or, on CUDA, with an x that is not bfloat16.
     """
     if lora_a is None or lora_b is None:
         if lora_a is not lora_b:
@@ -58,14 +60,15 @@ def lora_linear(
     expected = [(sum(sizes), d_in), (len(sizes) * rank, d_in), (sum(sizes), rank)]
     if [tuple(frozen[0].shape), tuple(lora_a.shape), tuple(lora_b.shape)] != expected:
         raise ValueError(
-            f"lora_linear: weight {tuple(frozen[0].shape)}, lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} "
-            f"do not fit x {tuple(x.shape)} and splits {sizes}"
+            f"lora_linear: weight {tuple(frozen[0].shape)}, lora_a {tuple(lora_a.shape)} and "
+            f"lora_b {tuple(lora_b.shape)} do not fit x {tuple(x.shape)} and splits {sizes}"
         )
     if frozen[0].requires_grad:
-        raise ValueError("lora_linear: the weight must be frozen (requires_grad False); its gradient is never formed")
+        raise ValueError("lora_linear: the weight must be frozen (requires_grad False); its gradient is never computed")
     if len(frozen) > 1 and x.is_cuda and x.dtype != torch.bfloat16:
         raise ValueError(f"lora_linear: float8 weights need bfloat16 activations on CUDA, not {x.dtype}")
-    # An operator of torch.library costs the host 0.18 ms a call and backward, as much as all else here: it is for compilers.
+    # Only torch.compile gets the torch.library operator: it adds 0.18 ms of host time per call and backward, as much as
+    # everything else here takes.
     if torch.compiler.is_compiling():
         y, _ = lora_forward(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
     elif not torch.is_grad_enabled():
@@ -78,7 +81,7 @@ def lora_linear(
 def _forward(
     x: Tensor, weight: list[Tensor], lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Returns (y (T, d_out), x A' (T, parts * r)); `weight` is one tensor, or the four of an Fp8Weight."""
+    """Returns (y (T, d_out), x A' (T, parts * r)); `weight` is one tensor, or the four tensors of an Fp8Weight."""
     low = torch.mm(x, lora_a.to(x.dtype).t())
     fp8 = Fp8Weight(*weight) if len(weight) > 1 else None
     y = x.new_empty(x.shape[0], weight[0].shape[0]) if fp8 is None else product(x, fp8.rows, fp8.row_scales)
@@ -111,7 +114,7 @@ def _gradients(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX, dA, dB); an empty tensor stands for one that is not needed."""
+    """(dX, dA, dB); a gradient that is not needed is an empty tensor."""
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     grad_low = x.new_empty(0)
@@ -139,7 +142,7 @@ def _gradients(
 
 
 def _one_pass(x: Tensor, lora_b: Tensor) -> bool:
-    """Whether pite_kernels.gpu makes both products with dY at once: half precision and ranks that fit a tile."""
+    """Whether one Triton kernel computes both products with dY: in half precision, with a rank that fits a tile."""
     return uses_triton(x) and x.dtype != torch.float32 and lora_b.shape[1] <= 128
 
 
@@ -156,7 +159,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, lora_a, lora_b, ctx.scale, ctx.splits = inputs
     _, low = output
     ctx.mark_non_differentiable(low)
-    ctx.set_materialize_grads(False)  # of zeros for `low`
+    ctx.set_materialize_grads(False)  # no tensor of zeros for the gradient of `low`
     ctx.save_for_backward(x, lora_a, lora_b, low, *weight)
 
 
@@ -172,7 +175,7 @@ lora_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _LoRALinear(torch.autograd.Function):
-    """The bodies of the two operators, called directly; profiles show this name."""
+    """Calls the bodies of the two operators directly; a profiler's trace shows this name."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,8 @@
-"""Every op in plain PyTorch: the truth the tests measure against, in any floating dtype up to float64.
+"""Every op in plain PyTorch: the reference of the tests and the fallback, in any floating dtype up to float64.
 
-Nothing here is fused or clever: full logits, full predictions, one attention call per document. Autograd does the
-backward passes. Functions take the arguments of their fast namesakes and return float32 losses (float64 from float64).
+Nothing here is fused: full logits, full predictions, one attention call per document. Autograd computes the backward
+passes. Each function takes the arguments of the fast function of the same name. Losses are float32 (float64 for
+float64 inputs).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are made in: float64 for float64 inputs, float32 for everything else."""
+    """The dtype of sums: float64 for float64 inputs, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -112,7 +113,7 @@ def packed_attention(
         for a, b in itertools.pairwise(bounds)
         if b > a
     ]
-    # Without tokens: nothing, but attached to all three inputs.
+    # Without tokens the result is empty, but still part of the autograd graph of all three inputs.
     return torch.cat(documents) if documents else q * (k.sum() + v.sum())
 
 

@@ -1,9 +1,9 @@
-"""Rotary embedding of a fused q, k, v projection, in the projection's own memory.
+"""Rotary embedding of a fused q, k, v projection, in place.
 
-Rotated copies of q and k would be a ninth of what a 7B Llama layer keeps for backward, and copying costs as much as
-rotating. Backward writes the three gradients side by side, which is the layout that the projection's own backward wants.
-An autograd function and no operator of torch.library, which has none that overwrite an input and have a gradient: under
-torch.compile it is the plain version, for the compiler to fuse.
+Rotated copies of q and k would be one ninth of the activations that a 7B Llama layer keeps for backward, and copying
+takes as long as rotating. Backward writes the three gradients into one fused tensor, the layout that the backward pass
+of the projection needs. This is an autograd function, because an operator of torch.library cannot both overwrite an
+input and have a gradient. Under torch.compile the plain PyTorch version is used, which the compiler fuses.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pite_kernels.dispatch import uses_triton, with_unit_stride
 
 
 def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a fused projection into heads and rotate q and k by their positions (Su et al. 2021; half-split as in Llama).
+    """Split a fused projection into heads and rotate q and k by position (Su et al. 2021, in Llama's half-split form).
 
-    qkv        (T, (H + 2 K) * D)  q's H heads, then k's and v's K; contiguous. On CUDA it is overwritten, so it must be
-                                   nobody else's: neither used again nor saved for backward by what made it
+    qkv        (T, (H + 2 K) * D)  H heads of q, then K of k and K of v; contiguous. On CUDA it is overwritten: it must
+                                   not be used again, nor be saved for backward by the op that produced it
     cos, sin   (T, D)              from `rope_tables`; without gradients
     head_dim, key_heads            D, K
-    Returns q (T, H, D), k (T, K, D) and v (T, K, D); on CUDA views of qkv's memory. Raises ValueError on other shapes.
+    Returns q (T, H, D), k (T, K, D) and v (T, K, D), on CUDA as views of qkv. Raises ValueError on other shapes.
     """
     heads, rest = divmod(qkv.shape[-1], head_dim)
     queries = heads - 2 * key_heads
@@ -33,7 +33,7 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, key_heads:
         raise ValueError(f"rope_qkv: {tuple(qkv.shape)} does not hold q, k, v of {head_dim} with {key_heads} key heads")
     if cos.shape != (qkv.shape[0], head_dim) or sin.shape != cos.shape:
         raise ValueError(f"rope_qkv: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be {len(qkv)} x {head_dim}")
-    # torch.compile fuses the plain version with its neighbours.
+    # torch.compile fuses the plain version with the ops around it.
     if uses_triton(qkv) and not torch.compiler.is_compiling():
         if not qkv.is_contiguous():
             raise ValueError("rope_qkv: qkv must be contiguous, since it is overwritten")
@@ -47,7 +47,7 @@ class _Rope(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, key_heads: int) -> tuple[Tensor, ...]:
         from pite_kernels.gpu.rope import rotate
 
-        # Whoever kept the projection's output for its own backward is told by autograd instead of computing nonsense.
+        # If another op saved the projection's output for its backward, autograd raises instead of using wrong values.
         torch.autograd.graph.increment_version(qkv)
         cos, sin = cos.contiguous(), sin.contiguous()
         heads = qkv.unflatten(-1, (-1, head_dim))

@@ -1,8 +1,8 @@
-"""Masked L1 between projected hidden states and trajectories, without the predictions ever existing in full.
+"""Masked L1 loss between projected hidden states and trajectories, without storing all predictions.
 
-The gradient of |p - t| is ternary. So the forward pass keeps one signed byte per coordinate and the backward pass is two
-GEMMs on it: dX = S W and dW = S' X, scaled by a scalar. Rows without a trajectory are never touched. What is given up:
-the loss cannot be differentiated twice, which an L1 would not reward.
+The gradient of |p - t| is -1, 0 or 1. So the forward pass keeps one signed byte per coordinate (S), and the backward
+pass is two GEMMs on it, scaled by a scalar: dX = S W and dW = S' X. Rows without a trajectory are never read. The
+price: the loss can be differentiated only once, which is enough to train with it.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def trajectory_l1(
     normalizer: Tensor | None = None,
     absent: str = "skip",
 ) -> Tensor:
-    """sum |hidden[rows] W' + b - targets| / normalizer, over the coordinates that are present (PiTe eq. 8).
+    """sum |hidden[rows] W' + b - targets| / normalizer, over the present coordinates (PiTe eq. 8).
 
     hidden      (T, d)          bf16, fp16, fp32 or fp64; any row stride, unit stride last
     weight      (P * N * 2, d)  any of those dtypes;  bias (P * N * 2,) or None
     targets     (M, P, N, 2)    coordinates in [0, 1]; a pair equal to (-1, -1) is absent
     rows        (M,) int64      the row of `hidden` that predicts each target; may repeat
     normalizer  0-dim tensor    coordinates counted in the global batch (x and y one each); None: those of this call
-    absent      "skip": an absent pair carries no loss; "regress": -1 is a target like any other
+    absent      "skip": an absent pair has no loss and is not counted; "regress": -1 is an ordinary target
     Returns a 0-dim loss, float32 (float64 from float64 inputs); 0 with zero gradients where the normalizer is 0.
-    Gradients come back in each input's dtype, accumulated in float32. Raises ValueError on a shape or dtype that does
-    not fit and, on the CPU, on non-finite targets, half-absent pairs and rows out of range; on CUDA those trip a device-side
-    assert, because looking at them would make the host wait.
+    Gradients are accumulated in float32 and returned in each input's dtype. Raises ValueError on a shape or dtype that
+    does not fit and, on the CPU, on non-finite targets, half-absent pairs and rows out of range. On CUDA these cause a
+    device-side assert, because reading them would synchronize with the GPU.
     """
     check_trajectory(hidden, weight, bias, targets, rows, normalizer, absent)
     hidden = with_unit_stride(hidden)
@@ -48,7 +48,7 @@ def trajectory_l1(
 
 
 class FusedTrajectoryL1Loss(nn.Module):
-    """`trajectory_l1` as a module; `absent` as there."""
+    """`trajectory_l1` as a module, with the same option `absent`."""
 
     def __init__(self, absent: str = "skip") -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def check_trajectory(
     normalizer: Tensor | None,
     absent: str,
 ) -> None:
-    """Raise ValueError unless shapes, dtypes and options fit; looks at no values."""
+    """Raise ValueError unless shapes, dtypes and options fit. Reads no tensor values."""
     check_hidden("trajectory_l1", hidden, weight)
     if targets.dim() != 4 or targets.shape[-1] != 2 or not targets.is_floating_point():
         raise ValueError(f"trajectory_l1: targets must be floating (M, P, N, 2), not {tuple(targets.shape)}")
@@ -109,7 +109,7 @@ def check_normalizer(op: str, normalizer: Tensor | None) -> None:
 
 
 def check_devices(op: str, hidden: Tensor, *others: Tensor | None) -> None:
-    """Raise ValueError unless every tensor is where hidden is: moving one here would make the host wait."""
+    """Raise ValueError unless all tensors are on hidden's device: moving one here would synchronize with the GPU."""
     for other in others:
         if other is not None and other.device != hidden.device:
             raise ValueError(f"{op}: hidden is on {hidden.device}, another input on {other.device}")
@@ -141,9 +141,9 @@ def trajectory_forward(
             hidden, weight.float().contiguous(), bias, flat, rows, skip_absent
         )
         if bad:
-            refuse_targets(targets, skip_absent)
+            validate_targets(targets, skip_absent)
     else:
-        refuse_targets(targets, skip_absent)
+        validate_targets(targets, skip_absent)
         predictions = project(hidden.index_select(0, rows), weight, bias)
         distance = predictions.sub_(flat)
         if skip_absent:
@@ -156,7 +156,7 @@ def trajectory_forward(
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W' + b in the accumulator dtype, rounded to x's dtype in between as a GEMM in that dtype would."""
+    """x W' + b in the accumulator dtype; the product x W' is first rounded to x's dtype, as a GEMM does."""
     predictions = torch.mm(x, weight.to(x.dtype).t()).to(accumulator(x.dtype))
     return predictions if bias is None else predictions.add_(bias)
 
@@ -179,10 +179,10 @@ def trajectory_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of coefficient * sum(sign * predictions); an empty tensor stands for one that is not needed.
+    """(dX, dW, db) of coefficient * sum(sign * predictions); a gradient that is not needed is an empty tensor.
 
-    coefficient  0-dim: the upstream gradient times the forward's scale
-    The bias' gradient comes in the accumulator dtype.
+    coefficient  0-dim: the upstream gradient times the scale from the forward pass
+    db has the accumulator dtype.
     """
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     if need_hidden:
@@ -201,7 +201,7 @@ def _(
 def fake_trajectory_grads(
     hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty gradients of hidden, weight and bias, of the shapes and dtypes that both backward ops return."""
+    """Uninitialized gradients of hidden, weight and bias, in the shapes and dtypes that both backward ops return."""
     return (
         hidden.new_empty(hidden.shape if need_hidden else 0),
         weight.new_empty(weight.shape if need_weight else 0),
@@ -212,7 +212,7 @@ def fake_trajectory_grads(
 def write_trajectory_grad(
     grad_hidden: Tensor, coefficient: Tensor, weight: Tensor, sign: Tensor, rows: Tensor, *, accumulate: bool
 ) -> None:
-    """grad_hidden[rows] += coefficient * sign W, the same bits on every call; unless `accumulate`, from zero."""
+    """grad_hidden[rows] += coefficient * sign W, bitwise reproducible; without `accumulate` it starts from zero."""
     if uses_triton(grad_hidden):
         from pite_kernels.gpu import trajectory as gpu
 
@@ -243,7 +243,7 @@ def trajectory_parameter_grads(
     dtype = accumulator(hidden.dtype)
     grad_weight, grad_bias = weight.new_empty(0), hidden.new_empty(0, dtype=dtype)
     if need_bias:
-        # Float32 counts exactly up to 2^24 rows, and is what CUDA sums fastest.
+        # Float32 counts exactly up to 2^24 rows, and it is the fastest dtype of a sum on CUDA.
         grad_bias = sign.sum(0, dtype=dtype) * coefficient
     if need_weight and uses_triton(hidden):
         from pite_kernels.gpu import trajectory as gpu
@@ -279,8 +279,8 @@ def _backward(ctx, grad_loss, _grad_sign, _grad_scale):  # type: ignore[no-untyp
 trajectory_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def refuse_targets(targets: Tensor, skip_absent: bool) -> None:
-    """Refuse non-finite targets and, where absence has a meaning, pairs with one coordinate at -1; names the first."""
+def validate_targets(targets: Tensor, skip_absent: bool) -> None:
+    """Raise ValueError with the first target that is not finite or, with skip_absent, has only one coordinate at -1."""
     x, y = targets.unbind(-1)
     half_absent = (x == -1) != (y == -1) if skip_absent else torch.zeros_like(x, dtype=torch.bool)
     if bool(targets.sum().isfinite()) and not bool(half_absent.any()):
@@ -294,8 +294,8 @@ def refuse_targets(targets: Tensor, skip_absent: bool) -> None:
 
 
 def validate_rows(op: str, rows: Tensor, count: int) -> None:
-    """Refuse rows outside [0, count); names the first."""
+    """Raise ValueError with the first row outside [0, count)."""
     bad = (rows < 0) | (rows >= count)
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
-        raise ValueError(f"{op}: rows[{first}] = {int(rows[first])} is not a row of the {count} of hidden")
+        raise ValueError(f"{op}: rows[{first}] = {int(rows[first])} is out of range; hidden has {count} rows")

@@ -1,7 +1,7 @@
-"""Both losses of one hidden state in a single autograd node, so that one gradient tensor serves two heads.
+"""Both losses of one hidden state in a single autograd node, so that the two heads share one gradient tensor.
 
-Separately, each head would return a (T, d) gradient, mostly zeros, and autograd would add them. Here the vocabulary
-head's rows are scattered first and the trajectory head's are accumulated into the same tensor.
+As two nodes, each head would return a (T, d) gradient, mostly zeros, and autograd would add the two. Here the gradient
+rows of the vocabulary head are scattered first, and those of the trajectory head are accumulated into the same tensor.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def two_head_loss(
     head_weight (P * N * 2, d), head_bias, targets (M, P, N, 2), trajectory_rows (M,)   as in `trajectory_l1`
     weight       lambda of the loss, a number
     normalizers  0-dim tensors: supervised tokens and present coordinates of the global batch; None: those of this call
-    Each of the three 0-dim results can be differentiated. Raises ValueError as the two losses do.
+    Each of the three 0-dim results can be differentiated. Raises the ValueErrors of the two losses.
     """
     check_cross_entropy(hidden, lm_weight, target_ids, target_rows, None, label_smoothing, normalizers[0])
     check_trajectory(hidden, head_weight, head_bias, targets, trajectory_rows, normalizers[1], absent)
@@ -136,7 +136,7 @@ def two_head_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, head_weight and head_bias; an empty tensor stands for one that is not needed."""
+    """Gradients of hidden, head_weight and head_bias; a gradient that is not needed is an empty tensor."""
     grad_hidden = hidden.new_empty(0)
     if need_hidden:
         grad_hidden = scatter_rows(dx, target_rows, ce_coefficient, hidden.shape[0])

@@ -95,8 +95,8 @@ def test_the_estimate_is_what_a_step_allocates(size, tokens, recompute, fp8, mon
 @pytest.mark.parametrize(
     ("fp8", "capabilities", "expected"),
     [
-        (False, (80, 90), {"rotate_kernel", "forward_kernel", "thin_products_kernel"}),
-        (True, (90,), {"quantize_rows_kernel"}),
+        (False, (80, 90), {"rope_rotate_kernel", "trajectory_l1_fwd_kernel", "lora_bwd_thin_products_kernel"}),
+        (True, (90,), {"fp8_quantize_rows_kernel"}),
     ],
 )
 def test_everything_a_step_launches_compiles(fp8, capabilities, expected, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Every kernel test runs with deterministic algorithms demanded and fresh memory filled with NaN."""
+"""Every kernel test runs with deterministic algorithms on and uninitialized memory filled with NaN."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from pite_kernels import dispatch
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(params=["cpp", "pytorch"])
 def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The test runs twice: with the C++ operators and without them."""
+    """Runs the test twice: with the C++ operators and without them."""
     if request.param == "pytorch":
         monkeypatch.setattr(dispatch, "_library", lambda: None)
     elif dispatch._library() is None:

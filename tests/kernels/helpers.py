@@ -1,4 +1,4 @@
-"""What the kernel tests share: inputs, the accuracy bar, and the choice between C++ and PyTorch on the CPU."""
+"""Shared by the kernel tests: random inputs, and assertions about accuracy and reproducibility."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Heads:
         return self.hidden, self.lm_weight, self.weight, self.bias
 
     def to(self, dtype: torch.dtype) -> Heads:
-        """The same numbers in another dtype, as fresh leaves."""
+        """The same numbers in another dtype, as new leaf tensors."""
         names = ("hidden", "lm_weight", "weight", "bias")
         leaves = {n: getattr(self, n).detach().to(dtype).requires_grad_() for n in names}
         return replace(self, **leaves)
@@ -49,7 +49,7 @@ def make_heads(
     seed: int = 0,
     device: str = "cpu",
 ) -> Heads:
-    """Random heads; `absent` is the share of absent points, rows repeat by chance as often as they will."""
+    """Random heads; `absent` is the fraction of absent points. Rows are drawn with replacement, so some repeat."""
     g = torch.Generator().manual_seed(seed)
     targets = torch.rand(count, points, frames, 2, generator=g)
     targets[torch.rand(count, points, frames, generator=g) < absent] = -1
@@ -75,7 +75,7 @@ def make_heads(
 
 
 def _clear_of_ties(heads: Heads) -> Tensor:
-    """Targets moved off the predictions, where rounding would decide the sign of an L1 gradient."""
+    """Targets at a distance from the predictions: close to them, rounding would decide the sign of the L1 gradient."""
     exact = heads.to(torch.float64)
     predictions = (exact.hidden[heads.rows] @ exact.weight.T + exact.bias).view_as(heads.targets).detach()
     close = (predictions - heads.targets).abs() < 0.05
@@ -83,16 +83,16 @@ def _clear_of_ties(heads: Heads) -> Tensor:
 
 
 def run(loss: Callable[[], Tensor], inputs: Sequence[Tensor], upstream: float = 1.7) -> list[Tensor]:
-    """The loss and the gradients of `upstream` times it."""
+    """The loss, and the gradients of `upstream` times the loss."""
     value = loss()
     return [value.detach(), *torch.autograd.grad(value * upstream, inputs)]
 
 
 def assert_as_accurate(ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
-    """Each result is within twice the error that plain PyTorch makes in the same dtype, both against float64.
+    """Each result has at most twice the error of plain PyTorch in the same dtype, both against float64.
 
-    ours, plain and truth are (value, gradient of the first input, ...). The floor is one rounding to that input's
-    dtype (half of it for the value), for where plain PyTorch is exact by chance.
+    ours, plain and truth are (value, gradient of the first input, ...). The floor is one rounding to that input's dtype
+    (half of it for the value), because plain PyTorch may be exact by chance.
     """
     assert len(ours) == len(plain) == len(truth)
     rounding = ROUNDING[ours[1].dtype]

@@ -1,4 +1,4 @@
-"""Packed attention: every document attends to itself alone, however the documents are batched behind the call."""
+"""Packed attention: every document attends only to itself, and the choice of a back end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def results(q, k, v, bounds, longest, function=packed_attention, **options):
 
 @pytest.mark.parametrize(
     ("dtype", "lengths"),
-    # Where every document is one token the gradient of q is zero, and float16's noise about it has no scale.
+    # If every document is one token, the gradient of q is zero, and float16's noise has no scale to compare with.
     [(d, n) for d in (torch.float64, torch.float32, torch.bfloat16) for n in LENGTHS] + [(torch.float16, LENGTHS[2])],
 )
 @pytest.mark.parametrize("causal", [True, False])
@@ -55,7 +55,7 @@ def test_against_float64(dtype, lengths, causal, key_heads):
 
 
 def test_views_of_one_projection():
-    """q, k and v as slices of a fused projection's output: strided, and their gradients meet in one tensor."""
+    """q, k and v as strided slices of a fused projection's output; their gradients are summed into one tensor."""
     fused = torch.randn(30, 6, 8, requires_grad=True)
     bounds = torch.tensor([0, 11, 12, 30], dtype=torch.int32)
     views, copies = (
@@ -66,7 +66,7 @@ def test_views_of_one_projection():
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), fused)[0] for out in outs))
 
 
-def test_documents_do_not_see_each_other():
+def test_documents_do_not_attend_to_each_other():
     q, k, v, bounds, longest = make([9, 11, 10])
     before = packed_attention(q, k, v, bounds, longest)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_repeats_bitwise():
     assert_bitwise(results(*inputs), results(*inputs))
 
 
-def test_refusals():
+def test_invalid_arguments_raise():
     q, k, v, bounds, longest = make([9, 11])
     for bad in (bounds[1:], bounds[:-1], torch.tensor([0, 15, 9, 20], dtype=torch.int32)):
         with pytest.raises(ValueError, match="cu_seqlens must rise"):
@@ -103,7 +103,7 @@ def test_refusals():
         packed_attention(q, k, v, bounds, longest, backend="fast")
 
 
-def test_a_backend_that_is_not_installed_is_named(monkeypatch):
+def test_the_error_names_a_backend_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(attention, "_loaded", {})
     monkeypatch.setitem(sys.modules, "xformers.ops.fmha", None)
     with pytest.raises(ValueError, match="'xformers' is not usable here"):
@@ -145,8 +145,8 @@ def new_varlen(recorded):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("which", ["flash_attn_interface", "varlen_attn, old", "varlen_attn, new", "xformers"])
-def test_adapters_speak_each_backends_dialect(which, causal, monkeypatch):
-    """The back ends need a GPU; their call signatures do not. Each stand-in has the real one's parameters."""
+def test_adapters_match_the_signature_of_each_backend(which, causal, monkeypatch):
+    """The back ends need a GPU, their call signatures do not: each stand-in has the parameters of the real function."""
     recorded: dict[str, object] = {}
     if which == "flash_attn_interface":
         module, function = flash(recorded)
@@ -171,9 +171,9 @@ def test_adapters_speak_each_backends_dialect(which, causal, monkeypatch):
         monkeypatch.setitem(sys.modules, "xformers.ops.fmha", fmha)
         monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", bias)
     else:
-        stand_in = ModuleType("varlen")
-        stand_in.varlen_attn = (old_varlen if which.endswith("old") else new_varlen)(recorded)
-        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", stand_in)
+        fake = ModuleType("varlen")
+        fake.varlen_attn = (old_varlen if which.endswith("old") else new_varlen)(recorded)
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake)
     monkeypatch.setattr(attention, "_loaded", {})
     inputs = make([9, 14, 3], key_heads=2)
     ours = results(*inputs, backend=which.split(",")[0], causal=causal, scale=0.3)
@@ -188,8 +188,8 @@ KIND = (CPU, torch.bfloat16, 4, 2, 16, True)
 
 
 @pytest.fixture
-def stand_ins(monkeypatch):
-    """Back ends by name, taken for the only ones that are installed; the CPU's bfloat16 counts as a kernel's."""
+def backends(monkeypatch):
+    """Fake back ends by name: the only ones that count as installed, for bfloat16 on the CPU."""
     installed = {}
 
     def load(name):
@@ -274,37 +274,35 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda f: f.__name__)
-def test_a_backend_that_is_installed_and_does_not_work_is_passed_over(stand_ins, caplog, bad):
-    stand_ins.update({"flash_attn.cute": bad, "varlen_attn": good})
+def test_an_installed_backend_that_fails_the_trial_is_skipped(backends, caplog, bad):
+    backends.update({"flash_attn.cute": bad, "varlen_attn": good})
     with caplog.at_level("INFO"):
         assert attention.choose_backend(*KIND) == "varlen_attn"
-    assert [
-        m for m in caplog.messages if re.match("packed_attention leaves flash_attn.cute out: (" + BAD[bad] + ")", m)
-    ]
+    assert [m for m in caplog.messages if re.match("packed_attention skips flash_attn.cute: (" + BAD[bad] + ")", m)]
     assert caplog.messages[-1] == "packed_attention uses varlen_attn"
-    stand_ins.clear()  # the trial is made once
+    backends.clear()  # the trial runs once
     assert attention.choose_backend(*KIND) == "varlen_attn"
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "key_heads", "width"), [(1, 1, 8), (8, 2, 128), (40, 40, 128)])
-def test_a_backend_that_works_is_taken_first(stand_ins, causal, dtype, heads, key_heads, width):
-    stand_ins.update({"flash_attn": good, "varlen_attn": raises})
+def test_the_first_backend_that_works_is_chosen(backends, causal, dtype, heads, key_heads, width):
+    backends.update({"flash_attn": good, "varlen_attn": raises})
     assert attention.choose_backend(CPU, dtype, heads, key_heads, width, causal) == "flash_attn"
 
 
-def test_sdpa_when_nothing_works_and_where_no_kernel_is_for(stand_ins, caplog):
-    stand_ins["xformers"] = raises
+def test_falls_back_to_sdpa_if_nothing_works_or_no_kernel_supports_the_inputs(backends, caplog):
+    backends["xformers"] = raises
     assert attention.choose_backend(*KIND) == "sdpa"
     assert "copies the document boundaries to the host" in caplog.text
-    stand_ins["flash_attn"] = good
+    backends["flash_attn"] = good
     assert attention.choose_backend(CPU, torch.float32, 4, 2, 16) == "sdpa"
     assert attention.choose_backend(torch.device("cuda", 0), torch.bfloat16, 4, 2, 16) == "sdpa"
     assert attention.choose_backend(CPU, torch.bfloat16, 4, 2, 32) == "flash_attn"
 
 
-def test_a_package_that_fails_to_import_is_told_and_one_that_is_absent_is_not(monkeypatch, caplog):
+def test_a_failed_import_is_a_warning_and_a_missing_package_is_not(monkeypatch, caplog):
     def undefined_symbol(name):
         if name == "flash_attn":
             raise ImportError("flash_attn_2_cuda.so: undefined symbol")
@@ -317,15 +315,15 @@ def test_a_package_that_fails_to_import_is_told_and_one_that_is_absent_is_not(mo
     monkeypatch.setattr(attention, "_loaded", {})
     monkeypatch.setattr(attention, "_KERNEL_DEVICES", ("cpu",))
     assert attention.choose_backend(*KIND) == "sdpa"
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "'flash_attn.cute' is not usable here: no driver" in told[0]
-    assert "undefined symbol" in told[1]
-    assert len(told) == 3  # and that SDPA serves
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "'flash_attn.cute' is not usable here: no driver" in warnings[0]
+    assert "undefined symbol" in warnings[1]
+    assert len(warnings) == 3  # the third: the fallback to SDPA
 
 
 @pytest.mark.parametrize("surrounding", ["no_grad", "inference_mode", "autocast", "checkpoint", "fake tensors"])
-def test_the_trial_is_made_apart_from_what_the_caller_is_in(stand_ins, surrounding):
-    stand_ins["varlen_attn"] = good
+def test_the_trial_ignores_the_modes_of_the_caller(backends, surrounding):
+    backends["varlen_attn"] = good
     torch.manual_seed(3)
     state = torch.get_rng_state()
     inputs = make([9, 14, 3], torch.bfloat16, key_heads=2)
@@ -348,8 +346,8 @@ def test_the_trial_is_made_apart_from_what_the_caller_is_in(stand_ins, surroundi
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_choice_may_fall_while_torch_compile_traces(stand_ins):
-    stand_ins.update({"flash_attn": raises, "varlen_attn": good})
+def test_the_trial_can_run_while_torch_compile_traces(backends):
+    backends.update({"flash_attn": raises, "varlen_attn": good})
     inputs = make([9, 14, 3], torch.bfloat16, key_heads=2)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -363,7 +361,7 @@ def test_the_choice_may_fall_while_torch_compile_traces(stand_ins):
     assert torch.equal(which(*inputs[:2]), inputs[0])
 
 
-def test_a_chosen_backend_compiles_without_a_break(monkeypatch):
+def test_a_chosen_backend_compiles_without_a_graph_break(monkeypatch):
     def attend(q, k, v, cu_seqlens, max_seqlen, causal, scale):
         return q * scale + k + v * max_seqlen
 
@@ -371,6 +369,6 @@ def test_a_chosen_backend_compiles_without_a_break(monkeypatch):
     monkeypatch.setattr(attention, "_chosen", {(CPU, torch.bfloat16, 4, 4, 8, True): "varlen_attn"})
     monkeypatch.setattr(attention, "_KERNEL_DEVICES", ("cpu",))
     compiled = torch.compile(packed_attention, fullgraph=True, backend="aot_eager")
-    for lengths in ([9, 14, 3], [4, 7], [20, 1]):  # lengths become symbols
+    for lengths in ([9, 14, 3], [4, 7], [20, 1]):  # lengths become symbolic
         inputs = make(lengths, torch.bfloat16)
         assert_bitwise(results(*inputs), results(*inputs, function=compiled))

@@ -1,4 +1,4 @@
-"""kernels/setup.py builds the C++ operators where it can, and prints one notice where it cannot."""
+"""kernels/setup.py builds the C++ operators if possible, and prints one notice otherwise."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_without_a_compiler_one_notice_and_success(tmp_path):
 
 def test_builds_a_library_that_loads(tmp_path):
     if dispatch._library() is None:
-        pytest.skip("no compiler built the operators here before")
+        pytest.skip("the C++ operators are not built")
     done = build(tmp_path)
     assert done.returncode == 0, done.stderr
     library = tmp_path / "pite_kernels" / "_C.so"

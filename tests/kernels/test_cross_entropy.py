@@ -1,4 +1,4 @@
-"""The vocabulary head on the CPU: accuracy, smoothing, ignored ids, refusals, autograd and the compiler."""
+"""Cross-entropy of the vocabulary head on the CPU: accuracy, smoothing, ignored ids, errors, autograd, compilation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_chunks_add_up(monkeypatch):
 
 
 @pytest.mark.parametrize("with_rows", [True, False])
-def test_ignored_ids_equal_leaving_them_out(with_rows):
+def test_ignored_ids_equal_removed_rows(with_rows):
     heads = make_heads(supervised=37)
     rows = heads.target_rows if with_rows else torch.arange(37)
     kept = torch.arange(37) % 3 != 1
@@ -66,7 +66,7 @@ def test_ignored_ids_equal_leaving_them_out(with_rows):
         torch.testing.assert_close(a, b)
 
 
-def test_all_ignored_and_none_given_are_zero_not_nan():
+def test_the_loss_without_supervised_rows_is_zero_not_nan():
     for heads in (make_heads(supervised=0), replace(make_heads(), target_ids=torch.full((13,), -100))):
         for result in run(loss_of(heads, label_smoothing=0.1), learned(heads)):
             assert torch.count_nonzero(result) == 0
@@ -90,7 +90,7 @@ def test_bias_and_its_gradient():
         torch.testing.assert_close(a, b)
 
 
-def test_frozen_head_makes_no_weight_gradient():
+def test_frozen_head_has_no_weight_gradient():
     heads = make_heads()
     frozen = heads.lm_weight.detach()
     outputs = cross_entropy_forward(
@@ -102,7 +102,7 @@ def test_frozen_head_makes_no_weight_gradient():
     torch.testing.assert_close(gradient, compare(heads, label_smoothing=0.1)[1] / 1.7)
 
 
-def test_without_gradients_only_the_loss_is_made():
+def test_without_gradients_only_the_loss_is_computed():
     heads = make_heads()
     with torch.no_grad():
         loss = loss_of(heads)()
@@ -127,7 +127,7 @@ def test_no_rows_of_hidden():
 
 
 def test_more_than_two_to_the_31_elements():
-    torch.use_deterministic_algorithms(False)  # or all 8 GB would be filled, not just the pages that are read
+    torch.use_deterministic_algorithms(False)  # otherwise all 8 GB are filled, not only the pages that are read
     stride = 2**30 + 5
     far = torch.empty(2 * stride + 32).as_strided((3, 32), (stride, 1))
     heads = make_heads(tokens=3)
@@ -142,7 +142,7 @@ def test_extreme_logits_stay_finite():
     compare(huge, label_smoothing=0.1)
 
 
-def test_accumulates_keeps_the_graph_and_repeats_bitwise():
+def test_gradients_accumulate_and_repeat_bitwise():
     heads = make_heads(tokens=400, supervised=500, vocabulary=300)
     loss = loss_of(heads, label_smoothing=0.1)()
     once = torch.autograd.grad(loss, learned(heads), retain_graph=True)
@@ -153,14 +153,14 @@ def test_accumulates_keeps_the_graph_and_repeats_bitwise():
 
 
 @pytest.mark.parametrize("bad", [-1, 50])
-def test_id_out_of_vocabulary_is_named(bad):
+def test_the_error_names_an_id_out_of_vocabulary(bad):
     heads = make_heads()
     heads.target_ids[5] = bad
     with pytest.raises(ValueError, match=f"target id {bad} is not in the vocabulary of 50"):
         loss_of(heads)()
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_arguments_raise():
     heads = make_heads()
     with pytest.raises(ValueError, match=r"rows\[2\] = 37"):
         loss_of(replace(heads, target_rows=heads.target_rows.index_fill(0, torch.tensor(2), 37)))()
@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_refused():
             FusedLinearCrossEntropyLoss(smoothing)
 
 
-def test_module_is_what_torch_computes():
+def test_the_module_equals_torch():
     heads = make_heads(supervised=37)
     loss = FusedLinearCrossEntropyLoss(label_smoothing=0.1)(heads.hidden, heads.lm_weight, heads.target_ids)
     expected = F.cross_entropy(heads.hidden @ heads.lm_weight.T, heads.target_ids, label_smoothing=0.1)

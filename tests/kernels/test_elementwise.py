@@ -16,7 +16,7 @@ from pite_kernels import apply_rope, elementwise, reference, rms_norm, rope_qkv,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm_is_llamas(dtype):
+def test_rms_norm_equals_llama(dtype):
     norm = LlamaRMSNorm(24, eps=1e-5).to(dtype)
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(7, 24, dtype=dtype)
@@ -31,7 +31,7 @@ def test_rms_norm_with_residual():
     assert torch.autograd.gradcheck(lambda *t: rms_norm(t[0], t[1], residual=t[2]), (x, weight, residual))
 
 
-def test_rope_is_llamas_with_positions_that_restart():
+def test_rope_equals_llama_with_positions_that_restart():
     config = LlamaConfig(
         hidden_size=64, num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
     )
@@ -46,7 +46,7 @@ def test_rope_is_llamas_with_positions_that_restart():
         rope_tables(positions, 15)
 
 
-def test_rope_of_a_fused_projection_is_that_of_its_parts():
+def test_rope_of_a_fused_projection_equals_rope_of_its_parts():
     qkv, tables = torch.randn(9, (4 + 2 * 2) * 16), rope_tables(torch.arange(9), 16)
     q, k, v = (t.unflatten(-1, (-1, 16)) for t in qkv.split([64, 32, 32], -1))
     ours = rope_qkv(qkv, *tables, head_dim=16, key_heads=2)
@@ -70,25 +70,25 @@ def test_swiglu_from_two_tensors_or_one():
 
 
 @pytest.mark.parametrize("missing", [[], ["LigerFusedGateUpSiLUMulFunction"]], ids=["current", "0.8.1"])
-def test_a_liger_kernel_too_old_is_left_aside_as_a_whole(monkeypatch, caplog, missing):
-    stand_in = ModuleType("liger_kernel.ops")
+def test_a_liger_kernel_that_is_too_old_is_not_used_at_all(monkeypatch, caplog, missing):
+    fake = ModuleType("liger_kernel.ops")
     for name in set(elementwise._LIGER) - set(missing):
-        setattr(stand_in, name, object)
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops", stand_in)
-    # The function without its cache.
-    assert elementwise._liger.__wrapped__() is (None if missing else stand_in)
+        setattr(fake, name, object)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", fake)
+    # __wrapped__: without the cache.
+    assert elementwise._liger.__wrapped__() is (None if missing else fake)
     assert caplog.messages == [
-        f"pite_kernels: this liger-kernel has no {name}, as 0.8.2 and later do; PyTorch is used instead."
+        f"pite_kernels: this liger-kernel has no {name}; install 0.8.2 or later. PyTorch is used instead."
         for name in missing
     ]
 
 
-def test_a_missing_liger_kernel_is_said(monkeypatch, caplog):
+def test_a_missing_liger_kernel_is_a_warning(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)
     assert elementwise._liger.__wrapped__() is None
     assert "liger-kernel is not installed" in caplog.text
 
 
-def test_every_function_asked_of_liger_is_looked_for():
+def test_every_liger_function_in_use_is_checked_for():
     source = inspect.getsource(elementwise)
     assert set(re.findall(r"liger\.(Liger\w+)", source)) == set(elementwise._LIGER)

@@ -1,4 +1,4 @@
-"""Frozen weights in float8: the quantisation itself, products of it, and LoRA layers on top."""
+"""Frozen weights in float8: quantization, products, and LoRA layers with a float8 weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pite_kernels.lora import lora_backward, lora_forward
 from tests.kernels.helpers import assert_bitwise
 
 HALF_STEP = 1 / 16
-"""The largest relative rounding error of a number with three bits of mantissa behind the point."""
+"""The largest relative rounding error of a number with three bits of mantissa."""
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -21,30 +21,30 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
-def test_every_number_is_within_half_a_step(dtype, scale):
+def test_the_error_of_every_number_is_at_most_half_a_step(dtype, scale):
     x = (normal(40, 64) * scale).to(dtype)
     quantized, scales = quantize_rows(x)
     assert quantized.dtype == FP8 and scales.dtype == torch.float32 and scales.shape == (40,)
-    assert quantized.float().abs().amax(1).eq(LARGEST).all(), "the largest of each row is the largest float8"
-    # Below the normal float8 numbers, which start at 2^-6, steps are of equal size: 2^-9.
+    assert quantized.float().abs().amax(1).eq(LARGEST).all(), "the largest value of each row becomes the largest float8"
+    # Normal float8 numbers start at 2^-6. Below, all steps have the same size: 2^-9.
     bound = torch.maximum(HALF_STEP * x.float().abs(), 2**-10 * scales[:, None])
     assert ((dequantize(quantized, scales) - x.float()).abs() <= bound * (1 + 1e-6)).all()
 
 
-def test_rows_of_zeros_of_nothing_and_of_anything():
+def test_rows_of_zeros_empty_rows_and_rows_that_are_not_finite():
     x = torch.zeros(4, 16)
     x[1] = 1e-38
     x[2, 3], x[3, 5] = torch.inf, torch.nan
     values = dequantize(*quantize_rows(x))
     assert values[0].eq(0).all() and values[1].isfinite().all()
-    assert values[2:].isnan().any(1).all(), "what is not finite stays so, and is seen"
+    assert values[2:].isnan().any(1).all(), "a number that is not finite makes the row NaN"
     assert [t.shape for t in quantize_rows(x[:0])] == [(0, 16), (0,)]
     strided = normal(16, 8).t()
     assert_bitwise(quantize_rows(strided)[:1], quantize_rows(strided.contiguous())[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_emulation_is_what_pytorch_multiplies(dtype):
+def test_the_emulation_equals_scaled_mm(dtype):
     x, weight = normal(33, 64, dtype=dtype), quantize_weight(normal(48, 64, seed=1, dtype=dtype))
     quantized, scales = quantize_rows(x)
     row_wise = F.ScalingType.RowWise
@@ -52,12 +52,12 @@ def test_the_emulation_is_what_pytorch_multiplies(dtype):
     try:
         expected = F.scaled_mm(*factors, output_dtype=dtype)
     except NotImplementedError:
-        pytest.skip("this torch has no float8 product on the CPU, as 2.13 does")
+        pytest.skip("this torch has no float8 product on the CPU; 2.13 has")
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-3}
     torch.testing.assert_close(product(x, weight.rows, weight.row_scales), expected, **tolerance)
 
 
-def test_a_product_is_within_the_bound_of_its_factors():
+def test_the_error_of_a_product_is_within_the_bound_of_its_factors():
     x, w = normal(64, 256), normal(96, 256, seed=1)
     weight = quantize_weight(w)
     grad = normal(64, 96, seed=2)
@@ -66,10 +66,10 @@ def test_a_product_is_within_the_bound_of_its_factors():
         (product(grad, weight.columns, weight.column_scales), grad, w),
     ):
         exact = a.double() @ b.double()
-        # Each factor is off by 1/16 at most: (1 + 1/16)^2 - 1, and a little for numbers below the normal ones.
+        # Each factor is off by at most 1/16: (1 + 1/16)^2 - 1, plus a little for subnormal numbers.
         assert ((ours - exact).abs() <= 0.13 * (a.double().abs() @ b.double().abs())).all()
         error = (ours - exact).norm() / exact.norm()
-        assert 0.02 < error < 0.045, "two roundings of 2.6% in the mean square, whatever the length of the sum"
+        assert 0.02 < error < 0.045, "two roundings of 2.6% root mean square each, independent of the length of the sum"
 
 
 def layer(splits=(32, 16), tokens=21, d_in=64, rank=4, dtype=torch.float32):
@@ -88,13 +88,13 @@ def results(x, weight, a, b, splits=(32, 16), function=lora_linear):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("splits", [(48,), (32, 16), (16, 16, 16)])
-def test_a_lora_layer_is_its_two_products_and_the_thin_ones(dtype, splits):
+def test_a_lora_layer_is_the_sum_of_its_float8_and_thin_products(dtype, splits):
     x, weight, a, b = layer(splits, dtype=dtype)
     ours = results(x, weight, a, b, splits)
     upstream = normal(*ours[0].shape, seed=4).to(dtype)
     wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
     nothing = torch.zeros(weight.rows.shape, dtype=torch.float64)
-    # The thin products are those of a layer whose weight is zero.
+    # A layer whose weight is zero computes only the thin products.
     y = lora_linear(wide[0], nothing, *wide[1:], scale=2.0, splits=splits)
     thin = [y.detach(), *torch.autograd.grad(y, wide, upstream.double())]
     thin[0] += product(x.detach(), weight.rows, weight.row_scales).double()
@@ -105,8 +105,8 @@ def test_a_lora_layer_is_its_two_products_and_the_thin_ones(dtype, splits):
         assert error < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
-def test_gradients_follow_bfloat16s():
-    """To the quantised and to the exact weight; the gradients of A and B differ by nothing but what reaches them."""
+def test_gradients_are_close_to_those_of_the_exact_weight():
+    """y and dX differ by the quantization error. dA and dB do not depend on the weight and are equal."""
     x, weight, a, b = layer()
     w = normal(48, 64, seed=1) * 64**-0.5
     exact = results(x, w, a, b)
@@ -116,14 +116,14 @@ def test_gradients_follow_bfloat16s():
     assert_bitwise(ours[2:], exact[2:])
 
 
-def test_compiles_repeats_and_knows_its_shapes():
+def test_compiled_and_repeated_calls_are_equal_and_opcheck():
     x, weight, a, b = layer()
     first = results(x, weight, a, b)
     assert_bitwise(first, results(x, weight, a, b))
     assert_bitwise(
         first, results(x, weight, a, b, function=torch.compile(lora_linear, fullgraph=True, backend="aot_eager"))
     )
-    # Its schema check compares inputs before and after, and torch cannot compare float8; test_lora.py runs it.
+    # Without opcheck's schema test, which compares inputs: torch cannot compare float8. test_lora.py runs that test.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(lora_forward, (x, list(weight), a, b, 2.0, [32, 16]), test_utils=checks)
     x, a, b = (t.detach() for t in (x, a, b))
@@ -134,9 +134,9 @@ def test_compiles_repeats_and_knows_its_shapes():
     assert empty[0].shape == (0, 48) and empty[2].eq(0).all()
 
 
-def test_refusals():
+def test_invalid_arguments_raise():
     x, weight, a, b = layer()
-    with pytest.raises(ValueError, match=r"divisible by 16, and a weight is \(40, 64\)"):
+    with pytest.raises(ValueError, match=r"divisible by 16, but a weight has shape \(40, 64\)"):
         quantize_weight(torch.zeros(40, 64))
     with pytest.raises(ValueError, match="give lora_a and lora_b with it"):
         lora_linear(x, weight, None, None)
@@ -147,8 +147,8 @@ def test_refusals():
 def test_devices_without_float8(monkeypatch):
     assert why_unsupported(torch.device("cpu")) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    for capability, served in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
+    for capability, supported in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert (why_unsupported(torch.device("cuda")) is None) == served
+        assert (why_unsupported(torch.device("cuda")) is None) == supported
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "NVIDIA A100 has no float8" in (why_unsupported(torch.device("cuda")) or "")

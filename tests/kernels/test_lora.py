@@ -1,4 +1,4 @@
-"""LoRA layers: equal to the textbook form for one, two and three parts, without a gradient for the frozen weight."""
+"""LoRA layers: equal to the plain form for one, two and three parts, without a gradient of the frozen weight."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_float32_adapters_on_bfloat16_layers():
     ]
 
 
-def test_without_adapters_it_is_linear():
+def test_without_adapters_it_equals_linear():
     x, weight, a, _ = make()
     assert torch.equal(lora_linear(x, weight, None, None), torch.nn.functional.linear(x, weight))
     with pytest.raises(ValueError, match="both"):
         lora_linear(x, weight, a, None)
 
 
-def test_only_what_learns_gets_a_gradient():
+def test_only_trainable_inputs_get_a_gradient():
     x, weight, a, b = make()
     y = lora_linear(x.detach(), weight, a, b.detach(), scale=2.0)
     y.sum().backward()
@@ -78,7 +78,7 @@ def test_only_what_learns_gets_a_gradient():
     assert a.grad is not None
 
 
-def test_refusals():
+def test_invalid_arguments_raise():
     x, weight, a, b = make()
     with pytest.raises(ValueError, match="frozen"):
         lora_linear(x, weight.requires_grad_(), a, b)
@@ -88,7 +88,7 @@ def test_refusals():
         lora_linear(x[..., :39], weight.detach(), a, b)
 
 
-def test_repeats_bitwise_accumulates_and_compiles():
+def test_repeated_and_compiled_calls_are_equal_and_gradients_accumulate():
     x, weight, a, b = make(splits=SPLITS[2])
     first = results(x, weight, a, b, SPLITS[2])
     assert_bitwise(first, results(x, weight, a, b, SPLITS[2]))

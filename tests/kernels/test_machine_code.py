@@ -1,4 +1,4 @@
-"""The Triton kernels compile to machine code for A100, H100/H200 and B200 without spilling a register. No GPU is needed."""
+"""The Triton kernels compile for A100, H100/H200 and B200 without register spills. No GPU is needed."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from pite_kernels.fp8 import LARGEST  # noqa: E402
 from pite_kernels.gpu import cross_entropy, fp8, lora, rope, shared, trajectory  # noqa: E402
 
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one block may use
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one program may use
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
@@ -25,52 +25,56 @@ def forward(dtype, count, outputs, skip_absent=True, even=True):
     tiles = trajectory.forward_tiles(dtype, count, outputs, 132)
     pointers = [x, x, x, "*fp32", "*i64", "*i8", "*fp32"]
     options = {"SKIP_ABSENT": skip_absent, "EVEN_K": even}
-    return trajectory.forward_kernel, [*pointers, "i32", "i32", "i32", "i32", "i32"], options | tiles
+    return trajectory.trajectory_l1_fwd_kernel, [*pointers, "i32", "i32", "i32", "i32", "i32"], options | tiles
 
 
 def grad_hidden(dtype, accumulate):
     x = TYPES[dtype]
     signature = [x, "*fp32", x, "*i8", "*i64", "*i32", "*i32", "i32", "i32", "i32", "i32"]
-    return trajectory.grad_hidden_kernel, signature, {"ACCUMULATE": accumulate} | trajectory.hidden_tiles(dtype)
+    return (
+        trajectory.trajectory_l1_bwd_dx_kernel,
+        signature,
+        {"ACCUMULATE": accumulate} | trajectory.hidden_tiles(dtype),
+    )
 
 
 def grad_weight(dtype):
     signature = ["*fp32", TYPES[dtype], "*i8", "*i64", "i32", "i32", "i32", "i32", "i32", "i32"]
-    return trajectory.grad_weight_kernel, signature, trajectory.weight_tiles(dtype)
+    return trajectory.trajectory_l1_bwd_dw_kernel, signature, trajectory.weight_tiles(dtype)
 
 
 def softmax(dtype):
     signature = [TYPES[dtype], "*i64", "*fp32", "i32", "i32", "fp32", "i32"]
-    return cross_entropy.softmax_kernel, signature, {"GRADIENT": True, "BLOCK": 4096, "num_warps": 8}
+    return cross_entropy.cross_entropy_softmax_kernel, signature, {"GRADIENT": True, "BLOCK": 4096, "num_warps": 8}
 
 
 def scatter(dtype, rows):
     pointer = "*i64" if rows else None
     signature = [TYPES[dtype], TYPES[dtype], pointer, pointer, "*fp32", "i32", "i32", "i32"]
-    return cross_entropy.scatter_kernel, signature, {"BLOCK": 1024, "num_warps": 4}
+    return cross_entropy.cross_entropy_bwd_scatter_rows_kernel, signature, {"BLOCK": 1024, "num_warps": 4}
 
 
 def thin_products(dtype, rank):
     x = TYPES[dtype]
     signature = [x, x, x, x, "*fp32", "fp32", *["i32"] * 6]
-    return lora.thin_products_kernel, signature, lora.tiles(rank)
+    return lora.lora_bwd_thin_products_kernel, signature, lora.tiles(rank)
 
 
 def quantize_rows(dtype, width):
     signature = [TYPES[dtype], "*fp8e4nv", "*fp32", "i32", "i32", "fp32"]
-    return fp8.quantize_rows_kernel, signature, {"LARGEST": LARGEST} | fp8.tiles(width)
+    return fp8.fp8_quantize_rows_kernel, signature, {"LARGEST": LARGEST} | fp8.tiles(width)
 
 
 def rotate(dtype, width, back):
     x = TYPES[dtype]
-    return rope.rotate_kernel, [x, x, x, x, *["i32"] * 8], {"BACK": back} | rope.tiles(width // 2)
+    return rope.rope_rotate_kernel, [x, x, x, x, *["i32"] * 8], {"BACK": back} | rope.tiles(width // 2)
 
 
 GEMMS = {
-    lora.thin_products_kernel,
-    trajectory.forward_kernel,
-    trajectory.grad_hidden_kernel,
-    trajectory.grad_weight_kernel,
+    lora.lora_bwd_thin_products_kernel,
+    trajectory.trajectory_l1_fwd_kernel,
+    trajectory.trajectory_l1_bwd_dx_kernel,
+    trajectory.trajectory_l1_bwd_dw_kernel,
 }
 VARIANTS = {
     **{f"trajectory forward {d} 600 outputs": forward(d, 16384, 600) for d in TYPES},
@@ -82,17 +86,17 @@ VARIANTS = {
     **{f"trajectory dW {d}": grad_weight(d) for d in TYPES},
     **{f"lora thin products {d}": thin_products(d, 64) for d in (torch.bfloat16, torch.float16)},
     **{f"lora thin products bfloat16, rank {r}": thin_products(torch.bfloat16, r) for r in (16, 128)},
-    **{f"quantise rows {d}": quantize_rows(d, 4096) for d in TYPES},
+    **{f"quantize rows {d}": quantize_rows(d, 4096) for d in TYPES},
     **{f"rotate {d}": rotate(d, 128, False) for d in TYPES},
     "rotate bfloat16, back": rotate(torch.bfloat16, 128, True),
     "rotate bfloat16, heads of 64": rotate(torch.bfloat16, 64, False),
     "trajectory link": (
-        trajectory.link_kernel,
+        trajectory.trajectory_l1_bwd_link_rows_kernel,
         ["*i64", "*i32", "*i32", "i32", "i32"],
         {"BLOCK": 256, "num_warps": 4},
     ),
     "trajectory sum of dW": (
-        trajectory.sum_partials_kernel,
+        trajectory.trajectory_l1_bwd_dw_sum_kernel,
         ["*fp32", "*fp32", "*bf16", "i32", "i32"],
         {"BLOCK": 2048, "num_warps": 4},
     ),
@@ -108,7 +112,7 @@ VARIANTS = {
 
 
 def compile_kernel(kernel, types, options, capability):
-    """The compiled kernel, its pointers and integers 16-divisible as torch's allocator and the real shapes make them."""
+    """The compiled kernel. Pointers and integers are divisible by 16, as with torch's allocator and the real shapes."""
     options = dict(options)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     arguments = list(zip(kernel.arg_names, types))
@@ -121,10 +125,10 @@ def compile_kernel(kernel, types, options, capability):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_no_spills(capability, tmp_path, capsys):
-    assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
+    assert not triton.knobs.runtime.interpret, "the interpreter does not compile"
     lines = []
     for name, (kernel, types, options) in VARIANTS.items():
-        if kernel is fp8.quantize_rows_kernel and capability < 89:
+        if kernel is fp8.fp8_quantize_rows_kernel and capability < 89:
             continue
         compiled = compile_kernel(kernel, types, options, capability)
         ptx = tmp_path / "kernel.ptx"

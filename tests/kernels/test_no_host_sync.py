@@ -1,7 +1,7 @@
-"""The CUDA code never looks at a value: it runs on fake CUDA tensors, which have none to look at.
+"""The CUDA code never synchronizes with the GPU: it runs on fake CUDA tensors, which have no values to read.
 
-Triton launches are recorded instead of made. The custom ops around this code would answer fake tensors themselves, so it
-is called directly. On a GPU, `bench.gpu` repeats the proof with torch's own sync detector.
+Triton launches are recorded instead of executed. The GPU code is called directly, because the custom ops around it
+would use their fake kernels for fake tensors. On a GPU, `bench.gpu` repeats the check with torch's sync debug mode.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VALUES = (DataDependentOutputException, DynamicOutputShapeException, RuntimeErro
 
 
 class Recorder:
-    """Stands for a Triton kernel: kernel[grid](...) is counted."""
+    """Replaces a Triton kernel: records each kernel[grid](...)."""
 
     def __init__(self, name: str, launches: list[str]) -> None:
         self.name, self.launches = name, launches
@@ -39,7 +39,7 @@ def launches(monkeypatch) -> list[str]:
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(name, made))
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132, raising=False)
-    # Fake tensors cannot run addmm into a given output where torch is built without CUDA.
+    # Fake tensors cannot run addmm with out= if torch is built without CUDA.
     monkeypatch.setattr(torch, "addmm", lambda *arguments, out, **options: out)
     return made
 
@@ -61,8 +61,8 @@ def test_trajectory(heads, launches, accumulate):
     trajectory.write_grad_hidden(gradient, scale, heads.weight, sign, heads.rows, accumulate)
     trajectory.grad_weight(scale, heads.hidden, heads.weight, sign, heads.rows)
     assert loss.shape == () and sign.dtype == torch.int8
-    forward = ["forward_kernel", "finish_loss_kernel", "link_kernel"]
-    backward = ["grad_hidden_kernel", "grad_weight_kernel", "sum_partials_kernel"]
+    forward = ["trajectory_l1_fwd_kernel", "finish_loss_kernel", "trajectory_l1_bwd_link_rows_kernel"]
+    backward = ["trajectory_l1_bwd_dx_kernel", "trajectory_l1_bwd_dw_kernel", "trajectory_l1_bwd_dw_sum_kernel"]
     assert launches == forward + ([] if accumulate else ["zero_rows_kernel"]) + backward
 
 
@@ -83,15 +83,16 @@ def test_cross_entropy(heads, launches, frozen):
     )
     assert dw.numel() == (0 if frozen else heads.lm_weight.numel())
     assert cross_entropy.scatter_rows(dx, heads.target_rows, scale, 5000).shape == (5000, 32)
-    chunk = ["softmax_kernel", "zero_rows_kernel"]
-    assert launches == [*chunk * 3, "finish_loss_kernel", "scatter_kernel"], "4,500 rows are three chunks"
+    chunk = ["cross_entropy_softmax_kernel", "zero_rows_kernel"]
+    expected = [*chunk * 3, "finish_loss_kernel", "cross_entropy_bwd_scatter_rows_kernel"]
+    assert launches == expected, "4,500 rows are three chunks"
 
 
 def test_lora(heads, launches):
     grad, lora_b, low = (heads.hidden.new_empty(shape) for shape in ((5000, 96), (96, 8), (5000, 24)))
     grad_low, grad_b = lora.thin_products(grad, lora_b, low, 2.0, [64, 16, 16])
     assert grad_low.shape == low.shape and grad_b.shape == lora_b.shape
-    assert launches == ["thin_products_kernel"] * 3
+    assert launches == ["lora_bwd_thin_products_kernel"] * 3
 
 
 @pytest.mark.parametrize("depth", [4096, 5120])
@@ -105,11 +106,11 @@ def test_frozen_vocabulary_head_needs_at_most_300_mb(heads, launches, depth, fra
     assert 100e6 < forward.peak < 300e6
     with PeakMemory() as backward:
         gradient = cross_entropy.scatter_rows(results[2], at, results[1], 16384)
-    # What the forward pass saved, beside the gradient that any implementation returns.
+    # Memory that the forward pass keeps plus the backward peak, without the gradient that any implementation returns.
     assert results[2].nbytes + backward.peak - gradient.nbytes < 300e6
 
 
-def test_looking_at_a_value_would_be_seen(heads):
-    for look in (lambda t: t.item(), lambda t: t.nonzero(), lambda t: bool(t > 0), lambda t: t.tolist()):
+def test_reading_a_value_would_raise(heads):
+    for read in (lambda t: t.item(), lambda t: t.nonzero(), lambda t: bool(t > 0), lambda t: t.tolist()):
         with pytest.raises(VALUES):
-            look(heads.hidden.sum())
+            read(heads.hidden.sum())

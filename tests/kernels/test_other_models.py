@@ -1,7 +1,7 @@
 """The losses and packed attention inside three public video-language models, against each model's own code.
 
-Two videos of different lengths go through a model one by one, unpacked, with the model's own attention and loss, and
-once packed, with ours. Random tiny weights; the code is transformers'.
+Two videos of different lengths go through a model twice: one by one with the model's own attention and loss, and packed
+with ours. The models are those of transformers, tiny, with random weights.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def attend(module, q, k, v, mask, scaling=None, cu_seq_lens_q=None, max_length_q
     return packed_attention(q, k, v, cu_seq_lens_q, max_length_q, scale=scaling)[None], None
 
 
-AttentionInterface.register("kernels", attend)
+AttentionInterface.register("pite_kernels", attend)
 
 
 @dataclass(frozen=True)
 class Document:
-    """One video and its text: what the model takes, with labels and trajectories of some answer tokens."""
+    """One video and its text: the model's inputs, with labels and trajectories of some answer tokens."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
@@ -69,7 +69,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Family:
-    """A model, how many tokens a video takes in it, and how its inputs are made and joined."""
+    """A model, and a function that makes a random video: its inputs and its number of tokens."""
 
     model: PreTrainedModel
     video: Callable[[torch.Generator], tuple[dict[str, Tensor], int]]
@@ -133,7 +133,7 @@ def document(family: Family, words: int, seed: int) -> Document:
 
 
 def inputs_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Qwen2-VL wants to know which tokens are video; the others do not take the argument."""
+    """Qwen2-VL needs the type of each token; the other models do not accept this argument."""
     return (
         inputs
         if hasattr(model.model, "get_rope_index")
@@ -142,7 +142,7 @@ def inputs_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Te
 
 
 def own_loss(model: PreTrainedModel, head: nn.Linear, documents: list[Document]) -> Tensor:
-    """Each document alone, the model's own loss and a trajectory head in plain PyTorch; both means over all."""
+    """Documents one by one: the model's own loss and a trajectory head in plain PyTorch, as means over all of them."""
     words = sum(int((d.labels != -100).sum()) for d in documents)
     coordinates = sum(int((d.targets != -1).sum()) for d in documents)
     total = torch.zeros(())
@@ -168,7 +168,7 @@ def position_ids(model: PreTrainedModel, d: Document) -> Tensor:
 
 
 def packed_loss(model: PreTrainedModel, head: nn.Linear, documents: list[Document]) -> Tensor:
-    """All documents in one row, with the ops of `kernels`."""
+    """All documents in one row, with the ops of pite_kernels."""
     lengths = [len(d.labels) for d in documents]
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     joined: dict[str, Any] = {
@@ -192,7 +192,7 @@ def packed_loss(model: PreTrainedModel, head: nn.Linear, documents: list[Documen
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_same_loss_and_gradients_as_the_models_own_code(name):
+def test_loss_and_gradients_equal_those_of_the_models_own_code(name):
     torch.manual_seed(0)
     family = FAMILIES[name]()
     model = family.model.eval()
@@ -207,7 +207,7 @@ def test_same_loss_and_gradients_as_the_models_own_code(name):
     model.set_attn_implementation("sdpa")
     own = own_loss(model, head, documents)
     expected = gradients(own)
-    model.set_attn_implementation({"text_config": "kernels"})
+    model.set_attn_implementation({"text_config": "pite_kernels"})
     packed = packed_loss(model, head, documents)
     torch.testing.assert_close(packed, own)
     got = gradients(packed)

@@ -1,4 +1,4 @@
-"""The trajectory head on the CPU: accuracy, edges, refusals, and its manners towards autograd and the compiler."""
+"""The trajectory L1 loss on the CPU: accuracy, edge cases, errors, autograd and torch.compile."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def test_against_float64(dtype, absent, shape):
     compare(make_heads(dtype, **shape), absent=absent)
 
 
-def test_absent_points_carry_nothing():
+def test_absent_points_have_no_loss():
     heads = make_heads(absent=0.0)
     heads.targets[4, 1, 2] = -1
     one_absent = compare(heads)
-    hand = (heads.hidden[heads.rows] @ heads.weight.T + heads.bias).view_as(heads.targets) - heads.targets
-    hand = torch.where(heads.targets == -1, 0, hand).abs().sum() / (heads.targets.numel() - 2)
-    torch.testing.assert_close(one_absent[0], hand.detach())
+    by_hand = (heads.hidden[heads.rows] @ heads.weight.T + heads.bias).view_as(heads.targets) - heads.targets
+    by_hand = torch.where(heads.targets == -1, 0, by_hand).abs().sum() / (heads.targets.numel() - 2)
+    torch.testing.assert_close(one_absent[0], by_hand.detach())
 
 
 @pytest.mark.parametrize("shape", [{"count": 0}, {"count": 0, "tokens": 0}, {"absent": 1.0}])
-def test_nothing_to_learn_from_is_zero_not_nan(shape):
+def test_the_loss_without_targets_is_zero_not_nan(shape):
     heads = make_heads(**shape)
     for result in run(loss_of(heads), learned(heads)):
         assert torch.count_nonzero(result) == 0
@@ -94,7 +94,7 @@ def test_any_strides():
 
 
 def test_more_than_two_to_the_31_elements():
-    torch.use_deterministic_algorithms(False)  # or all 8 GB would be filled, not just the pages that are read
+    torch.use_deterministic_algorithms(False)  # otherwise all 8 GB are filled, not only the pages that are read
     stride = 2**30 + 5
     far = torch.empty(2 * stride + 32).as_strided((3, 32), (stride, 1))
     near = torch.randn(3, 32)
@@ -106,7 +106,7 @@ def test_more_than_two_to_the_31_elements():
     assert_bitwise(expected, got)
 
 
-def test_mixed_dtypes_keep_each_gradient_in_its_own():
+def test_each_gradient_has_the_dtype_of_its_input():
     heads = make_heads(torch.bfloat16)
     weight, bias = (t.detach().float().requires_grad_() for t in (heads.weight, heads.bias))
     mixed = replace(heads, weight=weight, bias=bias)
@@ -119,7 +119,7 @@ def test_mixed_dtypes_keep_each_gradient_in_its_own():
     assert_as_accurate(results, plain, truth)
 
 
-def test_no_bias_and_frozen_parts():
+def test_no_bias_and_frozen_inputs():
     heads = make_heads()
     frozen = heads.weight.detach()
     loss = trajectory_l1(heads.hidden, frozen, None, heads.targets, heads.rows)
@@ -133,7 +133,7 @@ def test_no_bias_and_frozen_parts():
     assert heads.weight.grad is not None
 
 
-def test_accumulates_and_keeps_the_graph():
+def test_gradients_accumulate():
     heads = make_heads()
     loss = loss_of(heads)()
     once = torch.autograd.grad(loss, learned(heads), retain_graph=True)
@@ -143,7 +143,7 @@ def test_accumulates_and_keeps_the_graph():
         torch.testing.assert_close(leaf.grad, 2 * gradient, rtol=0, atol=0)
 
 
-def test_the_same_bits_every_time():
+def test_repeated_calls_are_bitwise_equal():
     heads = make_heads(tokens=600, count=1500, depth=64)
     runs = [run(loss_of(heads), learned(heads)) for _ in range(3)]
     assert_bitwise(runs[0], runs[1])
@@ -159,7 +159,7 @@ def test_the_same_bits_every_time():
         ((0.5, float("inf")), "inf"),
     ],
 )
-def test_bad_targets_are_named(target, message):
+def test_the_error_names_a_bad_target(target, message):
     heads = make_heads()
     heads.targets[7, 2, 3] = torch.tensor(target)
     with pytest.raises(ValueError, match=rf"target 7 \(point 2, frame 3\).*{message}"):
@@ -173,7 +173,7 @@ def test_regress_allows_one_coordinate_at_minus_one():
 
 
 @pytest.mark.parametrize("row", [-1, 37])
-def test_row_out_of_range_is_named(row):
+def test_the_error_names_a_row_out_of_range(row):
     heads = make_heads()
     heads.rows[3] = row
     with pytest.raises(ValueError, match=rf"rows\[3\] = {row}"):
@@ -191,12 +191,12 @@ def test_row_out_of_range_is_named(row):
         {"targets": torch.rand(11, 15, 2)},
     ],
 )
-def test_shapes_that_do_not_fit(change):
+def test_shapes_that_do_not_fit_raise(change):
     with pytest.raises(ValueError, match="trajectory_l1"):
         loss_of(replace(make_heads(), **change))()
 
 
-def test_options_that_do_not_exist():
+def test_invalid_options_raise():
     with pytest.raises(ValueError, match="absent"):
         loss_of(make_heads(), absent="drop")()
     with pytest.raises(ValueError, match="absent"):
@@ -207,7 +207,7 @@ def test_options_that_do_not_exist():
         loss_of(make_heads(), normalizer=torch.ones((), device="meta"))()
 
 
-def test_module_is_the_function():
+def test_the_module_equals_the_function():
     heads = make_heads()
     loss = FusedTrajectoryL1Loss("regress")(heads.hidden, heads.weight, heads.bias, heads.targets, heads.rows)
     assert torch.equal(loss, loss_of(heads, absent="regress")())

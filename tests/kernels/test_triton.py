@@ -1,4 +1,4 @@
-"""Runs `triton_checks.py`: on a GPU as it is, elsewhere under Triton's interpreter, which must be chosen before import."""
+"""Runs `triton_checks.py` in a new process: on a GPU if there is one, else with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 

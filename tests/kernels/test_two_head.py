@@ -1,4 +1,4 @@
-"""Both losses in one node: equal to their sum, in eager mode and compiled by Inductor."""
+"""Both losses in one autograd node equal the sum of the two losses, in eager mode and compiled by Inductor."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def results(heads: Heads, upstream=(0.7, 0.3, -0.2), **options) -> list[torch.Te
     losses = losses_of(heads, **options)
     total = sum(u * loss for u, loss in zip(upstream, losses) if u)
     gradients = torch.autograd.grad(total, heads.learned)
-    # The hidden states' gradient comes second, as `assert_as_accurate` wants it.
+    # `assert_as_accurate` expects the gradient of the hidden states second.
     return [losses[0].detach(), *gradients, *(loss.detach() for loss in losses[1:])]
 
 
@@ -67,7 +67,7 @@ def test_normalizers():
 
 
 @pytest.mark.parametrize("frozen", ["lm_weight", "weight", "bias"])
-def test_frozen_parts(frozen):
+def test_frozen_inputs(frozen):
     heads = make_heads()
     getattr(heads, frozen).requires_grad_(False)
     expected = make_heads()
@@ -78,7 +78,7 @@ def test_frozen_parts(frozen):
         torch.testing.assert_close(getattr(heads, name).grad, getattr(expected, name).grad)
 
 
-def test_repeats_bitwise_and_keeps_the_graph():
+def test_repeated_calls_are_bitwise_equal():
     heads = make_heads(tokens=400, count=900, supervised=700)
     assert_bitwise(results(heads), results(heads))
     loss = losses_of(heads)[0]
@@ -95,7 +95,7 @@ def test_any_strides():
         assert_as_accurate(results(strided), plain, truth)
 
 
-def test_accumulates():
+def test_gradients_accumulate():
     heads = make_heads()
     loss = losses_of(heads)[0]
     once = torch.autograd.grad(loss, heads.learned, retain_graph=True)
@@ -104,7 +104,7 @@ def test_accumulates():
     assert_bitwise([t.grad for t in heads.learned], [2 * g for g in once])
 
 
-def test_refuses_what_the_losses_refuse():
+def test_raises_the_errors_of_the_two_losses():
     heads = make_heads()
     heads.targets[2, 1, 0, 0] = -1
     heads.targets[2, 1, 0, 1] = 0.5

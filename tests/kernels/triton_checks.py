@@ -1,6 +1,6 @@
-"""The Triton kernels against float64, on a GPU or under Triton's interpreter; `test_triton.py` runs this file.
+"""The Triton kernels against float64, on a GPU or in Triton's interpreter; `test_triton.py` runs this file.
 
-bfloat16 needs the GPU: the interpreter multiplies its raw bits.
+bfloat16 is tested on a GPU only: the interpreter multiplies its raw bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" e
 
 
 def trajectory_results(heads: Heads, skip: bool = True, normalizer=None, base=None) -> list[torch.Tensor]:
-    """Loss and gradients from the kernels; `base` is a gradient to accumulate into."""
+    """The loss and the gradients from the kernels; `base` is a gradient to accumulate into."""
     loss, sign, scale = trajectory.forward(
         heads.hidden, heads.weight, heads.bias, heads.targets, heads.rows, normalizer, skip
     )
@@ -87,7 +87,7 @@ def test_trajectory(dtype, absent, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_trajectory_rows_named_many_times(dtype):
+def test_trajectory_repeated_rows(dtype):
     heads = make_heads(dtype, count=40, device=DEVICE)
     heads.rows[:25] = 3
     heads.rows[30:] = 4
@@ -98,8 +98,8 @@ def test_trajectory_rows_named_many_times(dtype):
 def test_trajectory_accumulates_into_a_gradient():
     heads = make_heads(count=40, device=DEVICE)
     base = torch.randn_like(heads.hidden)
-    alone, onto = trajectory_results(heads)[1], trajectory_results(heads, base=base)[1]
-    torch.testing.assert_close(onto, base + alone)
+    from_zero, onto = trajectory_results(heads)[1], trajectory_results(heads, base=base)[1]
+    torch.testing.assert_close(onto, base + from_zero)
 
 
 def test_trajectory_splits_rows_in_a_fixed_order(monkeypatch):
@@ -121,7 +121,7 @@ def test_trajectory_normalizers_and_strides():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a device-side assert ends the process")
 @pytest.mark.parametrize("values", [(-1.0, 0.5), (float("nan"), 0.5), (0.5, float("inf"))])
-def test_trajectory_asserts_good_targets(values):
+def test_trajectory_asserts_on_invalid_targets(values):
     heads = make_heads()
     heads.targets[5, 1, 2] = torch.tensor(values)
     with pytest.raises(RuntimeError, match="not finite or half absent"):
@@ -163,7 +163,7 @@ def test_cross_entropy_in_chunks_without_rows(monkeypatch):
     compare_cross_entropy(make_heads(supervised=37, device=DEVICE), 0.1, with_rows=False)
 
 
-def test_cross_entropy_of_nothing():
+def test_cross_entropy_without_supervised_rows():
     for result in cross_entropy_results(make_heads(supervised=0, device=DEVICE), 0.1):
         assert torch.count_nonzero(result) == 0
 
@@ -175,7 +175,7 @@ def test_cross_entropy_extreme_logits():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a device-side assert ends the process")
-def test_cross_entropy_asserts_good_ids_and_rows():
+def test_cross_entropy_asserts_on_invalid_ids_and_rows():
     for name, bad in (("target_ids", 50), ("target_ids", -3), ("target_rows", 37)):
         heads = make_heads()
         getattr(heads, name)[4] = bad
@@ -207,7 +207,7 @@ def lora_results(function, x, weight, a, b, splits, upstream):
     ("tokens", "splits", "rank"), [(37, [48], 4), (300, [130, 24, 24], 16), (1, [24, 24], 64), (0, [24, 24], 4)]
 )
 def test_lora(dtype, tokens, splits, rank, monkeypatch):
-    """300 rows of 24 columns are three groups of rows, 130 columns two blocks of columns."""
+    """300 rows of 24 columns make three groups of rows; 130 columns make two column programs."""
     monkeypatch.setattr(pite_kernels.lora, "uses_triton", lambda tensor: tensor.dtype != torch.float64)
     g = torch.Generator().manual_seed(2)
     shapes = (tokens, 40), (sum(splits), 40), (len(splits) * rank, 40), (sum(splits), rank), (tokens, sum(splits))
@@ -236,7 +236,7 @@ def test_lora_far_rows_are_addressed_in_64_bits():
 def rope_results(qkv, cos, sin, width, key_heads, upstream) -> list[torch.Tensor]:
     with torch.enable_grad():
         leaf = qkv.detach().requires_grad_()
-        # The projection that made it: what is overwritten is its output.
+        # `leaf * 1` plays the projection: rope_qkv overwrites its output.
         parts = rope_qkv(leaf * 1, cos, sin, head_dim=width, key_heads=key_heads)
         return [*(t.detach() for t in parts), torch.autograd.grad(parts, leaf, upstream)[0]]
 
@@ -254,7 +254,7 @@ def test_rope_in_place(dtype, tokens, heads, key_heads, width, monkeypatch):
         return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
     qkv = normal(tokens, (heads + 2 * key_heads) * width)
-    # As attention's backward may give them: one strided, one with its last dimension apart.
+    # Attention's backward may give such gradients: one is strided, one has a last dimension that is not dense.
     upstream = (
         normal(tokens, 2 * heads, width)[:, ::2],
         normal(tokens, width, key_heads).transpose(1, 2),
@@ -275,13 +275,15 @@ def test_rope_in_place(dtype, tokens, heads, key_heads, width, monkeypatch):
     assert_as_accurate(ours, plain(dtype), plain(torch.float64))
 
 
-def test_rope_of_strided_tables_and_of_an_output_that_its_maker_kept(monkeypatch):
+def test_rope_of_strided_tables_and_of_an_output_that_was_saved_for_backward(monkeypatch):
     monkeypatch.setattr(pite_kernels.rope, "uses_triton", lambda tensor: True)
     qkv = torch.randn(6, 3 * 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     cos, sin = (t.to(DEVICE) for t in rope_tables(torch.arange(6), 16))
-    apart = cos.t().contiguous().t(), torch.stack([sin, sin], 1)[:, 0]
-    usual, strided = (rope_qkv(qkv.clone(), *tables, head_dim=16, key_heads=1) for tables in ((cos, sin), apart))
-    assert_bitwise(usual, strided)
+    strided_tables = cos.t().contiguous().t(), torch.stack([sin, sin], 1)[:, 0]
+    dense, strided = (
+        rope_qkv(qkv.clone(), *tables, head_dim=16, key_heads=1) for tables in ((cos, sin), strided_tables)
+    )
+    assert_bitwise(dense, strided)
     with torch.enable_grad():
         leaf = qkv.requires_grad_()
         q, *_ = rope_qkv(leaf.exp(), cos, sin, head_dim=16, key_heads=1)
@@ -289,12 +291,12 @@ def test_rope_of_strided_tables_and_of_an_output_that_its_maker_kept(monkeypatch
             q.sum().backward()
 
 
-def test_rope_rotates_where_it_lies_and_far_rows_are_addressed_in_64_bits():
+def test_rope_in_place_addresses_far_rows_in_64_bits():
     stride = (1 << 31) // 3 + 16
     try:
         far = torch.zeros(4 * stride, dtype=torch.float16, device=DEVICE).as_strided((4, 2, 32), (stride, 32, 1))
     except RuntimeError:
-        pytest.skip("no room for a tensor of more than 2^31 elements")
+        pytest.skip("not enough memory for a tensor of more than 2^31 elements")
     near = torch.randn(4, 2, 32).to(far)
     far.copy_(near)
     cos, sin = (t.to(DEVICE) for t in rope_tables(torch.arange(4), 32, dtype=torch.float16))
@@ -308,24 +310,24 @@ def test_rope_rotates_where_it_lies_and_far_rows_are_addressed_in_64_bits():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "width"), [(5, 48), (3, 5000), (0, 64)])
-def test_rows_are_quantised_as_pytorch_does(dtype, count, width):
-    """5,000 numbers are two blocks of a row; a row of zeros, and two that are not finite."""
+def test_rows_are_quantized_as_in_pytorch(dtype, count, width):
+    """A row of 5,000 numbers takes two blocks. One row is all zeros, two have a number that is not finite."""
     g = torch.Generator().manual_seed(3)
     x = torch.randn(count, 2 * width, generator=g).to(DEVICE, dtype)[:, :width]
     finite = torch.ones(count, dtype=torch.bool)
     if count:
         x[0], x[1, 7], x[2, 3] = 0, torch.inf, torch.nan
         finite[1:3] = False
-    # On the CPU the dispatcher takes PyTorch's road.
+    # On the CPU the dispatcher uses PyTorch.
     expected = pite_kernels.fp8.quantize_rows(x.cpu())
     ours = [t.cpu() for t in fp8.quantize_rows(x, pite_kernels.fp8.FP8, pite_kernels.fp8.SMALLEST_ROW)]
     assert torch.equal(ours[1][finite], expected[1][finite])
     assert torch.equal(ours[0].view(torch.uint8)[finite], expected[0].view(torch.uint8)[finite])
-    assert ours[1][~finite].isnan().all(), "the whole row is then NaN"
+    assert ours[1][~finite].isnan().all(), "the whole row becomes NaN"
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="float8 GEMMs need a GPU; test_fp8.py has the emulation")
-def test_float8_products_are_what_the_cpu_emulates():
+@pytest.mark.skipif(DEVICE == "cpu", reason="float8 GEMMs need a GPU; test_fp8.py tests the emulation")
+def test_float8_products_equal_the_emulation_on_the_cpu():
     g = torch.Generator().manual_seed(4)
     shapes = (300, 256), (96, 256), (8, 256), (96, 4), (300, 96)
     x, w, a, b, upstream = ((torch.randn(s, generator=g) * s[-1] ** -0.5).bfloat16() for s in shapes)
@@ -338,7 +340,7 @@ def test_float8_products_are_what_the_cpu_emulates():
         return lora_results(lora_linear, inputs[0], weight, *inputs[1:], [64, 32], upstream.to(device))
 
     for ours, emulated in zip(on("cuda"), on("cpu")):
-        # Two roundings to bfloat16, and sums in the tensor cores' shorter accumulators.
+        # The tolerance covers two roundings to bfloat16 and the shorter accumulators of the tensor cores.
         torch.testing.assert_close(ours.cpu(), emulated, rtol=2e-2, atol=2e-2 * emulated.abs().max().item())
 
 
@@ -361,7 +363,7 @@ def test_row_splits_fill_whole_waves():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [{}, {"count": 0}, {"supervised": 0}, {"count": 60, "supervised": 60}])
 def test_two_heads_through_the_public_function(dtype, shape, monkeypatch):
-    """The whole road, autograd and all; off the GPU the dispatcher is told that Triton serves the CPU too."""
+    """End to end, with autograd. Without a GPU, the dispatcher is patched to run Triton in its interpreter."""
     for module in (pite_kernels.trajectory, pite_kernels.cross_entropy):
         monkeypatch.setattr(module, "uses_triton", lambda tensor: tensor.dtype != torch.float64)
     heads = make_heads(dtype, device=DEVICE, **shape)

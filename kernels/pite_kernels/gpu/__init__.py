@@ -1,1 +1,1 @@
-"""Triton kernels behind the public functions, imported when the first CUDA tensor arrives."""
+"""Triton kernels of the public functions; each module is imported at the first call with a CUDA tensor."""

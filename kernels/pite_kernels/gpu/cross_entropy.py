@@ -1,8 +1,8 @@
-"""The vocabulary head on CUDA: cuBLAS for the GEMMs of each chunk, one Triton pass per row between them.
+"""Cross-entropy of the vocabulary head on CUDA: cuBLAS for the GEMMs of each chunk, one Triton kernel between them.
 
-That pass turns a row of logits into its loss and, in place, into p - (1 - eps) [target]; the uniform part of the
-smoothing is rank one and goes into the next GEMM's epilogue. A chunk of 1024 to 2048 rows keeps cuBLAS at full speed; 2048
-of V = 32000 in half precision need 131 MB.
+The kernel turns a row of logits into its loss and, in place, into p - (1 - eps) [target]. The uniform part of the
+smoothing has rank one and goes into the epilogue of the next GEMM. Chunks of 1024 to 2048 rows keep cuBLAS at full
+speed; 2048 rows of logits with V = 32000 in half precision take 131 MB.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pite_kernels.gpu.shared import FUSION, finish_loss, multiprocessors, zero_rows
 
-_REFUSAL = "linear_cross_entropy: a target id is not in the vocabulary, or a row is out of range"
+_INVALID = "linear_cross_entropy: a target id is not in the vocabulary, or a row is out of range"
 
 
 @triton.jit
-def softmax_kernel(
+def cross_entropy_softmax_kernel(
     logits_ptr,
     ids_ptr,
     partial_ptr,
@@ -30,20 +30,25 @@ def softmax_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One program: one row of a chunk; its loss and, with GRADIENT, in place p - (1 - smoothing) [target].
+
+    logits (rows, vocabulary), ids (rows,) int64
+    partial (3, total_rows) float32, offset to this chunk's first row: loss, 1 if counted, 1 if the id is invalid
+    """
     row = tl.program_id(0)
-    target = tl.load(ids_ptr + row)
+    target = tl.load(ids_ptr + row)  # scalar
     counted = target != ignore_index
-    refused = counted & ((target < 0) | (target >= vocabulary))
-    counted = counted & (refused == 0)
+    invalid = counted & ((target < 0) | (target >= vocabulary))
+    counted = counted & (invalid == 0)
     logits_ptr += row.to(tl.int64) * vocabulary
     column = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    # Every lane keeps its own running maximum; they meet once, after the last block.
+    # Online softmax: each lane keeps its own running maximum; the lanes are combined once, after the last block.
     for start in range(0, vocabulary, BLOCK):
         keep = start + column < vocabulary
-        x = tl.load(logits_ptr + start + column, mask=keep, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits_ptr + start + column, mask=keep, other=float("-inf")).to(tl.float32)  # (BLOCK,)
         higher = tl.maximum(top, x)
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         mass = mass * tl.exp(top - safe) + tl.exp(x - safe)
@@ -51,57 +56,67 @@ def softmax_kernel(
         top = higher
     highest = tl.max(top)
     lse = highest + tl.log(tl.sum(mass * tl.exp(top - highest)))
-    picked = tl.load(logits_ptr + target, mask=counted, other=0.0).to(tl.float32)
+    picked = tl.load(logits_ptr + target, mask=counted, other=0.0).to(tl.float32)  # scalar
     loss = lse - (1.0 - smoothing) * picked - smoothing * (tl.sum(total) / vocabulary)
     tl.store(partial_ptr + row, tl.where(counted, loss, 0.0))
     tl.store(partial_ptr + total_rows + row, counted.to(tl.float32))
-    tl.store(partial_ptr + 2 * total_rows + row, refused.to(tl.float32))
+    tl.store(partial_ptr + 2 * total_rows + row, invalid.to(tl.float32))
     if GRADIENT:
         for start in range(0, vocabulary, BLOCK):
             keep = start + column < vocabulary
-            x = tl.load(logits_ptr + start + column, mask=keep, other=0.0).to(tl.float32)
+            x = tl.load(logits_ptr + start + column, mask=keep, other=0.0).to(tl.float32)  # (BLOCK,)
             p = tl.exp(x - lse) - tl.where(start + column == target, 1.0 - smoothing, 0.0)
             p = tl.where(counted, p, 0.0)
             tl.store(logits_ptr + start + column, p.to(logits_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit
-def scatter_kernel(
+def cross_entropy_bwd_scatter_rows_kernel(
     out_ptr, source_ptr, sorted_ptr, order_ptr, coefficient_ptr, count, num_rows, depth, BLOCK: tl.constexpr
 ):
+    """One program: BLOCK columns of one source row, scaled by the coefficient and added into its row of out.
+
+    source (count, depth), out (num_rows, depth), coefficient 0-dim
+    sorted (count,) int64: row indices of out in rising order; order (count,) int64: the source row of each of them
+    sorted and order are None where source row i goes to row i. Of equal rows, only the first one's program writes.
+    """
     slot = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = column < depth
-    coefficient = tl.load(coefficient_ptr)
+    coefficient = tl.load(coefficient_ptr)  # scalar
     if sorted_ptr is None:
         at = slot.to(tl.int64) * depth + column
-        value = tl.load(source_ptr + at, mask=keep, other=0.0).to(tl.float32) * coefficient
+        value = tl.load(source_ptr + at, mask=keep, other=0.0).to(tl.float32) * coefficient  # (BLOCK,)
         tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=keep)
     else:
-        row = tl.load(sorted_ptr + slot)
-        before = tl.load(sorted_ptr + slot - 1, mask=slot > 0, other=-1)
-        # The first of equal rows adds up all of them, in the order they were given.
+        row = tl.load(sorted_ptr + slot)  # scalar
+        before = tl.load(sorted_ptr + slot - 1, mask=slot > 0, other=-1)  # scalar
+        # The first of equal rows sums all of them, in the caller's order: no atomics, the same bits on every run.
         if (row != before) & (row >= 0) & (row < num_rows):
             total = tl.zeros([BLOCK], tl.float32)
             at = slot
             same = row
             while same == row:
-                source = tl.load(order_ptr + at)
-                total += tl.load(source_ptr + source * depth + column, mask=keep, other=0.0).to(tl.float32)
+                source = tl.load(order_ptr + at)  # scalar
+                total += tl.load(source_ptr + source * depth + column, mask=keep, other=0.0).to(tl.float32)  # (BLOCK,)
                 at += 1
-                same = tl.load(sorted_ptr + at, mask=at < count, other=-1)
+                same = tl.load(sorted_ptr + at, mask=at < count, other=-1)  # scalar
             value = (total * coefficient).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + row * depth + column, value, mask=keep)
 
 
 def chunk_rows(vocabulary: int, depth: int, processors: int) -> int:
-    """Rows of a chunk: those of 1024 to 2048 whose two GEMMs leave the least of their last wave of tiles idle."""
+    """Rows per chunk, a multiple of 128 from 1024 to 2048: the one whose two GEMMs waste least of their last waves.
+
+    Example, d = 5120 on 132 multiprocessors: dX of 2048 rows has 16 x 20 tiles of 128 x 256, which fill 2.4 waves and
+    take 3; dX of 1664 rows has 13 x 20 tiles, which fill 1.97 waves and take 2. 1664 is chosen.
+    """
 
     def waves(tiles: int) -> float:
         return triton.cdiv(tiles, processors) * processors / tiles
 
     def cost(rows: int) -> float:
-        # 128 x 256 is what cuBLAS takes for large products in half precision.
+        # cuBLAS uses 128 x 256 tiles for large products in half precision.
         return sum(waves(rows // 128 * triton.cdiv(width, 256)) for width in (vocabulary, depth))
 
     return min(range(2048, 1023, -128), key=cost)
@@ -120,7 +135,7 @@ def forward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, scale, dX of the rows, dW, db), as the custom op of pite_kernels.cross_entropy."""
+    """(loss, scale, dX of the rows, dW, db), as `pite_kernels.cross_entropy.cross_entropy_forward` returns them."""
     count, (vocabulary, depth) = target_ids.numel(), weight.shape
     head = weight.to(hidden.dtype)
     head_bias = None if bias is None else bias.to(hidden.dtype)
@@ -148,7 +163,7 @@ def forward(
             torch.mm(x, head.t(), out=out)
         else:
             torch.addmm(head_bias, x, head.t(), out=out)
-        softmax_kernel[(size,)](
+        cross_entropy_softmax_kernel[(size,)](
             out,
             ids,
             partial.narrow(1, start, size),
@@ -173,23 +188,23 @@ def forward(
             if need_weight:
                 add_product(grad_weight, out, x)
                 if label_smoothing:
-                    # counted' X in float32: the smoothing's share of dW, the same for every token.
+                    # The smoothing's part of dW, equal for every token of the vocabulary: counted' X in float32.
                     grad_weight -= label_smoothing / vocabulary * (counted.unsqueeze(1) * x).sum(0)
             if need_bias:
                 grad_bias += out.sum(0, dtype=torch.float32) - label_smoothing / vocabulary * counted.sum()
     if rows is not None:
         partial.select(0, 2).add_(((rows < 0) | (rows >= hidden.shape[0])).float())
-    loss, scale = finish_loss(partial, normalizer, _REFUSAL)
+    loss, scale = finish_loss(partial, normalizer, _INVALID)
     return loss, scale, grad_hidden, grad_weight, grad_bias
 
 
 def _clamped(rows: Tensor, count: int) -> Tensor:
-    # A row out of range must reach our assert and its message, not index_select's.
+    # Clamped, so that a row out of range triggers our assert with its message, not the one of index_select.
     return rows.clamp(0, max(count - 1, 0))
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left' right, total float32, without rounding the product to half precision on the way."""
+    """total += left' right with total in float32; the product is never rounded to half precision."""
     if left.is_cuda and left.dtype != torch.float32:
         torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
     else:
@@ -206,7 +221,7 @@ def scatter_rows(source: Tensor, rows: Tensor | None, coefficient: Tensor, num_r
         out = source.new_zeros((num_rows, depth))
         ordered, order = rows.sort(stable=True)
     if count:
-        scatter_kernel[grid](
+        cross_entropy_bwd_scatter_rows_kernel[grid](
             out, source, ordered, order, coefficient, count, num_rows, depth, BLOCK=1024, num_warps=4, **FUSION
         )
     return out
