@@ -1,9 +1,9 @@
 """The paper's Table 5 in miniature: `python -m bench.ablation --output runs/ablation --seeds 3`.
 
-Trains the three stages on the synthetic world once per variant and seed, and prints what each knows of held-out videos:
-mean and spread over the seeds; curves.png has stage 2's losses. Every variant sees the same world and starts from the
-same tiny models; a seed changes the order of the data and the new weights. What was done is not done again, so that
-seeds can be added. Beside the paper's rows stand two for the engine's arithmetic: `--only bfloat16 fp8`.
+Trains the three stages on the synthetic world once per variant and seed, and prints the scores on held-out videos, mean
+and spread over the seeds. curves.png has stage 2's losses. Every variant uses the same world and starts from the same
+tiny models; a seed changes the order of the data and the new weights. Finished runs are not repeated, so seeds can be
+added later. Two variants are not in the paper and test the engine's arithmetic: `--only bfloat16 fp8`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pite.generate import Generator
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: further flags for engine.train. `after_stage1` of them reuse the first stage of `PiTe`."""
+    """A row of the table: extra flags for engine.train. With `after_stage1` it reuses the first stage of `PiTe`."""
 
     name: str
     flags: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ COLUMNS = {
 
 
 def run(module: str, *arguments: object) -> None:
-    """Raises SystemExit with the command's status when it fails."""
+    """Run `python -m module`. Raises SystemExit with its exit status if it fails."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     status = subprocess.run(command, check=False).returncode
     if status:
@@ -73,7 +73,7 @@ def run(module: str, *arguments: object) -> None:
 
 
 def make_world(output: Path, videos: int, evaluation: int, frames: int, tiny: Sequence[str]) -> None:
-    """World, tiny models and features, as the demo makes them."""
+    """Make the world, the tiny models and the features, as the demo does."""
     data, models = output / "data", output / "models"
     if not (data / "evaluation" / "activitynet_captions.json").exists():
         run("dataloaders.synthetic", data, "--videos", videos, "--evaluation", evaluation, "--frames", frames)
@@ -82,7 +82,7 @@ def make_world(output: Path, videos: int, evaluation: int, frames: int, tiny: Se
 
 
 def train_and_measure(output: Path, variant: Variant, seed: int, flags: Sequence[str]) -> dict[str, float]:
-    """The scores of one variant and seed, from disk when they are there."""
+    """The scores of one variant and seed; read from scores.json if it exists."""
     folder = output / variant.folder / str(seed)
     scores = folder / "scores.json"
     if scores.exists():
@@ -123,9 +123,9 @@ def measure(output: Path, folder: Path, answers: Path, stage2: Path | None) -> d
 
 
 def plot_curves(output: Path, variants: Sequence[Variant], seeds: int) -> None:
-    """OUTPUT/curves.png: stage 2's losses over its steps, and their distance from the first variant's of the same seed.
+    """Write OUTPUT/curves.png: stage 2's losses over its steps, and their difference from the first variant, same seed.
 
-    Running means over a thirtieth of the steps; the mean of the seeds and, pale, the lowest and the highest.
+    Curves are running means over a thirtieth of the steps: the mean over the seeds, with the range shaded.
     """
     trained = [v for v in variants if "--no-trajectory-stage" not in v.flags]
     figure, panels = plt.subplots(2, len(CURVES), figsize=(6 * len(CURVES), 6), sharex=True, height_ratios=(2, 1))
@@ -150,7 +150,7 @@ def plot_curves(output: Path, variants: Sequence[Variant], seeds: int) -> None:
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """Mean and standard deviation over the seeds of each column; a dash where a variant has none."""
+    """Mean and standard deviation of each column over the seeds; a dash where a variant has no value."""
     lines = ["variant                 seeds" + "".join(f"{title:>20}" for title in COLUMNS.values())]
     for name, seeds in results.items():
         cells = []
@@ -171,11 +171,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--videos", type=int, default=3400, help="training videos")
     parser.add_argument("--evaluation", type=int, default=400, help="held-out videos")
     parser.add_argument("--frames", type=int, default=32, help="N, frames per video")
-    parser.add_argument("--tiny", default="", help="further flags for engine.tiny, as one text")
-    parser.add_argument("--train", default="", help="further flags for engine.train, as one text")
+    parser.add_argument("--tiny", default="", help="extra flags for engine.tiny, as one string")
+    parser.add_argument("--train", default="", help="extra flags for engine.train, as one string")
     options = parser.parse_args(arguments)
     make_world(options.output, options.videos, options.evaluation, options.frames, options.tiny.split())
-    # The first variant comes first: others start from its stage 1.
+    # The first variant always runs, and runs first: others start from its stage 1.
     chosen = [v for v in VARIANTS if v.name in options.only or v is VARIANTS[0]]
     results: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in chosen}
     for seed in range(options.seeds):

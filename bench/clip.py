@@ -1,4 +1,7 @@
-"""CLIP's image tower at its real shape with random weights: ours, with the last layer for every token, and transformers'."""
+"""Speed of CLIP's image tower at its real shape: ours, ours with the last layer for every token, and transformers.
+
+The weights are random.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,9 @@ LEAST_COSINE = 0.999
 
 
 def save_vit_l(directory: Path, image_size: int = 224) -> Path:
-    """ViT-L/14 as Hugging Face saves it, 0.6 GB of random bfloat16: openai/clip-vit-large-patch14's shape at 224 pixels, its
-    -336's at 336.
+    """Save ViT-L/14 in Hugging Face's format, 0.6 GB of random bfloat16.
+
+    The shape is that of openai/clip-vit-large-patch14 with 224 pixels, of its -336 version with 336.
     """
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     config = CLIPVisionConfig(**shape, patch_size=14, projection_dim=768, image_size=image_size)
@@ -37,7 +41,7 @@ def save_vit_l(directory: Path, image_size: int = 224) -> Path:
         if "norm" in name:
             parameter.data.fill_(float(name.endswith("weight")))
         else:
-            # The same million numbers again and again: to draw 300 million takes longer than what is measured.
+            # The same million numbers, repeated: drawing 300 million takes longer than the measurement.
             repeated = block.repeat(-(-parameter.numel() // len(block)))
             parameter.data = repeated[: parameter.numel()].view_as(parameter).clone()
     positions = model.vision_model.embeddings
@@ -50,9 +54,9 @@ def save_vit_l(directory: Path, image_size: int = 224) -> Path:
 
 @dataclass(frozen=True)
 class ClipRow:
-    """Frames per second of one implementation, the median and the 10th and 90th percentile; `problem` says why there is none.
+    """Frames per second of one implementation: median, 10th and 90th percentile; or a `problem`.
 
-    mfu  share of the device's bfloat16 peak, by the arithmetic that the feature needs; None off the GPUs that are known
+    mfu  fraction of the device's bfloat16 peak, counting the FLOPs that the feature needs; None on an unknown device
     """
 
     implementation: str
@@ -64,7 +68,10 @@ class ClipRow:
 
 
 def implementations(encoder: ClipEncoder) -> dict[str, Callable[[Tensor], Tensor]]:
-    """From cropped frames (n, S, S, 3) uint8 on the encoder's device to features; ours compiled where `encoder` is."""
+    """Functions from cropped frames (n, S, S, 3) uint8 on the encoder's device to features.
+
+    On CUDA ours with every token is compiled; ours is compiled if `encoder` is.
+    """
     on_gpu = encoder.device.type == "cuda"
 
     def every_token(frames: Tensor) -> Tensor:
@@ -85,7 +92,7 @@ def implementations(encoder: ClipEncoder) -> dict[str, Callable[[Tensor], Tensor
 
 
 def measure(encoder: ClipEncoder, frames: int, rounds: int, only: Collection[str] = CLIPS) -> list[ClipRow]:
-    """Time them in turn on one batch of noise; none is timed whose features are not transformers'."""
+    """Time the implementations in turn on one batch of noise; only those whose features agree with transformers'."""
     side, device = encoder.preprocess.crop, encoder.device
     noise = torch.randint(0, 256, (frames, side, side, 3), dtype=torch.uint8, device=device)
     functions = implementations(encoder)
@@ -97,14 +104,14 @@ def measure(encoder: ClipEncoder, frames: int, rounds: int, only: Collection[str
             function = functions[name]
             try:
                 cosine = F.cosine_similarity(function(noise), expected).min().item()
-            except Exception as error:  # Whatever one fails of, it is no reason to lose the others.
+            except Exception as error:  # One failure must not stop the others.
                 rows.append(ClipRow(name, problem=f"{type(error).__name__}: {str(error).splitlines()[0]}"))
                 continue
             if not cosine >= LEAST_COSINE:
-                rows.append(ClipRow(name, problem=f"its features have a cosine of {cosine:.4f} with transformers'"))
+                rows.append(ClipRow(name, problem=f"its features have a cosine of {cosine:.4f} to transformers'"))
                 continue
             steps[name] = partial(_listed, function, noise)
-        # Each has run once already, which is enough on a CPU.
+        # Each has already run once, which is enough warm-up on a CPU.
         timings = interleaved(steps, device, rounds, warmups=2 if device.type == "cuda" else 0)
     peak = peak_of(device)
     for name, timing in timings.items():

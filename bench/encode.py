@@ -1,13 +1,13 @@
-"""Encoding: `python -m bench.encode` measures files to features on this machine's GPU, in one call from the source tree.
+"""Encoding: `python -m bench.encode` times files to features on this machine's GPU, in one call from the source tree.
 
-  NVDEC       is the driver's video part there, and which codecs does DALI decode with it
-  decode      files of 52 s, 100 frames of each resized and cropped: DALI and PyAV with all cores, and beside them
-              PyNvVideoCodec, which decodes every frame and leaves it where it is
-  CLIP        ViT-L/14 with random weights: ours, with the last layer for every token, and transformers'
+  NVDEC       whether the driver's video decoding library can be loaded
+  decode      files of 52 s, 100 frames of each resized and cropped: DALI and PyAV with all cores. For comparison
+              PyNvVideoCodec, which decodes every frame without resizing or copying it
+  CLIP        ViT-L/14 with random weights: ours, ours with the last layer for every token, and transformers'
   encode      engine.encode, from files (in the page cache) to stored features
-  projection  PiTe-143k on 8 A100s, from these figures and the devices' data sheets
+  projection  PiTe-143k on 8 A100s, from these measurements and the data sheets of the devices
 
-What cannot be measured is a row that says why. With --device cpu the script is tried on small amounts.
+A measurement that fails is a row with the reason. `--device cpu` is for trying the script on small amounts.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ RESULTS = Path(__file__).parent / "results"
 BARE, DALI, PYAV = "PyNvVideoCodec, all frames, left as decoded", "DALI", "PyAV"
 N = 100
 VIDEOS = 143_640
-"""Of PiTe-143k; a file has 52 s at 30 frames/s here, as theirs have in the mean."""
+"""Number of videos of PiTe-143k. Files here have 52 s at 30 frames/s, the mean of that data set."""
 
 ENGINES = {"A100": 5, "H100": 7, "H200": 7}
-"""NVDEC engines, by NVIDIA's table of video decoders."""
+"""Number of NVDEC engines, from NVIDIA's table of video decoders."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Rates of one implementation, the median round and the slowest and fastest; `problem` says why there are none.
+    """Rates of one implementation: median, slowest and fastest round; or `problem`, the reason for no numbers.
 
-    frames_per_second  of the file's frames
-    share_of_bare      of what PyNvVideoCodec gives for the same files
+    frames_per_second  counts all frames of the files, not only those that are kept
+    share_of_bare      fraction of PyNvVideoCodec's rate for the same files
     """
 
     case: str
@@ -71,7 +71,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much is measured: files of a kind, rounds, frames per forward pass of CLIP, frames per video that is encoded."""
+    """Size of the measurement: files of each kind, rounds, frames per CLIP forward pass, frames encoded per video."""
 
     files: int
     rounds: int
@@ -85,11 +85,11 @@ CPU = Amounts(2, 1, 1, 1, (("H.264", "360p"), ("VP9", "360p")))
 
 
 def nvdec() -> str:
-    """Whether the driver's library that decodes can be loaded; a container may lack it."""
+    """Whether the driver's decoding library can be loaded; some containers do not have it."""
     try:
         ctypes.CDLL("libnvcuvid.so.1")
     except OSError as error:
-        return f"not there: {error}"
+        return f"not available: {error}"
     return "libnvcuvid.so.1 loads"
 
 
@@ -104,14 +104,14 @@ def rates(decode: Callable[[], None], frames: int, rounds: int) -> tuple[float, 
 
 
 def decode_all(decoder: Decoder, media: Sequence[Media], expected: str) -> None:
-    """Raises ValueError where a file is not decoded, or by another than `expected`."""
+    """Raises ValueError if a file is not decoded, or is decoded by another back end than `expected`."""
     for decoded in decoder.map(media):
         if decoded.frames is None or not decoded.by.startswith(expected):
             raise ValueError(decoded.reason or f"decoded by {decoded.by}")
 
 
 def bare_decode(paths: Sequence[Path]) -> None:
-    """Every frame of every file, as many files at a time as the GPU has engines."""
+    """Decode every frame of every file, as many files at a time as a GPU can have NVDEC engines."""
     import PyNvVideoCodec
 
     def frames_of(path: Path) -> int:
@@ -121,12 +121,12 @@ def bare_decode(paths: Sequence[Path]) -> None:
 
     with ThreadPoolExecutor(max(ENGINES.values())) as threads:
         counts = set(threads.map(frames_of, paths))
-    if not 0.99 * FRAMES <= min(counts) <= max(counts) <= FRAMES:  # It may keep the last few.
-        raise ValueError(f"it gave {min(counts)} to {max(counts)} frames of {FRAMES}")
+    if not 0.99 * FRAMES <= min(counts) <= max(counts) <= FRAMES:  # It may drop the last few.
+        raise ValueError(f"it decoded {min(counts)} to {max(counts)} frames of {FRAMES}")
 
 
 def measure_decoding(kind: str, paths: Sequence[Path], device: str, rounds: int) -> list[Row]:
-    """One kind of file with every decoder."""
+    """Time every decoder on files of one kind."""
     media, frames, cores = [Media(p.stem, p) for p in paths], FRAMES * len(paths), available_cores()
     cropped = partial(decode_cropped, num_frames=N, preprocess=Preprocess())
     makers: dict[str, Callable[[], AbstractContextManager[Decoder]]] = {
@@ -142,11 +142,11 @@ def measure_decoding(kind: str, paths: Sequence[Path], device: str, rounds: int)
     for name, make in makers.items():
         try:
             with make() as decoder:
-                decode_all(decoder, media[:1], name)  # Processes start, codecs are compared.
+                decode_all(decoder, media[:1], name)  # Warm-up: processes start, codecs are compared.
                 row = Row(kind, name, *rates(partial(decode_all, decoder, media, name), frames, rounds))
             assert row.frames_per_second is not None
             rows.append(row if bare is None else replace(row, share_of_bare=row.frames_per_second / bare))
-        except Exception as error:  # Whatever one fails of, it is no reason to lose the others.
+        except Exception as error:  # One failure must not stop the others.
             rows.append(_failed(kind, name, error))
     return rows
 
@@ -156,7 +156,10 @@ def _failed(case: str, implementation: str, error: Exception) -> Row:
 
 
 def measure_encoding(clip: Path, paths: Sequence[Path], folder: Path, amounts: Amounts, device: str) -> Row:
-    """engine.encode on links to `paths`: the difference of two runs, which holds no start; a first one fills the caches."""
+    """Time engine.encode on links to `paths`.
+
+    The rate is that of the difference between two runs, which excludes the start-up. A run before fills the caches.
+    """
     seconds, few = [], max(1, len(paths) // 8)
     try:
         for run, count in enumerate((few, few, len(paths))):
@@ -182,7 +185,7 @@ def measure_encoding(clip: Path, paths: Sequence[Path], folder: Path, amounts: A
             if done.failed or done.encoded != count:
                 raise ValueError(f"{done.encoded} of {count} videos were encoded")
         if seconds[2] <= seconds[1]:
-            raise ValueError(f"{len(paths)} files took no longer than {few}: too few to measure beside the start")
+            raise ValueError(f"{len(paths)} files took no longer than {few}: too few to measure; use more")
     except Exception as error:
         return _failed("encode", "engine.encode", error)
     rate = FRAMES * (len(paths) - few) / (seconds[2] - seconds[1])
@@ -190,8 +193,10 @@ def measure_encoding(clip: Path, paths: Sequence[Path], folder: Path, amounts: A
 
 
 def projection(device: str, decode: Sequence[Row], clip: Sequence[ClipRow]) -> dict[str, float] | None:
-    """Hours of 8 A100s for PiTe-143k, decoding and CLIP overlapped: CLIP's share of the peak and the frames of an NVDEC
-    engine taken for the same there. None where either was not measured on a GPU that is known.
+    """Hours that PiTe-143k takes on 8 A100s, with decoding and CLIP overlapped.
+
+    Assumes that CLIP reaches the same fraction of the peak, and an NVDEC engine the same frames per second, as on this
+    GPU. None if the GPU is unknown or one of the two was not measured.
     """
     here = next((name for name in ENGINES if name in device), None)
     dali = [r.frames_per_second for r in decode if r.implementation == DALI and r.frames_per_second is not None]
@@ -230,19 +235,19 @@ def table(content: Mapping[str, Any]) -> str:
 
 
 def _three(value: float) -> str:
-    """Three digits of a small number, all of a large one."""
+    """Three significant digits; all digits before the decimal point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--clip", type=Path, help="folder of a CLIP; ViT-L/14 with random weights otherwise")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels of the random CLIP: 224 as PiTe's, or 336")
-    parser.add_argument("--output", type=Path, help="result file; bench/results/encode_<device>.json otherwise")
+    parser.add_argument("--clip", type=Path, help="folder of a CLIP model; default: ViT-L/14 with random weights")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels of the random CLIP: 224 (PiTe) or 336")
+    parser.add_argument("--output", type=Path, help="result file; default: bench/results/encode_<device>.json")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device is visible; --device cpu tries the script on small amounts")
+        parser.error("no CUDA device is visible; use --device cpu to try the script on small amounts")
     amounts, device = (GPU, torch.device("cuda:0")) if options.device == "cuda" else (CPU, torch.device("cpu"))
     described = environment(device)
     content: dict[str, Any] = {"environment": described, "decode": [], "clip": [], "encode": [], "projection": None}
@@ -250,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.output or RESULTS / f"encode_{described['device'].split(',')[0].replace(' ', '_')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def save() -> None:  # After every part: a machine that is taken away leaves what it has measured.
+    def save() -> None:  # Called after every part, so that results survive the loss of the machine.
         path.write_text(json.dumps(content, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as temporary:
@@ -275,7 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
         content["clip"] = [vars(row) for row in rows]
         del encoder
         save()
-        videos = videos[:: amounts.files] + [v for i, v in enumerate(videos) if i % amounts.files]  # all kinds early
+        # Reordered, so that the first files have all kinds.
+        videos = videos[:: amounts.files] + [v for i, v in enumerate(videos) if i % amounts.files]
         content["encode"] = [vars(measure_encoding(clip, videos, folder, amounts, options.device))]
     content["projection"] = projection(described["device"], decoded, rows)
     save()

@@ -1,8 +1,11 @@
-"""`python -m bench.gpu`: everything a GPU machine is asked, in one call from the source tree.
+"""`python -m bench.gpu`: all GPU tests and benchmarks in one call from the source tree.
 
-Runs the kernel tests on the device, proves that no step of ours makes the host wait, times every case against its
-peers and writes bench/results/<device>.json; then times training steps of 7B and 13B (`bench.step`). With PYTHONPATH=.
-nothing needs to be installed or built.
+1. Runs the kernel tests on the device.
+2. Checks that no step of ours synchronizes with the GPU.
+3. Times every case against its peers and writes bench/results/<device>.json.
+4. Times training steps of 7B and 13B (`bench.step`).
+
+With PYTHONPATH=.:kernels nothing needs to be installed or built.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from bench.kernels.rows import Checked, Row, measure
 from bench.kernels.tiles import measure_tiles
 from bench.measure import environment, roofline
 from bench.step.__main__ import TOGETHER, UNSLOTH
-from bench.step.loop import loop_waits
+from bench.step.loop import find_loop_sync
 from bench.step.problem import make_problem, tiny_shape
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,7 +34,7 @@ TESTS = Path(__file__).parents[1] / "tests" / "kernels"
 
 
 def kernel_tests(device: torch.device) -> str | None:
-    """None when tests/kernels/triton_checks.py is green (under Triton's interpreter off the GPU), else its last words."""
+    """None if tests/kernels/triton_checks.py passes (on a CPU: in Triton's interpreter), else the end of its output."""
     environment = os.environ | ({} if device.type == "cuda" else {"TRITON_INTERPRET": "1"})
     command = [
         sys.executable,
@@ -48,8 +51,8 @@ def kernel_tests(device: torch.device) -> str | None:
     return None if done.returncode == 0 else done.stdout[-3000:] + done.stderr[-1000:]
 
 
-def host_waits(case: Case, device: torch.device) -> str | None:
-    """Why the host waited for the device in a step of ours; None when it did not."""
+def find_host_sync(case: Case, device: torch.device) -> str | None:
+    """The error of torch's sync debug mode if a step of ours synchronizes with the GPU, else None."""
     step = IMPLEMENTATIONS[case.op][OURS](Inputs(case, device))
     step()
     torch.cuda.synchronize(device)
@@ -64,12 +67,12 @@ def host_waits(case: Case, device: torch.device) -> str | None:
 
 
 def run_step(*options: str) -> int:
-    """The exit status of `bench.step`: a process of its own, whose memory is then free."""
+    """Run `bench.step` in its own process, so that its memory is freed at the end; returns the exit status."""
     return subprocess.run([sys.executable, "-m", "bench.step", *options], check=False).returncode
 
 
 def training_steps(device: torch.device) -> None:
-    """Time every implementation of a training step, all in turn, or one by one where they do not fit together."""
+    """Time all implementations of a training step in one process, or one process each if they do not fit together."""
     for model in ("7b", "13b") if device.type == "cuda" else ("tiny",):
         chosen = "--model", model, "--device", device.type
         if run_step(*chosen):
@@ -94,40 +97,40 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30, help="timings per implementation")
     parser.add_argument("--only", default="", help="run only cases whose name contains this")
     parser.add_argument("--skip-tests", action="store_true", help="do not run tests/kernels first")
-    parser.add_argument("--skip-steps", action="store_true", help="leave the training steps out")
-    parser.add_argument("--output", type=Path, help="result file; bench/results/<device>.json otherwise")
+    parser.add_argument("--skip-steps", action="store_true", help="do not time training steps")
+    parser.add_argument("--output", type=Path, help="result file; default: bench/results/<device>.json")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device is visible; --device cpu tries the script on small shapes")
+        parser.error("no CUDA device is visible; use --device cpu to try the script on small shapes")
     failures = None if options.skip_tests else kernel_tests(device)
     if failures:
-        print(failures, "\nThe kernel tests are red: nothing is timed.")
+        print(failures, "\nThe kernel tests failed: nothing is timed.")
         return 1
     cases = [c for c in (gpu_cases() if device.type == "cuda" else cpu_cases()) if options.only in c.name]
     if not cases:
-        parser.error(f"no case is called {options.only!r}")
+        parser.error(f"--only {options.only!r} matches no case")
     described = environment(device)
     path = options.output or RESULTS / f"{described['device'].split(',')[0].replace(' ', '_')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    waits = {c.name: host_waits(c, device) for c in cases} if device.type == "cuda" else {}
+    syncs = {c.name: find_host_sync(c, device) for c in cases} if device.type == "cuda" else {}
     if device.type == "cuda":
-        waits["engine.loop.train"] = loop_waits(make_problem(tiny_shape(), device, torch.bfloat16, 16, 2048))
+        syncs["engine.loop.train"] = find_loop_sync(make_problem(tiny_shape(), device, torch.bfloat16, 16, 2048))
     roof = roofline(device, cases[0].dtype)
     print(f"roofline: {roof.flops / 1e12:.1f} TFLOP/s, {roof.bandwidth / 1e9:.0f} GB/s")
     content: dict[str, Any] = {
         "environment": described,
         "roofline": {"tflops": roof.flops / 1e12, "gbps": roof.bandwidth / 1e9},
-        "host_waits": {name: why for name, why in waits.items() if why},
+        "host_waits": {name: error for name, error in syncs.items() if error},
         "rows": [],
         "tiles": [],
     }
     checked: Checked = {}
-    red = len(content["host_waits"])
+    failed = len(content["host_waits"])
     for case in cases:
         rows = measure(case, device, roof, options.rounds, checked)
         show(rows)
-        red += sum(r.implementation == OURS and r.problem is not None for r in rows)
+        failed += sum(r.implementation == OURS and r.problem is not None for r in rows)
         content["rows"] += [row.to_json() for row in rows]
         save(path, content)
     for case in cases if device.type == "cuda" else []:
@@ -136,16 +139,17 @@ def main(arguments: list[str] | None = None) -> int:
             save(path, content)
     for record in content["tiles"]:
         print(
-            f"{record['kernel']:8} {record['tiles']:16} {record['problem'] or format(record['median_ms'], '.4f') + ' ms'}"
+            f"{record['kernel']:8} {record['tiles']:16} "
+            f"{record['problem'] or format(record['median_ms'], '.4f') + ' ms'}"
         )
     print(f"wrote {path}")
     if not options.skip_steps:
         training_steps(device)
-    return 1 if red else 0
+    return 1 if failed else 0
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """After every case: a machine that is taken away leaves what it has measured."""
+    """Called after every case, so that results survive the loss of the machine."""
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -1,11 +1,12 @@
-"""How fast the CPU trains while other processes run: `python -m bench.load --output bench/results/load_cpu.json`.
+"""Training speed on a CPU under load: `python -m bench.load --output bench/results/load_cpu.json`.
 
-Times the demo's stage 1 (engine.train, the miniature with random weights and features) alone and with busy loops on the same
-cores, for each way in which OpenMP threads can wait. The variants take turns, so that other work disturbs all alike.
+Times the demo's stage 1 (engine.train, the tiny model with random weights and features) alone and with busy loops on
+the same cores, for each wait policy of OpenMP threads. The variants run in turn, so that other work affects all
+equally.
 
-  sleep     what every command of ours sets: OMP_WAIT_POLICY=PASSIVE
-  spin      libgomp's default: 300,000 rounds, then sleep
-  1 thread  nobody to wait for
+  sleep     OMP_WAIT_POLICY=PASSIVE, which all our commands set
+  spin      libgomp's default: 300,000 spins, then sleep
+  1 thread  no other thread to wait for
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ POLICIES = {
     "1 thread": {"OMP_NUM_THREADS": "1"},
 }
 LEAST_SHARE = 0.25
-"""Of the idle machine's tokens/s, under load; half of the cores' time is left to us there."""
+"""The required fraction of the idle machine's tokens/s. Under load, half of the cores' time is available."""
 
 _IMAGES, _FRAMES, _CHANNELS, _WARM_UPS = 640, 32, 64, 5
 _BUSY = "while True: pass"
 
 
 def make_data(root: Path) -> None:
-    """ROOT/data: narrated stills like the demo's, with random features in ROOT/features."""
+    """Write ROOT/data, narrated images like the demo's, and ROOT/features, random features of them."""
     make_world(root / "data", WorldConfig(videos=1, evaluation=1, images=_IMAGES, frames=_FRAMES), processes=1)
     write_random_features(root / "data", root / "features", _FRAMES, _CHANNELS)
 
 
 @contextmanager
 def busy_loops(count: int) -> Iterator[None]:
-    """Processes that keep a core busy each, within the block."""
+    """Context with `count` processes that each keep one core busy."""
     loops = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]
     try:
         yield
@@ -62,7 +63,7 @@ def busy_loops(count: int) -> Iterator[None]:
 
 
 def tokens_per_second(root: Path, policy: str, steps: int) -> float:
-    """Median over the steps of one run of stage 1, after its warm-ups."""
+    """Median over the steps of one run of stage 1, without the warm-up steps."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     with tempfile.TemporaryDirectory(dir=root) as output:
         command = [
@@ -112,7 +113,7 @@ def show(rows: Sequence[dict[str, Any]], loops: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns 1 where our commands keep less than a quarter of their speed under load."""
+    """Command line; returns 1 if under load less than a quarter of the speed is left with our policy."""
     parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=5, help="runs of each variant (%(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of a run (%(default)s)")

@@ -1,4 +1,4 @@
-"""Measuring: a roofline taken on the machine itself, interleaved timings, and the gate no speed passes unchecked."""
+"""Measurement tools: the roofline of this machine, interleaved timings, and the correctness gate before any timing."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kerne
 
 @dataclass(frozen=True)
 class Roofline:
-    """What this device reaches on a large GEMM (FLOP/s) and a large copy (bytes/s)."""
+    """Measured rates of this device: a large GEMM (FLOP/s) and a large copy (bytes/s)."""
 
     flops: float
     bandwidth: float
 
     def floor(self, flops: float, traffic: float) -> float:
-        """Seconds below which the work cannot be done."""
+        """Lower bound in seconds for this many FLOPs and bytes."""
         return max(flops / self.flops, traffic / self.bandwidth)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one implementation: the median, the 10th and 90th percentile; extra bytes at the peak (CUDA only)."""
+    """Seconds of one implementation: median, 10th and 90th percentile; extra bytes at the peak (CUDA only)."""
 
     median: float
     low: float
@@ -46,7 +46,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
-    """Measured on random numbers: zeros would let a GPU's clocks rise."""
+    """Measured with random numbers, because a GPU clocks higher on zeros."""
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(size * size * (16 if device.type == "cuda" else 32), device=device, dtype=dtype)
@@ -57,15 +57,15 @@ def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
 
 
 def cpu_clock() -> Callable[[], float]:
-    """What times the CPU: a single thread's own clock, which stands still while another process has the core."""
+    """The clock for CPU timings. With one thread it is CPU time, which does not count other processes on the core."""
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def interleaved(steps: Mapping[str, Step], device: torch.device, rounds: int, warmups: int = 2) -> dict[str, Timing]:
-    """Time every step once per round, in turn, so that clocks and neighbours disturb all of them alike.
+    """Time every step once per round, in turn, so that clock changes and other processes affect all of them equally.
 
-    On CUDA each measurement stands behind a queue of work, so that kernels of some microseconds are not timed by the
-    speed at which Python launches them.
+    On CUDA each measurement waits behind queued work, so that for kernels of a few microseconds the time is not that of
+    the launches from Python.
     """
     clock = cpu_clock()
     for step in steps.values():
@@ -99,14 +99,14 @@ def _cuda_seconds(step: Step, device: torch.device) -> float:
 
 
 def timing(values: list[float], peak: int | None) -> Timing:
-    """Median and deciles of some seconds."""
+    """Median and deciles of a list of seconds."""
     ordered = sorted(values)
     tenth = len(ordered) // 10
     return Timing(median(ordered), ordered[tenth], ordered[-1 - tenth], peak)
 
 
 def gate(ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor]) -> str | None:
-    """None when each result is within twice plain PyTorch's error (same dtype, both against float64), else why not."""
+    """None if each result has at most twice plain PyTorch's error (same dtype, against float64), else the reason."""
     for index, (a, b, exact) in enumerate(zip(ours, plain, truth, strict=True)):
         error, plain_error = ((t.double() - exact).abs().max().item() for t in (a, b))
         floor = max(torch.finfo(a.dtype).eps, 2e-6) * max(exact.abs().max().item(), 1e-30)
@@ -116,7 +116,7 @@ def gate(ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Device, commit and versions, as every result file carries them."""
+    """Device, commit and versions, for the header of a result file."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {"device": name, "commit": _commit(), "python": platform.python_version(), **_versions()}
 

@@ -1,4 +1,4 @@
-"""Videos to measure decoding with: as long as the training set's mean, made of one encoded part played many times."""
+"""Videos for decoding benchmarks: as long as the training set's mean, one encoded part repeated many times."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ CODECS: dict[str, tuple[str, str, dict[str, str]]] = {
     "VP9": ("libvpx-vp9", ".webm", {"cpu-used": "8", "deadline": "realtime"}),
 }
 _PART = 60
-"""Frames that are encoded, from one key frame to the next: encoding all 1,560 of 720p would take a minute."""
+"""Frames that are encoded, from one key frame to the next; encoding all 1,560 frames of 720p would take a minute."""
 
 
 def write_video(path: Path, codec: str, size: str) -> Path:
-    """A 52 s video of a drifting textured scene at about the bit rate of web video."""
+    """Write a 52 s video of a moving textured scene at about the bit rate of web video."""
     name, suffix, options = CODECS[codec]
     width, height = SIZES[size]
-    path = path.with_name(path.name + suffix)  # "H.264" holds a dot
+    path = path.with_name(path.name + suffix)  # with_suffix would cut the ".264" of "H.264"
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 255, (height // 8 + 16, width // 8 + 16, 3), dtype=np.uint8)
     texture = np.kron(coarse, np.ones((8, 8, 1), np.uint8))
-    for axis in (0, 1):  # Blurred: no camera gives edges of one pixel.
+    for axis in (0, 1):  # Blurred, as cameras do not produce edges one pixel wide.
         texture = np.mean([np.roll(texture, i, axis) for i in range(-4, 5)], axis=0).astype(np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(name, rate=RATE, options=options)
@@ -57,7 +57,7 @@ def write_video(path: Path, codec: str, size: str) -> Path:
 
 
 def link_ffmpeg(directory: Path) -> None:
-    """Link PyAV's FFmpeg under its usual names, for torchcodec in a process that is started with LD_LIBRARY_PATH."""
+    """Link PyAV's FFmpeg libraries under their usual names, so that torchcodec finds them through LD_LIBRARY_PATH."""
     for library in (Path(av.__file__).parents[1] / "av.libs").iterdir():
         if found := re.fullmatch(r"(lib(?:av|sw)\w+)-[0-9a-f]+(\.so\.\d+)[.\d]*", library.name):
             (directory / "".join(found.groups())).symlink_to(library)

@@ -1,6 +1,7 @@
 """`python -m bench.report FILE...`: result files of `bench.gpu` or pytest-benchmark as Markdown and one PNG.
 
-A case whose own correctness check is red shows its problem and no speed-up. `--readme README.md` rewrites the table there.
+If our results fail the correctness check, the case shows the problem and no speed-up. `--readme README.md` rewrites the
+tables in that file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bench.kernels.rows import Row
 
 BEGIN, END = "<!-- measured: python -m bench.report --readme README.md -->", "<!-- measured: end -->"
 
-# What an H200 should reach on one packed row of 16,384 tokens: (case, milliseconds), and why in docs/kernels.md.
+# Target milliseconds on an H200, for one packed row of 16,384 tokens; docs/kernels.md derives them.
 TARGETS_MS = {
     "trajectory: T=16384, d=4096, 100% of rows": 0.40,
     "cross_entropy: T=16384, d=4096, 100% of rows, V=32000, frozen, smoothing 0.1": 12.5,
@@ -28,7 +29,7 @@ TARGETS_MS = {
 
 
 def read(path: Path) -> tuple[Mapping[str, str], list[Row]]:
-    """The environment and rows of a result file. Raises ValueError when it is neither of the two kinds."""
+    """The environment and rows of a result file. Raises ValueError if it is neither from bench.gpu nor from pytest."""
     try:
         content = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -40,7 +41,7 @@ def read(path: Path) -> tuple[Mapping[str, str], list[Row]]:
         benchmarks = [b for b in content["benchmarks"] if "implementation" in b["extra_info"]]
         if benchmarks:
             return _environment(benchmarks[0]["extra_info"]), [_from_pytest(b) for b in benchmarks]
-    raise ValueError(f"{path}: holds neither rows of bench.gpu nor kernel benchmarks of pytest-benchmark")
+    raise ValueError(f"{path}: has neither rows of bench.gpu nor kernel benchmarks of pytest-benchmark")
 
 
 def _environment(info: Mapping[str, Any]) -> Mapping[str, str]:
@@ -49,7 +50,7 @@ def _environment(info: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def _spread(environment: Mapping[str, str]) -> str:
-    """What the lower and upper times are; bench.gpu's and bench.step's are deciles."""
+    """The meaning of the lower and upper times; those of bench.gpu and bench.step are deciles."""
     return environment.get("spread", "10% to 90%")
 
 
@@ -72,14 +73,14 @@ def _from_pytest(benchmark: Mapping[str, Any]) -> Row:
 
 
 def read_steps(path: Path) -> tuple[Mapping[str, str], list[Mapping[str, Any]]] | None:
-    """The environment and rows of a result file of `bench.step`; None when it is none of its."""
+    """The environment and rows of a result file of `bench.step`; None if the file is of another kind."""
     content = json.loads(path.read_text())
     rows = content.get("rows", []) if isinstance(content, dict) else []
     return (content["environment"], rows) if any("tokens_per_second" in row for row in rows) else None
 
 
 def encoding(path: Path) -> Mapping[str, Any] | None:
-    """A result file of `bench.encode`; None when it is none of its."""
+    """The content of a result file of `bench.encode`; None if the file is of another kind."""
     content = json.loads(path.read_text())
     return content if isinstance(content, dict) and "nvdec" in content else None
 
@@ -92,7 +93,7 @@ def cases_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def speedup(rows: Sequence[Row]) -> float | None:
-    """Ours against the fastest peer that does the same job; None when either is missing or ours is not correct."""
+    """The time of the fastest peer over ours; None if either is missing or ours is not correct."""
     ours = next((r for r in rows if r.implementation == OURS), None)
     peers = [r.median_ms for r in rows if r.implementation in _peers(rows) and r.median_ms is not None]
     if ours is None or ours.problem is not None or ours.median_ms is None or not peers:
@@ -101,12 +102,12 @@ def speedup(rows: Sequence[Row]) -> float | None:
 
 
 def _peers(rows: Iterable[Row]) -> list[str]:
-    """What does the same job and is not ours."""
+    """The implementations that do the same work and are not ours."""
     return [r.implementation for r in rows if r.implementation not in (OURS, BARE, *CANDIDATES)]
 
 
 def overhead(rows: Sequence[Row]) -> float | None:
-    """How much longer ours takes than the bare GEMMs beside it, as a fraction; None without them."""
+    """How much longer ours takes than the bare GEMMs, as a fraction; None if either is missing."""
     times = {r.implementation: r.median_ms for r in rows}
     ours, bare = times.get(OURS), times.get(BARE)
     return None if ours is None or bare is None else ours / bare - 1
@@ -173,16 +174,16 @@ def step_table(environment: Mapping[str, str], rows: Iterable[Mapping[str, Any]]
 
 
 def fill(text: str, tables: str) -> str:
-    """`text` with `tables` between its two marks. Raises ValueError when it has none."""
+    """`text` with `tables` between the two marks. Raises ValueError if a mark is missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"no place for the tables: {BEGIN} ... {END}")
+        raise ValueError(f"the file has no marks for the tables: {BEGIN} ... {END}")
     return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
 
 def plot(environment: Mapping[str, str], rows: Sequence[Row], path: Path) -> None:
-    """Medians of every case, one panel each, the spread as error bars."""
+    """Plot the medians, one panel per case, with the spread as error bars."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -208,9 +209,9 @@ def plot(environment: Mapping[str, str], rows: Sequence[Row], path: Path) -> Non
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, help="result files; all of bench/results otherwise")
+    parser.add_argument("files", nargs="*", type=Path, help="result files; default: all in bench/results")
     parser.add_argument("--output", type=Path, help="write OUTPUT.md and OUTPUT.png instead of printing")
-    parser.add_argument("--readme", type=Path, help="rewrite the table in this file instead of printing")
+    parser.add_argument("--readme", type=Path, help="rewrite the tables in this file instead of printing")
     options = parser.parse_args(arguments)
     files = options.files or sorted((Path(__file__).parent / "results").glob("*.json"))
     if not files:

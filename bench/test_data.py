@@ -1,7 +1,7 @@
-"""The way from annotations and features to packed batches, at PiTe's own sizes: `pytest bench/test_data.py`.
+"""The data pipeline from annotations and features to packed batches, at PiTe's sizes: `pytest bench/test_data.py`.
 
-512 clips with 100 frames of 768 numbers, 7 mentions each with three dense tracks, answers of some 65 words. Rates are in
-`extra_info`; the floor that is asserted is what training needs, 100,000 tokens/s of each process.
+512 clips with 100 frames of 768 numbers, 7 mentions each with three dense tracks, answers of about 65 words. Rates are
+in `extra_info`. The asserted minimum is what training needs: 100,000 tokens/s per process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SENTENCE = (
 
 
 def annotation(number: int, rng: np.random.Generator) -> dict[str, Any]:
-    """A record of PiTe-143k: two or three events, about seven mentions, 100 samples a track."""
+    """A record like those of PiTe-143k: two or three events, about seven mentions, 100 samples per track."""
     answer, trajectories, vocabulary = "", [], _SENTENCE.split()
     tokens: dict[str, float] = {}
     events = int(rng.integers(2, 4))
@@ -54,7 +54,7 @@ def annotation(number: int, rng: np.random.Generator) -> dict[str, Any]:
             start = len(answer)
             trajectories.append({"turn": 0, "phrase": phrase, "start": start, "times": times, "points": points})
             answer += " ".join(words) + ("." if mention == 7 // events else ",") + " "
-    question = "<video>\nCan you describe the video and tell me when each event happens?"
+    question = "<video>\nCan you describe the video and show me when each event happens?"
     return {
         "source": "internvid",
         "id": f"v{number:06d}",
@@ -66,12 +66,12 @@ def annotation(number: int, rng: np.random.Generator) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Llama's kind, trained so that a word of the bench is a token, as common words are in Vicuna."""
+    """A tokenizer like Llama's, in which each word of this benchmark is one token, as common words are in Vicuna."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     texts = [
-        f"{SYSTEM} USER: Can you describe the video and tell me when each event happens? ASSISTANT:",
+        f"{SYSTEM} USER: Can you describe the video and show me when each event happens? ASSISTANT:",
         _SENTENCE,
     ]
     tokenizer.train_from_iterator(
@@ -110,7 +110,7 @@ def dataset_of(folder: Path, tokenizer: PreTrainedTokenizerFast, cache: Path | N
 
 
 def report(benchmark: Any, **amounts: float) -> None:
-    """Rates by the median round, and where they were taken."""
+    """Store and print the rates of the median round, with the environment."""
     seconds = benchmark.stats.stats.median
     rates = {name: round(amount / seconds, 3) for name, amount in amounts.items()}
     benchmark.extra_info.update(environment(torch.device("cpu")), **rates)
@@ -118,7 +118,7 @@ def report(benchmark: Any, **amounts: float) -> None:
 
 
 def test_store_write(benchmark: Any, tmp_path: Path) -> None:
-    """256 records a round, converted, checksummed, written and flushed to disk."""
+    """256 records per round: converted, checksummed, written and flushed to disk."""
     records = {f"k{i}": np.random.default_rng(i).standard_normal((FRAMES, CHANNELS), np.float32) for i in range(256)}
     rounds = count()
 
@@ -130,8 +130,8 @@ def test_store_write(benchmark: Any, tmp_path: Path) -> None:
     report(benchmark, megabytes_per_second=256 * RECORD_BYTES / 1e6, records_per_second=256)
 
 
-def _forget(store: Path) -> None:
-    """Drop a store's files from the page cache."""
+def _drop_from_page_cache(store: Path) -> None:
+    """Drop the files of a store from the page cache."""
     for file in store.glob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -141,7 +141,7 @@ def _forget(store: Path) -> None:
 @pytest.mark.parametrize("cached", [True, False], ids=["from the page cache", "from disk"])
 @pytest.mark.parametrize("advised", [True, False], ids=["advised", "unadvised"])
 def test_store_read(benchmark: Any, folder: Path, cached: bool, advised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch of 128 random records, copied into one array. Unadvised is what mapping alone would give."""
+    """A batch of 128 random records, copied into one array. `unadvised` reads the mapped files without madvise."""
     if not advised:
         monkeypatch.setattr(FeatureStore, "_advise", lambda *_: None)
     rng = np.random.default_rng(0)
@@ -150,9 +150,9 @@ def test_store_read(benchmark: Any, folder: Path, cached: bool, advised: bool, m
         store = FeatureStore(folder / "videos")
         keys = sorted(store.keys)
         if not cached:
-            # What is mapped is not forgotten, and a store that is no longer used is mapped until it is collected.
+            # Mapped pages stay in the cache, and an unused store stays mapped until it is garbage-collected.
             gc.collect()
-            _forget(folder / "videos")
+            _drop_from_page_cache(folder / "videos")
         return (store, [keys[i] for i in rng.permutation(CLIPS)[:128]]), {}
 
     def read(store: FeatureStore, batch: list[str]) -> np.ndarray:
@@ -177,15 +177,15 @@ def test_plan_of_a_million(benchmark: Any) -> None:
 
 
 def test_split(benchmark: Any) -> None:
-    """256 samples over eight ranks; every rank does it for every step."""
+    """256 samples split over eight ranks; every rank computes this in every step."""
     lengths = np.random.default_rng(0).integers(150, 400, 256)
     benchmark.pedantic(lambda: split_batch(lengths, 8, 16384), rounds=50)
     report(benchmark, steps_per_second=1)
 
 
 def test_tokenize_a_stage(benchmark: Any, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Once per stage: annotations read, checked, tokenized, tracks placed on the frames. One process."""
-    assert not (folder / "samples").exists(), "the others find what this makes"
+    """Done once per stage: read, check and tokenize annotations, place tracks on the frames. One process."""
+    assert not (folder / "samples").exists(), "this must run before the tests that use the tokenized samples"
     dataset = benchmark.pedantic(lambda: dataset_of(folder, tokenizer, folder / "samples"), rounds=1)
     assert len(dataset) == CLIPS
     report(benchmark, records_per_second=CLIPS)
@@ -201,14 +201,14 @@ def indexed(folder: Path, tokenizer: PreTrainedTokenizerFast) -> StageDataset:
 def test_open_a_tokenized_stage(
     benchmark: Any, folder: Path, indexed: StageDataset, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """What every further rank and run does: the annotations' checksum, and a mapping."""
+    """Done by every other rank and run: checksum the annotations and map the tokenized file."""
     dataset = benchmark.pedantic(lambda: dataset_of(folder, tokenizer, folder / "samples"), rounds=5)
     assert dataset.fingerprint() == indexed.fingerprint()
     report(benchmark, records_per_second=CLIPS)
 
 
 def test_collate_alone(benchmark: Any, indexed: StageDataset) -> None:
-    """64 samples that are in memory."""
+    """64 samples from memory."""
     samples = [indexed[i] for i in range(64)]
     features = [np.zeros((FRAMES, CHANNELS), np.float16)] * 64
     benchmark.pedantic(lambda: collate(samples, features), rounds=30, warmup_rounds=2)
@@ -217,7 +217,7 @@ def test_collate_alone(benchmark: Any, indexed: StageDataset) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_step(benchmark: Any, folder: Path, indexed: StageDataset, ranks: int) -> None:
-    """A rank's share of 256 samples: plan, tokenized samples, features from the store, packed. At least 100,000 tokens/s."""
+    """One rank's part of 256 samples: plan, samples, features from the store, packing. At least 100,000 tokens/s."""
     plan, store = BatchPlan(CLIPS, 256, seed=0), FeatureStore(folder / "videos")
     source = StepSource(indexed, plan, store, token_budget=16384, ranks=ranks)
     steps: Iterator[int] = count()

@@ -1,7 +1,7 @@
-"""Decoding and pre-processing on one core: frames of the file per second, and the share of what bare libav gives.
+"""Decoding and pre-processing on one core: frames of the file per second, and the fraction of bare libav's rate.
 
-Every back end decodes 52 s of video, 1,560 frames, and keeps 100 of them resized and cropped as CLIP wants them. Rates
-are per second of processor time, of all threads and processes: other work on the machine does not change them much.
+Every back end decodes 52 s of video, 1,560 frames, and keeps 100 of them, resized and cropped for CLIP. Rates are per
+second of CPU time, summed over all threads and processes, so other work on the machine changes them little.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pat
 
 @lru_cache
 def bare(path: Path) -> float:
-    """Processor seconds in which libav decodes a file on one thread, converting nothing; the lesser of two."""
+    """CPU seconds in which libav decodes a file on one thread, without conversion; the smaller of two runs."""
 
     def decode() -> float:
         begin = time.process_time()
@@ -52,8 +52,12 @@ def bare(path: Path) -> float:
     return min(decode() for _ in range(2))
 
 
-def processor_seconds(pids: Sequence[int]) -> float:
-    """Of this process since its start, and of others by their ids."""
+def worker_pids() -> list[int]:
+    return [process.pid for process in multiprocessing.active_children() if process.pid is not None]
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """CPU time of this process since its start, plus that of the processes `pids`."""
     others = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
     ticks = sum(int(values[11]) + int(values[12]) for values in others)
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
@@ -61,7 +65,7 @@ def processor_seconds(pids: Sequence[int]) -> float:
 
 @pytest.fixture
 def decoder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A back end by name, its processes started."""
+    """A back end by name, with its processes started."""
     if importlib.util.find_spec("torchcodec") is None and request.param == "torchcodec":
         pytest.skip("torchcodec is not installed")
     if request.param == "torchcodec":
@@ -92,17 +96,15 @@ def test_decode(
     if name == "DALI" and kind[0] == "H.264":
         pytest.skip("DALI decodes H.264 on GPUs only")
     media = [Media("v", files[kind])]
-    list(decoder.map([Media("a second, for what is imported", files[kind], split=(0, 1))]))
+    list(decoder.map([Media("one second, to warm up", files[kind], split=(0, 1))]))
     spent: list[float] = []
 
     def decode() -> None:
-        before = processor_seconds([p.pid for p in multiprocessing.active_children() if p.pid is not None])
+        before = cpu_seconds(worker_pids())
         (decoded,) = decoder.map(media)
         assert decoded.frames is not None and len(decoded.frames) == N, decoded.reason
         assert decoded.by.startswith("DALI") == (name == "DALI"), decoded.by
-        spent.append(
-            processor_seconds([p.pid for p in multiprocessing.active_children() if p.pid is not None]) - before
-        )
+        spent.append(cpu_seconds(worker_pids()) - before)
 
     benchmark.group = "-".join(kind)
     benchmark.pedantic(decode, rounds=2)
@@ -119,7 +121,7 @@ def test_decode(
 
 @pytest.mark.parametrize("size", SIZES)
 def test_preprocess(benchmark: Any, size: str) -> None:
-    """Resize and crop of one frame, of which a video has a hundred."""
+    """Resize and crop of one frame; a video has a hundred."""
     width, height = SIZES[size]
     frame = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
     benchmark.group = "resize and crop"

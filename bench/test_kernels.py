@@ -1,4 +1,4 @@
-"""The kernel benchmarks for a CPU: `pytest bench/`, under three minutes. A GPU is measured by `python -m bench.gpu`."""
+"""The kernel benchmarks for a CPU: `pytest bench/`, under three minutes. For a GPU use `python -m bench.gpu`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from bench.kernels.cases import IMPLEMENTATIONS, OURS, PLAIN
 from bench.kernels.inputs import Case, Inputs, cpu_cases
-from bench.kernels.rows import problem_of
+from bench.kernels.rows import find_problem
 from bench.measure import Roofline, cpu_clock, environment, interleaved, roofline
 from pite_kernels import dispatch
 
@@ -27,10 +27,10 @@ def roof() -> Roofline:
 @pytest.mark.benchmark(timer=cpu_clock())
 @pytest.mark.parametrize(("case", "implementation"), PAIRS, ids=[f"{c.name} [{n}]" for c, n in PAIRS])
 def test_speed(benchmark: Any, case: Case, implementation: str) -> None:
-    problem = problem_of(case, implementation, CPU)
+    problem = find_problem(case, implementation, CPU)
     if problem is not None and problem.startswith("not available"):
         pytest.skip(problem)
-    assert problem is None, "no speed for results that are off"
+    assert problem is None, "wrong results are not timed"
     step = IMPLEMENTATIONS[case.op][implementation](Inputs(case, CPU))
     benchmark.group = case.name
     benchmark.extra_info.update(environment(CPU), implementation=implementation, op=case.op, fraction=case.fraction)
@@ -41,11 +41,11 @@ def test_speed(benchmark: Any, case: Case, implementation: str) -> None:
 
 @pytest.mark.parametrize(("fraction", "speedup"), [(0.1, 3.0), (1.0, 1.0)])
 def test_cpp_trajectory_head_against_eager(fraction: float, speedup: float) -> None:
-    """At least three times as fast at 10% of the rows and no slower when every row has a trajectory."""
+    """At least three times as fast as eager at 10% of the rows, and not slower when every row has a trajectory."""
     if dispatch._library() is None:
         pytest.skip("the C++ operators are not built")
     case = Case("trajectory", 1024, 512, fraction, dtype=torch.float32)
-    assert problem_of(case, OURS, CPU) is None
+    assert find_problem(case, OURS, CPU) is None
     inputs = Inputs(case, CPU)
     steps = {name: IMPLEMENTATIONS["trajectory"][name](inputs) for name in (OURS, PLAIN)}
     timings = interleaved(steps, CPU, rounds=30)
@@ -54,5 +54,5 @@ def test_cpp_trajectory_head_against_eager(fraction: float, speedup: float) -> N
         f"{fraction:.0%} of the rows: {eager.median / ours.median:.2f} times eager; ms, median (10% to 90%):", end=" "
     )
     print(*(f"{t.median * 1e3:.2f} ({t.low * 1e3:.2f} to {t.high * 1e3:.2f})" for t in (ours, eager)), sep=", eager ")
-    # The fastest rounds: whatever else the machine does can only add time.
+    # The fastest rounds, because other work on the machine can only add time.
     assert eager.low / ours.low >= speedup

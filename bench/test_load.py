@@ -1,4 +1,4 @@
-"""Other processes on the same cores may not stop training."""
+"""Other processes on the same cores must not stop training."""
 
 from __future__ import annotations
 

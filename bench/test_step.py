@@ -15,8 +15,8 @@ def test_twice_as_many_useful_tokens_as_hugging_face_with_padding() -> None:
     problem = make_problem(tiny_shape(), CPU, torch.float32, rank=16, token_budget=None)
     rows = {row.implementation: row for row in measure("tiny", problem, 5, PEERS)}
     show(list(rows.values()))
-    assert [row.problem for row in rows.values()] == [None] * len(PEERS), "no speed for another loss"
-    # The fastest rounds: whatever else the machine does can only add time.
+    assert [row.problem for row in rows.values()] == [None] * len(PEERS), "another loss is not timed"
+    # The fastest rounds, because other work on the machine can only add time.
     ours, padded = rows[OURS].fast, rows["hf padded"].fast
     assert ours is not None and padded is not None
     assert ours >= 2 * padded

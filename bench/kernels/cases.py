@@ -1,7 +1,7 @@
-"""What the kernel benchmarks run: our ops and whichever peers import.
+"""The implementations that the kernel benchmarks run: our ops and the peers that can be imported.
 
-Every implementation does the same job: a forward and a backward pass that end in the loss and the gradients the case
-asks for. A peer that cannot do the job (no smoothing, say) is not listed for it.
+All implementations of a case do the same work: a forward and a backward pass that return the loss and the gradients of
+the case. A peer that cannot do this work, for example without label smoothing, raises ImportError.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def trajectory_eager(x: Inputs, function: Callable[..., Tensor] = _dense_l1) -> 
 
 
 def trajectory_gathered(x: Inputs, function: Callable[..., Tensor] = _dense_l1) -> Step:
-    """PyTorch that at least gathers its rows first."""
+    """Plain PyTorch on gathered rows."""
 
     def step() -> list[Tensor]:
         loss = function(x.supervised, x.weight, x.bias, x.targets)
@@ -75,7 +75,7 @@ def cross_entropy_eager(x: Inputs, function: Callable[..., Tensor] = _dense_cros
 
 
 def cross_entropy_gathered(x: Inputs, function: Callable[..., Tensor] = _dense_cross_entropy) -> Step:
-    """Peers get their rows gathered, as a careful user would: an ignored row would go through their GEMMs."""
+    """Peers run on gathered rows, as a careful user would do: ignored rows would go through their GEMMs."""
 
     def step() -> list[Tensor]:
         loss = function(x.supervised, x.weight, x.ids, x.case.smoothing)
@@ -125,7 +125,7 @@ def _needs_gpu(x: Inputs) -> None:
 
 def _needs_no_smoothing(x: Inputs) -> None:
     if x.case.smoothing:
-        raise ImportError("cannot smooth labels")
+        raise ImportError("has no label smoothing")
 
 
 def lora_ours(x: Inputs) -> Step:
@@ -175,9 +175,9 @@ def lora_peft(x: Inputs) -> Step:
 
 
 def lora_concatenated(x: Inputs) -> Step:
-    """A candidate, not in `kernels`: y = [x | s x A'] [W | B]', one forward GEMM, W kept with spare columns for B.
+    """A candidate, not in pite_kernels: y = [x | s x A'] [W | B]', one forward GEMM; W is stored with columns for B.
 
-    It saves reading and writing y, and pays by copying x and multiplying the zeros between the parts' B.
+    It saves reading and writing y, but copies x and multiplies the zeros between the B of the parts.
     """
     d, extra = x.case.depth, 3 * RANK
     wide_weight = torch.cat([x.weight, x.weight.new_zeros(3 * d, extra)], 1)
@@ -203,7 +203,7 @@ def lora_concatenated(x: Inputs) -> Step:
 
 
 def lora_low_rank_last(x: Inputs) -> Step:
-    """A candidate, not in `kernels`: the low-rank terms are added to what the large GEMMs wrote; dY is read twice more."""
+    """A candidate, not in pite_kernels: the thin GEMMs accumulate onto the large ones; dY is read twice more."""
     splits = [x.case.depth] * 3
 
     def step() -> list[Tensor]:
@@ -222,12 +222,12 @@ def lora_low_rank_last(x: Inputs) -> Step:
 
 
 def lora_bare(x: Inputs) -> Step:
-    """The frozen layer's two GEMMs alone: the price LoRA is measured against, not a peer."""
+    """Only the two GEMMs of the frozen layer: the baseline for the overhead of LoRA, not a peer."""
     return lambda: [torch.mm(x.hidden.detach(), x.weight.t()), torch.mm(x.upstream, x.weight)]
 
 
 def rope_step(rotate: Callable[[Tensor, Inputs], tuple[Tensor, ...]]) -> Callable[[Inputs], Step]:
-    """Of a copy of the fused projection, since ours overwrites what it is given."""
+    """A step on a copy of the fused projection, because ours overwrites its input."""
 
     def build(x: Inputs) -> Step:
         def step() -> list[Tensor]:
@@ -284,7 +284,7 @@ def attention_step(backend: str) -> Callable[[Inputs], Step]:
 
 
 OURS, PLAIN, BARE = "ours", "eager", "bare GEMMs"
-CANDIDATES = ("K-concatenated", "low-rank term last")  # other forms of ours: no peers
+CANDIDATES = ("K-concatenated", "low-rank term last")  # other forms of our op, not peers
 IMPLEMENTATIONS: dict[str, dict[str, Callable[[Inputs], Step]]] = {
     "trajectory": {
         OURS: trajectory_ours,

@@ -1,4 +1,4 @@
-"""The shapes of the kernel benchmarks, the work in them, and their random inputs."""
+"""The cases of the kernel benchmarks: shapes, FLOPs and bytes, and random inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOCUMENT = 204  # tokens of a typical sample: 100 frames, a question, an answer
 
 @dataclass(frozen=True)
 class Case:
-    """One benchmark: `op` at a shape. fraction: rows that carry a target, of all T."""
+    """One benchmark: `op` at one shape. fraction: rows with a target, of all T."""
 
     op: str
     tokens: int
@@ -47,14 +47,14 @@ class Case:
 
     @property
     def work(self) -> tuple[float, float]:
-        """(FLOPs, bytes) no implementation can do without, for `Roofline.floor`."""
+        """The least (FLOPs, bytes) of any implementation, for `Roofline.floor`."""
         size = self.dtype.itemsize
         if self.op == "lora":
             # Three stacked square layers: y and dX through W, and the four thin products of A and B.
             flops = 4 * self.tokens * self.depth * 3 * self.depth + 6 * self.tokens * 2 * self.depth * 3 * RANK
             return flops, size * (self.tokens * self.depth * 8 + 6 * self.depth**2)
         if self.op == "rope":
-            # A copy of q, k, v; q and k rotated; three gradients read, and written as one.
+            # Copy q, k, v; rotate q and k; read three gradients and write them as one.
             return 12.0 * self.tokens * self.depth, size * (6 + 4 + 6) * self.tokens * self.depth
         if self.op == "attention":
             return 7 * self.tokens * DOCUMENT * self.depth, size * 8 * self.tokens * self.depth
@@ -63,7 +63,7 @@ class Case:
 
 
 class Inputs:
-    """Random inputs of a case, made when first needed; `double` gives the same numbers in float64."""
+    """Random inputs of a case; `double` returns the same numbers in float64."""
 
     def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
         self.case, self.device = case, device
@@ -78,7 +78,7 @@ class Inputs:
         if case.op == "trajectory":
             self.weight = normal(case.outputs, d, scale=0.1 * d**-0.5).requires_grad_()
             self.bias = normal(case.outputs, scale=0.1).requires_grad_()
-            # Two away from every prediction: a sign must not hang on rounding in the correctness check.
+            # At a distance of 2 from the predictions, so that rounding does not change a sign in the correctness check.
             self.targets = torch.rand(case.rows, POINTS, FRAMES, 2, generator=g, device=device) + 2
             self.targets[torch.rand(case.rows, POINTS, FRAMES, generator=g, device=device) < 0.3] = -1
         elif case.op == "cross_entropy":
@@ -103,14 +103,14 @@ class Inputs:
             self.upstream = normal(case.tokens, heads, d // heads)
 
     def double(self) -> Inputs:
-        twin = object.__new__(Inputs)
+        copy = object.__new__(Inputs)
         for name, value in vars(self).items():
-            twin.__dict__[name] = [_double(t) for t in value] if isinstance(value, list) else _double(value)
-        return twin
+            copy.__dict__[name] = [_double(t) for t in value] if isinstance(value, list) else _double(value)
+        return copy
 
     @property
     def supervised(self) -> Tensor:
-        """The rows of hidden that carry a target, (rows, d)."""
+        """The rows of hidden that have a target, (rows, d)."""
         return self.hidden if self.case.rows == self.case.tokens else self.hidden[self.rows]
 
     @cached_property
@@ -122,8 +122,9 @@ class Inputs:
     def labels(self) -> Tensor:
         return torch.full((self.case.tokens,), -100, device=self.device).index_copy(0, self.rows, self.ids)
 
-    def gradients(self, value: Tensor, *learned: Tensor, upstream: Tensor | None = None) -> list[Tensor]:
-        return [value, *torch.autograd.grad(value, [t for t in learned if t.requires_grad], upstream)]
+    def gradients(self, value: Tensor, *inputs: Tensor, upstream: Tensor | None = None) -> list[Tensor]:
+        """The value, and its gradients of those inputs that require one."""
+        return [value, *torch.autograd.grad(value, [t for t in inputs if t.requires_grad], upstream)]
 
 
 def _double(value: Any) -> Any:
@@ -133,7 +134,7 @@ def _double(value: Any) -> Any:
 
 
 def gpu_cases() -> list[Case]:
-    """The real shapes: one packed row of 16,384 tokens of a 7B and a 13B model, the 7B first."""
+    """The real shapes: one packed row of 16,384 tokens in a 7B and a 13B model, the 7B first."""
     cases = []
     for depth in (4096, 5120):
         cases += [Case(op, 16384, depth, f) for op in ("trajectory", "cross_entropy") for f in (1.0, 0.5, 0.25, 0.1)]
@@ -143,7 +144,7 @@ def gpu_cases() -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    """Shapes a CPU runs in a blink, in float32; rotary embedding is plain PyTorch there."""
+    """Small float32 shapes; without rotary embedding, which is plain PyTorch on a CPU."""
     small = [Case("trajectory", 1024, 512, f, dtype=torch.float32) for f in (1.0, 0.5, 0.25, 0.1)]
     small += [Case("cross_entropy", 512, 256, f, vocabulary=4000, dtype=torch.float32) for f in (1.0, 0.25, 0.1)]
     return [*small, Case("lora", 512, 256, dtype=torch.float32), Case("attention", 1024, 256, dtype=torch.float32)]

@@ -1,4 +1,4 @@
-"""One benchmark row: an implementation is built, checked against float64, and only then timed."""
+"""One row of results: an implementation is built, checked against float64, and timed only if it is correct."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from bench.measure import Roofline, Step, Timing, gate, interleaved
 
 @dataclass(frozen=True)
 class Row:
-    """What a result file holds per case and implementation; times in milliseconds, None where `problem` says why.
+    """The result of one implementation of a case. Times are in milliseconds; None if there is a `problem`.
 
-    roofline_share  the floor (measured GEMM rate and bandwidth of this device) over the median; None for bare
-                    GEMMs, which do not do all of the work
+    problem         the reason why there are no times: a failed import, an error or wrong results
+    roofline_share  the roofline's lower bound (measured GEMM rate and bandwidth of this device) over the median; None
+                    for bare GEMMs, which do not do all of the work
     """
 
     case: str
@@ -37,9 +38,9 @@ class Row:
         return asdict(self)
 
 
-def problem_of(case: Case, implementation: str, device: torch.device) -> str | None:
-    """Why this implementation may not be timed: it does not import, or its results are wrong. None: nothing."""
-    # On a GPU enough rows for a second chunk of logits and for several parts of dW.
+def find_problem(case: Case, implementation: str, device: torch.device) -> str | None:
+    """The reason not to time this implementation: a failed import, an error or wrong results. Else None."""
+    # On a GPU with enough rows for a second chunk of logits and for several splits of dW.
     small = Inputs(replace(case, tokens=min(case.tokens, 4096 if device.type == "cuda" else 512)), device)
     try:
         step = IMPLEMENTATIONS[case.op][implementation](small)
@@ -49,7 +50,7 @@ def problem_of(case: Case, implementation: str, device: torch.device) -> str | N
         return None
     try:
         results = step()
-    except Exception as error:  # a peer may fail in any way it likes; ours are tested elsewhere
+    except Exception as error:  # a peer may raise anything
         return _failure(error)
     plain = IMPLEMENTATIONS[case.op][PLAIN]
     wrong = gate(results, plain(small)(), plain(small.double())())
@@ -60,17 +61,17 @@ Checked = dict[tuple[Case, str], str | None]
 
 
 def measure(case: Case, device: torch.device, roof: Roofline, rounds: int, checked: Checked) -> list[Row]:
-    """All implementations of a case, interleaved.
+    """Time all implementations of a case, interleaved.
 
-    checked  the problems of peers found so far: one check serves all fractions of rows, since most of its time is a
-             compiler's. Ours is checked for every case
+    checked  cache of the peers' check results, updated here: a peer is checked once for all fractions of rows, because
+             the check mostly waits for compilation. Ours is checked for every case
     """
-    torch._dynamo.reset()  # or its limit of recompilations would end in eager mode
+    torch._dynamo.reset()  # otherwise the recompilation limit would be reached, and eager mode would be timed
     problems: dict[str, str | None] = {}
     for name in IMPLEMENTATIONS[case.op]:
         key = (case if name == OURS else replace(case, fraction=0.5)), name
         if key not in checked:
-            checked[key] = problem_of(key[0], name, device)
+            checked[key] = find_problem(key[0], name, device)
         problems[name] = checked[key]
     inputs = Inputs(case, device)
     steps: dict[str, Step] = {}
@@ -78,7 +79,7 @@ def measure(case: Case, device: torch.device, roof: Roofline, rounds: int, check
         if problem is None:
             step = IMPLEMENTATIONS[case.op][name](inputs)
             try:
-                # At the real shape a peer may run out of memory, or want a multiple of something.
+                # At the real shape a peer may run out of memory, or require a size to be a multiple of some number.
                 step()
             except Exception as error:
                 problems[name] = _failure(error)

@@ -1,7 +1,7 @@
-"""Which tile sizes the trajectory kernels should have on this GPU: the shipped ones against others that do not spill.
+"""Tile sizes of the trajectory kernels on this GPU: the shipped sizes against others that do not spill registers.
 
-`python -m bench.gpu` runs this after its cases. The winner belongs into kernels/pite_kernels/gpu/trajectory.py by hand, so that
-every machine runs the same sums in the same order.
+`python -m bench.gpu` runs this after its cases. Copy the fastest sizes into kernels/pite_kernels/gpu/trajectory.py by
+hand. They are not tuned at run time, so that every machine computes the same sums in the same order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CANDIDATES = {
 
 @contextmanager
 def tiled(choice: str, tiles: dict[str, int] | None) -> Iterator[None]:
-    """Within it, the kernel launches with `tiles`; None leaves the shipped ones."""
+    """Context in which the kernel is launched with `tiles`; None: with the shipped sizes."""
     from pite_kernels.gpu import trajectory
 
     if tiles is None:
@@ -48,7 +48,7 @@ def tiled(choice: str, tiles: dict[str, int] | None) -> Iterator[None]:
 
 
 def kernels_of(x: Inputs) -> dict[str, Callable[[], list[Tensor]]]:
-    """One step per kernel, by the name of the function that chooses its tiles."""
+    """Name of the function that chooses a kernel's tiles -> a step that runs the kernel."""
     from pite_kernels.gpu import trajectory
 
     hidden, weight, bias = (t.detach() for t in (x.hidden, x.weight, x.bias))
@@ -70,7 +70,7 @@ def kernels_of(x: Inputs) -> dict[str, Callable[[], list[Tensor]]]:
 
 
 def measure_tiles(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """A record per kernel and choice: its times in milliseconds, or the problem that keeps it from being timed."""
+    """One record per kernel and tile size: its times in milliseconds, or the problem if it is not timed."""
     records = []
     for choice, step in kernels_of(Inputs(case, device)).items():
         shipped = step()
@@ -85,7 +85,7 @@ def measure_tiles(case: Case, device: torch.device, rounds: int) -> list[dict[st
 
             try:
                 results = timed()
-            except Exception as error:  # out of shared memory on this GPU, for one
+            except Exception as error:  # for example, not enough shared memory on this GPU
                 problems[name] = f"fails: {type(error).__name__}"
                 continue
             if any(differ(a, b) for a, b in zip(results, shipped, strict=True)):
@@ -103,7 +103,10 @@ def measure_tiles(case: Case, device: torch.device, rounds: int) -> list[dict[st
 
 
 def differ(a: Tensor, b: Tensor) -> bool:
-    """Whether two results differ by more than the order of a sum in half precision explains; signs must be equal."""
+    """Whether two results differ by more than the rounding of another summation order in half precision.
+
+    Signs (int8) must be equal.
+    """
     if a.dtype == torch.int8:
         return not torch.equal(a, b)
     return not bool(((a - b).abs().max() <= 0.01 * b.abs().max()).item())

@@ -1,19 +1,20 @@
-"""The training step against its peers: `python -m bench.step --model 7b` on a GPU, `pytest bench/test_step.py` on a CPU.
+"""The training step and its peers: `python -m bench.step --model 7b` on a GPU, `pytest bench/test_step.py` on a CPU.
 
-Every implementation trains the same LoRA and trajectory head of the same weights on the same samples, with AdamW, and is
-timed in turn; none is timed before its loss agrees with ours. Useful tokens are the samples' own, padding never counts.
+Every implementation trains the same LoRA and trajectory head with the same weights, samples and AdamW. They are timed
+in turn, and only after their loss agrees with ours. Useful tokens are those of the samples; padding is not counted.
 
-  pite             packed: forward, backward, clipping and update as engine.train runs them
-  pite loop        engine.loop.train itself: with collation, copies to the device and the check for finite numbers; not in
-                   turn with the others, but before them
-  pite compiled    the same with --compile
-  pite fp8         the same with --frozen-dtype fp8 (sm_89 and newer)
-  hf padded        transformers + peft as the predecessors train: right-padded micro-batches of eight samples in order,
-                   gradient checkpointing, full logits, the head on every position (VTimeLLM's recipe)
-  hf padded, kept  the same without gradient checkpointing
-  hf packed        transformers + peft on the packed row, with liger-kernel on CUDA; attention is flash-attn's, else ours
-  unsloth          `hf padded` with unsloth's Llama and its gradient checkpointing. It patches transformers for the whole
-                   process, so it is not among the others: `--only unsloth` times it beside ours
+  pite             packed: forward, backward, clipping and update as in engine.train
+  pite loop        engine.loop.train: also with collation, copies to the device and the check for finite numbers; timed
+                   before the others, not in turn with them
+  pite compiled    `pite` with --compile
+  pite fp8         `pite` with --frozen-dtype fp8 (sm_89 and newer)
+  hf padded        transformers + peft as in earlier work (VTimeLLM's recipe): right-padded micro-batches of eight
+                   samples in order, activation checkpointing, full logits, the head on every position
+  hf padded, kept  the same without activation checkpointing
+  hf packed        transformers + peft on the packed row, with liger-kernel on CUDA; attention is flash-attn if it is
+                   installed, else ours
+  unsloth          `hf padded` with unsloth's Llama and its activation checkpointing. It patches transformers for the
+                   whole process, so it is not timed with the others; `--only unsloth` times it together with ours
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor
 from bench.measure import Timing, environment, interleaved
 from bench.step.loop import loop_timing
 from bench.step.peers import packed_step, padded_step, unsloth_step
-from bench.step.problem import RECIPE, Problem, Step, make_problem, paper_shape, tiny_shape, twin
+from bench.step.problem import RECIPE, Problem, Step, copy_trainable, make_problem, paper_shape, tiny_shape
 from dataloaders.samples.plan import split_batch
 from engine.distributed.gradients import Gradients
 from engine.distributed.world import grow_segments
@@ -47,24 +48,26 @@ RESULTS = Path(__file__).parent / "results"
 OURS, LOOP, COMPILED, FP8, UNSLOTH = "pite", "pite loop", "pite compiled", "pite fp8", "unsloth"
 
 
-def beside(config: PiTeConfig, peers: Sequence[str]) -> float:
-    """Bytes that the peers hold while ours is timed: a LoRA, gradient and moments each; two have weights of their own."""
+def peer_bytes(config: PiTeConfig, peers: Sequence[str]) -> float:
+    """Bytes that the peers hold while ours is timed: each its LoRA, gradient, moments; two also their own weights."""
     count = count_parameters(config, RECIPE)
     own_weights = 2 * count.linear * (FP8 in peers) + 2 * count.total * (UNSLOTH in peers)
     return 16 * (count.lora + count.heads) * len(peers) + own_weights
 
 
 def compiled_step(problem: Problem) -> Step:
-    model = twin(problem.model)
+    model = copy_trainable(problem.model)
     model.decoder.compile_layers()
     return pite_step(replace(problem, model=model))
 
 
 def fp8_step(problem: Problem) -> Step:
-    why = "a CPU only emulates float8" if problem.model.device.type == "cpu" else why_unsupported(problem.model.device)
-    if why is not None:
-        raise ValueError(why)
-    model = twin(problem.model)
+    reason = (
+        "a CPU only emulates float8" if problem.model.device.type == "cpu" else why_unsupported(problem.model.device)
+    )
+    if reason is not None:
+        raise ValueError(reason)
+    model = copy_trainable(problem.model)
     model.quantize()
     return pite_step(replace(problem, model=model))
 
@@ -105,12 +108,12 @@ TOGETHER = (LOOP, *(name for name in PEERS if name != UNSLOTH))
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation's numbers; `problem` says why there are none.
+    """The numbers of one implementation, or the `problem` because of which there are none.
 
-    peak_gb       most that tensors took: of ours with nothing else there; of a peer, what was allocated since it was
-                  built, and the frozen weights that it shares
-    reserved_gb   what the allocator held for it, of ours alone
-    estimated_gb  `engine.layout`'s forecast of peak_gb
+    peak_gb       peak memory of tensors. Of ours: measured before the peers are built. Of a peer: what it allocated,
+                  plus the frozen weights that it shares with ours
+    reserved_gb   memory that the allocator reserved; only of ours
+    estimated_gb  `engine.layout`'s estimate of peak_gb
     """
 
     model: str
@@ -127,13 +130,13 @@ class Row:
 
 
 def measure(model: str, problem: Problem, rounds: int, peers: Sequence[str] = TOGETHER) -> list[Row]:
-    """Time ours and the peers whose loss agrees with it within the dtype's rounding, interleaved."""
+    """Time ours and the peers whose loss agrees with ours within the rounding of the dtype, interleaved."""
     device, dtype = problem.model.device, problem.model.dtype
     memory: dict[str, tuple[float, float]] = {}
     steps: dict[str, Any] = {OURS: pite_step(problem)}
     if device.type == "cuda":
         memory[OURS] = _peak(steps[OURS], device)
-    # The peers start from what has become of our weights by now.
+    # The peers copy our weights as they are now, after these updates.
     expected = float(steps[OURS](update=False)[0])
     rows: list[Row] = []
     timings: dict[str, Timing] = {}
@@ -158,7 +161,7 @@ def measure(model: str, problem: Problem, rounds: int, peers: Sequence[str] = TO
             loss = float(step(update=False)[0])
             if device.type == "cuda":
                 memory[name] = _peak(step, device)[0] - before + _shared(problem.model, name), 0.0
-        except Exception as error:  # whatever a peer fails of, it is no reason to lose the others
+        except Exception as error:  # one failure must not stop the others
             kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
             rows.append(Row(model, name, problem=kind + str(error).partition("\n")[0]))
             continue
@@ -187,7 +190,7 @@ def measure(model: str, problem: Problem, rounds: int, peers: Sequence[str] = TO
 
 
 def _peak(step: Any, device: torch.device) -> tuple[float, float]:
-    """Most bytes that tensors took in a step, and that the allocator held; the optimizer's moments are there."""
+    """Peak bytes of tensors in a step, and bytes reserved by the allocator; the optimizer's moments already exist."""
     step()
     torch.cuda.reset_peak_memory_stats(device)
     step()
@@ -195,7 +198,7 @@ def _peak(step: Any, device: torch.device) -> tuple[float, float]:
 
 
 def _shared(model: PiTe, peer: str) -> float:
-    """Bytes of the frozen weights that a peer uses and has not made itself."""
+    """Bytes of our frozen weights that a peer shares."""
     linear = {p for layer in model.decoder.layers for name, p in layer.named_parameters() if name.endswith(".weight")}
     own = {FP8: linear, UNSLOTH: set(model.parameters())}.get(peer, set())
     return float(sum(p.nbytes for p in model.parameters() if not p.requires_grad and p not in own))
@@ -217,15 +220,15 @@ def show(rows: Sequence[Row]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", choices=("tiny", "7b", "13b"), default="tiny", help="shape, with random weights")
+    parser.add_argument("--model", choices=("tiny", "7b", "13b"), default="tiny", help="shape; the weights are random")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--token-budget", type=int, help="tokens of a packed micro-batch; what fits otherwise")
-    parser.add_argument("--memory", type=float, help="lay out for a device of so many GB; this one's otherwise")
+    parser.add_argument("--token-budget", type=int, help="tokens per packed micro-batch; default: what fits")
+    parser.add_argument("--memory", type=float, help="memory for the layout in GB; default: the device's")
     parser.add_argument("--only", nargs="+", choices=(LOOP, *PEERS), default=list(TOGETHER), help="implementations")
-    parser.add_argument("--output", type=Path, help="result file; bench/results/step_<device>.json otherwise")
+    parser.add_argument("--output", type=Path, help="result file; default: bench/results/step_<device>.json")
     options = parser.parse_args(arguments)
-    grow_segments()  # as a run does
+    grow_segments()  # as engine.train does
     device = torch.device(options.device)
     tiny = options.model == "tiny"
     shape = tiny_shape() if tiny else paper_shape(options.model)
@@ -234,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.memory:
         capacity = options.memory * 1e9
     elif device.type == "cuda":
-        capacity = torch.cuda.get_device_properties(device).total_memory - beside(shape.config, options.only)
+        capacity = torch.cuda.get_device_properties(device).total_memory - peer_bytes(shape.config, options.only)
     rank = 16 if tiny else RECIPE.lora_rank
     try:
         problem = make_problem(shape, device, dtype, rank, options.token_budget, capacity)

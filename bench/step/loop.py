@@ -1,4 +1,4 @@
-"""engine.loop.train itself on the benchmark's global batch: collation, copies to the device and the check of every step too."""
+"""engine.loop.train on the benchmark's global batch, with collation, copies to the device and the checks of a step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from bench.measure import Timing, timing
-from bench.step.problem import RECIPE, Problem, twin
+from bench.step.problem import RECIPE, Problem, copy_trainable
 from dataloaders.samples.batch import collate
 from dataloaders.samples.plan import split_batch
 from dataloaders.samples.prefetch import prefetch
@@ -20,24 +20,24 @@ from engine.metrics import Metrics
 WARM_UPS = 2
 
 
-class _Seconds:
-    """Takes the place of the metrics: what a step took, and its loss."""
+class _StepTimes:
+    """Replaces engine.metrics.Metrics: records the seconds and the loss of each step."""
 
     def __init__(self) -> None:
-        self.values: list[float] = []
+        self.seconds: list[float] = []
         self.losses: list[float] = []
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self.values.append(values["seconds"])
+        self.seconds.append(values["seconds"])
         self.losses.append(values["loss"])
 
 
 def run_loop(problem: Problem, steps: int, warm: Callable[[], None] = lambda: None) -> tuple[list[float], float]:
-    """(seconds of each step after the warm-ups, the first step's loss), of a copy that shares the frozen weights.
+    """(seconds of each step after the warm-up, the first step's loss); trains a copy that shares the frozen weights.
 
-    warm  called after the warm-ups
+    warm  called after the warm-up steps
     """
-    model = twin(problem.model)
+    model = copy_trainable(problem.model)
     (bins,) = split_batch([len(s.token_ids) for s in problem.samples], 1, problem.token_budget)
     device = model.device
 
@@ -54,14 +54,14 @@ def run_loop(problem: Problem, steps: int, warm: Callable[[], None] = lambda: No
             warm()
         return False
 
-    seconds, total = _Seconds(), WARM_UPS + steps
+    times, total = _StepTimes(), WARM_UPS + steps
     train(
         model,
         make_optimizer(model, RECIPE),
         prefetch(prepare, range(total), workers=0 if device.type == "cpu" else 2),
         RECIPE,
         World(0, 1, device),
-        cast(Metrics, cast(Any, seconds)),
+        cast(Metrics, cast(Any, times)),
         start=0,
         stop=total,
         total=total,
@@ -71,17 +71,17 @@ def run_loop(problem: Problem, steps: int, warm: Callable[[], None] = lambda: No
         find_nonfinite_samples=lambda _: [],
         efficiency=lambda *_: {},
     )
-    return seconds.values[WARM_UPS:], seconds.losses[0]
+    return times.seconds[WARM_UPS:], times.losses[0]
 
 
 def loop_timing(problem: Problem, rounds: int) -> tuple[Timing, float]:
-    """Of a step in the loop, with the first step's loss."""
+    """The timing of a step in the loop, and the first step's loss."""
     seconds, loss = run_loop(problem, rounds)
     return timing(seconds, None), loss
 
 
-def loop_waits(problem: Problem) -> str | None:
-    """Why the host waited for the device inside the loop on CUDA; None when it did not."""
+def find_loop_sync(problem: Problem) -> str | None:
+    """The error of torch's sync debug mode if the loop synchronizes with the GPU, else None."""
     try:
         run_loop(problem, 3, warm=lambda: torch.cuda.set_sync_debug_mode("error"))
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The same step on transformers + peft, as others train: padded or packed, and with unsloth."""
+"""The same training step with transformers + peft, padded or packed, and with unsloth."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ PADDED_BATCH = 8
 class HuggingFace(nn.Module):
     """transformers' Llama with peft's LoRA, and the trajectory head of the published code, on copies of our weights.
 
-    All in the frozen weights' dtype, as the predecessors train: faster than peft's float32 LoRA, which ours matches.
+    LoRA and head are in the dtype of the frozen weights, as in earlier work. This is faster than peft's float32 LoRA,
+    which is the dtype that ours uses.
     """
 
     def __init__(
         self, problem: Problem, attach: Callable[[nn.Module, dict[str, Any]], nn.Module] | None = None
     ) -> None:
-        """`attach` adds the LoRA to a Llama, peft's way otherwise."""
+        """`attach` adds the LoRA to a Llama; None: with peft."""
         from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
         super().__init__()
@@ -62,7 +63,7 @@ class HuggingFace(nn.Module):
         return model.embed(batch.token_ids, batch.features, batch.feature_rows).detach()
 
     def loss(self, hidden: Tensor, ce: Tensor, tracks: Tensor) -> Tensor:
-        """hidden (..., d) predicts tracks (..., P, N, 2), of which (-1, -1) carries no loss; ce is summed over tokens."""
+        """hidden (..., d) predicts tracks (..., P, N, 2); pairs (-1, -1) have no loss. ce is summed over tokens."""
         tokens, coordinates = self.problem.normalizers
         predicted = self.head(hidden.to(self.head.weight.dtype)).view(tracks.shape)
         present = (tracks != ABSENT).all(-1, keepdim=True)
@@ -78,12 +79,12 @@ def padded_step(problem: Problem, checkpointing: bool) -> Step:
 
 
 def unsloth_step(problem: Problem) -> Step:
-    """Written after unsloth's documentation; no machine that could run it was at hand."""
+    """Written from unsloth's documentation; not yet run on a machine with unsloth."""
     os.environ.setdefault("UNSLOTH_RETURN_LOGITS", "1")
     from unsloth import FastLanguageModel
 
     def attach(llama: nn.Module, options: dict[str, Any]) -> nn.Module:
-        # unsloth patches what it has loaded itself.
+        # unsloth patches only models that it loads itself.
         with tempfile.TemporaryDirectory() as directory:
             llama.save_pretrained(directory)  # type: ignore[operator]
             build_tokenizer().save_pretrained(directory)
@@ -99,7 +100,7 @@ def unsloth_step(problem: Problem) -> Step:
 
 
 def _padded(model: HuggingFace) -> Step:
-    """Right-padded micro-batches of eight samples in order."""
+    """A step on right-padded micro-batches of eight samples in order."""
     problem = model.problem
     config, device = problem.model.config, problem.model.device
     batches = []
@@ -135,9 +136,9 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def packed_step(problem: Problem) -> Step:
-    """The packed row through transformers and peft, on CUDA with liger-kernel's layers and its fused linear cross-entropy.
+    """The packed row through transformers and peft; on CUDA with liger-kernel's layers and fused linear cross-entropy.
 
-    Attention is flash-attn where that is installed, else ours: then it is not what differs.
+    Attention is flash-attn if installed, else ours; in both cases attention is not the difference to ours.
     """
     model = HuggingFace(problem)
     llama = model.llama.get_base_model()
@@ -193,13 +194,13 @@ def _attend(
     max_length_q: int,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """One row of packed documents, for transformers: q (1, H, T, D), k and v (1, K, T, D)."""
+    """Attention for transformers over one row of packed documents: q (1, H, T, D), k and v (1, K, T, D)."""
     q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
     return packed_attention(q, k, v, cu_seq_lens_q, max_length_q, scale=scaling)[None], None
 
 
 def _hf_step(model: HuggingFace, batches: list[Any], forward: Callable[..., tuple[Tensor, Tensor]]) -> Step:
-    """`forward` gives the hidden states and the summed cross-entropy of a batch's first three entries."""
+    """`forward` returns the hidden states and the summed cross-entropy, from the first three entries of a batch."""
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=RECIPE.learning_rate, weight_decay=0.0, fused=True)
 

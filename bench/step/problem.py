@@ -1,4 +1,4 @@
-"""What a training step is timed on: a model with random weights and a global batch of samples like PiTe-143k's."""
+"""The input of the step benchmark: a model with random weights and a global batch of samples like PiTe-143k's."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pite.model import PiTe
 RECIPE: Recipe = PAPER[2]
 
 Step = Callable[[], Sequence[Tensor]]
-"""One optimizer step of the global batch; returns its loss."""
+"""One optimizer step on the global batch; returns its loss."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and a global batch of samples like PiTe-143k's: `answer` tokens on average, gamma-distributed."""
+    """A model and a global batch of samples like PiTe-143k's; `answer` is the mean of gamma-distributed lengths."""
 
     config: PiTeConfig
     samples: int
@@ -47,7 +47,7 @@ def paper_shape(size: str) -> Shape:
 
 
 def make_samples(shape: Shape, seed: int = 0) -> tuple[list[TokenizedSample], list[np.ndarray]]:
-    """Samples whose answers vary in length (gamma of shape 2: spread .7 of the mean), four tenths of them with tracks."""
+    """Samples with answers of varying length (gamma of shape 2: spread .7 of the mean); 40% of the tokens have tracks."""
     rng = np.random.default_rng(seed)
     config = shape.config
     samples, features = [], []
@@ -67,7 +67,7 @@ def make_samples(shape: Shape, seed: int = 0) -> tuple[list[TokenizedSample], li
 
 @dataclass(frozen=True)
 class Problem:
-    """The model with its LoRA, the samples that every implementation takes, and the layout's tokens and bytes."""
+    """The model with its LoRA, the samples for every implementation, and the layout: its token budget and memory."""
 
     model: PiTe
     samples: list[TokenizedSample]
@@ -89,8 +89,8 @@ class Problem:
         return collate(samples, features, normalizers=self.normalizers).to(self.model.device)
 
 
-def twin(model: PiTe) -> PiTe:
-    """A copy that shares the frozen weights."""
+def copy_trainable(model: PiTe) -> PiTe:
+    """A copy with its own trainable parameters, which shares the frozen weights."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
@@ -102,7 +102,7 @@ def make_problem(
     token_budget: int | None,
     capacity: float | None = None,
 ) -> Problem:
-    """`capacity` is the bytes to lay out for; None for a CPU, whose micro-batches are small."""
+    """`capacity` is the memory for the layout in bytes; None for a CPU, where micro-batches are small."""
     torch.manual_seed(0)
     model = checkpoint.random_model(shape.config, dtype=dtype, device=str(device))
     model.add_lora(rank, 2.0 * rank)

@@ -1,4 +1,4 @@
-"""The ablation's table and curves, and that every row's flags are flags."""
+"""The ablation's table and curves, and that the flags of every variant are valid."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from engine.train import TrainConfig
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
-def test_a_row_is_a_command_of_engine_train(variant):
+def test_the_flags_of_a_variant_are_flags_of_engine_train(variant):
     config = parse(TrainConfig, ["--model", "tiny", "--llm", "x", *variant.flags])
     assert (config != parse(TrainConfig, ["--model", "tiny", "--llm", "x"])) == bool(variant.flags)
-    # What changes stage 1 cannot start from another's.
+    # A variant that changes stage 1 cannot reuse the stage 1 of another.
     assert variant.after_stage1 == (variant.name in ("PiTe", "no head initialisation", "no trajectory stage"))
 
 

@@ -1,4 +1,4 @@
-"""The encoding benchmark: what it writes on a CPU, and its projection."""
+"""The encoding benchmark: its output on a CPU, and its projection."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def test_one_call_measures_everything(
     assert decode[encode.BARE]["problem"] and decode[DALI]["frames_per_second"] > 0 < decode[PYAV]["frames_per_second"]
     assert {row["implementation"] for row in content["clip"] if row["problem"] is None} == set(CLIPS)
     (whole,) = content["encode"]
-    # On a busy machine the start of the smaller run may outlast all of these few files.
+    # On a busy machine the smaller run may take longer than the larger one, because the start-up dominates.
     assert whole["frames_per_second"] > 0 if whole["problem"] is None else "too few to measure" in whole["problem"]
-    assert content["projection"] is None, "nothing is projected from a CPU"
+    assert content["projection"] is None, "there is no projection from a CPU"
     assert encoding(output) == content
-    told = capsys.readouterr().out
-    assert "| VP9-360p: DALI |" in told and "NVDEC: " in told
+    printed = capsys.readouterr().out
+    assert "| VP9-360p: DALI |" in printed and "NVDEC: " in printed
 
 
 def test_projection() -> None:
-    """An H100 that decodes 140,000 frames/s on seven engines and encodes 10,000 at 989 TFLOP/s."""
+    """An H100 that decodes 140,000 frames/s on seven NVDEC engines and encodes 10,000 frames/s at 989 TFLOP/s."""
     decode = [Row("a", DALI, 140_000.0), Row("b", DALI, 200_000.0), Row("a", PYAV, 1.0)]
     hours = projection("NVIDIA H100 80GB HBM3", decode, [ClipRow(OURS, 10_000.0)])
     assert hours is not None

@@ -1,4 +1,4 @@
-"""The benchmark's honesty: wrong results get no time, red rows no speed-up, and the report says what it read."""
+"""The kernel benchmark and its report: wrong results get no time, failed rows no speed-up, tables match the files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ ROW = Row("a case", "trajectory", 8, 16, 1.0, "float32", OURS, None, 2.0, 1.9, 2
 
 
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_every_case_passes_its_own_gate(op):
+def test_ours_passes_the_gate_for_every_op(op):
     case = Case(op, 64, 128, 0.5, vocabulary=90, dtype=torch.float32)
-    assert kernel_rows.problem_of(case, OURS, CPU) is None
+    assert kernel_rows.find_problem(case, OURS, CPU) is None
     assert all(w > 0 for w in case.work)
 
 
@@ -43,7 +43,7 @@ def test_wrong_results_are_not_timed(monkeypatch):
     assert report.speedup(list(rows.values())) is None
 
 
-def test_a_peer_that_fails_at_the_real_shape_is_a_row(monkeypatch):
+def test_a_peer_that_fails_at_the_real_shape_gets_a_row(monkeypatch):
     def brittle(x: Inputs):
         right = kernel_cases.trajectory_eager(x)
 
@@ -62,7 +62,7 @@ def test_a_peer_that_fails_at_the_real_shape_is_a_row(monkeypatch):
     assert rows["brittle"].median_ms is None and rows[OURS].median_ms is not None
 
 
-def test_gate_measures_against_plain_pytorch():
+def test_the_gate_compares_with_plain_pytorch():
     exact = [torch.linspace(0, 1, 5, dtype=torch.float64)]
     plain = [exact[0].float() + 1e-3]
     assert gate([exact[0].float() + 1.9e-3], plain, exact) is None
@@ -83,14 +83,14 @@ def test_one_call_checks_times_and_writes(tmp_path, monkeypatch, capsys):
     assert "nothing is timed" in capsys.readouterr().out and not path.exists() and not commands
     monkeypatch.setattr(gpu, "kernel_tests", lambda device: None)
     assert gpu.main(call) == 0
-    # All training steps at once have just failed: one by one they fit.
+    # All training steps in one process have failed, so each runs in its own process.
     assert [c[-1] for c in commands] == ["cpu", *step.TOGETHER, step.UNSLOTH]
     call += ["--skip-steps"]
     environment, rows = report.read(path)
     assert {"device", "commit", "torch"} <= environment.keys()
     assert {r.implementation for r in rows} == set(IMPLEMENTATIONS["attention"])
     monkeypatch.setitem(kernel_rows.IMPLEMENTATIONS["attention"], OURS, lambda x: lambda: [x.upstream.clone()] * 4)
-    assert gpu.main(call) == 1, "wrong results end in an error"
+    assert gpu.main(call) == 1, "wrong results end with status 1"
 
 
 def test_report(tmp_path, capsys):
@@ -112,15 +112,15 @@ def test_report(tmp_path, capsys):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "bad.json")])
-    assert "bad.json: holds neither" in capsys.readouterr().err
+    assert "bad.json: has neither" in capsys.readouterr().err
 
 
-def test_the_readme_gets_its_tables_from_the_files(tmp_path):
+def test_the_tables_of_the_readme_are_rewritten_from_the_files(tmp_path):
     rows = [ROW, replace(ROW, implementation=PLAIN, median_ms=5.0), replace(ROW, implementation="x", median_ms=4.0)]
-    red = [replace(ROW, case="another", problem="wrong: off by 3", median_ms=None)]
+    failed = [replace(ROW, case="another", problem="wrong: off by 3", median_ms=None)]
     kernels, steps, readme = (tmp_path / name for name in ("k.json", "step_a.json", "README.md"))
     about = {"device": "a device", "commit": "abc"}
-    kernels.write_text(json.dumps({"environment": about, "rows": [r.to_json() for r in rows + red]}))
+    kernels.write_text(json.dumps({"environment": about, "rows": [r.to_json() for r in rows + failed]}))
     ours = step.Row("7b", OURS, 18e3, 17e3, 19e3, 20.0, 0.4, 70.0)
     peer = step.Row("7b", "peer", problem="not installed")
     steps.write_text(json.dumps({"environment": about, "rows": [vars(ours), vars(peer)]}))
@@ -135,12 +135,12 @@ def test_the_readme_gets_its_tables_from_the_files(tmp_path):
         and "| 7b: peer | not installed |" in text
     )
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    with pytest.raises(ValueError, match="no place"):
+    with pytest.raises(ValueError, match="no marks"):
         report.fill("nothing", "table")
 
 
-def test_readme_shows_what_was_measured():
-    """Whoever measures anew rewrites the README with the same command."""
+def test_the_readme_has_the_results_of_all_files():
+    """After new measurements, run `python -m bench.report --readme README.md`."""
     readme = Path(__file__).parents[2] / "README.md"
     text = readme.read_text()
     for path in sorted((readme.parent / "bench" / "results").glob("*.json")):

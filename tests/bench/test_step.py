@@ -1,4 +1,4 @@
-"""The training step's benchmark: what may be timed, what is shared, what a failing peer costs."""
+"""The step benchmark: which peers are timed, which weights are shared, how a failing peer is reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def problem():
     return make_problem(replace(tiny_shape(), samples=3), torch.device("cpu"), torch.float32, 4, None)
 
 
-def test_a_peer_is_timed_only_when_its_loss_is_ours(problem, monkeypatch: pytest.MonkeyPatch):
+def test_a_peer_is_timed_only_if_its_loss_agrees(problem, monkeypatch: pytest.MonkeyPatch):
     def fails(problem):
         raise RuntimeError("no such kernel\nand more")
 
@@ -38,8 +38,8 @@ def test_a_peer_is_timed_only_when_its_loss_is_ours(problem, monkeypatch: pytest
     assert rows[step.OURS].tokens_per_second > 0
 
 
-def test_unsloth_is_handed_our_weights_and_our_lora(problem, monkeypatch: pytest.MonkeyPatch):
-    """By a stand-in with unsloth's two functions: unsloth itself imports only where a GPU is."""
+def test_unsloth_gets_our_weights_and_our_lora(problem, monkeypatch: pytest.MonkeyPatch):
+    """Uses a fake with the two functions of unsloth, because unsloth can only be imported with a GPU."""
     given: list[dict[str, object]] = []
 
     class FastLanguageModel:
@@ -54,27 +54,27 @@ def test_unsloth_is_handed_our_weights_and_our_lora(problem, monkeypatch: pytest
 
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=FastLanguageModel))
     rows = {r.implementation: r for r in step.measure("tiny", problem, 1, (step.UNSLOTH,))}
-    assert rows[step.UNSLOTH].problem is None, "its loss is ours"
+    assert rows[step.UNSLOTH].problem is None, "its loss agrees with ours"
     assert (given[0]["r"], given[0]["lora_alpha"], len(given[0]["target_modules"])) == (4, 8.0, 7)
 
 
-def test_twins_share_what_is_frozen_and_nothing_else(problem):
+def test_a_copy_shares_only_the_frozen_weights(problem):
     model = problem.model
-    twin = step_problem.twin(model)
-    for (name, ours), (_, theirs) in zip(model.named_parameters(), twin.named_parameters()):
+    copy = step_problem.copy_trainable(model)
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), copy.named_parameters()):
         assert (ours is theirs) == (not ours.requires_grad), name
-    twin.quantize()
+    copy.quantize()
     assert not any(linear.quantized for linear in (model.decoder.layers[0].qkv, model.decoder.layers[0].down))
 
 
-def test_room_is_left_for_what_stands_beside():
+def test_memory_of_the_peers():
     config = paper_shape("7b").config
-    alone, both = step.beside(config, [step.OURS]), step.beside(config, [step.OURS, step.FP8])
-    assert alone == 16 * (PAPER[2].lora_rank * 2_498_560 + 600 * 4097)
-    assert both == 2 * alone + 2 * 6_476_005_376
+    ours, both = step.peer_bytes(config, [step.OURS]), step.peer_bytes(config, [step.OURS, step.FP8])
+    assert ours == 16 * (PAPER[2].lora_rank * 2_498_560 + 600 * 4097)
+    assert both == 2 * ours + 2 * 6_476_005_376
 
 
-def test_one_call_writes_only_what_was_asked_for(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_only_writes_the_selected_implementations(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
     path = tmp_path / "step.json"
     before = [{"model": m, "implementation": n} for m, n in (("tiny", "pite"), ("tiny", "x"), ("7b", "x"))]
     path.write_text(json.dumps({"environment": {}, "rows": before}))
