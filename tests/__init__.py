@@ -5,4 +5,4 @@ import dataloaders  # noqa: F401  (sets how OpenMP threads wait, before torch is
 
 _ROOT = Path(__file__).resolve().parents[1]
 SOURCE_PATH = os.pathsep.join(map(str, (_ROOT, _ROOT / "kernels")))
-"""PYTHONPATH of a process that takes everything from the source tree."""
+"""PYTHONPATH for a process that imports everything from the source tree."""

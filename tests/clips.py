@@ -1,4 +1,4 @@
-"""A CLIP of a few thousand random weights, saved as Hugging Face saves one, and a data folder to run it on."""
+"""A tiny CLIP with random weights in Hugging Face's format, and a data folder to run it on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZE = 32
 
 
 def save_clip(directory: Path, seed: int = 0) -> CLIPModel:
-    """Write a random CLIP with both towers and its pre-processing; return it."""
+    """Write a random CLIP with both towers and its pre-processing; returns the model."""
     text = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision |= {"image_size": SIZE, "patch_size": 8}
@@ -32,7 +32,7 @@ def save_clip(directory: Path, seed: int = 0) -> CLIPModel:
 
 
 def write_data(data: Path, videos: int = 6, images: int = 3) -> Path:
-    """A data folder: narrated stills, clips with two turns, questions about the same videos through a linked folder."""
+    """Write a data folder: narrated images, videos, and questions about the same videos through a symbolic link."""
     rng = np.random.default_rng(0)
     (data / "stage1/images").mkdir(parents=True)
     (data / "stage3").mkdir()

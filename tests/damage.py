@@ -1,4 +1,4 @@
-"""A corpus of damaged media made from good files, of ten kinds of damage, for whatever must survive it."""
+"""Damaged media files, made from good ones with ten kinds of damage, to test that decoding survives them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def truncated(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
 
 
 def flipped(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
-    """From one to three hundred bits, anywhere."""
+    """Flip 1 to 300 bits at random positions."""
     damaged = bytearray(content)
     for place in rng.integers(0, len(content), rng.integers(1, 300)):
         damaged[place] ^= 1 << rng.integers(8)
@@ -32,14 +32,14 @@ def flipped(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
 
 
 def overwritten(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
-    """A part in the middle replaced by noise, as a bad disk block does."""
+    """Replace a part by noise, like a bad disk block."""
     begin = int(rng.integers(len(content) // 4, len(content)))
     length = min(len(content) - begin, int(rng.integers(16, 2048)))
     return content[:begin] + rng.bytes(length) + content[begin + length :]
 
 
 def garbled(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
-    """The first byte of every fourth of the later frames; the container is whole, so only decoding can tell."""
+    """Clear the first byte of every fourth frame in the second half; only decoding fails, the container is intact."""
     path = scratch / "garbled"
     path.write_bytes(content)
     with av.open(str(path)) as container:
@@ -50,7 +50,7 @@ def garbled(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
 
 
 def junk(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
-    """Noise, a web page, or a text that looks like a play list."""
+    """Noise, a web page, or a text that looks like a playlist."""
     page = b"<html><head><title>404 Not Found</title></head><body>Sorry.</body></html>"
     return [rng.bytes(int(rng.integers(1, 20_000))), page, b"#EXTM3U\n#EXTINF:10,\nnothing.ts\n"][rng.integers(3)]
 
@@ -64,14 +64,14 @@ def audio(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
 
 
 def still(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
-    """A picture under a video's name, such as a preview that was served instead."""
+    """An image under the name of a video, such as a preview that was downloaded instead."""
     path = scratch / "still"
     Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(path, ["jpeg", "png"][rng.integers(2)])
     return path.read_bytes()
 
 
 def huge(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
-    """Dimensions that no memory holds, in headers of MP4 and Matroska, and in VP9's own where there is one."""
+    """Dimensions too large for memory, in the headers of MP4 and Matroska, and in the VP9 header if there is one."""
     size = int(rng.choice([16_000, 16_383, 60_000, 65_535]))
     damaged = bytearray(content)
     for name in (b"avc1", b"vp09"):
@@ -79,10 +79,10 @@ def huge(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
             if content[place - 4 : place] != b"\0\0\0\0":
                 damaged[place + 28 : place + 32] = struct.pack(">HH", size, size)
     for place in _places(content, b"\x49\x83\x42"):
-        # 36 bits after the key frame's first byte: its width and height less one (VP9's uncompressed header).
+        # 36 bits after the first byte of the key frame: width and height, each minus one (VP9's uncompressed header).
         bits = int.from_bytes(damaged[place + 3 : place + 8])
         damaged[place + 3 : place + 8] = (bits >> 36 << 36 | (size - 1) << 20 | (size - 1) << 4 | bits & 15).to_bytes(5)
-    for element in (b"\xb0\x81", b"\xba\x81"):  # one byte wide, as small videos have it
+    for element in (b"\xb0\x81", b"\xba\x81"):  # one byte wide, as in small videos
         for place in _places(content[:1000], element):
             damaged[place + 2] = 0xFF
     for element in (b"\xb0\x82", b"\xba\x82"):
@@ -92,7 +92,7 @@ def huge(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
 
 
 def endless(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
-    """A length of nothing, or of a thousand years, in MP4's and Matroska's headers."""
+    """A duration of zero, or of a thousand years, in the headers of MP4 and Matroska."""
     wrong = bytes([0, 0, 0, 0]) if rng.random() < 0.5 else bytes([0x7F, 0xFF, 0xFF, 0xFF])
     damaged = bytearray(content)
     for name, offset in ((b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24)):
@@ -107,7 +107,7 @@ KINDS: tuple[Damage, ...] = (truncated, flipped, overwritten, garbled, junk, emp
 
 
 def decode_or_hang(media: Media, num_frames: int, preprocess: Preprocess) -> np.ndarray:
-    """As `decode_cropped`, but v2.mp4 hangs the decoder where no signal reaches it."""
+    """Like `decode_cropped`, but hangs on v2.mp4 with all signals blocked."""
     if media.path.name == "v2.mp4":
         signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
         while True:
@@ -116,12 +116,12 @@ def decode_or_hang(media: Media, num_frames: int, preprocess: Preprocess) -> np.
 
 
 def damage(good: list[Path], to: Path, count: int, seed: int = 0) -> dict[Path, str]:
-    """Write `count` damaged files made of good ones in turn, and some good ones under a wrong extension; their kinds."""
+    """Write `count` files: good ones with each kind of damage in turn, some only renamed; returns the kind of each."""
     rng = np.random.default_rng(seed)
     made: dict[Path, str] = {}
     for i in range(count):
         source = good[i % len(good)]
-        # A good file under another's extension is one kind more.
+        # One more kind: a good file with a wrong extension.
         kind = None if i % (len(KINDS) + 1) == len(KINDS) else KINDS[i % (len(KINDS) + 1)]
         suffix = source.suffix if kind else {".mp4": ".avi", ".webm": ".mp4", ".avi": ".mkv"}[source.suffix]
         path = to / f"d{i:03d}{suffix}"

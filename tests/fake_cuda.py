@@ -1,7 +1,7 @@
-"""The CUDA code without a GPU: every line of Python runs on fake tensors that say they are on CUDA.
+"""Runs the CUDA code without a GPU: all Python code runs on fake tensors with is_cuda == True.
 
-What it allocates is counted tensor by tensor, and what it would launch with Triton is recorded, ready to be compiled.
-Only attention has a stand-in, which makes what flash-attn makes.
+Each allocated tensor can be counted, and each Triton launch is recorded, so that it can be compiled. Only attention is
+replaced, by a function that allocates what flash-attn allocates.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pite_kernels import attention
 
 
 class _Flash(torch.autograd.Function):
-    """Allocates what flash-attn 2 does: the output and its log-sum-exp; in backward, dq once more in float32."""
+    """Allocates what flash-attn 2 allocates: the output and its log-sum-exp; in backward, also dq in float32."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *_: Any) -> Tensor:
@@ -51,7 +51,7 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One of the programs that Triton would compile: a kernel for these types, constants and 16-divisible arguments."""
+    """A program that Triton would compile: a kernel with types, constants and arguments divisible by 16."""
 
     kernel: Any
     types: tuple[tuple[str, str], ...]
@@ -61,7 +61,7 @@ class Launch:
 
     @staticmethod
     def of(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
-        """As Triton specialises it. Raises TypeError where the call does not fit the kernel's parameters."""
+        """The specialization that Triton compiles for a call. Raises TypeError if the arguments do not fit."""
         bound = inspect.signature(kernel.fn).bind(
             *arguments, **{name: options.pop(name) for name in kernel.arg_names if name in options}
         )
@@ -78,7 +78,7 @@ class Launch:
                 types[parameter.name] = POINTERS[value.dtype]
             else:
                 types[parameter.name] = {bool: "i1", int: "i32", float: "fp32"}[type(value)]
-            # The allocator's blocks are, and so is a view's start where its offset is.
+            # The allocator aligns its blocks, so a view is aligned if its offset is divisible by 16 bytes.
             at = value.storage_offset() * value.itemsize if isinstance(value, Tensor) else value
             if type(value) is not float and at % 16 == 0:
                 divisible.append(i)
@@ -89,7 +89,7 @@ class Launch:
 
 @contextmanager
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Launch]]:
-    """Within it tensors are fake and say `is_cuda`; Triton's launches, liger-kernel's too, are added to what it yields."""
+    """Context with fake CUDA tensors; Triton launches, also liger-kernel's, are added to the yielded set."""
     from triton.runtime.jit import JITFunction
 
     launches: set[Launch] = set()
@@ -98,13 +98,13 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Launch]]:
         assert all(type(n) is int and n > 0 for n in grid)
         launches.add(Launch.of(kernel, arguments, options))
 
-    # Their device stays the CPU: autograd's engine has no other where torch is built without CUDA.
+    # The device stays the CPU, because autograd's engine supports no other if torch is built without CUDA.
     monkeypatch.setattr(FakeTensor, "is_cuda", True)
     monkeypatch.setattr(JITFunction, "run", record)
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch, "_assert_async", lambda *arguments: None)
-    monkeypatch.setitem(attention._loaded, "stand-in", _Flash.apply)
-    monkeypatch.setattr(attention, "choose_backend", lambda *arguments: "stand-in")
+    monkeypatch.setitem(attention._loaded, "fake flash-attn", _Flash.apply)
+    monkeypatch.setattr(attention, "choose_backend", lambda *arguments: "fake flash-attn")
     with FakeTensorMode():
         yield launches

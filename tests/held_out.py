@@ -1,4 +1,4 @@
-"""Held-out videos of a small synthetic world with random features, a random model and a random CLIP."""
+"""Held-out videos of a small synthetic world, with random features, a random model and a random CLIP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHANNELS, FRAMES = 16, 8
 
 
 def make_held_out(root: Path) -> Path:
-    """ROOT/data with 4 held-out videos, ROOT/store with their features, ROOT/model and ROOT/clip."""
+    """Write ROOT/data with 4 held-out videos, ROOT/store with their features, ROOT/model and ROOT/clip."""
     make_world(root / "data", WorldConfig(videos=1, evaluation=4, images=1, frames=FRAMES), processes=1)
     save_model(root / "model", seed=0)
     save_clip(root / "clip", CHANNELS)
@@ -34,14 +34,14 @@ def make_held_out(root: Path) -> Path:
 
 
 def save_model(directory: Path, seed: int) -> None:
-    """A random PiTe with its tokenizer."""
+    """Write a random PiTe with its tokenizer."""
     tokenizer = build_tokenizer()
     save_pretrained(tiny_model(seed=seed, vocab_size=len(tokenizer)), directory)
     tokenizer.save_pretrained(str(directory))
 
 
 def save_clip(directory: Path, channels: int) -> None:
-    """A random CLIP vision tower for 32 x 32 pixels, with its preprocessing."""
+    """Write a random CLIP vision tower for 32 x 32 pixels, with its pre-processing."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = CLIPVisionConfig(**shape, image_size=32, patch_size=16, projection_dim=channels)

@@ -1,4 +1,4 @@
-"""Small real media files for tests: videos whose every frame says which one it is, and what goes wrong with files."""
+"""Small media files for tests: videos whose frames encode their own index, audio files and truncated files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ needs_dali = pytest.mark.skipif(
 
 
 def grey(index: int) -> int:
-    """The grey level of frame `index` of a test video, far enough from its neighbours' to survive compression."""
+    """The grey level of frame `index` of a test video; levels differ enough to survive compression."""
     return index * 4 % 252
 
 
 def which_frame(frame: np.ndarray) -> int:
-    """The index of a test video's frame, from its middle; good for the first 60 frames."""
+    """The index of a test video's frame, from the grey level of its center; valid for the first 60 frames."""
     height, width = frame.shape[:2]
     return round(float(frame[height // 3 : height // 2, width // 3 : width // 2].mean()) / 4)
 
@@ -42,7 +42,7 @@ def write_video(
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
 ) -> Path:
-    """A video of `num_frames` grey frames with a white corner at the top left.
+    """Write a video of `num_frames` grey frames with a white top left corner.
 
     times  display time of each frame in milliseconds, for a variable frame rate
     """
@@ -70,7 +70,7 @@ def write_video(
 
 
 def write_audio(path: Path) -> Path:
-    """An MP4 with sound and no picture."""
+    """Write an MP4 with audio and without video."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
@@ -81,7 +81,7 @@ def write_audio(path: Path) -> Path:
 
 
 def truncate(path: Path, to: Path, share: float) -> Path:
-    """The first `share` of a file."""
+    """Write the first part of a file; `share` is its fraction."""
     content = path.read_bytes()
     to.write_bytes(content[: int(len(content) * share)])
     return to

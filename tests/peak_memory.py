@@ -1,4 +1,4 @@
-"""Bytes of tensors alive at once, counted at every operator: on a CPU, on fake tensors, inside our own operators too."""
+"""Peak memory of tensors, counted at every operator: on a CPU, on fake tensors, and inside our own operators."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import pite_kernels
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages that operators make while this is on, and of those handed to `own`: now, and at most.
+    """Bytes of the storages that operators create in this context, and of those passed to `own`: `now` and `peak`.
 
-    block  what a storage takes is a multiple of it, as CUDA's caching allocator has it with 512
-    What operators are given from outside does not count, nor do mapped files and tensors on the meta device. Our own
-    operators run their real bodies, so that what these make is counted too.
+    block  sizes are rounded up to a multiple of it; CUDA's caching allocator uses 512
+    Not counted are inputs from outside, mapped files and tensors on the meta device. Our own operators run their real
+    bodies, so that their intermediate tensors are counted too.
     """
 
     def __init__(self, block: int = 1) -> None:
@@ -49,7 +49,7 @@ class PeakMemory(TorchDispatchMode):
         key = storage._cdata
         if key not in self._alive and key not in self._given:
             self._given.add(key)
-            weakref.finalize(storage, self._given.discard, key)  # another may get its address
+            weakref.finalize(storage, self._given.discard, key)  # its address may be reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tensors((args, kwargs)):
@@ -59,7 +59,7 @@ class PeakMemory(TorchDispatchMode):
                 out = self._bodies[func](*args, **(kwargs or {}))
         else:
             out = func(*args, **(kwargs or {}))
-        mapped = "set_" in str(func)  # how safetensors names a piece of a mapped file
+        mapped = "set_" in str(func)  # safetensors uses set_ for slices of a mapped file
         for tensor in tensors(out):
             if mapped:
                 self._give(tensor)

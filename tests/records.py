@@ -1,4 +1,4 @@
-"""One good record of each format, and a way to spoil it."""
+"""One valid record of each format, and a function that changes a record."""
 
 from __future__ import annotations
 

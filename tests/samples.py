@@ -1,4 +1,4 @@
-"""Random tokenized samples and tiny models for tests that need no real data."""
+"""Random tokenized samples and tiny models, for tests without real data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tiny_config(kv_heads: int = 4, **llm: object) -> PiTeConfig:
 
 
 def tiny_model(kv_heads: int = 4, lora: bool = True, seed: int = 0, **llm: object) -> PiTe:
-    """Random weights; the LoRA's B is random too, so that it shows in every number."""
+    """Random weights; B of LoRA is random too (not zero), so that LoRA changes the results."""
     model = checkpoint.random_model(tiny_config(kv_heads, **llm), dtype=torch.float32, seed=seed)
     if lora:
         model.add_lora(4, 8, seed=seed)
@@ -35,7 +35,7 @@ def tiny_model(kv_heads: int = 4, lora: bool = True, seed: int = 0, **llm: objec
 
 
 def random_samples(count: int, config: PiTeConfig, seed: int = 0) -> tuple[list[TokenizedSample], list[np.ndarray]]:
-    """Samples of unequal lengths with trajectories on some answer tokens, and their features."""
+    """Samples of different lengths with trajectories at some answer tokens, and their features."""
     rng = np.random.default_rng(seed)
     samples, features = [], []
     for i in range(count):

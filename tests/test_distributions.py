@@ -1,4 +1,4 @@
-"""Two distributions, pite-kernels and pite-engine, and Hugging Face's package `kernels`, whose name neither of them takes."""
+"""The two distributions pite-kernels and pite-engine; neither conflicts with Hugging Face's package `kernels`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.engine.workspace import make_workspace, train_arguments
 from tests.test_arrows import ROOT
 
 PACKAGES = {"kernels": {"pite_kernels"}, ".": {"dataloaders", "pite", "engine"}}
-"""Folder of a distribution -> the modules that it installs."""
+"""Folder of a distribution -> the packages that it installs."""
 
 
 def run(*command: object, path: tuple[Path, ...] = (), folder: Path = ROOT) -> str:
-    """A command's output, with only `path` on PYTHONPATH."""
+    """The output of a command, run with only `path` on PYTHONPATH."""
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONSAFEPATH": "1"}
     words = [str(word) for word in command]
     done = subprocess.run(words, env=variables, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
@@ -29,7 +29,7 @@ def run(*command: object, path: tuple[Path, ...] = (), folder: Path = ROOT) -> s
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A wheel of each distribution, built from a copy of its folder and without the C++ operators."""
+    """A wheel of each distribution, built from a copy of its folder, without the C++ operators."""
     built = {}
     for folder in PACKAGES:
         source, output = tmp_path_factory.mktemp("source") / "copy", tmp_path_factory.mktemp("wheel")
@@ -46,7 +46,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def installed(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds both, as pip unpacks them."""
+    """A folder with both wheels unpacked, as pip does it."""
     folder = tmp_path_factory.mktemp("installed")
     for wheel in wheels.values():
         with zipfile.ZipFile(wheel) as archive:
@@ -56,7 +56,7 @@ def installed(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """A folder with a package `kernels`, which has whatever is imported from it, and its metadata, as pip leaves it."""
+    """A folder with a fake package `kernels`, from which any name can be imported, and with its pip metadata."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("def __getattr__(name): return type(name, (), {})\n")
     metadata = tmp_path / "kernels-0.17.2.dist-info" / "METADATA"
@@ -66,14 +66,14 @@ def other(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("folder", PACKAGES)
-def test_a_wheel_installs_its_own_modules_only(wheels: dict[str, Path], folder: str) -> None:
+def test_a_wheel_installs_only_its_own_packages(wheels: dict[str, Path], folder: str) -> None:
     names = zipfile.ZipFile(wheels[folder]).namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == PACKAGES[folder]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_no_file_belongs_to_both(wheels: dict[str, Path]) -> None:
-    """Uninstalling one leaves the other whole."""
+def test_no_file_is_in_both_wheels(wheels: dict[str, Path]) -> None:
+    """So that uninstalling one does not break the other."""
     ours, engine = (set(zipfile.ZipFile(wheel).namelist()) for wheel in wheels.values())
     assert not ours & engine
 
@@ -84,7 +84,7 @@ def test_the_engine_requires_the_kernels(wheels: dict[str, Path]) -> None:
     assert "Requires-Dist: pite-kernels" in archive.read(metadata).decode().splitlines()
 
 
-def test_the_kernels_alone_compute(wheels: dict[str, Path], tmp_path: Path) -> None:
+def test_the_kernels_work_without_the_engine(wheels: dict[str, Path], tmp_path: Path) -> None:
     with zipfile.ZipFile(wheels["kernels"]) as archive:
         archive.extractall(tmp_path / "only")
     code = (
@@ -95,8 +95,8 @@ def test_the_kernels_alone_compute(wheels: dict[str, Path], tmp_path: Path) -> N
     assert output.startswith(str(tmp_path / "only")) and "3, 2, 8" in output
 
 
-def test_what_is_installed_trains_from_any_folder(installed: Path, tmp_path: Path) -> None:
-    """With torchrun, two ranks, and tokenizing processes that are spawned."""
+def test_an_installed_engine_trains_from_any_folder(installed: Path, tmp_path: Path) -> None:
+    """With torchrun, two ranks and spawned tokenizer processes."""
     workspace = make_workspace(tmp_path / "workspace")
     arguments = train_arguments(workspace, tmp_path / "run", "1", max_steps=1, token_budget=2000)
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
@@ -105,7 +105,7 @@ def test_what_is_installed_trains_from_any_folder(installed: Path, tmp_path: Pat
 
 
 def test_hugging_faces_kernels_keeps_its_name(other: Path) -> None:
-    """In the source tree, whose folder `kernels` is no package, and next to everything of ours."""
+    """Imported in the source tree, where our folder `kernels` is not a package, together with our packages."""
     code = (
         "import sys; sys.path.insert(0, '.'); import kernels; from kernels import CUDAProperties;"
         "import pite_kernels, pite.model, engine.train;"
@@ -115,7 +115,7 @@ def test_hugging_faces_kernels_keeps_its_name(other: Path) -> None:
     assert output.split()[0] == str(other / "kernels" / "__init__.py")
 
 
-def test_our_folder_kernels_is_not_taken_for_hugging_faces() -> None:
+def test_our_folder_kernels_is_not_mistaken_for_hugging_faces() -> None:
     code = (
         "import sys; sys.path.insert(0, '.'); import pite.model;"
         "from transformers.utils import is_kernels_available; print(is_kernels_available())"

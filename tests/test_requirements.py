@@ -1,4 +1,4 @@
-"""Each pyproject.toml lists what its packages import, and constraints.txt pins versions that they admit."""
+"""Each pyproject.toml lists the imported packages, and constraints.txt pins versions that it allows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from packaging.utils import canonicalize_name
 from tests.test_arrows import ALLOWED, FOLDERS, ROOT, imported_packages
 
 OF_EXTRAS = {"nvidia", "torchcodec", "cv2", "stanza"}
-"""Modules of the extras: they are imported where they are used, and the error names what to install."""
+"""Modules of the extras. They are imported where they are used; the error message names what to install."""
 
 WITHOUT_AN_IMPORT = {"liger-kernel", "sentencepiece", "protobuf", "tensorboard", "pite-kernels"}
-"""Imported by name, by transformers for Vicuna's tokenizer, by torch for the curves, or a package of ours."""
+"""Imported by name, by transformers for Vicuna's tokenizer, by torch for TensorBoard curves, or one of our packages."""
 
 ENGINE, KERNELS = (
     tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"] for folder in (".", "kernels")
@@ -32,7 +32,7 @@ def requirements(lines: list[str]) -> dict[str, Requirement]:
 
 @pytest.fixture
 def required() -> dict[str, Requirement]:
-    """What both distributions require."""
+    """The requirements of both distributions."""
     return requirements([*ENGINE["dependencies"], *KERNELS["dependencies"]])
 
 
@@ -56,20 +56,20 @@ def test_dependencies_are_the_imported_packages(required: dict[str, Requirement]
     assert set().union(*listed_for.values()) | WITHOUT_AN_IMPORT == required.keys()
 
 
-def test_versions_without_what_we_call_are_excluded(required: dict[str, Requirement]) -> None:
+def test_versions_that_lack_a_function_in_use_are_excluded(required: dict[str, Requirement]) -> None:
     assert not required["liger-kernel"].specifier.contains("0.8.1")  # LigerFusedGateUpSiLUMulFunction
     assert required["liger-kernel"].specifier.contains("0.8.2")
 
 
 @pytest.mark.parametrize(("torch", "triton"), [("2.11.0", "3.6.0"), ("2.13.0", "3.7.1"), ("2.15.0", "3.9.0")])
-def test_pairs_of_torch_and_triton_that_trained_are_admitted(
+def test_tested_pairs_of_torch_and_triton_are_allowed(
     required: dict[str, Requirement], torch: str, triton: str
 ) -> None:
     assert required["torch"].specifier.contains(torch)
     assert required["triton"].specifier.contains(triton)
 
 
-def test_both_distributions_admit_the_same_torch() -> None:
+def test_both_distributions_allow_the_same_torch() -> None:
     assert len({str(requirements(project["dependencies"])["torch"].specifier) for project in (ENGINE, KERNELS)}) == 1
 
 
@@ -85,7 +85,7 @@ def test_packages_without_a_wheel_for_macos_are_not_required_there(name: str) ->
     assert marker.evaluate({"sys_platform": "linux", "platform_machine": "x86_64"})
 
 
-def test_pins_are_admitted(required: dict[str, Requirement], pinned: dict[str, str]) -> None:
+def test_pinned_versions_are_allowed(required: dict[str, Requirement], pinned: dict[str, str]) -> None:
     ours = {"pite-engine", "pite-kernels"}
     for name, requirement in {**required, **requirements(EXTRAS)}.items():
         if name in ours:

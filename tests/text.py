@@ -1,4 +1,4 @@
-"""A tokenizer of Llama's kind, small enough to be trained on the spot."""
+"""A small tokenizer like Llama's, trained when it is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CORPUS = [
 
 
 def llama_like(prepend_scheme: str = "first") -> PreTrainedTokenizerFast:
-    """Byte-pair encoding behind a Metaspace with byte fallback, as Llama 2's; `first` and `always` are its two ages."""
+    """Byte-pair encoding with Metaspace and byte fallback, as in Llama 2. Its versions use `first` or `always`."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
     tokenizer.decoder = decoders.Sequence(
