@@ -163,12 +163,12 @@ def lora_peft(x: Inputs) -> Step:
 
     def step() -> list[Tensor]:
         y = torch.cat([layer(x.hidden) for layer in layers], -1)
-        learned = [
+        trainable = [
             x.hidden,
             *(layer.lora_A["default"].weight for layer in layers),
             *(layer.lora_B["default"].weight for layer in layers),
         ]
-        y, dx, *rest = x.gradients(y, *learned, upstream=x.upstream)
+        y, dx, *rest = x.gradients(y, *trainable, upstream=x.upstream)
         return [y, dx, torch.cat(rest[:3]), torch.cat(rest[3:])]
 
     return step

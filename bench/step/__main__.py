@@ -108,7 +108,7 @@ TOGETHER = (LOOP, *(name for name in PEERS if name != UNSLOTH))
 
 @dataclass(frozen=True)
 class Row:
-    """The numbers of one implementation, or the `problem` because of which there are none.
+    """The numbers of one implementation, or the `problem`, the reason for no numbers.
 
     peak_gb       peak memory of tensors. Of ours: measured before the peers are built. Of a peer: what it allocated,
                   plus the frozen weights that it shares with ours

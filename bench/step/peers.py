@@ -201,8 +201,8 @@ def _attend(
 
 def _hf_step(model: HuggingFace, batches: list[Any], forward: Callable[..., tuple[Tensor, Tensor]]) -> Step:
     """`forward` returns the hidden states and the summed cross-entropy, from the first three entries of a batch."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=RECIPE.learning_rate, weight_decay=0.0, fused=True)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=RECIPE.learning_rate, weight_decay=0.0, fused=True)
 
     def step(update: bool = True) -> Sequence[Tensor]:
         total = torch.zeros((), device=model.head.weight.device)
@@ -211,7 +211,7 @@ def _hf_step(model: HuggingFace, batches: list[Any], forward: Callable[..., tupl
             loss.backward()
             total += loss.detach()
         if update:
-            torch.nn.utils.clip_grad_norm_(learning, RECIPE.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(trainable, RECIPE.max_grad_norm)
             optimizer.step()
         optimizer.zero_grad()
         return [total]

@@ -47,7 +47,7 @@ def paper_shape(size: str) -> Shape:
 
 
 def make_samples(shape: Shape, seed: int = 0) -> tuple[list[TokenizedSample], list[np.ndarray]]:
-    """Samples with answers of varying length (gamma of shape 2: spread .7 of the mean); 40% of the tokens have tracks."""
+    """Samples with answers of varying length (gamma of shape 2: spread .7 of the mean); 40% of tokens have tracks."""
     rng = np.random.default_rng(seed)
     config = shape.config
     samples, features = [], []

@@ -68,7 +68,7 @@ def lora_linear(
     if len(frozen) > 1 and x.is_cuda and x.dtype != torch.bfloat16:
         raise ValueError(f"lora_linear: float8 weights need bfloat16 activations on CUDA, not {x.dtype}")
     # Only torch.compile gets the torch.library operator: it adds 0.18 ms of host time per call and backward, as much as
-    # everything else here takes.
+    # everything else in this function.
     if torch.compiler.is_compiling():
         y, _ = lora_forward(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
     elif not torch.is_grad_enabled():

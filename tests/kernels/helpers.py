@@ -25,7 +25,7 @@ class Heads:
     rows: Tensor
 
     @property
-    def learned(self) -> tuple[Tensor, ...]:
+    def trainable(self) -> tuple[Tensor, ...]:
         return self.hidden, self.lm_weight, self.weight, self.bias
 
     def to(self, dtype: torch.dtype) -> Heads:

@@ -146,7 +146,7 @@ def new_varlen(recorded):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("which", ["flash_attn_interface", "varlen_attn, old", "varlen_attn, new", "xformers"])
 def test_adapters_match_the_signature_of_each_backend(which, causal, monkeypatch):
-    """The back ends need a GPU, their call signatures do not: each stand-in has the parameters of the real function."""
+    """The back ends need a GPU, their call signatures do not: each fake has the parameters of the real function."""
     recorded: dict[str, object] = {}
     if which == "flash_attn_interface":
         module, function = flash(recorded)

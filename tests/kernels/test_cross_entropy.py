@@ -20,15 +20,15 @@ def loss_of(heads: Heads, function=linear_cross_entropy, **options):
     return lambda: function(heads.hidden, heads.lm_weight, heads.target_ids, heads.target_rows, **options)
 
 
-def learned(heads: Heads):
+def trainable(heads: Heads):
     return heads.hidden, heads.lm_weight
 
 
 def compare(heads: Heads, **options) -> list[torch.Tensor]:
-    ours = run(loss_of(heads, **options), learned(heads))
+    ours = run(loss_of(heads, **options), trainable(heads))
     plain_heads, exact = heads.to(heads.hidden.dtype), heads.to(torch.float64)
-    plain = run(loss_of(plain_heads, reference.linear_cross_entropy, **options), learned(plain_heads))
-    truth = run(loss_of(exact, reference.linear_cross_entropy, **options), learned(exact))
+    plain = run(loss_of(plain_heads, reference.linear_cross_entropy, **options), trainable(plain_heads))
+    truth = run(loss_of(exact, reference.linear_cross_entropy, **options), trainable(exact))
     assert_as_accurate(ours, plain, truth)
     return ours
 
@@ -61,22 +61,22 @@ def test_ignored_ids_equal_removed_rows(with_rows):
             heads.hidden, heads.lm_weight, ids, rows if with_rows else None, label_smoothing=0.1, ignore_index=-7
         )
 
-    expected = run(loss_of(short, label_smoothing=0.1), learned(short))
-    for a, b in zip(run(ignoring, learned(heads)), expected):
+    expected = run(loss_of(short, label_smoothing=0.1), trainable(short))
+    for a, b in zip(run(ignoring, trainable(heads)), expected):
         torch.testing.assert_close(a, b)
 
 
 def test_the_loss_without_supervised_rows_is_zero_not_nan():
     for heads in (make_heads(supervised=0), replace(make_heads(), target_ids=torch.full((13,), -100))):
-        for result in run(loss_of(heads, label_smoothing=0.1), learned(heads)):
+        for result in run(loss_of(heads, label_smoothing=0.1), trainable(heads)):
             assert torch.count_nonzero(result) == 0
 
 
 def test_normalizer():
     heads = make_heads()
-    for result in run(loss_of(heads, normalizer=torch.tensor(0.0)), learned(heads)):
+    for result in run(loss_of(heads, normalizer=torch.tensor(0.0)), trainable(heads)):
         assert torch.count_nonzero(result) == 0
-    own, twice = (run(loss_of(heads, normalizer=n), learned(heads)) for n in (None, torch.tensor(26.0)))
+    own, twice = (run(loss_of(heads, normalizer=n), trainable(heads)) for n in (None, torch.tensor(26.0)))
     for a, b in zip(own, twice):
         torch.testing.assert_close(a, 2 * b)
 
@@ -84,8 +84,10 @@ def test_normalizer():
 def test_bias_and_its_gradient():
     heads = make_heads()
     bias = torch.randn(50, requires_grad=True)
-    ours = run(loss_of(heads, bias=bias, label_smoothing=0.1), (*learned(heads), bias))
-    plain = run(loss_of(heads, reference.linear_cross_entropy, bias=bias, label_smoothing=0.1), (*learned(heads), bias))
+    ours = run(loss_of(heads, bias=bias, label_smoothing=0.1), (*trainable(heads), bias))
+    plain = run(
+        loss_of(heads, reference.linear_cross_entropy, bias=bias, label_smoothing=0.1), (*trainable(heads), bias)
+    )
     for a, b in zip(ours, plain):
         torch.testing.assert_close(a, b)
 
@@ -121,7 +123,7 @@ def test_any_strides_and_repeated_rows():
 
 def test_no_rows_of_hidden():
     for result in run(
-        loss_of(empty := make_heads(tokens=0, supervised=0, count=0), label_smoothing=0.1), learned(empty)
+        loss_of(empty := make_heads(tokens=0, supervised=0, count=0), label_smoothing=0.1), trainable(empty)
     ):
         assert torch.count_nonzero(result) == 0
 
@@ -133,7 +135,7 @@ def test_more_than_two_to_the_31_elements():
     heads = make_heads(tokens=3)
     far.copy_(heads.hidden.detach())
     moved = replace(heads, hidden=far.requires_grad_())
-    assert_bitwise(*(run(loss_of(h, label_smoothing=0.1), learned(h)) for h in (heads, moved)))
+    assert_bitwise(*(run(loss_of(h, label_smoothing=0.1), trainable(h)) for h in (heads, moved)))
 
 
 def test_extreme_logits_stay_finite():
@@ -145,11 +147,11 @@ def test_extreme_logits_stay_finite():
 def test_gradients_accumulate_and_repeat_bitwise():
     heads = make_heads(tokens=400, supervised=500, vocabulary=300)
     loss = loss_of(heads, label_smoothing=0.1)()
-    once = torch.autograd.grad(loss, learned(heads), retain_graph=True)
+    once = torch.autograd.grad(loss, trainable(heads), retain_graph=True)
     loss.backward(retain_graph=True)
     loss.backward()
-    assert_bitwise([leaf.grad for leaf in learned(heads)], [2 * g for g in once])
-    assert_bitwise(once, torch.autograd.grad(loss_of(heads, label_smoothing=0.1)(), learned(heads)))
+    assert_bitwise([leaf.grad for leaf in trainable(heads)], [2 * g for g in once])
+    assert_bitwise(once, torch.autograd.grad(loss_of(heads, label_smoothing=0.1)(), trainable(heads)))
 
 
 @pytest.mark.parametrize("bad", [-1, 50])
@@ -202,6 +204,6 @@ def test_compiled_equals_eager_bitwise():
     ignored = replace(heads, target_ids=ids)
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     eager, graph = (
-        run(loss_of(ignored, f, label_smoothing=0.1), learned(ignored), 1.0) for f in (linear_cross_entropy, compiled)
+        run(loss_of(ignored, f, label_smoothing=0.1), trainable(ignored), 1.0) for f in (linear_cross_entropy, compiled)
     )
     assert_bitwise(eager, graph)

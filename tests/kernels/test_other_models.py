@@ -198,11 +198,11 @@ def test_loss_and_gradients_equal_those_of_the_models_own_code(name):
     model = family.model.eval()
     head = nn.Linear(32, POINTS * FRAMES * 2)
     documents = [document(family, words, seed) for seed, words in enumerate((5, 8))]
-    learned = {**dict(model.named_parameters()), "head.weight": head.weight, "head.bias": head.bias}
+    trainable = {**dict(model.named_parameters()), "head.weight": head.weight, "head.bias": head.bias}
 
     def gradients(loss: Tensor) -> dict[str, Tensor]:
-        values = torch.autograd.grad(loss, list(learned.values()), allow_unused=True)
-        return {n: g for n, g in zip(learned, values) if g is not None}
+        values = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
+        return {n: g for n, g in zip(trainable, values) if g is not None}
 
     model.set_attn_implementation("sdpa")
     own = own_loss(model, head, documents)

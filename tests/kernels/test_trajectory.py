@@ -19,15 +19,15 @@ def loss_of(heads: Heads, function=trajectory_l1, **options):
     return lambda: function(heads.hidden, heads.weight, heads.bias, heads.targets, heads.rows, **options)
 
 
-def learned(heads: Heads):
+def trainable(heads: Heads):
     return heads.hidden, heads.weight, heads.bias
 
 
 def compare(heads: Heads, **options) -> list[torch.Tensor]:
-    ours = run(loss_of(heads, **options), learned(heads))
+    ours = run(loss_of(heads, **options), trainable(heads))
     plain_heads, exact = heads.to(heads.hidden.dtype), heads.to(torch.float64)
-    plain = run(loss_of(plain_heads, reference.trajectory_l1, **options), learned(plain_heads))
-    truth = run(loss_of(exact, reference.trajectory_l1, **options), learned(exact))
+    plain = run(loss_of(plain_heads, reference.trajectory_l1, **options), trainable(plain_heads))
+    truth = run(loss_of(exact, reference.trajectory_l1, **options), trainable(exact))
     assert_as_accurate(ours, plain, truth)
     return ours
 
@@ -61,20 +61,20 @@ def test_absent_points_have_no_loss():
 @pytest.mark.parametrize("shape", [{"count": 0}, {"count": 0, "tokens": 0}, {"absent": 1.0}])
 def test_the_loss_without_targets_is_zero_not_nan(shape):
     heads = make_heads(**shape)
-    for result in run(loss_of(heads), learned(heads)):
+    for result in run(loss_of(heads), trainable(heads)):
         assert torch.count_nonzero(result) == 0
 
 
 def test_normalizer_zero_is_zero_not_nan():
     heads = make_heads()
-    for result in run(loss_of(heads, normalizer=torch.tensor(0.0)), learned(heads)):
+    for result in run(loss_of(heads, normalizer=torch.tensor(0.0)), trainable(heads)):
         assert torch.count_nonzero(result) == 0
 
 
 def test_normalizer_of_the_global_batch():
     heads = make_heads()
     count = (heads.targets != -1).sum().float()
-    own, twice = (run(loss_of(heads, normalizer=n), learned(heads)) for n in (None, 2 * count))
+    own, twice = (run(loss_of(heads, normalizer=n), trainable(heads)) for n in (None, 2 * count))
     for a, b in zip(own, twice):
         torch.testing.assert_close(a, 2 * b)
 
@@ -101,7 +101,7 @@ def test_more_than_two_to_the_31_elements():
     far.copy_(near)
     heads = make_heads(tokens=3)
     expected, got = (
-        run(loss_of(h), learned(h)) for h in (replace(heads, hidden=x.requires_grad_()) for x in (near, far))
+        run(loss_of(h), trainable(h)) for h in (replace(heads, hidden=x.requires_grad_()) for x in (near, far))
     )
     assert_bitwise(expected, got)
 
@@ -110,12 +110,12 @@ def test_each_gradient_has_the_dtype_of_its_input():
     heads = make_heads(torch.bfloat16)
     weight, bias = (t.detach().float().requires_grad_() for t in (heads.weight, heads.bias))
     mixed = replace(heads, weight=weight, bias=bias)
-    results = run(loss_of(mixed), learned(mixed))
+    results = run(loss_of(mixed), trainable(mixed))
     assert [r.dtype for r in results] == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
     exact = heads.to(torch.float64)
-    truth = run(loss_of(exact, reference.trajectory_l1), learned(exact))
+    truth = run(loss_of(exact, reference.trajectory_l1), trainable(exact))
     plain_heads = heads.to(torch.bfloat16)
-    plain = run(loss_of(plain_heads, reference.trajectory_l1), learned(plain_heads))
+    plain = run(loss_of(plain_heads, reference.trajectory_l1), trainable(plain_heads))
     assert_as_accurate(results, plain, truth)
 
 
@@ -136,16 +136,16 @@ def test_no_bias_and_frozen_inputs():
 def test_gradients_accumulate():
     heads = make_heads()
     loss = loss_of(heads)()
-    once = torch.autograd.grad(loss, learned(heads), retain_graph=True)
+    once = torch.autograd.grad(loss, trainable(heads), retain_graph=True)
     loss.backward(retain_graph=True)
     loss.backward()
-    for leaf, gradient in zip(learned(heads), once):
+    for leaf, gradient in zip(trainable(heads), once):
         torch.testing.assert_close(leaf.grad, 2 * gradient, rtol=0, atol=0)
 
 
 def test_repeated_calls_are_bitwise_equal():
     heads = make_heads(tokens=600, count=1500, depth=64)
-    runs = [run(loss_of(heads), learned(heads)) for _ in range(3)]
+    runs = [run(loss_of(heads), trainable(heads)) for _ in range(3)]
     assert_bitwise(runs[0], runs[1])
     assert_bitwise(runs[0], runs[2])
 
@@ -227,5 +227,6 @@ def test_compiled_equals_eager_bitwise():
     heads = make_heads()
     compiled = torch.compile(trajectory_l1, fullgraph=True, backend="aot_eager")
     assert_bitwise(
-        run(loss_of(heads), learned(heads), upstream=1.0), run(loss_of(heads, compiled), learned(heads), upstream=1.0)
+        run(loss_of(heads), trainable(heads), upstream=1.0),
+        run(loss_of(heads, compiled), trainable(heads), upstream=1.0),
     )

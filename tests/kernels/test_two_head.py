@@ -34,7 +34,7 @@ def losses_of(heads: Heads, function=two_head_loss, normalizers=(None, None), ab
 def results(heads: Heads, upstream=(0.7, 0.3, -0.2), **options) -> list[torch.Tensor]:
     losses = losses_of(heads, **options)
     total = sum(u * loss for u, loss in zip(upstream, losses) if u)
-    gradients = torch.autograd.grad(total, heads.learned)
+    gradients = torch.autograd.grad(total, heads.trainable)
     # `assert_as_accurate` expects the gradient of the hidden states second.
     return [losses[0].detach(), *gradients, *(loss.detach() for loss in losses[1:])]
 
@@ -82,7 +82,7 @@ def test_repeated_calls_are_bitwise_equal():
     heads = make_heads(tokens=400, count=900, supervised=700)
     assert_bitwise(results(heads), results(heads))
     loss = losses_of(heads)[0]
-    first, second = (torch.autograd.grad(loss, heads.learned, retain_graph=True) for _ in range(2))
+    first, second = (torch.autograd.grad(loss, heads.trainable, retain_graph=True) for _ in range(2))
     assert_bitwise(first, second)
 
 
@@ -98,10 +98,10 @@ def test_any_strides():
 def test_gradients_accumulate():
     heads = make_heads()
     loss = losses_of(heads)[0]
-    once = torch.autograd.grad(loss, heads.learned, retain_graph=True)
+    once = torch.autograd.grad(loss, heads.trainable, retain_graph=True)
     loss.backward(retain_graph=True)
     loss.backward()
-    assert_bitwise([t.grad for t in heads.learned], [2 * g for g in once])
+    assert_bitwise([t.grad for t in heads.trainable], [2 * g for g in once])
 
 
 def test_raises_the_errors_of_the_two_losses():

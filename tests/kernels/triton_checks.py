@@ -371,7 +371,7 @@ def test_two_heads_through_the_public_function(dtype, shape, monkeypatch):
     def loss(h: Heads, function=reference.two_head_loss):
         inputs = (h.hidden, h.lm_weight, h.target_ids, h.target_rows, h.weight, h.bias, h.targets, h.rows)
         value, _, _ = function(*inputs, label_smoothing=0.1, weight=2.0, normalizers=(None, None))
-        return value, h.learned
+        return value, h.trainable
 
     ours = expected(heads, lambda h: loss(h, two_head_loss))
     plain, truth = (expected(heads.to(d), loss) for d in (dtype, torch.float64))

@@ -1,6 +1,6 @@
 """The trajectory L1 loss in Triton: three GEMMs over the M selected rows, with the elementwise work in their epilogues.
 
-forward   P = X W', in registers only; written are the signs S of P + b - t (int8) and one partial loss per tile
+forward   P = X W', kept in registers; writes the signs S of P + b - t (int8) and one partial loss per tile
 dX        S W, written or accumulated directly into the selected rows of a (T, d) gradient
 dW        S' X with gathered rows of X, split along the rows into float32 partials, which are summed in a fixed order
 
@@ -131,9 +131,9 @@ def trajectory_l1_fwd_kernel(
 
 @triton.jit
 def trajectory_l1_bwd_link_rows_kernel(rows_ptr, head_ptr, next_ptr, count, num_rows, BLOCK: tl.constexpr):
-    """One program: links BLOCK targets to the earlier ones that select the same row.
+    """One program: puts each of BLOCK targets at the head of the linked list of its row.
 
-    rows (count,) int64; head (num_rows,) int32: a target of each row, -1 for none; next (count,) int32: -1 ends a list
+    rows (count,) int64; head (num_rows,) int32: the first target of each row, or -1; next (count,) int32: -1 at the end
     """
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + m, mask=m < count, other=-1)  # (BLOCK,)
@@ -175,7 +175,7 @@ def trajectory_l1_bwd_dx_kernel(
     w_ptr = weight_ptr + k[:, None].to(tl.int64) * depth + n[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dtype = weight_ptr.dtype.element_ty
-    if tl.max(link) < 0:
+    if tl.max(link) < 0:  # no target of this tile has a next one in its list
         for start in range(0, outputs, BLOCK_K):  # loads w (BLOCK_K, BLOCK_N), s (BLOCK_M, BLOCK_K)
             w = tl.load(w_ptr, mask=(k[:, None] < outputs - start) & (n < depth)[None, :], other=0.0)
             s = tl.load(s_ptr, mask=inside_tile[:, None] & (k[None, :] < outputs - start), other=0)
