@@ -57,8 +57,9 @@ def lora_bwd_thin_products_kernel(
             n = ((step + skip) % steps) * SWEEP + tl.arange(0, SWEEP)
             at = m[:, None].to(tl.int64) * grad_stride + n[None, :]
             grad = tl.load(grad_ptr + at, mask=(m < last)[:, None] & (n < width)[None, :], other=0.0)  # (OWN, SWEEP)
-            at = n[:, None] * rank + r[None, :]
-            b = tl.load(b_ptr + at, mask=(n < width)[:, None] & (r < rank)[None, :], other=0.0)  # (SWEEP, RANK)
+            b = tl.load(
+                b_ptr + n[:, None] * rank + r[None, :], mask=(n < width)[:, None] & (r < rank)[None, :], other=0.0
+            )  # (SWEEP, RANK)
             acc = tl.dot(grad, b, acc, input_precision="ieee")
         out = grad_low_ptr + m[:, None].to(tl.int64) * low_stride + r[None, :]
         keep = (m < last)[:, None] & (r < rank)[None, :]
