@@ -60,7 +60,7 @@ COLUMNS = {
     "l1": "trajectory L1",
     "l1_constant": "best constant",
     "miou": "grounding mIoU",
-    "blind": "query-blind",
+    "blind": "question-blind",
 }
 
 
@@ -112,7 +112,7 @@ def measure(output: Path, folder: Path, answers: Path, stage2: Path | None) -> d
     truth = read_ground_truth(evaluation / "activitynet_captions.json")
     frames = Generator.from_pretrained(folder / "stage3" / "final").model.config.num_frames
     every, _ = measure_grounding(read_predictions(answers, truth), truth, frames)
-    found = {"miou": every.miou, "blind": every.query_blind}
+    found = {"miou": every.miou, "blind": every.question_blind}
     if stage2 is not None:
         features = FeatureStore(output / "store" / "videos").read
         scores = measure_trajectories(Generator.from_pretrained(stage2), evaluation / "pite_143k.jsonl", features)

@@ -104,7 +104,9 @@ def build_model(
             of the last one
     fp8     whether to quantize the layers' frozen weights to float8, after everything is merged into them
     """
-    origin = checkpoint.Origin(config, llm, [*map(Path, merged)], dtype=dtype, device=str(world.device), seed=seed)
+    origin = checkpoint.WeightLoader(
+        config, llm, [*map(Path, merged)], dtype=dtype, device=str(world.device), seed=seed
+    )
     model = origin.without_layers()
     if merged:
         checkpoint.load_heads(model, Path(merged[-1]))
@@ -125,7 +127,7 @@ def build_model(
     if mesh is not None:
         shard_frozen(model, mesh)
     model.set_trainable(recipe.trainable_modules)
-    model.decoder.recompute(layout.recompute)
+    model.decoder.checkpoint_activations(layout.recompute)
     return model
 
 

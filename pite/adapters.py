@@ -1,4 +1,4 @@
-"""Which PEFT adapters can be loaded: plain LoRA, and nothing that changes the arithmetic in another way."""
+"""Checks a PEFT adapter's configuration: only plain LoRA is supported."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ CONFIG = "adapter_config.json"
 _WITHOUT_EFFECT = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "layers_pattern", "runtime_config"),
-    # Settings of initialisations and variants that other fields switch on.
+    # Settings of initialisations and variants that other fields enable.
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core"),
 }
-"""Fields of PEFT's LoraConfig that are read here, or that leave the result of a trained adapter as it is."""
+"""Fields of PEFT's LoraConfig that are read here, or that do not change what a trained adapter computes."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    # Those that leave the base weights as they are; pissa, olora, corda, loftq and lora_ga change them.
+    # These do not change the base weights; pissa, olora, corda, loftq and lora_ga do.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
 def plain_lora(directory: Path, layers: int) -> tuple[int, float]:
-    """Rank and alpha of the PEFT adapter in a directory, for a model of so many decoder layers.
+    """Rank and alpha of the PEFT adapter in a directory, for a model with `layers` decoder layers.
 
-    Raises ValueError naming the file and the field for every kind but plain LoRA: a field that changes the arithmetic
-    and is not neutral is refused, and so is one that is not in PEFT's LoraConfig of today unless it is null or empty.
+    Raises ValueError, naming the file and the field, for anything but plain LoRA. A field that changes the arithmetic
+    must have its neutral value. A field that this version of PEFT's LoraConfig does not have must be null or empty.
     """
     path = directory / CONFIG
     if not path.exists():
-        raise ValueError(f"{directory} holds no {CONFIG}: it is no PEFT adapter")
+        raise ValueError(f"{directory} has no {CONFIG}: it is not a PEFT adapter")
     given = read_json_object(path)
     for name, value in given.items():
         if name not in _WITHOUT_EFFECT and not _is_neutral(name, value, layers):

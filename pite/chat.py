@@ -1,7 +1,8 @@
 """One question about one video: `python -m pite.chat --model DIR --video V --query Q [--trajectory overlay.mp4]`.
 
-`--trajectory` draws where the objects that the answer names are predicted to be, each during the time that its own
-sentence gives and else throughout. Which words name an object: `pite.mentions`; `--phrase` says it by hand.
+`--trajectory` draws the predicted trajectory of each object that the answer names: during the interval that the
+object's sentence gives, or in every frame if it gives none. `pite.mentions` finds the objects; `--phrase` names them by
+hand.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataloaders.decode.video import decode_video
 from pite import devices
 from pite.clip import ClipEncoder
 from pite.draw import Track, save_video
-from pite.evaluate.trajectories import caution
+from pite.evaluate.trajectories import trajectory_head_warning
 from pite.generate import Answer, Generator
 from pite.mentions import Phrase, find_named, find_phrases
 
@@ -29,9 +30,9 @@ CLIP = "openai/clip-vit-large-patch14"
 def named_tracks(
     generator: Generator, question: str, features: np.ndarray, answer: Answer, names: Sequence[str] = ()
 ) -> list[Track]:
-    """Predicted track of each noun phrase of an answer, or of each place that says one of `names`.
+    """Predicted track of each noun phrase of an answer, or of each occurrence of one of `names`.
 
-    A phrase's track is the mean over its tokens, which in training all learn the same one.
+    A phrase's track is the mean over its tokens: in training all tokens of a phrase have the same target.
     """
     num_frames = generator.model.config.num_frames
     phrases = find_named(answer.text, names, num_frames) if names else find_phrases(answer.text, num_frames)
@@ -47,9 +48,9 @@ def named_tracks(
 
 
 def token_spans(generator: Generator, answer: Answer) -> np.ndarray:
-    """Characters (L, 2) of `answer.text` that each generated token gave, start and end exclusive.
+    """Character span (L, 2) in `answer.text` of each generated token: start, and end (exclusive).
 
-    Found by decoding every prefix: tokenizing the text again need not give the tokens that were generated.
+    Every prefix is decoded, because tokenizing the text again may give other tokens than were generated.
     """
     texts = [
         str(generator.tokenizer.decode(list(answer.token_ids[:count]), skip_special_tokens=True))
@@ -83,17 +84,17 @@ def _chat(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
     if not 0 <= arguments.temperature < math.inf:
         raise ValueError(f"--temperature must be 0 or more, not {arguments.temperature}")
-    devices.take(arguments.device)
+    devices.select(arguments.device)
     generator = Generator.from_pretrained(arguments.model, device=arguments.device)
     clip = ClipEncoder(arguments.clip, arguments.device)
     config = generator.model.config
     if clip.channels != config.vision_feature_size:
         raise ValueError(
-            f"{arguments.clip} gives {clip.channels} numbers per frame and {arguments.model} learned from "
-            f"{config.vision_feature_size}: give --clip the encoder that made its features"
+            f"{arguments.clip} gives {clip.channels} numbers per frame, but {arguments.model} was trained on "
+            f"{config.vision_feature_size}: pass --clip the encoder that made its features"
         )
     frames = decode_video(arguments.video, config.num_frames)
-    # Half precision, as the stored features were in training.
+    # Half precision, as the stored features in training.
     features = clip.encode(np.stack([clip.preprocess.cropped(frame) for frame in frames])).half().cpu().numpy()
     (answer,) = generator.answer(
         [arguments.query],
@@ -106,9 +107,9 @@ def _chat(arguments: argparse.Namespace) -> None:
         return
     tracks = named_tracks(generator, arguments.query, features, answer, arguments.phrase)
     if not tracks and arguments.phrase:
-        raise ValueError(f"the answer does not say {' or '.join(map(repr, arguments.phrase))}: nothing was drawn")
-    if doubt := caution(arguments.model):
-        print(f"pite.chat: {doubt}", file=sys.stderr)
+        raise ValueError(f"the answer does not contain {' or '.join(map(repr, arguments.phrase))}: nothing was drawn")
+    if warning := trajectory_head_warning(arguments.model):
+        print(f"pite.chat: {warning}", file=sys.stderr)
     save_video(arguments.trajectory, frames, tracks)
     print(
         f"{arguments.trajectory}: {', '.join(track.label for track in tracks) or 'the answer names no object'}",
@@ -137,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         "--phrase",
         action="append",
         default=[],
-        help="draw this phrase of the answer instead of those found by rule; may be given again",
+        help="draw this phrase of the answer instead of the phrases found by rule; can be repeated",
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="(default: %(default)s)")

@@ -1,10 +1,10 @@
 """A PiTe model on disk, in two layouts.
 
-whole   config.json + weights under published names (`model.vision_adapter.weight`, `model.layers.0...`): what
-        `save_pretrained` writes, what the authors' code reads, and, without PiTe's own tensors, any Hugging Face Llama.
-        `pite.export` keeps those tensors apart, in `pite.safetensors`.
-stage   what a training stage leaves: a PEFT adapter, `pite.safetensors` (adapter and heads) and `lineage.json`, which
-        names the language model and the earlier stages' adapters that are merged underneath, with checksums.
+whole   config.json and weights under published names (`model.vision_adapter.weight`, `model.layers.0...`).
+        `save_pretrained` writes it and the authors' code reads it. Without PiTe's own tensors it is a Hugging Face
+        Llama. `pite.export` writes PiTe's own tensors to a separate file, `pite.safetensors`.
+stage   the output of a training stage: a PEFT adapter, `pite.safetensors` (adapter and heads) and `lineage.json`, which
+        names the language model and the earlier stages' adapters that are merged into it, with checksums.
 
 Only safetensors, JSON and `torch.load(weights_only=True)` are read.
 """
@@ -39,20 +39,21 @@ from pite.shards import sharded, write_index
 SHARD_BYTES = 5 * 2**30
 LINEAGE, HEADS_FILE, ADAPTER_FILE = "lineage.json", "pite.safetensors", "adapter_model.safetensors"
 EXPORT = "export.json"
-"""What `pite.export` leaves in its folder: the format, and what is remembered of each stage."""
+"""The record that `pite.export` writes into its folder: the format, and a summary of each stage."""
 
 
 def resolve(path_or_name: str | Path) -> Path:
-    """The local directory of a language model, or a PiTe model, given by path or by Hugging Face name. Raises ValueError."""
+    """Local directory of a language model or a PiTe model, from a path or a Hugging Face name. Raises ValueError."""
     return hub.resolve(path_or_name, ("*.json", "tokenizer*", HEADS_FILE, ADAPTER_FILE))
 
 
 def from_pretrained(directory: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PiTe:
     """Load a stage's output, an export, a published-layout directory or a plain Llama's.
 
-    directory  or a Hugging Face name, such as that of an export that was pushed
-    A stage's own LoRA stays separate (trainable, exportable), earlier ones are merged. Raises ValueError naming the file
-    and tensor when something is missing, of the wrong shape, or altered since the lineage was written.
+    directory  a path, or a Hugging Face name such as that of a pushed export
+    The stage's own LoRA stays separate (trainable, exportable); the LoRA of earlier stages is merged into the weights.
+    Raises ValueError, naming the file and tensor, when something is missing, has the wrong shape, or was altered since
+    the lineage was written.
     """
     path = resolve(directory)
     if (path / LINEAGE).exists():
@@ -63,13 +64,13 @@ def from_pretrained(directory: Path | str, dtype: torch.dtype = torch.float32, d
 def load_language_model(
     directory: Path, config: PiTeConfig, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0
 ) -> PiTe:
-    """Load a whole-layout or plain Llama directory; PiTe's tensors that it lacks are initialised, the same each time."""
-    return Origin(config, directory, dtype=dtype, device=device, seed=seed).model()
+    """Load a whole-layout or plain Llama directory. PiTe's tensors that it lacks are initialised from `seed`."""
+    return WeightLoader(config, directory, dtype=dtype, device=device, seed=seed).model()
 
 
 def random_model(config: PiTeConfig, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> PiTe:
     """A model of the right shape with random weights, for throughput runs and tests."""
-    return Origin(config, None, dtype=dtype, device=device, seed=seed).model()
+    return WeightLoader(config, None, dtype=dtype, device=device, seed=seed).model()
 
 
 def empty(config: PiTeConfig, dtype: torch.dtype, device: str) -> PiTe:
@@ -79,14 +80,15 @@ def empty(config: PiTeConfig, dtype: torch.dtype, device: str) -> PiTe:
     return model if device == "meta" else model.to_empty(device=device)
 
 
-class Origin:
-    """What a model is filled from, one decoder layer at a time: files or random numbers, earlier stages merged in.
+class WeightLoader:
+    """Fills a model one decoder layer at a time, from files or random numbers, with earlier stages merged in.
 
     llm     directory of a whole model or plain Llama; None for random weights, which have no earlier stages
-    merged  directories of earlier stages' adapters, in order: a weight and all its updates are summed in float32 and
+    merged  directories of earlier stages' adapters, in order; a weight and all its updates are summed in float32 and
             rounded once to `dtype` (docs/training.md, "Merging and rounding")
-    device  where each part is made: the host holds no more than a tensor on its way there, and mapped files
-    All names and shapes are compared at once. Raises ValueError naming the directory and tensor that do not fit.
+    device  where each tensor is made; host memory holds one tensor at a time, plus mapped files
+    The constructor compares all names and shapes. It raises ValueError, naming the directory and the tensor, when one
+    does not fit.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class Origin:
         self._adapters = [Adapter(directory, config) for directory in merged]
 
     def model(self) -> PiTe:
-        """The whole."""
+        """The complete model."""
         model = self.without_layers()
         for _ in self.layers(model):
             pass
@@ -131,22 +133,22 @@ class Origin:
         return model
 
     def layers(self, model: PiTe) -> Iterator[int]:
-        """Fill a model's decoder layers in order, each when the one before has been dealt with; gives their numbers."""
+        """Fill a model's decoder layers in order, lazily; yields the index of each layer once it is filled."""
         for i, layer in enumerate(model.decoder.layers):
             layer.to_empty(device=self._device)
             self._fill(names.layer_tensors(model, i))
             yield i
 
     def weight(self, name: str) -> Tensor:
-        """One of the language model's tensors: as it is on disk, or float32 where earlier stages have updates of it.
+        """One of the language model's tensors: as stored, or float32 if earlier stages have updates for it.
 
-        The updates are added in order; nothing is rounded to the model's dtype yet.
+        Updates are added in order. Nothing is rounded to the model's dtype yet.
         """
         assert self._weights is not None
         updates = [adapter for adapter in self._adapters if adapter.touches(name)]
         if not updates:
             return self._weights[name]
-        # Moved first: a conversion between devices would be made on the host.
+        # Moved before the conversion, which would otherwise run on the host.
         total = self._weights[name].to(self._device).float()
         for adapter in updates:
             total += adapter.update(name, self._device)
@@ -163,11 +165,11 @@ class Origin:
 
 
 def save_pretrained(model: PiTe, directory: Path | str) -> None:
-    """Write the whole layout under published names, LoRA merged into a copy of each weight; shards of at most 5 GiB.
+    """Write the whole layout under published names, with the LoRA merged into copies; shards of at most 5 GiB.
 
-    Weights of an earlier model in the directory, of whatever sharding, and its index are removed. A kill or a full disk
-    leaves the earlier model whole, the new one whole, or a directory without config.json, which is refused.
-    Raises ValueError for a directory that holds a training stage.
+    Removes the weights and the index of an earlier model in the directory, however it was sharded. After a kill or a
+    full disk the directory holds the complete earlier model, the complete new one, or no config.json; loading refuses
+    the last. Raises ValueError for a directory that holds a training stage.
     """
     directory = Path(directory)
     if (directory / LINEAGE).exists():
@@ -193,9 +195,10 @@ def save_stage(model: PiTe, directory: Path, lineage: dict[str, Any]) -> None:
     """Write a stage's files into an existing directory: PEFT adapter, heads, config and lineage with checksums.
 
     lineage  {"stage", "language_model": directory or Hugging Face name, "merged": [directories of earlier stages, in
-             order]} and whatever else should be remembered; paths are kept relative, checksums are added
+             order]} and any further fields to record; paths are stored relative, checksums are added
 
-    PEFT's base is what the adapter was trained on: the language model, or the last stage merged into it.
+    The base model in PEFT's configuration is what the adapter was trained on: the language model, or the last stage
+    merged into it.
     """
     _, linear, _ = next(names.linear_layers(model))
     assert linear.lora_b is not None, "a stage trains a LoRA"
@@ -219,7 +222,7 @@ def describe_stage(directory: Path, lineage: dict[str, Any], rank: int, alpha: f
         target_modules=sorted(part.split(".")[1] for parts in names.PROJECTIONS.values() for part in parts),
         inference_mode=True,
     ).save_pretrained(str(directory))
-    # The directory is renamed into place later, to a sibling: paths relative to its parent stay true.
+    # The directory is later renamed to a sibling: paths relative to its parent stay valid.
     merged = [
         {"path": _relative(path, directory.parent), "sha256": sha256(Path(path) / ADAPTER_FILE)}
         for path in lineage["merged"]
@@ -235,12 +238,12 @@ def describe_stage(directory: Path, lineage: dict[str, Any], rank: int, alpha: f
 
 
 def _relative(path: str | Path, start: Path) -> str:
-    """A path from `start`, both without symbolic links: `..` leads out of a link's target, not of the link."""
+    """`path` relative to `start`, both with symbolic links resolved: `..` leaves a link's target, not the link."""
     return os.path.relpath(Path(path).resolve(), start.resolve())
 
 
 def read_lineage(directory: Path) -> dict[str, Any]:
-    """The lineage of a stage directory, its files checked against their checksums; its paths made absolute."""
+    """The lineage of a stage directory, with absolute paths. Checks every file against its checksum."""
     directory = directory.resolve()
     lineage = _parse_lineage(directory)
     _check_whole(directory, lineage)
@@ -256,9 +259,9 @@ def read_lineage(directory: Path) -> dict[str, Any]:
 
 
 def history(directory: Path) -> list[dict[str, Any]]:
-    """What is remembered of each stage whose learning a directory holds, in order; nothing for the published layout.
+    """The record of each training stage that a directory contains, in order; empty for the published layout.
 
-    Each has at least its number, "stage", and the checksums of its "files".
+    Each record has at least its number, "stage", and the checksums of its "files".
     """
     if (directory / EXPORT).exists():
         return list(read_json_object(directory / EXPORT).get("stages", ()))
@@ -270,12 +273,12 @@ def history(directory: Path) -> list[dict[str, Any]]:
 
 
 def stages(directory: Path) -> tuple[int, ...]:
-    """The stages whose learning a directory holds, in order; none for the published layout."""
+    """Numbers of the training stages that a directory contains, in order; empty for the published layout."""
     return tuple(lineage["stage"] for lineage in history(directory))
 
 
 def _check_whole(directory: Path, lineage: dict[str, Any]) -> None:
-    """Raise ValueError where a stage's directory was copied without the earlier stages that it builds on."""
+    """Raise ValueError if a stage's directory was copied without the earlier stages that it builds on."""
     earlier = [os.path.normpath(directory.parent / entry["path"]) for entry in lineage["merged"]]
     missing = [path for path in earlier if not (Path(path) / ADAPTER_FILE).exists()]
     if missing:
@@ -287,7 +290,7 @@ def _check_whole(directory: Path, lineage: dict[str, Any]) -> None:
 
 
 def check_language_model(directory: Path, name: str) -> None:
-    """Raise ValueError where a stage's language model, as `read_lineage` gives it, is a path that is not there."""
+    """Raise ValueError if a stage's language model, as `read_lineage` returns it, is a path that does not exist."""
     is_path = name.startswith(".") or name.count("/") != 1
     if is_path and not (Path(name).is_absolute() and Path(name).is_dir()):
         raise ValueError(
@@ -304,8 +307,8 @@ def _parse_lineage(directory: Path) -> dict[str, Any]:
         isinstance(entry, dict) and isinstance(entry.get("path"), str) and "sha256" in entry for entry in entries or ()
     ):
         raise ValueError(
-            f"{directory / LINEAGE} is damaged: it must give a stage, a language_model, the adapters merged with their "
-            "path and sha256, and files"
+            f"{directory / LINEAGE} is damaged: it must give a stage, a language_model, the merged adapters with "
+            "their path and sha256, and files"
         )
     return lineage
 
@@ -325,7 +328,7 @@ def _load_stage(directory: Path, dtype: torch.dtype, device: str) -> PiTe:
     check_language_model(directory, lineage["language_model"])
     base = resolve(lineage["language_model"])
     merged = [Path(entry["path"]) for entry in lineage["merged"]]
-    model = Origin(PiTeConfig.load(directory), base, merged, dtype=dtype, device=device).model()
+    model = WeightLoader(PiTeConfig.load(directory), base, merged, dtype=dtype, device=device).model()
     load_lora(model, directory)
     load_heads(model, directory)
     return model
@@ -342,18 +345,18 @@ class Adapter:
         names.compare(names.lora_tensors(model), self._weights, directory)
 
     def attach(self, model: PiTe, i: int) -> None:
-        """Give decoder layer i its LoRA."""
+        """Add the adapter's LoRA to decoder layer i."""
         for _, linear, _ in names.linear_layers(model, i):
             linear.add_lora(self.rank, self._alpha, torch.Generator())
         for name, tensor in names.lora_tensors(model, i).items():
             tensor.copy_(self._weights[name])
 
     def touches(self, name: str) -> bool:
-        """Whether the language model's tensor `name` has an update here."""
+        """Whether the adapter has an update for the language model's tensor `name`."""
         return names.lora_name(name, "A") in self._weights
 
     def factors(self, name: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r) of the language model's tensor `name`, float32; scale * B A is added to it."""
+        """A (r, in) and B (out, r) of the language model's tensor `name`, float32; its update is scale * B A."""
         a, b = (self._weights[names.lora_name(name, half)].to(device).float() for half in "AB")
         return a, b
 
@@ -375,7 +378,7 @@ def load_lora(model: PiTe, directory: Path) -> None:
 
 
 def load_heads(model: PiTe, directory: Path) -> None:
-    """Copy a stage's adapter and heads into a model. Raises ValueError when they are of another shape."""
+    """Copy a stage's adapter and heads into a model. Raises ValueError when names or shapes differ."""
     tensors, found = names.head_tensors(model), load_file(directory / HEADS_FILE)
     names.compare(tensors, found, directory)
     for name, tensor in tensors.items():
@@ -383,7 +386,7 @@ def load_heads(model: PiTe, directory: Path) -> None:
 
 
 def _check_tied(config: PiTeConfig, weights: Mapping[str, Tensor], where: Path) -> None:
-    """Raise ValueError where embedding and vocabulary head are declared one tensor and are two different ones."""
+    """Raise ValueError if embedding and vocabulary head are declared tied, but are two different tensors."""
     both = ("model.embed_tokens.weight", "lm_head.weight")
     if not config.llm.tie_word_embeddings or any(name not in weights for name in both):
         return

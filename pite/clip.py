@@ -1,4 +1,4 @@
-"""The frozen eye: CLIP's image embedding of each frame, computed once and stored."""
+"""The frozen CLIP vision encoder: one image embedding per frame, computed once and stored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FILES = ("config.json", "preprocessor_config.json")
 
 
 def frame_flops(config: CLIPVisionConfig, channels: int) -> float:
-    """Multiplications and additions of a frame's forward pass, counted as two: 156e9 for ViT-L/14 at 224 pixels."""
+    """FLOPs of a frame's forward pass, multiply and add counted as two: 156e9 for ViT-L/14 at 224 pixels."""
     width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
     tokens = patches + 1
     flops = 2.0 * patches * 3 * config.patch_size**2 * width
@@ -40,14 +40,14 @@ class ClipEncoder:
     The feature is `image_embeds`: the CLS token after the post-layernorm and the visual projection, not normalised
     (768 channels for ViT-L/14, PiTe section 4.1).
 
-    Only the CLS token leaves the last layer, so only its query, its attention and its MLP are computed there: 3.5% of
-    ViT-L/14's arithmetic less.
+    The last layer's output is used for the CLS token alone, so only that token's query, attention and MLP are computed
+    there. This saves 3.5% of ViT-L/14's arithmetic.
 
-    path    directory in Hugging Face's format, weights in safetensors or torch files, or a name on its hub such as
-            openai/clip-vit-large-patch14
-    device  "cpu", "cuda" or "cuda:1"
-    compiled  by torch.compile, once per number of frames; for many batches of one size
-    Raises ValueError where there is no such model or device.
+    path      directory in Hugging Face's format, weights in safetensors or torch files, or a name on its hub such as
+              openai/clip-vit-large-patch14
+    device    "cpu", "cuda" or "cuda:1"
+    compiled  use torch.compile, which compiles once per number of frames; for many batches of one size
+    Raises ValueError when the model or the device does not exist.
     """
 
     def __init__(self, path: str, device: str = "cpu", *, compiled: bool = False) -> None:
@@ -58,14 +58,14 @@ class ClipEncoder:
             model = _load(directory)
         if model.config.image_size != self.preprocess.crop:
             raise ValueError(
-                f"{path}: its model sees {model.config.image_size} pixels, but its preprocessor_config.json crops "
+                f"{path}: its model takes {model.config.image_size} pixels, but its preprocessor_config.json crops "
                 f"{self.preprocess.crop}"
             )
         self.checksum = _checksum(model)
         self.model = model.eval().requires_grad_(False)
         nn.Module.to(self.model, self.device, devices.dtype(self.device))
         for parameter in self.model.parameters():
-            # Mapped weights lie wherever their file puts them, and products on a CPU depend on it in their last bits.
+            # Memory alignment changes the last bits of matrix products on a CPU, and mapped weights have any alignment.
             parameter.data = parameter.data.clone()
         self._embed = torch.compile(self.embed, fullgraph=True, dynamic=False) if compiled else self.embed
 
@@ -79,12 +79,12 @@ class ClipEncoder:
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray | Tensor) -> Tensor:
-        """Cropped frames (n, S, S, 3) uint8, wherever they are -> features (n, channels) float32 on the encoder's device."""
+        """Cropped frames (n, S, S, 3) uint8 on any device -> features (n, channels) float32 on the encoder's device."""
         tensor = torch.from_numpy(frames) if isinstance(frames, np.ndarray) else frames
         return self._embed(tensor.to(self.device, non_blocking=True))
 
     def embed(self, frames: Tensor) -> Tensor:
-        """`encode` on the encoder's device, without a graph break."""
+        """As `encode`, for frames on the encoder's device; traced without a graph break."""
         vision = self.model.vision_model
         pixels = self.preprocess.normalized(frames).to(self.model.dtype)
         hidden = vision.pre_layrnorm(vision.embeddings(pixels))
@@ -97,7 +97,7 @@ class ClipEncoder:
 
 
 def _layer(layer: Any, hidden: Tensor, rows: int) -> Tensor:
-    """One layer of the tower on hidden states (n, T, d), for its first `rows` tokens alone: (n, rows, d)."""
+    """One encoder layer on hidden states (n, T, d), computed for the first `rows` tokens only: (n, rows, d)."""
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
     query, key, value = (
@@ -111,16 +111,16 @@ def _layer(layer: Any, hidden: Tensor, rows: int) -> Tensor:
 
 
 def _load(directory: Path) -> CLIPVisionModelWithProjection:
-    """The vision tower of a whole CLIP, or one saved alone, in float32."""
+    """The vision tower in float32, from a complete CLIP or from a vision tower saved alone."""
     try:
         values = read_json_object(directory / "config.json")
         config = CLIPVisionConfig.from_pretrained(directory)
-        # The width of the shared space is the whole model's, and its vision part need not repeat it.
+        # projection_dim belongs to the complete model's config; its vision_config may lack it.
         config.projection_dim = values.get("projection_dim", config.projection_dim)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{directory} holds no CLIP: {_first_line(error)}") from None
+        raise ValueError(f"{directory} is not a CLIP model: {_first_line(error)}") from None
     try:
-        # Given the weights themselves, transformers looks for no file, and runs nothing that one might hold.
+        # With a state_dict transformers opens no file, so it cannot execute a malicious one.
         loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
             None,
             config=config,
@@ -130,12 +130,12 @@ def _load(directory: Path) -> CLIPVisionModelWithProjection:
         )
     except RuntimeError as error:
         raise ValueError(
-            f"{directory} holds no CLIP of the shape that its config.json gives: {_first_line(error)}"
+            f"{directory} is not a CLIP model of the shape in its config.json: {_first_line(error)}"
         ) from None
     model, report = loaded
     if report["missing_keys"]:
         # transformers would have filled them with random numbers.
-        raise ValueError(f"{directory} holds no CLIP vision tower: it lacks {min(report['missing_keys'])}")
+        raise ValueError(f"{directory} is not a CLIP vision tower: it lacks {min(report['missing_keys'])}")
     assert isinstance(model, CLIPVisionModelWithProjection)
     return model
 
@@ -146,7 +146,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No report on the text tower that is left out, no bar for a load of a second."""
+    """Silence transformers' report about the unused text tower and its progress bar."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -159,9 +159,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _checksum(model: CLIPVisionModelWithProjection) -> str:
-    """SHA-256 over what decides a feature: every weight by name, and the numbers in the config that no weight shows.
+    """SHA-256 over everything that determines a feature: every weight by name, and the config values that matter.
 
-    Independent of how many files hold the weights and of a text tower beside them.
+    It does not depend on how the weights are split into files, or on the presence of a text tower.
     """
     digest = hashlib.sha256()
     config = model.config

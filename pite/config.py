@@ -1,4 +1,4 @@
-"""A PiTe model's shape: that of its language model plus four numbers of its own."""
+"""Shape of a PiTe model: its language model's configuration and three numbers of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
-"""Vicuna v1.5's two sizes; everything else they share is Llama 2's (see `PiTeConfig.preset`)."""
+"""Vicuna v1.5's two sizes. All other settings are Llama 2's (see `PiTeConfig.preset`)."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +48,24 @@ class PiTeConfig:
 
     @property
     def context_length(self) -> int:
-        """Positions that the language model was trained on, as its configuration gives them."""
+        """Number of positions that the language model was trained on, from its configuration."""
         rope, length = self.llm.rope_parameters, int(self.llm.max_position_embeddings)
         if rope["rope_type"] == "linear":  # such as Vicuna v1.5-16k, which gives the length before the scaling
             return int(length * rope["factor"])
         return max(length, int((rope.get("original_max_position_embeddings") or 0) * (rope.get("factor") or 1)))
 
     def beyond_context(self, length: int) -> str | None:
-        """A warning where a sequence of `length` tokens is longer than the context; else None."""
+        """A warning if a sequence of `length` tokens is longer than the context, else None."""
         if length <= self.context_length:
             return None
         return (
             f"a sequence of {length:,} tokens is longer than the {self.context_length:,} positions that the language "
-            "model was trained on (max_position_embeddings), and what it computes beyond them is unreliable"
+            "model was trained on (max_position_embeddings), and its output beyond them is unreliable"
         )
 
     @property
     def arithmetic(self) -> dict[str, Any]:
-        """What decides, beside the weights, what the language model computes."""
+        """The settings that, together with the weights, determine what the language model computes."""
         llm = self.llm
         return {
             "attention heads": [llm.num_attention_heads, llm.num_key_value_heads, self.head_dim],
@@ -90,13 +90,14 @@ class PiTeConfig:
 
     @staticmethod
     def load(directory: Path, **overrides: int) -> PiTeConfig:
-        """Read DIRECTORY/config.json: a PiTe model's, or a plain Llama's with PiTe's own numbers at their defaults.
+        """Read DIRECTORY/config.json of a PiTe model, or of a plain Llama; PiTe's own numbers default as above.
 
-        Raises ValueError, naming the file, for what is no such configuration and for what the decoder does not compute.
+        Raises ValueError, naming the file, for any other configuration and for settings that the decoder does not
+        support.
         """
         path = directory / "config.json"
         if not path.exists():
-            raise ValueError(f"{directory} holds no config.json: it is no Hugging Face model directory")
+            raise ValueError(f"{directory} holds no config.json: it is not a Hugging Face model directory")
         values = read_json_object(path)
         if values.get("model_type", "llama") not in ("llama", "pite"):
             raise ValueError(f"{path}: model_type {values['model_type']!r} is not of the Llama architecture")
@@ -105,9 +106,9 @@ class PiTeConfig:
         own: dict[str, Any] = {name: values.pop(name) for name in numbers if name in values} | overrides
         try:
             llm = LlamaConfig(**values)
-        except Exception as error:  # transformers and its validators raise whatever a wrong value leads to
+        except Exception as error:  # a wrong value makes transformers and its validators raise any exception
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{path} is no valid Llama configuration: {reason}") from None
+            raise ValueError(f"{path} is not a valid Llama configuration: {reason}") from None
         try:
             return PiTeConfig(llm, **own)
         except ValueError as error:
@@ -117,7 +118,7 @@ class PiTeConfig:
         """Write DIRECTORY/config.json in the form that `load` and the published code read."""
         values = {
             **json.loads(self.llm.to_json_string(use_diff=False)),
-            # transformers 4, which the published code runs on, reads the base of the rotary embedding here.
+            # transformers 4, which the published code uses, reads the rotary embedding's base here.
             "rope_theta": self.llm.rope_parameters["rope_theta"],
             "num_frames": self.num_frames,
             "num_points": self.num_points,
@@ -127,9 +128,10 @@ class PiTeConfig:
 
 
 def _unlike_llama(llm: LlamaConfig) -> Iterator[str]:
-    """A sentence for each setting that changes what the language model computes and that the decoder does not follow.
+    """Yield one sentence for each setting that changes the computation and that the decoder does not support.
 
-    `pretraining_tp` splits a product into summands, and `attention_dropout` acts in training only: neither is refused.
+    Two settings are accepted: `pretraining_tp` splits a product into summands, and `attention_dropout` acts in training
+    only.
     """
     if llm.hidden_act not in ("silu", "swish"):
         yield f"hidden_act {llm.hidden_act!r} is not supported: the decoder computes SwiGLU, whose activation is 'silu'"
@@ -139,7 +141,7 @@ def _unlike_llama(llm: LlamaConfig) -> Iterator[str]:
     if (kind := rope["rope_type"]) in ("dynamic", "longrope"):
         yield (
             f"rotary embeddings of type {kind!r} are not supported: their frequencies depend on the longest sequence "
-            "of a batch, so that a sample's loss would depend on its company"
+            "of a batch, so a sample's loss would depend on the other samples"
         )
     if rope.get("partial_rotary_factor", 1.0) not in (None, 1):
         yield f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported: Llama rotates whole heads"

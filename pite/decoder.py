@@ -1,7 +1,7 @@
-"""The packed Llama decoder: T tokens of many documents in one row, LoRA built in.
+"""The packed Llama decoder: T tokens of many documents in one row, with LoRA built in.
 
-Projections that share an input are one weight (q,k,v and gate,up), so a layer is four large GEMMs; on disk they carry
-Hugging Face's separate names (`pite.names`).
+Projections that share an input are one fused weight (q,k,v and gate,up), so a layer is four large GEMMs. On disk they
+have Hugging Face's separate names (`pite.names`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LoRALinear(nn.Module):
     """A frozen linear layer of one or more projections of the same input, each with its own LoRA (Hu et al. 2021).
 
     weight  (sum(splits), in_features) frozen; `quantize` replaces it by the four tensors of a `pite_kernels.Fp8Weight`
-    lora_a  (len(splits) * r, in_features) and lora_b (sum(splits), r) float32, once `add_lora` was called
+    lora_a  (len(splits) * r, in_features) and lora_b (sum(splits), r) float32; None before `add_lora`
     """
 
     lora_a: nn.Parameter | None
@@ -52,7 +52,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """weight + scale * B A of every part, summed in float32; the weight itself when there is no LoRA."""
+        """weight + scale * B A of every part, summed in float32; without a LoRA the weight itself."""
         assert not self.quantized, "the weight's own values are gone"
         if self.lora_a is None or self.lora_b is None:
             return self.weight.data
@@ -69,7 +69,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def quantize(self) -> None:
-        """Keep the weight in float8 alone. What is merged is merged before; a LoRA is added before it computes."""
+        """Replace the weight by its float8 form. Merge earlier LoRAs before this, and add a LoRA before `forward`."""
         for name, tensor in quantize_weight(self.weight)._asdict().items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         del self.weight
@@ -81,9 +81,10 @@ class LoRALinear(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU MLP: from a stream (T, d) and what is to be added to it, (T, d), to the next two.
+    """Pre-norm attention and SwiGLU MLP.
 
-    The addition waits for the norm that follows it, with which it is one kernel, forward and backward.
+    Input and output are the residual stream x (T, d) and a pending summand (T, d), which is added in the next norm: the
+    addition and the norm are one fused kernel, forward and backward.
     """
 
     def __init__(self, config: PiTeConfig, dtype: torch.dtype) -> None:
@@ -99,18 +100,18 @@ class DecoderLayer(nn.Module):
         self.o = LoRALinear(queries, (llm.hidden_size,), dtype)
         self.gate_up = LoRALinear(llm.hidden_size, (llm.intermediate_size, llm.intermediate_size), dtype)
         self.down = LoRALinear(llm.intermediate_size, (llm.hidden_size,), dtype)
-        self.recompute = False
+        self.checkpointed = False
 
     def forward(
         self, x: Tensor, added: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> tuple[Tensor, Tensor]:
-        if not (self.recompute and torch.is_grad_enabled()):
+        if not (self.checkpointed and torch.is_grad_enabled()):
             return self._compute(x, added, cos, sin, cu_seqlens, max_seqlen)
-        # Recomputed in the backward pass: inside forward, where FSDP's hooks have gathered the weights. One input is
-        # kept, where the two would take twice the memory.
+        # Activation checkpointing is inside forward, because FSDP's hooks have gathered the weights here. x and `added`
+        # are summed first: saving one tensor takes half the memory of two.
         arguments = (x if added is None else x + added, None, cos, sin, cu_seqlens, max_seqlen)
-        again = checkpoint(self._compute, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return cast("tuple[Tensor, Tensor]", again)
+        outputs = checkpoint(self._compute, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return cast("tuple[Tensor, Tensor]", outputs)
 
     def linear_layers(self) -> tuple[LoRALinear, ...]:
         return self.qkv, self.o, self.gate_up, self.down
@@ -145,19 +146,19 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Parameter(torch.empty(llm.vocab_size, llm.hidden_size, dtype=dtype), requires_grad=False)
         self.layers = nn.ModuleList(DecoderLayer(config, dtype) for _ in range(llm.num_hidden_layers))
         self.norm = nn.Parameter(torch.empty(llm.hidden_size, dtype=dtype), requires_grad=False)
-        # transformers' own module knows every frequency scaling that a Llama config can name; it holds no weights.
+        # transformers' module supports every frequency scaling of a Llama config; it holds no weights.
         with torch.device("cpu"):
             self._rotary = [LlamaRotaryEmbedding(llm)]
 
-    def recompute(self, layers: int) -> None:
-        """Keep no activations of the first `layers` layers but their input; backward computes them again."""
+    def checkpoint_activations(self, layers: int) -> None:
+        """Use activation checkpointing in the first `layers` layers: keep only their input, recompute in backward."""
         for i, layer in enumerate(self.layers):
-            cast(DecoderLayer, layer).recompute = i < layers
+            cast(DecoderLayer, layer).checkpointed = i < layers
 
     def compile_layers(self) -> None:
-        """Have torch.compile fuse the elementwise work of every layer, before its attention and after it.
+        """Use torch.compile to fuse the elementwise operations of every layer, before and after its attention.
 
-        Attention stays outside: nothing fuses with it, and not every back end of it can be traced.
+        Attention is not compiled: nothing fuses with it, and not every attention backend can be traced.
         """
         for layer in cast("Iterator[DecoderLayer]", self.layers):
             layer._before = torch.compile(layer._before, fullgraph=True)  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Where inference runs: a device by name, checked before anything is loaded onto it."""
+"""The inference device: selected by name, and checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def resolve(name: str) -> torch.device:
-    """The device `cpu`, `cuda` or `cuda:1`. Raises ValueError, one sentence, for one that is not here."""
+    """The device `cpu`, `cuda` or `cuda:1`. Raises ValueError (one sentence) for a device that does not exist."""
     kind, _, index = name.partition(":")
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d*))?", name):
         raise ValueError(f"device {name!r} is unknown: give cpu, cuda, or one GPU of several as cuda:1")
@@ -19,15 +19,15 @@ def resolve(name: str) -> torch.device:
     return torch.device(name)
 
 
-def take(name: str) -> None:
-    """Check a command line's device and, where it says which GPU, have kernels launched on that one."""
+def select(name: str) -> None:
+    """Check the device of a command line; if it has an index (`cuda:1`), make that GPU the current one."""
     device = resolve(name)
     if device.index is not None:
         torch.cuda.set_device(device)
 
 
 def dtype(device: torch.device) -> torch.dtype:
-    """What models are loaded as there: bfloat16 on a GPU, float32 on a CPU."""
+    """The dtype in which models are loaded: bfloat16 on a GPU, float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 

@@ -1,7 +1,7 @@
-"""Trajectories drawn over the frames they belong to: a strip of frames as PNG, every frame as MP4.
+"""Draws trajectories over the frames: a strip of frames as PNG, or every frame as MP4.
 
-A predicted track is a filled dot with a tail in its object's colour, a true one a white ring with a thin white tail,
-both with a dark edge so that they show on any picture.
+A predicted track is a filled dot with a tail, in its object's colour. A true track is a white ring with a thin white
+tail. Both have a dark edge, to be visible on any picture.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataloaders.records import ABSENT
 COLORS = ((255, 176, 0), (64, 196, 255), (236, 64, 122), (124, 222, 98), (171, 130, 255), (255, 112, 67))
 _EDGE, _TRUE, _PAPER, _INK = (16, 18, 24), (255, 255, 255), (250, 250, 248), (32, 34, 40)
 _OVERSAMPLE = 2
-"""Everything is drawn at twice the size and scaled down: Pillow draws without anti-aliasing."""
+"""Drawings are made at twice the size and scaled down, because Pillow draws without anti-aliasing."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Track:
 
     label      the noun phrase
     predicted  (P, N, 2) fractions of the frame from the top left
-    true       the same shape, (-1, -1) where absent; None where it is not known
-    span       first and last frame index to draw; where `true` is known only its present points are drawn
+    true       the same shape, (-1, -1) where absent; None if unknown
+    span       first and last frame index to draw; if `true` is known, only its present points are drawn
     """
 
     label: str
@@ -51,7 +51,7 @@ class Track:
 def draw_frame(
     frame: np.ndarray, tracks: Sequence[Track], index: int, *, width: int = 320, tail: int = 8
 ) -> Image.Image:
-    """Frame `index`, (H, W, 3) uint8, scaled to `width` pixels, with where each track is and its last `tail` positions."""
+    """Frame `index`, (H, W, 3) uint8, scaled to `width` pixels, with each track's point and tail."""
     height = round(width * frame.shape[0] / frame.shape[1])
     size = (width * _OVERSAMPLE, height * _OVERSAMPLE)
     picture = Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)
@@ -96,7 +96,7 @@ def _draw_point(
 def save_strip(
     path: Path, frames: np.ndarray, tracks: Sequence[Track], *, columns: int = 6, title: str = "", width: int = 320
 ) -> None:
-    """Write a PNG: `columns` frames, evenly spaced among those on which a track is drawn, a title and a legend."""
+    """Write a PNG: `columns` frames, evenly spaced among the frames that show a track, with a title and a legend."""
     indices = _evenly_spaced(frames, tracks, columns)
     panels = [draw_frame(frames[i], tracks, i, width=width) for i in indices]
     gap, line = 12, 26
@@ -118,10 +118,10 @@ def save_strip(
 
 
 def save_video(path: Path, frames: np.ndarray, tracks: Sequence[Track], *, fps: float = 8.0, width: int = 480) -> None:
-    """Write an H.264 MP4 of all frames with their tracks, legend below, at `fps` frames per second."""
+    """Write an H.264 MP4 of all frames with their tracks and a legend below, at `fps` frames per second."""
     legend = _legend(tracks, width - 16)
     panels = [draw_frame(frame, tracks, i, width=width) for i, frame in enumerate(frames)]
-    # yuv420p halves both sides, so they must be even.
+    # yuv420p needs even width and height.
     size = (width + width % 2, (panels[0].height + legend.height + 17) // 2 * 2)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="mp4") as container:
@@ -152,7 +152,7 @@ def _legend(tracks: Sequence[Track], width: int) -> Image.Image:
         (track.label, color) for track, color in zip(tracks, _cycle(len(tracks)))
     ]
     if any(track.true is not None for track in tracks):
-        entries.append(("ring: where it truly is", None))
+        entries.append(("ring: true position", None))
     places: list[tuple[int, int]] = []
     x = y = 0
     for text, _ in entries:

@@ -1,8 +1,9 @@
-"""Answers: KV-cached decoding by transformers' `generate`, on the weights that the packed decoder trains.
+"""Text generation: KV-cached decoding with transformers' `generate`, on the weights of the packed decoder.
 
-Training needs no cache and `generate` needs no packing, so each keeps its own module: a Llama is built around the model's
-frozen weights, without a copy. A LoRA stays a separate term, computed by training's operator: merged into bfloat16
-weights, half of a small update would be rounded away (docs/training.md, "Merging and rounding").
+Training needs no cache and `generate` needs no packing, so each uses its own module: a Llama is built around the
+model's frozen weights, without a copy. A LoRA stays a separate term, computed by the same operator as in training:
+merged into bfloat16 weights, half of a small update would be lost in rounding (docs/training.md, "Merging and
+rounding").
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from pite_kernels import lora_linear
 
 
 def language_model(model: PiTe) -> LlamaForCausalLM:
-    """transformers' LlamaForCausalLM that computes what `model` does, its LoRA included, in evaluation mode.
+    """A transformers LlamaForCausalLM that computes the same as `model`, with its LoRA, in evaluation mode.
 
-    It shares the model's weights. It is to be used, not saved: its LoRA has no place in a Llama's files.
+    It shares the model's weights. Do not save it: Llama's file format has no LoRA tensors.
     """
     llama = frozen_language_model(model)
     for prefix, linear, parts in names.linear_layers(model):
@@ -44,12 +45,12 @@ def language_model(model: PiTe) -> LlamaForCausalLM:
 
 
 def frozen_language_model(model: PiTe) -> LlamaForCausalLM:
-    """transformers' LlamaForCausalLM around the model's frozen weights alone, in evaluation mode; nothing is copied."""
+    """A transformers LlamaForCausalLM around the model's frozen weights only, in evaluation mode, without a copy."""
     with torch.device("meta"):
-        # A configuration of its own: transformers keeps the choice of attention in it, among other things.
+        # A copy, because transformers stores the choice of attention and other things in the configuration.
         config = deepcopy(model.config.llm)
-        # Nothing is padded with this token, and transformers refuses one beyond the vocabulary. The other two would
-        # shorten the cache, though attention is over the whole sequence (`PiTeConfig` refuses them where they matter).
+        # The padding token is unused, and transformers refuses one beyond the vocabulary. The other two would shorten
+        # the cache, but attention is over the whole sequence (`PiTeConfig` refuses them when they have an effect).
         for name in ("pad_token_id", "sliding_window", "attention_chunk_size"):
             setattr(config, name, None)
         llama = LlamaForCausalLM(config)
@@ -62,10 +63,10 @@ def frozen_language_model(model: PiTe) -> LlamaForCausalLM:
 
 
 class LoRAProjection(nn.Module):
-    """One projection of a fused layer with its LoRA: (..., in) -> (..., out), x W' + scale (x A') B' by training's operator.
+    """One projection of a fused layer with its LoRA: (..., in) -> (..., out), x W' + scale (x A') B'.
 
-    The weight is a view of the model's. A and B are in its dtype: training rounds them to it at each use, so the numbers
-    are the same.
+    It uses the operator of training. The weight is a view of the model's weight. A and B are stored in the weight's
+    dtype: training rounds them to it at each use, so the results are equal.
     """
 
     weight: Tensor
@@ -81,7 +82,7 @@ class LoRAProjection(nn.Module):
 
     @staticmethod
     def of(linear: LoRALinear) -> list[LoRAProjection]:
-        """Those of a fused layer, in order."""
+        """The projections of a fused layer, in order."""
         assert linear.lora_a is not None and linear.lora_b is not None
         halves = linear.lora_a.data.chunk(len(linear.splits)), linear.lora_b.data.split(linear.splits)
         weights = linear.weight.data.split(linear.splits)
@@ -102,7 +103,7 @@ class Answer:
 class Generator:
     """Batched question answering about encoded videos.
 
-    model       PiTe; its weights are shared, and a LoRA stays as it is
+    model       PiTe; its weights are shared, and its LoRA stays separate
     tokenizer   a fast tokenizer with BOS and EOS
     """
 
@@ -135,7 +136,7 @@ class Generator:
     ) -> list[Answer]:
         """Answer one question per feature record (num_frames, C); greedy at temperature 0.
 
-        Prompts are padded on the left, so that a batch gives each question the answer it gets alone.
+        Prompts are padded on the left, so a question gets the same answer in a batch as alone.
         """
         embeddings = [self._embed(question, record) for question, record in zip(questions, features, strict=True)]
         longest = max(len(e) for e in embeddings)
@@ -165,7 +166,7 @@ class Generator:
 
     @torch.inference_mode()
     def trajectories(self, question: str, record: np.ndarray, answer: Answer) -> Tensor:
-        """Where the trajectory head sees each token of an answer: (L, P, N, 2) on the CPU."""
+        """Trajectory that the head predicts for each token of an answer: (L, P, N, 2) on the CPU."""
         prompt, frame_start = prompt_ids(question, self.tokenizer, len(record))
         ids = np.concatenate([prompt, np.array(answer.token_ids, dtype=np.int64)])
         none = np.zeros(0, dtype=np.int64)
@@ -185,7 +186,7 @@ class Generator:
         return self.model.predict(hidden, "trajectory").cpu()
 
     def _warn_beyond_context(self, length: int) -> None:
-        """Print a warning, once, where prompt and answer may be longer than the language model's context."""
+        """Print a warning, once, if prompt and answer may be longer than the language model's context."""
         warning = self.model.config.beyond_context(length)
         if warning is not None and not self._warned:
             self._warned = True

@@ -1,4 +1,4 @@
-"""Models by path or by name: a local directory as it is, a Hugging Face name as the snapshot of it; and their weights.
+"""Finds models by local path or Hugging Face name, and reads their weights.
 
 Only safetensors and `torch.load(weights_only=True)` are read.
 """
@@ -21,14 +21,15 @@ from torch import Tensor
 from dataloaders.files import read_json_object, require_file
 
 _SUBFOLDERS = "*/*"
-"""The hub's patterns match across slashes, so `*.safetensors` alone would take whatever lies deeper."""
+"""The hub's patterns match across slashes, so `*.safetensors` alone would also match files in subfolders."""
 
 
 def resolve(path_or_name: str | Path, files: Sequence[str]) -> Path:
-    """The directory of a model; of a name, only what is not cached is downloaded.
+    """Local directory of a model. For a Hugging Face name, files that are not cached are downloaded.
 
-    That is what `files` (glob patterns) names and the weights: safetensors, torch files only where there are none, and
-    nothing out of subfolders. Raises ValueError when it is neither a directory nor a name that the hub knows and gives.
+    Downloaded are the files that match `files` (glob patterns) and the weights: safetensors, or torch files if there
+    are none. Subfolders are left out. Raises ValueError when `path_or_name` is not a directory and the hub has no such
+    model or does not give access to it.
     """
     path = Path(path_or_name).expanduser()
     if path.is_dir():
@@ -37,32 +38,32 @@ def resolve(path_or_name: str | Path, files: Sequence[str]) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{name} is neither a directory nor a Hugging Face model name (owner/name)")
     try:
-        # Where weights are, the snapshot shows; a list of the hub's would not be there offline.
+        # The snapshot shows which weights exist; the hub's file list would need a network.
         patterns = [*files, *_patterns("model", ".safetensors")]
         directory = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=_SUBFOLDERS))
         if not standard_files(directory) and not standard_files(directory, "adapter_model"):
-            # The snapshot is named after its commit: the weights are of the same one.
+            # The snapshot's folder is named after its commit: take the weights from the same commit.
             patterns = _patterns("pytorch_model", ".bin")
             try:
                 snapshot_download(name, revision=directory.name, allow_patterns=patterns, ignore_patterns=_SUBFOLDERS)
             except OSError:
-                # Offline, huggingface_hub 1 asks for a list of the commit's files even where they are.
+                # Offline, huggingface_hub 1 requests the commit's file list even if the files are cached.
                 if not standard_files(directory, "pytorch_model", ".bin"):
                     raise
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"{name} could not be had from the Hugging Face hub: {_first_line(error)}") from None
+        raise ValueError(f"{name} could not be downloaded from the Hugging Face hub: {_first_line(error)}") from None
     return directory
 
 
 def _patterns(stem: str, suffix: str) -> list[str]:
-    """What is fetched of one kind of weights: the single file, the shards and their index, and no others such as EMA's."""
+    """Patterns of one kind of weights: the single file, the shards and their index; not EMA weights and the like."""
     return [f"{stem}{suffix}", f"{stem}{suffix}.index.json", f"{stem}-?????-of-?????{suffix}"]
 
 
 class Weights(Mapping[str, Tensor]):
-    """Every tensor of a directory's `weight_files`, read from mapped memory when it is asked for.
+    """Every tensor of a directory's `weight_files`, read lazily from mapped memory.
 
-    Raises ValueError where `weight_files` does, and naming a file that cannot be read.
+    Raises ValueError as `weight_files` does, and for a file that cannot be read, naming it.
     """
 
     def __init__(self, directory: Path, stem: str = "model") -> None:
@@ -91,30 +92,30 @@ class Weights(Mapping[str, Tensor]):
 
 
 def weight_files(directory: Path, stem: str = "model") -> list[Path]:
-    """The files that hold a directory's weights, sorted by name; all others in it are left alone.
+    """The files that hold a directory's weights, sorted by name; all other files are ignored.
 
-    stem  "model", or "adapter_model" for a PEFT adapter's
-    Safetensors come before torch files. Of each kind: the files that the index names, else the standard single file
-    (`model.safetensors`, `pytorch_model.bin`), else a complete set of `model-00001-of-00003.safetensors` and so on.
-    Raises ValueError where there are none, where one is missing or a git-lfs pointer, and where an index and a single
-    file, or two sets, contradict each other.
+    stem  "model", or "adapter_model" for a PEFT adapter
+    Safetensors have priority over torch files. For each kind: the files that the index names, else the standard single
+    file (`model.safetensors`, `pytorch_model.bin`), else a complete set `model-00001-of-00003.safetensors` and so on.
+    Raises ValueError if there are none, if one is missing or is a git-lfs pointer, and if an index and a single file,
+    or two sets of shards, contradict each other.
     """
     return _choose_files(directory, stem)[0]
 
 
 def standard_files(directory: Path, stem: str = "model", suffix: str = ".safetensors") -> list[Path]:
-    """The weight files of one kind in a directory that have a standard name, of whatever sharding; not the index."""
+    """The weight files of one kind in a directory that have a standard name, single or sharded, without the index."""
     pattern = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?{re.escape(suffix)}")
     return sorted(path for path in directory.iterdir() if pattern.fullmatch(path.name)) if directory.is_dir() else []
 
 
 def index_file(directory: Path, stem: str = "model", suffix: str = ".safetensors") -> Path:
-    """Where the index of sharded weights of one kind stands: JSON, whose `weight_map` is {tensor: file}."""
+    """Path of the index of sharded weights of one kind: JSON, whose `weight_map` is {tensor: file}."""
     return directory / f"{stem}{suffix}.index.json"
 
 
 def _choose_files(directory: Path, stem: str) -> tuple[list[Path], dict[str, str]]:
-    """`weight_files`, and the file of each tensor as the index gives it (empty without one)."""
+    """`weight_files`, and the index's map from tensor to file (empty without an index)."""
     torch_stem = "pytorch_model" if stem == "model" else stem
     for name, suffix in ((stem, ".safetensors"), (torch_stem, ".bin")):
         index, present = index_file(directory, name, suffix), standard_files(directory, name, suffix)
@@ -145,7 +146,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{index} holds no weight_map of tensors and their files")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{index} names {file!r} for a tensor, which is no file of its folder")
+            raise ValueError(f"{index} names {file!r} for a tensor, which is not a file of its folder")
     return weight_map
 
 
@@ -157,8 +158,8 @@ def _without_index(directory: Path, stem: str, suffix: str, present: Sequence[Pa
         return [single] if single in present else []
     if len(totals) > 1:
         raise ValueError(
-            f"{directory} holds shards of {' and of '.join(sorted(totals))} files and no {stem}{suffix}.index.json that "
-            "would choose: remove the stale ones"
+            f"{directory} holds shards of {' and of '.join(sorted(totals))} files and no {stem}{suffix}.index.json to "
+            "choose between them: remove the stale ones"
         )
     (total,) = totals
     return [directory / f"{stem}-{i + 1:05d}-of-{total}{suffix}" for i in range(int(total))]
@@ -179,9 +180,9 @@ def _safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
 
 def _torch_file(file: Path) -> dict[str, Callable[[], Tensor]]:
     try:
-        # What torch wrote before 1.6 is no archive and cannot be mapped.
+        # Files from torch before 1.6 are not zip archives and cannot be mapped.
         content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except Exception:  # A damaged or foreign pickle ends in whatever its bytes lead to; torch's advice is to trust it.
+    except Exception:  # A damaged or foreign pickle can raise anything, and torch's message advises to trust the file.
         raise ValueError(
             f"{file} cannot be read: it is cut off or damaged, or holds more than tensors; fetch it again, or use safetensors"
         ) from None

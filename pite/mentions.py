@@ -1,9 +1,9 @@
-"""Which objects a generated answer names, by a rule small enough to know where it fails.
+"""Finds the objects that a generated answer names, with a simple rule whose failures are known.
 
-Training data brings its noun phrases from a constituency parser; a chat must not need one. So: a phrase is a
-determiner and the words that follow it, up to `MAX_WORDS`, ending before punctuation, before a function word, and
-before any word but the first that ends like a verb (-s, -ed, -ing). "From 04 to 20, a red circle moves right." names
-"a red circle". Nouns without a determiner are missed, plurals after an adjective are cut short.
+Training data has noun phrases from a constituency parser; a chat must not need a parser. The rule: a phrase is a
+determiner and the words after it, up to `MAX_WORDS`. It ends before punctuation, before a function word, and before any
+word but the first that ends like a verb (-s, -ed, -ing). "From 04 to 20, a red circle moves right." gives
+"a red circle". The rule misses nouns without a determiner, and cuts plurals after an adjective short.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SENTENCE = re.compile(r"[^.!?]+")
 
 @dataclass(frozen=True)
 class Phrase:
-    """A noun phrase at characters `start` to `end` (exclusive) of an answer, and the interval its sentence gives."""
+    """A noun phrase at characters `start` to `end` (exclusive) of an answer, with the interval of its sentence."""
 
     text: str
     start: int
@@ -39,7 +39,7 @@ class Phrase:
 
 
 def find_phrases(answer: str, num_frames: int) -> list[Phrase]:
-    """Noun phrases of an answer in order, each with its sentence's `a to b` as fractions of the video, if it has one."""
+    """Noun phrases of an answer in order; each has its sentence's `a to b`, if any, as fractions of the video."""
     phrases = []
     for sentence in _SENTENCE.finditer(answer):
         interval = parse_interval(sentence[0], num_frames)
@@ -56,7 +56,7 @@ def find_phrases(answer: str, num_frames: int) -> list[Phrase]:
 
 
 def _phrase_length(text: str, words: Sequence[re.Match[str]]) -> int:
-    """How many words after the first belong to the phrase it opens; 0 where it opens none."""
+    """How many words after the first belong to the phrase that it starts; 0 if it starts none."""
     if not _DETERMINER.fullmatch(words[0][0].lower()):
         return 0
     length = 0
@@ -64,18 +64,18 @@ def _phrase_length(text: str, words: Sequence[re.Match[str]]) -> int:
         lowered = word[0].lower()
         interrupted = text[before.end() : word.start()].strip() != ""
         outside = _FUNCTION_WORD.fullmatch(lowered) or _DETERMINER.fullmatch(lowered)
-        if interrupted or outside or (length and _like_a_verb(lowered)):
+        if interrupted or outside or (length and _looks_like_verb(lowered)):
             break
         length += 1
     return length
 
 
-def _like_a_verb(word: str) -> bool:
+def _looks_like_verb(word: str) -> bool:
     return word.endswith(("ed", "ing")) or (word.endswith("s") and not word.endswith(("ss", "us", "is")))
 
 
 def find_named(answer: str, names: Sequence[str], num_frames: int) -> list[Phrase]:
-    """Every place where the answer says one of `names`, whatever the case; for phrases that the rule cannot find."""
+    """Every occurrence of one of `names` in the answer, in any case; for phrases that the rule cannot find."""
     phrases = []
     for sentence in _SENTENCE.finditer(answer):
         interval = parse_interval(sentence[0], num_frames)

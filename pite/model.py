@@ -1,6 +1,6 @@
-"""PiTe: frame features -> adapter -> packed decoder -> vocabulary, localization and trajectory heads (paper section 4.1).
+"""PiTe: frame features -> adapter -> packed decoder -> vocabulary, localization, trajectory heads (paper section 4.1).
 
-Run it on a packed batch, and move LoRA in and out. `pite.checkpoint` loads and saves it.
+This module runs the model on packed batches, and adds or merges LoRA. `pite.checkpoint` loads and saves it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pite_kernels import linear_cross_entropy, two_head_loss
 Head = Literal["localization", "trajectory"]
 
 HEADS = ("vision_adapter", "localization_projector", "trajectory_projector")
-"""Modules of PiTe's own, next to the language model."""
+"""PiTe's own modules; all other weights are the language model's."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Losses:
 class PiTe(nn.Module):
     """A PiTe model on one device.
 
-    The language model's weights are frozen and of `dtype`; adapter, heads and LoRA are float32 and cast on use, so
-    that small updates are not lost. Which of them learn is `set_trainable`'s choice.
+    The language model's weights are frozen and have `dtype`. Adapter, heads and LoRA are float32 and cast on use, so
+    that small updates are not lost. `set_trainable` selects which of them are trained.
     """
 
     def __init__(self, config: PiTeConfig, dtype: torch.dtype = torch.float32) -> None:
@@ -69,7 +69,7 @@ class PiTe(nn.Module):
         """The vocabulary head's weight (V, d): `lm_head`, or the embedding table where the two are tied."""
         return self.decoder.embed_tokens if self.lm_head is None else self.lm_head
 
-    # -- what learns ---------------------------------------------------------------------------------------------
+    # -- trainable parameters ------------------------------------------------------------------------------------
 
     def linear_layers(self) -> Iterator[LoRALinear]:
         """Every fused linear layer of the decoder, in order."""
@@ -88,15 +88,15 @@ class PiTe(nn.Module):
             linear.merge_lora()
 
     def quantize(self) -> None:
-        """Keep the layers' frozen weights in float8 alone (`pite_kernels.fp8`): for training, after merging and `add_lora`.
+        """Replace the layers' frozen weights by float8 (`pite_kernels.fp8`) for training, after merging and `add_lora`.
 
-        What a stage writes, LoRA and heads, is unaffected; embeddings, norms and heads stay as they are.
+        The files that a stage writes (LoRA and heads) do not change. Embeddings, norms and heads keep their dtype.
         """
         for linear in self.linear_layers():
             linear.quantize()
 
     def set_trainable(self, modules: tuple[str, ...]) -> None:
-        """Let the named modules ("vision_adapter", "localization_projector", "trajectory_projector") and any LoRA learn."""
+        """Make the named modules of HEADS trainable, and freeze the others; a LoRA is always trainable."""
         for head in HEADS:
             getattr(self, head).requires_grad_(head in modules)
 
@@ -105,10 +105,10 @@ class PiTe(nn.Module):
 
     @torch.no_grad()
     def initialize_heads(self, seed: int) -> None:
-        """Start adapter and heads, drawn on the CPU so that every device gets the same numbers.
+        """Initialise adapter and heads. Random numbers are drawn on the CPU, so they are the same on every device.
 
-        The adapter as `nn.Linear` starts; the coordinate heads near the centre of the frame, since AdamW takes
-        0.5 / learning rate steps to carry a bias there from 0.
+        The adapter is initialised like `nn.Linear`. The coordinate heads start near the centre of the frame, because
+        AdamW takes 0.5 / learning rate steps to move a bias there from 0.
         """
         generator = torch.Generator().manual_seed(seed)
         for name in HEADS:
@@ -122,12 +122,12 @@ class PiTe(nn.Module):
 
     @torch.no_grad()
     def initialize_trajectory_head(self) -> None:
-        """Repeat the localization head P * N times: the trajectory head starts from stage 1's (paper eq. 9)."""
+        """Initialise the trajectory head with P * N copies of stage 1's localization head (paper eq. 9)."""
         copies = self.config.num_points * self.config.num_frames
         self.trajectory_projector.weight.copy_(self.localization_projector.weight.repeat(copies, 1))
         self.trajectory_projector.bias.copy_(self.localization_projector.bias.repeat(copies))
 
-    # -- what it computes ----------------------------------------------------------------------------------------
+    # -- forward -------------------------------------------------------------------------------------------------
 
     def embed(self, token_ids: Tensor, features: Tensor, feature_rows: Tensor) -> Tensor:
         """Input embeddings (T, d): token embeddings with adapted frame features (F, C) at `feature_rows`."""
@@ -165,7 +165,7 @@ class PiTe(nn.Module):
         head               which head's L1 is added; None is cross-entropy alone (stage 3)
         label_smoothing    eps, spread as eps / V over the vocabulary
         trajectory_weight  lambda
-        absent             whether (-1, -1) coordinates carry no loss or are targets themselves
+        absent             "skip": (-1, -1) coordinates have no loss; "regress": they are targets
         """
         hidden = self.hidden_states(batch)
         tokens, coordinates = batch.normalizers.unbind()

@@ -1,7 +1,7 @@
-"""Names on disk: every published or PEFT tensor name, as a view into the packed model's parameters.
+"""Maps every published or PEFT tensor name to a view into the packed model's parameters.
 
-The decoder keeps q,k,v and gate,up as one weight each; Hugging Face, PEFT and the published PiTe code keep them apart.
-These maps are the only place that knows. Reading copies into the views, writing copies out of them.
+The decoder fuses q,k,v and gate,up into one weight each; Hugging Face, PEFT and the published PiTe code have separate
+weights. Only this module converts between the two. Loading copies into the views, saving copies out of them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-"""Fused layer of the decoder -> Hugging Face's modules, in the order they are stacked."""
+"""Fused layer of the decoder -> Hugging Face's modules, in stacking order."""
 
 
 def linear_layers(model: PiTe, only: int | None = None) -> Iterator[tuple[str, LoRALinear, tuple[str, ...]]]:
-    """Each fused linear layer, or those of one decoder layer, with its prefix (`model.layers.3.`) and its parts' names."""
+    """Every fused linear layer, or those of decoder layer `only`: (prefix `model.layers.3.`, layer, parts' names)."""
     for i, layer in enumerate(model.decoder.layers):
         if only in (None, i):
             for attribute, parts in PROJECTIONS.items():
@@ -38,9 +38,9 @@ def values(parameter: nn.Parameter) -> Tensor:
 
 
 def language_model_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = values) -> dict[str, Tensor]:
-    """Hugging Face LlamaForCausalLM names -> views of the weights (or of what `of` takes from them), without any LoRA.
+    """Hugging Face LlamaForCausalLM names -> views of the weights (or of what `of` returns for them), without any LoRA.
 
-    Raises ValueError for a model whose weights were made float8: that keeps their rounded values alone.
+    Raises ValueError for a model with float8 weights, because the unrounded values are lost.
     """
     if any(linear.quantized for _, linear, _ in linear_layers(model)):
         raise ValueError("this model's frozen weights are float8, for training only: load the model again to save them")
@@ -51,7 +51,7 @@ def language_model_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = v
 
 
 def outer_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = values) -> dict[str, Tensor]:
-    """Those of `language_model_tensors` that are in no decoder layer."""
+    """The part of `language_model_tensors` outside the decoder layers."""
     outer = {"model.embed_tokens.weight": model.decoder.embed_tokens, "model.norm.weight": model.decoder.norm}
     if model.lm_head is not None:
         outer["lm_head.weight"] = model.lm_head
@@ -59,7 +59,7 @@ def outer_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = values) ->
 
 
 def layer_tensors(model: PiTe, i: int, of: Callable[[nn.Parameter], Tensor] = values) -> dict[str, Tensor]:
-    """Those of `language_model_tensors` that are in decoder layer i."""
+    """The part of `language_model_tensors` in decoder layer i."""
     layer = cast("DecoderLayer", model.decoder.layers[i])
     tensors = {
         f"model.layers.{i}.input_layernorm.weight": of(layer.input_norm),
@@ -72,7 +72,7 @@ def layer_tensors(model: PiTe, i: int, of: Callable[[nn.Parameter], Tensor] = va
 
 
 def head_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = values) -> dict[str, Tensor]:
-    """Published names -> the adapter's and heads' weights and biases (or what `of` takes from them)."""
+    """Published names -> the adapter's and heads' weights and biases (or what `of` returns for them)."""
     return {
         f"model.{head}.{kind}": of(getattr(getattr(model, head), kind)) for head in HEADS for kind in ("weight", "bias")
     }
@@ -80,7 +80,7 @@ def head_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = values) -> 
 
 @torch.no_grad()
 def merged_tensors(model: PiTe) -> dict[str, Tensor]:
-    """Hugging Face names -> weights with the LoRA folded in; those a LoRA touches are copies, the rest views."""
+    """Hugging Face names -> weights with the LoRA merged; weights that have a LoRA are copies, the others are views."""
     tensors = language_model_tensors(model)
     for prefix, linear, parts in linear_layers(model):
         if linear.lora_a is not None:
@@ -95,7 +95,7 @@ def lora_name(weight: str, half: str) -> str:
 
 
 def lora_tensors(model: PiTe, only: int | None = None) -> dict[str, Tensor]:
-    """PEFT names -> views of the LoRA matrices, A (r, in) and B (out, r), of all layers or one. Empty without a LoRA."""
+    """PEFT names -> views of the LoRA matrices A (r, in) and B (out, r), of all layers or one; empty without a LoRA."""
     tensors: dict[str, Tensor] = {}
     for prefix, linear, parts in linear_layers(model, only):
         if linear.lora_a is None or linear.lora_b is None:
@@ -110,7 +110,7 @@ def lora_tensors(model: PiTe, only: int | None = None) -> dict[str, Tensor]:
 def compare(
     expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: Path, optional: tuple[str, ...] = ()
 ) -> None:
-    """Raise ValueError unless names and shapes agree; `optional` names modules that may be absent, each as a whole."""
+    """Raise ValueError unless names and shapes agree. A module in `optional` may be absent, but only completely."""
     for name, tensor in found.items():
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected):
             continue
@@ -118,13 +118,13 @@ def compare(
             raise ValueError(f"{where}: unexpected tensor {name}")
         if tensor.shape != expected[name].shape:
             shape = tuple(expected[name].shape)
-            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, the configuration asks for {shape}")
+            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, the configuration requires {shape}")
         if not tensor.is_floating_point():
-            raise ValueError(f"{where}: {name} is of type {tensor.dtype}: quantized weights are not supported")
+            raise ValueError(f"{where}: {name} has dtype {tensor.dtype}: quantized weights are not supported")
     present = {_module(name) for name in found}
     missing = {n for n in expected if n not in found and (_module(n) not in optional or _module(n) in present)}
     if missing:
-        raise ValueError(f"{where}: {len(missing)} tensors are missing, {min(missing)} among them")
+        raise ValueError(f"{where}: {len(missing)} tensors are missing, among them {min(missing)}")
 
 
 def _module(name: str) -> str:

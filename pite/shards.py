@@ -1,4 +1,4 @@
-"""Weights cut into safetensors files as Hugging Face names them, and the index that gives each tensor's file."""
+"""Splits weights into safetensors shards with Hugging Face's file names, and writes their index."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dataloaders.files import write_atomically
 
 
 def sharded(tensors: Mapping[str, Tensor], most: int) -> dict[str, dict[str, Tensor]]:
-    """File -> its tensors, in order, in as few files of at most `most` bytes; a larger tensor has a file of its own.
+    """File name -> its tensors, in order: shards of at most `most` bytes; a larger tensor has a shard of its own.
 
-    Tensors on the meta device will do.
+    Tensors may be on the meta device.
     """
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -30,7 +30,7 @@ def sharded(tensors: Mapping[str, Tensor], most: int) -> dict[str, dict[str, Ten
 
 
 def write_index(path: Path, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write the index of what `sharded` gave."""
+    """Write the index of the shards that `sharded` returned."""
     total = sum(tensor.nbytes for shard in shards.values() for tensor in shard.values())
     weight_map = {name: file for file, shard in shards.items() for name in shard}
     write_atomically(path, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))

@@ -1,4 +1,4 @@
-"""Tokenizers from disk or the hub, checked before anything is computed with them."""
+"""Loads tokenizers from disk or the hub, and checks them before use."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dataloaders.files import read_json_object, require_file
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _SPACED = " a b  c\n"
-"""A text whose words any Llama tokenizer gives back apart, whatever it does with spaces at the ends."""
+"""A test text: any Llama tokenizer must decode it to the same words, whatever it does with outer spaces."""
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's directory.
 
-    Raises ValueError, one sentence that names the file, where there is none, where one of its files is damaged or a
-    git-lfs pointer, and where it loses the spaces between words.
+    Raises ValueError (one sentence that names the file) if there is none, if one of its files is damaged or is a
+    git-lfs pointer, and if it loses the spaces between words.
     """
     present = [directory / name for name in (*_VOCABULARIES, *_SETTINGS) if (directory / name).exists()]
     if not any(path.name in _VOCABULARIES for path in present):
@@ -31,23 +31,23 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         require_file(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever a damaged file leads to
+    except Exception as error:  # a damaged file makes transformers raise any exception
         raise ValueError(_why_not(present, error)) from None
     check_spaces(tokenizer, str(directory))
     return tokenizer
 
 
 def fetch_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face model name. Raises OSError where the hub does not give it, ValueError as above."""
+    """The tokenizer of a Hugging Face model name. Raises OSError if the download fails, and ValueError as above."""
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     check_spaces(tokenizer, name)
     return tokenizer
 
 
 def check_spaces(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise ValueError where words do not stay apart on their way through a tokenizer.
+    """Raise ValueError if encoding and decoding loses the spaces between words.
 
-    Some versions of transformers read a byte-level vocabulary that is declared LlamaTokenizer as sentencepiece's.
+    Some versions of transformers treat a byte-level vocabulary that is declared LlamaTokenizer as a sentencepiece one.
     """
     ids = tokenizer(_SPACED, add_special_tokens=False)["input_ids"]
     given_back = str(tokenizer.decode(ids))
@@ -59,7 +59,7 @@ def check_spaces(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
 
 
 def check_vocabulary(token: int, tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
-    """Raise ValueError where a text's largest token has no row in the language model's embedding of `vocab_size` rows."""
+    """Raise ValueError if a text's largest token id is not in the language model's embedding of `vocab_size` rows."""
     if token >= vocab_size:
         raise ValueError(
             f"{where} holds token {token} ({tokenizer.convert_ids_to_tokens(token)!r}): the tokenizer has {len(tokenizer):,} "
@@ -69,7 +69,7 @@ def check_vocabulary(token: int, tokenizer: PreTrainedTokenizerBase, vocab_size:
 
 
 def _why_not(present: list[Path], error: Exception) -> str:
-    """One sentence for a tokenizer that transformers could not load: with the damaged file where one is found."""
+    """One sentence about a tokenizer that transformers could not load; it names the damaged file if one is found."""
     for path in present:
         if path.suffix == ".json":
             try:

@@ -117,5 +117,5 @@ def make_problem(
     layout = choose_layout(
         shape.config, count, capacity, width=dtype.itemsize, token_budget=token_budget, longest=longest
     )
-    model.decoder.recompute(layout.recompute)
+    model.decoder.checkpoint_activations(layout.recompute)
     return Problem(model, samples, features, layout.token_budget, layout.needed)

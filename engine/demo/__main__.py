@@ -1,8 +1,8 @@
-"""The whole road in miniature: `python -m engine.demo --output runs/demo`.
+"""End-to-end demo: `python -m engine.demo --output runs/demo`.
 
-World -> tiny models -> features -> stages 1, 2, 3 -> evaluation -> chat, each step the very command that a real run
-would use, so that any line can be copied. A step that finished is not run again; one that was stopped continues.
-Then one table, the loss curves, and a held-out video with its predicted and true trajectories.
+World -> tiny models -> features -> stages 1, 2, 3 -> evaluation -> chat. Each step is a command that a real run uses
+too, so any printed line can be copied. A finished step is not run again; a stopped one continues. At the end the demo
+prints one table, and saves the loss curves and a held-out video with its predicted and true trajectories.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from dataloaders.synthetic.language import TIMES_FIRST
 from engine.cli import parse
 from engine.demo.held_out import example_event, summarize
 from engine.plots import plot_losses
-from pite.evaluate.grounding import ask
+from pite.evaluate.grounding import question_for
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Make a synthetic world, train the three stages on it, measure and draw what was learned."""
+    """Make a synthetic world, train the three stages on it, and measure and draw the results."""
 
     output: Path = Path("runs/demo")
-    """everything is made in this folder; the same command again makes what is missing"""
+    """output folder; running the same command again makes what is missing"""
     videos: int = 3400
     """training videos"""
     evaluation: int = 400
@@ -38,11 +38,11 @@ class DemoConfig:
     num_frames: int = 32
     """N, frames per video"""
     tiny: str = ""
-    """further flags for engine.tiny, as one text"""
+    """further flags for engine.tiny, as one string"""
     train: str = ""
-    """further flags for engine.train, as one text"""
+    """further flags for engine.train, as one string"""
     seed: int = 0
-    """of the world, the weights and the data order"""
+    """seed of the world, the weights and the data order"""
 
     def __post_init__(self) -> None:
         for name in ("videos", "evaluation"):
@@ -54,12 +54,12 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """A module with its arguments, run as a process of its own; `leaves` is there once it is done."""
+    """A module with its arguments, run as a separate process; `product` exists once it has finished."""
 
     title: str
     module: str
     arguments: tuple[str, ...]
-    leaves: Path
+    product: Path
 
     @property
     def command(self) -> str:
@@ -67,11 +67,11 @@ class Step:
 
 
 class StepFailed(RuntimeError):
-    """A step ended with an error or before it was done; the message names it and its command."""
+    """A step ended with an error or was stopped early; the message names the step and its command."""
 
 
 def steps(config: DemoConfig) -> Iterator[Step]:
-    """The road, in order; a step is named when those before it are done, since the last asks about a video they made."""
+    """The steps in order, lazily: the arguments of the last ones depend on a video that earlier steps make."""
     out, frames, seed = config.output, str(config.num_frames), str(config.seed)
     data, models, store, run = (str(out / name) for name in ("data", "models", "store", "run"))
     clip = ("--clip", f"{models}/clip")
@@ -99,23 +99,23 @@ def steps(config: DemoConfig) -> Iterator[Step]:
 
     name, sentence = example_event(captions)
     about = ("--video", str(captions.parent / "videos" / f"{name}.mp4"), *clip)
-    yield Step("chat", "pite.chat", (*final, *about, "--query", ask(sentence)), answers)
+    yield Step("chat", "pite.chat", (*final, *about, "--query", question_for(sentence)), answers)
 
-    # Stage 3 moves the hidden states and leaves the trajectory head behind: stage 2's model draws best.
+    # Stage 3 changes the hidden states but not the trajectory head, so stage 2's model predicts trajectories best.
     film = out / "chat.mp4"
     flags = ("--model", f"{run}/stage2/final", *about, "--query", TIMES_FIRST, "--trajectory", str(film))
     yield Step("chat, drawn", "pite.chat", flags, film)
 
 
 def run_steps(config: DemoConfig) -> tuple[dict[str, float], bool]:
-    """Run what is not done yet. Returns each step's seconds, and whether anything ran. Raises StepFailed."""
+    """Run the steps that are not done yet. Returns each step's seconds, and whether any ran. Raises StepFailed."""
     config.output.mkdir(parents=True, exist_ok=True)
     record = config.output / "steps.json"
     done: dict[str, dict[str, Any]] = json.loads(record.read_text()) if record.exists() else {}
     seconds: dict[str, float] = {}
     ran = False
     for step in steps(config):
-        if done.get(step.title, {}).get("command") == step.command and step.leaves.exists():
+        if done.get(step.title, {}).get("command") == step.command and step.product.exists():
             print(f"done before  {step.command}", flush=True)
         else:
             print(f"\n$ {step.command}", flush=True)
@@ -123,7 +123,7 @@ def run_steps(config: DemoConfig) -> tuple[dict[str, float], bool]:
             status = subprocess.run([sys.executable, "-m", step.module, *step.arguments], check=False).returncode
             if status:
                 raise StepFailed(f"step {step.title!r} ended with status {status}: {step.command}")
-            if not step.leaves.exists():
+            if not step.product.exists():
                 raise StepFailed(f"step {step.title!r} was stopped before it was done; the same command continues")
             done[step.title] = {"command": step.command, "seconds": round(time.monotonic() - started, 1)}
             write_atomically(record, json.dumps(done, indent=1) + "\n")
@@ -133,7 +133,7 @@ def run_steps(config: DemoConfig) -> tuple[dict[str, float], bool]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The demo's last words."""
+    """The table of results that the demo prints at the end."""
     lines = ["", "step           seconds"]
     lines += [f"{title:<14} {seconds:7.0f}" for title, seconds in summary["seconds"].items()]
     lines += [
@@ -141,13 +141,15 @@ def table(summary: dict[str, Any]) -> str:
         "",
         f"held out: {summary['held_out_videos']} videos, {summary['held_out_questions']} questions",
         f"trajectory L1         {summary['trajectory_l1']:.4f}   best constant {summary['trajectory_l1_best_constant']:.4f}"
-        f"   best unmoved {summary['trajectory_l1_best_still']:.4f}   after stage 3 {summary['trajectory_l1_after_stage3']:.4f}",
-        f"grounding mIoU        {summary['grounding_miou']:.3f}    query-blind {summary['grounding_miou_query_blind']:.3f}"
+        f"   static oracle {summary['trajectory_l1_best_still']:.4f}"
+        f"   after stage 3 {summary['trajectory_l1_after_stage3']:.4f}",
+        f"grounding mIoU        {summary['grounding_miou']:.3f}"
+        f"    question-blind {summary['grounding_miou_query_blind']:.3f}"
         f"   best fixed interval {summary['grounding_miou_best_fixed']:.3f}",
     ]
     blind, counts = summary["grounding_miou_query_blind_by_objects"], summary["questions_by_objects"]
     lines += [
-        f"  {count} object{' ' if count == '1' else 's'}           {miou:.3f}    query-blind {blind[count]:.3f}"
+        f"  {count} object{' ' if count == '1' else 's'}           {miou:.3f}    question-blind {blind[count]:.3f}"
         f"   {counts[count]} questions"
         for count, miou in summary["grounding_miou_by_objects"].items()
     ]

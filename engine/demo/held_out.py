@@ -1,4 +1,4 @@
-"""What the demo's models know of videos that they never saw, in numbers and in pictures."""
+"""Measures the demo's models on held-out videos, and draws an example."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pite.evaluate.metrics import (
     TrajectoryScores,
     best_fixed_interval,
     grounding_scores,
-    query_blind_bound,
+    question_blind_bound,
     trajectory_scores,
 )
 from pite.evaluate.trajectories import predict_trajectories, read_samples
@@ -29,16 +29,16 @@ Features = Callable[[str], np.ndarray]
 
 @dataclass(frozen=True)
 class Grounding:
-    """Mean IoUs (0..1) over the questions of some videos, and the bounds to read them against.
+    """Mean IoUs (0..1) over the questions of some videos, and the bounds to compare them with.
 
-    miou         the model's
-    best_fixed   one interval given to every question, the best in hindsight
-    query_blind  one interval per video, the best in hindsight: what a model deaf to the question can reach
+    miou            of the model
+    best_fixed      of the best single interval for all questions, chosen with the true answers
+    question_blind  question-blind upper bound: of the best interval per video, chosen with the true answers
     """
 
     miou: float
     best_fixed: float
-    query_blind: float
+    question_blind: float
     recall: dict[float, float]
     questions: int
     videos: int
@@ -63,7 +63,7 @@ def _grounding(predictions: Sequence[Prediction], truth: dict[str, Events], num_
     return Grounding(
         miou=scores.miou / 100,
         best_fixed=best_fixed_interval([interval for those in intervals for interval in those], num_frames)[1],
-        query_blind=query_blind_bound(intervals, num_frames),
+        question_blind=question_blind_bound(intervals, num_frames),
         recall={threshold: share / 100 for threshold, share in scores.recall.items()},
         questions=scores.count,
         videos=len(videos),
@@ -71,7 +71,7 @@ def _grounding(predictions: Sequence[Prediction], truth: dict[str, Events], num_
 
 
 def measure_trajectories(generator: Generator, annotations: Path, features: Features) -> TrajectoryScores:
-    """Of the trajectory head, over the answers of some annotations."""
+    """Scores of the trajectory head, over the answers in an annotation file."""
     samples = list(read_samples(annotations, generator.model, generator.tokenizer))
     predicted, true = predict_trajectories(generator.model, samples, features)
     return trajectory_scores(predicted, true)
@@ -97,7 +97,7 @@ def draw_example(
 
 
 def example_event(captions: Path, objects: int = 2) -> tuple[str, str]:
-    """A held-out video and its first sentence: the first video with that many objects, else the first of all."""
+    """A held-out video and its first sentence: the first video with this many objects, or else the first video."""
     truth = read_ground_truth(captions)
     video = next((video for video, events in truth.items() if len(events.intervals) == objects), next(iter(truth)))
     return video, truth[video].sentences[0]
@@ -118,14 +118,14 @@ def summarize(output: Path) -> dict[str, object]:
     return {
         "trajectory_l1": trajectories.l1,
         "trajectory_l1_best_constant": trajectories.best_constant,
-        "trajectory_l1_best_still": trajectories.best_still,
+        "trajectory_l1_best_still": trajectories.static_oracle,
         "trajectory_l1_after_stage3": measure_trajectories(stage3, tracks, features).l1,
         "grounding_miou": every.miou,
         "grounding_miou_best_fixed": every.best_fixed,
-        "grounding_miou_query_blind": every.query_blind,
+        "grounding_miou_query_blind": every.question_blind,
         "grounding_recall": {f"R1@{threshold}": share for threshold, share in every.recall.items()},
         "grounding_miou_by_objects": {str(n): scores.miou for n, scores in by_objects.items()},
-        "grounding_miou_query_blind_by_objects": {str(n): scores.query_blind for n, scores in by_objects.items()},
+        "grounding_miou_query_blind_by_objects": {str(n): scores.question_blind for n, scores in by_objects.items()},
         "questions_by_objects": {str(n): scores.questions for n, scores in by_objects.items()},
         "held_out_videos": every.videos,
         "held_out_questions": every.questions,

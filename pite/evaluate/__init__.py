@@ -1,1 +1,1 @@
-"""Scores of a model or of a file of predictions: `python -m pite.evaluate`."""
+"""Scores a model or a prediction file: `python -m pite.evaluate`."""

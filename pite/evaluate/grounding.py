@@ -1,8 +1,12 @@
-"""Temporal grounding: ground truth, questions put to a model, prediction log, IoU of each answer.
+"""Temporal grounding: ground truth, questions to a model, prediction log, and the IoU of each answer.
 
-Predictions are one JSON object per line, the log that the predecessor's evaluation writes, so its files can be scored
-here and ours there: {"video_id", "task": "grounding", "query_id", "answer", "info": {"sentence_id"}}. Lines of
-another task are left alone. Ground truth is ActivityNet Captions: {video_id: {"duration", "timestamps", "sentences"}}.
+Predictions are one JSON object per line: {"video_id", "task": "grounding", "query_id", "answer", "info":
+{"sentence_id"}}. This is the format of the predecessor's evaluation, so each program can score the other's files. Lines
+of other tasks are skipped. Ground truth is ActivityNet Captions: {video_id: {"duration", "timestamps", "sentences"}}.
+
+`read_ground_truth` does not use `dataloaders.formats.read_activitynet`. That reader, for making trajectories, refuses
+empty sentences, reversed times and times more than 0.1 s outside the video, and clips the rest to the video. Here every
+event counts, with its times as written.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ QUESTION = "During which frames can we see {}?"
 
 @dataclass(frozen=True)
 class Events:
-    """One video's ground truth: sentences and when each can be seen, as fractions of the duration."""
+    """One video's ground truth: sentences, and the interval of each as fractions of the duration."""
 
     intervals: tuple[Interval, ...]
     sentences: tuple[str, ...]
@@ -42,7 +46,7 @@ class Prediction:
 
 
 def read_ground_truth(path: Path) -> dict[str, Events]:
-    """ActivityNet Captions file -> events by video id. Raises ValueError naming file, video and field."""
+    """ActivityNet Captions file -> events by video id. Raises ValueError, naming file, video and field."""
     videos = _load_json(path.read_text(encoding="utf-8") if path.is_file() else _missing(path), f"{path}")
     if not isinstance(videos, dict) or not videos:
         raise ValueError(f"{path}: expected an object of videos {{video_id: {{duration, timestamps, sentences}}}}")
@@ -61,15 +65,15 @@ def _events(record: Any, where: str) -> Events:
         raise ValueError(f"{where}: field 'timestamps' must be a list of {len(sentences)} pairs, one per sentence")
     for pair in timestamps:
         if not isinstance(pair, list) or len(pair) != 2 or not all(_is_number(second) for second in pair):
-            raise ValueError(f"{where}: field 'timestamps' holds {pair!r}, which is no pair of seconds")
+            raise ValueError(f"{where}: field 'timestamps' holds {pair!r}, which is not a pair of seconds")
     return Events(tuple((start / duration, end / duration) for start, end in timestamps), tuple(sentences))
 
 
 def read_predictions(path: Path, truth: dict[str, Events]) -> list[Prediction]:
-    """Grounding lines of a prediction log, each checked against the ground truth it answers.
+    """Grounding lines of a prediction log, each checked against the ground truth.
 
-    Raises ValueError naming file, line and field; an event answered twice under one query is refused, since it would
-    count twice.
+    Raises ValueError, naming file, line and field. Two answers to one event under one query id are refused, because the
+    event would count twice.
     """
     text = path.read_text(encoding="utf-8") if path.is_file() else _missing(path)
     predictions: list[Prediction] = []
@@ -132,28 +136,28 @@ def answer_questions(
     batch_size: int = 32,
     max_new_tokens: int = 64,
 ) -> Iterator[Prediction]:
-    """Ask the model when each event can be seen, `batch_size` questions at a time, greedily.
+    """The model's greedy answers to one question per event, generated in batches of `batch_size`.
 
     read_features  video id -> (num_frames, C)
-    question       `{}` stands for the sentence
+    question       `{}` is replaced by the event's sentence
     """
     if question.count("{}") != 1:
         raise ValueError(f"the question must hold {{}} once, where the sentence goes: {question!r}")
     events = [(video, i) for video, those in truth.items() for i in range(len(those.sentences))]
     for start in range(0, len(events), batch_size):
-        asked = events[start : start + batch_size]
-        # Stored features are read-only views, which torch does not take.
-        features = {video: np.array(read_features(video)) for video, _ in asked}
+        batch = events[start : start + batch_size]
+        # Copied, because torch does not accept the store's read-only views.
+        features = {video: np.array(read_features(video)) for video, _ in batch}
         answers = generator.answer(
-            [ask(truth[video].sentences[i], question) for video, i in asked],
-            [features[video] for video, _ in asked],
+            [question_for(truth[video].sentences[i], question) for video, i in batch],
+            [features[video] for video, _ in batch],
             max_new_tokens=max_new_tokens,
         )
-        yield from (Prediction(video, i, answer.text) for (video, i), answer in zip(asked, answers, strict=True))
+        yield from (Prediction(video, i, answer.text) for (video, i), answer in zip(batch, answers, strict=True))
 
 
-def ask(sentence: str, question: str = QUESTION) -> str:
-    """The question about one sentence, lower-cased and without its full stop as the predecessor puts it."""
+def question_for(sentence: str, question: str = QUESTION) -> str:
+    """The question about one sentence, which is lower-cased and loses its full stop as in the predecessor."""
     return question.replace("{}", sentence.strip().lower().removesuffix("."))
 
 

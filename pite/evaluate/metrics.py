@@ -1,7 +1,7 @@
-"""What the evaluation measures: temporal grounding and trajectories, with the bounds a score must be read against.
+"""Metrics of temporal grounding and trajectories, and the bounds to compare a score with.
 
-Intervals are pairs (start, end) as fractions of the video. All functions are pure; files and models live in
-`pite.evaluate`.
+Intervals are pairs (start, end) as fractions of the video. All functions are pure; the other modules of `pite.evaluate`
+read files and run models.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _ANSWER = re.compile(r"(\d{2}) (?:to|and) (\d{2})")
 
 
 def parse_interval(answer: str, num_frames: int = 100) -> Interval | None:
-    """First two-digit `a to b` or `a and b` of an answer as fractions of the video; None where there is none.
+    """First two-digit `a to b` or `a and b` of an answer as fractions of the video; None if there is none.
 
-    Frame index / N stands for the time of the frame, the published convention.
+    A frame's time is its index / N, the published convention.
     """
     match = _ANSWER.search(answer)
     return (int(match[1]) / num_frames, int(match[2]) / num_frames) if match else None
 
 
 def interval_iou(predicted: Interval, true: Interval) -> float:
-    """Intersection over the hull of two intervals, 0 where they miss each other or have no length, to two decimals.
+    """Intersection over the hull of two intervals, rounded to two decimals; 0 if they are disjoint or have no length.
 
-    The published evaluation rounds before it thresholds: 0.495 counts for R1@0.5.
+    The published evaluation rounds before it applies thresholds: 0.495 counts for R1@0.5.
     """
     hull = max(predicted[1], true[1]) - min(predicted[0], true[0])
     overlap = min(predicted[1], true[1]) - max(predicted[0], true[0])
@@ -40,7 +40,7 @@ def interval_iou(predicted: Interval, true: Interval) -> float:
 
 @dataclass(frozen=True)
 class GroundingScores:
-    """Percentages over `count` questions: mean IoU and the share of questions with IoU >= threshold (R1)."""
+    """Percentages over `count` questions: mean IoU, and the share of questions with IoU >= threshold (R1)."""
 
     miou: float
     recall: dict[float, float]
@@ -52,7 +52,7 @@ class GroundingScores:
 
 
 def grounding_scores(ious: Sequence[float]) -> GroundingScores:
-    """Scores of one IoU per question. Raises ValueError where there is no question."""
+    """Scores from one IoU per question. Raises ValueError if there is no question."""
     if not len(ious):
         raise ValueError("there is no grounding prediction to score")
     values = np.asarray(ious, dtype=np.float64)
@@ -61,10 +61,10 @@ def grounding_scores(ious: Sequence[float]) -> GroundingScores:
 
 
 def best_fixed_interval(true: Sequence[Interval], num_frames: int = 100) -> tuple[Interval, float]:
-    """The one answer that, given to every question, reaches the highest mean IoU (0..1), and that mean.
+    """The one interval that has the highest mean IoU (0..1) when it answers every question, and that mean.
 
-    Searched over every pair of frame indices, which is all a model can say. The answers are in hand, so no answer that
-    looks at neither video nor question can do better.
+    The search covers every pair of frame indices, so every answer that a model can give, and it uses the true
+    intervals. It is the upper bound for a model that uses neither video nor question.
     """
     if not len(true):
         raise ValueError("there is no interval to compare with")
@@ -78,10 +78,11 @@ def best_fixed_interval(true: Sequence[Interval], num_frames: int = 100) -> tupl
     return (float(starts[best]), float(ends[best])), float(total[best]) / len(true)
 
 
-def query_blind_bound(true: Iterable[Sequence[Interval]], num_frames: int = 100) -> float:
-    """Mean IoU (0..1) over all questions when each video gets its own best single interval, answers in hand.
+def question_blind_bound(true: Iterable[Sequence[Interval]], num_frames: int = 100) -> float:
+    """Question-blind upper bound: mean IoU (0..1) over all questions when each video gets its own best interval.
 
-    No model that sees the video but ignores the question can do better, so a score means something only above it.
+    The search uses the true intervals, so no model that sees the video but ignores the question can score higher. Only
+    a score above this bound shows that the model uses the question.
     true  the intervals of each video
     """
     totals = [(best_fixed_interval(intervals, num_frames)[1] * len(intervals), len(intervals)) for intervals in true]
@@ -92,7 +93,7 @@ def query_blind_bound(true: Iterable[Sequence[Interval]], num_frames: int = 100)
 
 
 def present(trajectory: np.ndarray) -> np.ndarray:
-    """(..., 2) trajectories -> boolean mask of the same shape, true at both coordinates of present points."""
+    """(..., 2) trajectories -> boolean mask of the same shape, True at both coordinates of present points."""
     return np.broadcast_to((trajectory != ABSENT).any(-1, keepdims=True), trajectory.shape)
 
 
@@ -107,19 +108,19 @@ def trajectory_l1(predicted: np.ndarray, true: np.ndarray) -> float:
 
 
 def best_constant_trajectory(true: np.ndarray) -> np.ndarray:
-    """(P, N, 2) constant that is closest in L1 to (M, P, N, 2) trajectories: each slot's median over present ones.
+    """The (P, N, 2) constant closest in L1 to (M, P, N, 2) trajectories: the median of each slot's present values.
 
-    A slot that is never present gets 0.5; it carries no error either.
+    A slot that is never present gets 0.5; it does not enter the error.
     """
     shown = np.where(present(true), true.astype(np.float64), np.nan)
     never = np.isnan(shown).all(0)
     return np.where(never, 0.5, np.nanmedian(np.where(never, 0.5, shown), axis=0))
 
 
-def best_still_l1(true: np.ndarray) -> float:
-    """Trajectory L1 of (M, P, N, 2) when each point keeps to its own best place throughout, answers in hand.
+def static_oracle_l1(true: np.ndarray) -> float:
+    """Trajectory L1 of the static oracle on (M, P, N, 2): each point stays at its own best place, from the true tracks.
 
-    What knows where each object is, but not how it moves, cannot do better.
+    It is the lower bound for a model that finds each object's place but not its motion.
     """
     shown = np.where(present(true), true.astype(np.float64), np.nan)
     never = np.isnan(shown).all(2, keepdims=True)
@@ -129,22 +130,22 @@ def best_still_l1(true: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class TrajectoryScores:
-    """Mean absolute error of predicted trajectories, and the bounds to read it against.
+    """Mean absolute error of predicted trajectories, and the bounds to compare it with.
 
-    best_constant  one trajectory given to every phrase, the best in hindsight
-    best_still     each phrase's own points where they are best when they may not move, in hindsight: knows where, not when
+    best_constant  error of one trajectory for every phrase, chosen with the true ones
+    static_oracle  error when each phrase has its own points that do not move, chosen with the true ones
     """
 
     l1: float
     best_constant: float
-    best_still: float
+    static_oracle: float
 
 
 def trajectory_scores(predicted: np.ndarray, true: np.ndarray) -> TrajectoryScores:
     """Scores of (M, P, N, 2) trajectories. Raises ValueError as `trajectory_l1`."""
-    return TrajectoryScores(trajectory_l1(predicted, true), best_constant_l1(true), best_still_l1(true))
+    return TrajectoryScores(trajectory_l1(predicted, true), best_constant_l1(true), static_oracle_l1(true))
 
 
 def best_constant_l1(true: np.ndarray) -> float:
-    """Trajectory L1 of the best constant predictor, fitted on the very (M, P, N, 2) trajectories it is scored on."""
+    """Trajectory L1 of the best constant predictor, fitted on the (M, P, N, 2) trajectories that it is scored on."""
     return trajectory_l1(np.broadcast_to(best_constant_trajectory(true), true.shape), true)

@@ -1,4 +1,4 @@
-"""Trajectories that a model predicts for the objects of held-out answers, beside the true ones."""
+"""Predicted and true trajectories of the objects in held-out answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pite.tokenizers import check_vocabulary
 
 
 def read_samples(path: Path, model: PiTe, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedSample]:
-    """PiTe-143k records that have a trajectory, tokenized for `model`. Raises ValueError where there is no such file."""
+    """PiTe-143k records that have a trajectory, tokenized for `model`. Raises ValueError if the file does not exist."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     shape = {"num_frames": model.config.num_frames, "num_points": model.config.num_points}
@@ -31,8 +31,8 @@ def read_samples(path: Path, model: PiTe, tokenizer: PreTrainedTokenizerBase) ->
             yield sample
 
 
-def caution(directory: Path) -> str | None:
-    """One sentence where a stage's output has a trajectory head that did not learn on its hidden states; else None.
+def trajectory_head_warning(directory: Path) -> str | None:
+    """One sentence if the trajectory head of a stage's output was not trained on its hidden states, else None.
 
     The published layout does not record its stages.
     """
@@ -40,10 +40,10 @@ def caution(directory: Path) -> str | None:
     if not stages or stages[-1] == 2:
         return None
     if 2 not in stages:
-        return f"{directory} is of stage {stages[-1]} without a stage 2, so its trajectory head never learned anything"
+        return f"{directory} is of stage {stages[-1]} without a stage 2, so its trajectory head is untrained"
     return (
-        f"{directory} is of stage {stages[-1]}, which changed the hidden states that its trajectory head, learned in "
-        "stage 2, reads: stage 2's own output is where the head fits"
+        f"{directory} is of stage {stages[-1]}, which changed the hidden states after its trajectory head was trained "
+        "in stage 2: use stage 2's own output for trajectories"
     )
 
 
@@ -55,9 +55,9 @@ def predict_trajectories(
     *,
     token_budget: int = 8192,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted and true trajectories (M, P, N, 2) of every answer token that has one, in the order of the samples.
+    """Predicted and true trajectories (M, P, N, 2) of every answer token that has one, in the samples' order.
 
-    The answers are the true ones, as in training: what is measured is the head, not the text.
+    The input holds the true answers, as in training, so the result measures the head and not the generated text.
     read_features  media key -> (num_frames, C)
     """
     predicted, true = [], []

@@ -1,1 +1,1 @@
-"""One folder of a trained model for transformers, peft or the hub: `python -m pite.export`."""
+"""Exports a trained model as one folder for transformers, peft or the hub: `python -m pite.export`."""

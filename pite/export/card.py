@@ -1,4 +1,4 @@
-"""The model card of an export: README.md with the front matter that the Hugging Face hub reads."""
+"""Writes the model card of an export: README.md with the Hugging Face hub's front matter."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ python -m pite.chat --model {quoted} --video video.mp4 --query "What happens in 
 ```
 """
 _SETTINGS = ("epochs", "global batch", "learning rate", "lora rank", "lora alpha", "dtype", "seed", "data", "left out")
-"""Of what a lineage remembers of a stage's run (`made_of`): those that the card shows."""
+"""Settings in a lineage's `made_of` that the card shows."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One file of scores: its name without the ending, and rows of a name and a value."""
+    """One file of scores: its name without the suffix, and rows of name and value."""
 
     title: str
     rows: tuple[tuple[str, str], ...]
 
 
 def read_scores(path: Path) -> Scores:
-    """Scores from a JSON object of numbers and texts, or of such objects. Raises ValueError naming file and field."""
+    """Scores from a JSON object of numbers and strings, or of such objects. Raises ValueError with file and field."""
     rows: list[tuple[str, str]] = []
     for name, value in read_json_object(path).items():
         inner = {f"{name}, {key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
         for label, number in inner.items():
             if isinstance(number, bool) or not isinstance(number, int | float | str):
-                raise ValueError(f"{path}: {label} is {number!r} where a number or a text is expected")
+                raise ValueError(f"{path}: {label} is {number!r} where a number or a string is expected")
             rows.append((label, f"{number:.6g}" if isinstance(number, float) else str(number)))
     return Scores(path.stem, tuple(rows))
 
@@ -78,10 +78,10 @@ def model_card(
 ) -> str:
     """The text of README.md.
 
-    name      how the folder is loaded: a repository's or the folder's own name
+    name      the name that loads the model: the repository's or the folder's
     kind      "full" or "peft"
     hub_base  Hugging Face name of the language model; None leaves it out
-    stages    lineages in order, as `pite.checkpoint.history` gives them
+    stages    lineages in order, as `pite.checkpoint.history` returns them
     """
     parts = [
         _front_matter(kind, hub_base),
@@ -143,6 +143,6 @@ def _tables(scores: Sequence[Scores]) -> list[str]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is its head."""
+    """A Markdown table; the first row is its header."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""])

@@ -1,9 +1,9 @@
-"""The two forms in which a trained model leaves its run folder: merged weights (full), or one adapter (peft).
+"""Writes the two export formats: merged weights (full), or one adapter (peft).
 
-Both are made from files, one tensor at a time; no model is built. The updates of all stages are summed in float32:
+Both read files one tensor at a time and build no model. The updates of all stages are summed in float32:
 
-full  W + sum of scale B A, rounded once to the requested dtype; host memory holds a shard and a tensor
-peft  the stages' A stacked along the rank, their B side by side, each times its scale; the alpha is the rank, so that
+full  W + sum of scale B A, rounded once to the requested dtype; host memory holds one shard and one tensor
+peft  the stages' A are concatenated along the rank, and so are their B, each times its scale; alpha equals the rank, so
       PEFT's own scale is 1
 """
 
@@ -29,14 +29,14 @@ from pite.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A trained PiTe model on disk.
 
     directory       a stage's output, an earlier export, or a whole model
-    base            path or Hugging Face name of the weights under the adapters; of a whole model its own directory
+    base            path or Hugging Face name of the weights that the adapters update; a whole model's own directory
     adapters        directories of the stages' adapters, in order; none for a whole model
-    stages          what is remembered of each stage, in order: the lineages of a run; nothing for the published layout
-    language_model  path or Hugging Face name of what the first stage started from; None where that is not recorded
+    stages          the record of each stage, in order: a run's lineages; none for the published layout
+    language_model  path or Hugging Face name of the model that the first stage started from; None if not recorded
     """
 
     directory: Path
@@ -47,8 +47,8 @@ class Trained:
     language_model: str | None
 
     @staticmethod
-    def open(path_or_name: str | Path) -> Trained:
-        """Raises ValueError where files are missing or altered, as `pite.checkpoint.from_pretrained` does."""
+    def open(path_or_name: str | Path) -> TrainedModel:
+        """Raises ValueError, like `pite.checkpoint.from_pretrained`, if files are missing or altered."""
         directory = checkpoint.resolve(path_or_name)
         config = PiTeConfig.load(directory)
         if (directory / checkpoint.LINEAGE).exists():
@@ -56,22 +56,22 @@ class Trained:
             checkpoint.check_language_model(directory, lineage["language_model"])
             adapters = (*(Path(entry["path"]) for entry in lineage["merged"]), directory)
             base = lineage["language_model"]
-            return Trained(directory, config, base, adapters, tuple(checkpoint.history(directory)), base)
+            return TrainedModel(directory, config, base, adapters, tuple(checkpoint.history(directory)), base)
         export = directory / checkpoint.EXPORT
         language_model = read_json_object(export).get("language_model") if export.exists() else None
-        return Trained(directory, config, str(directory), (), tuple(checkpoint.history(directory)), language_model)
+        return TrainedModel(directory, config, str(directory), (), tuple(checkpoint.history(directory)), language_model)
 
     @property
     def hub_base(self) -> str | None:
-        """The language model's Hugging Face name; None where it was given as a path, or is not recorded."""
+        """The language model's Hugging Face name; None if it was given as a path or is not recorded."""
         local = self.language_model is None or Path(self.language_model).is_absolute()
         return None if local else self.language_model
 
     def heads(self) -> dict[str, Tensor]:
-        """Adapter and heads under published names. Raises ValueError where there are none or they do not fit."""
+        """Adapter and heads under published names. Raises ValueError if there are none or they do not fit."""
         expected = names.head_tensors(checkpoint.empty(self.config, torch.float32, "meta"))
-        apart = self.directory / checkpoint.HEADS_FILE
-        weights = hub.Weights(self.directory, "pite") if apart.exists() else hub.Weights(self.directory)
+        separate = self.directory / checkpoint.HEADS_FILE
+        weights = hub.Weights(self.directory, "pite") if separate.exists() else hub.Weights(self.directory)
         found = {name: weights[name] for name in expected if name in weights}
         if not found:
             raise ValueError(
@@ -81,24 +81,24 @@ class Trained:
         return found
 
 
-def write_full(trained: Trained, directory: Path, dtype: torch.dtype) -> None:
-    """Write the merged Llama into an existing directory, as transformers loads it, and `pite.safetensors`.
+def write_full(trained: TrainedModel, directory: Path, dtype: torch.dtype) -> None:
+    """Write the merged Llama and `pite.safetensors` into an existing directory, in transformers' format.
 
-    The index is written for a single file too: programs that take every *.safetensors of a folder without one, as vLLM
-    does, would take PiTe's own tensors for the language model's.
+    A single file has an index too. Without an index, programs such as vLLM load every *.safetensors of a folder, and
+    would treat PiTe's own tensors as the language model's.
     """
     base = checkpoint.resolve(trained.base)
-    origin = checkpoint.Origin(trained.config, base, trained.adapters, dtype=dtype)
+    loader = checkpoint.WeightLoader(trained.config, base, trained.adapters, dtype=dtype)
     shapes = names.language_model_tensors(checkpoint.empty(trained.config, dtype, "meta"))
     shards = sharded(shapes, checkpoint.SHARD_BYTES)
     with tqdm(total=len(shapes), desc="weights", unit="tensor", file=sys.stderr) as bar:
         for file, shard in shards.items():
-            write_tensors(directory / file, dict(_rounded(origin, shard, dtype, bar)))
+            write_tensors(directory / file, dict(_rounded(loader, shard, dtype, bar)))
     write_index(hub.index_file(directory), shards)
     _write_common(trained, directory)
     config = read_json_object(directory / "config.json")
     name = str(dtype).removeprefix("torch.")
-    # Both names of the dtype: transformers 5 renamed it.
+    # Both fields for the dtype: transformers 5 renamed torch_dtype to dtype.
     config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": name, "torch_dtype": name}
     write_atomically(directory / "config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
     if (base / "generation_config.json").exists():
@@ -106,10 +106,10 @@ def write_full(trained: Trained, directory: Path, dtype: torch.dtype) -> None:
 
 
 def _rounded(
-    origin: checkpoint.Origin, shard: dict[str, Tensor], dtype: torch.dtype, bar: tqdm[Any]
+    loader: checkpoint.WeightLoader, shard: dict[str, Tensor], dtype: torch.dtype, bar: tqdm[Any]
 ) -> Iterator[tuple[str, Tensor]]:
     for name in shard:
-        tensor = origin.weight(name).to(dtype)
+        tensor = loader.weight(name).to(dtype)
         if not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{name} holds numbers that are not finite in {dtype}: give another --dtype, or check the base"
@@ -118,10 +118,10 @@ def _rounded(
         bar.update()
 
 
-def write_peft(trained: Trained, directory: Path) -> None:
-    """Write one plain LoRA over the original language model, and what makes the directory a stage's output.
+def write_peft(trained: TrainedModel, directory: Path) -> None:
+    """Write one plain LoRA for the original language model, and the other files of a stage's output.
 
-    Raises ValueError for a whole model, whose updates are in its weights.
+    Raises ValueError for a whole model, because its updates are already in its weights.
     """
     if not trained.adapters:
         raise ValueError(f"{trained.directory} holds merged weights and no adapter: export it with --format full")
@@ -142,15 +142,15 @@ def write_peft(trained: Trained, directory: Path) -> None:
     checkpoint.describe_stage(directory, lineage, rank, alpha=rank)
 
 
-def _write_common(trained: Trained, directory: Path) -> None:
+def _write_common(trained: TrainedModel, directory: Path) -> None:
     write_tensors(directory / checkpoint.HEADS_FILE, trained.heads())
     trained.config.save(directory)
     load_tokenizer(trained.directory).save_pretrained(str(directory))
 
 
-def write_record(trained: Trained, directory: Path, kind: str, dtype: str) -> None:
-    """Write `export.json`: what the folder is, and what is remembered of each stage. No path of this machine is in it."""
-    remembered = ("stage", "steps", "files", "made_of")
-    stages = [{name: stage[name] for name in remembered if name in stage} for stage in trained.stages]
+def write_record(trained: TrainedModel, directory: Path, kind: str, dtype: str) -> None:
+    """Write `export.json`: the format, and a summary of each stage. It contains no local path."""
+    recorded = ("stage", "steps", "files", "made_of")
+    stages = [{name: stage[name] for name in recorded if name in stage} for stage in trained.stages]
     content = {"format": kind, "dtype": dtype, "language_model": trained.hub_base, "stages": stages}
     write_atomically(directory / checkpoint.EXPORT, json.dumps(content, indent=1) + "\n")

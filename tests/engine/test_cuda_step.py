@@ -59,7 +59,7 @@ def training_step(size: str, tokens: int, *, stage: Stage = 2, recompute: int = 
     if fp8:
         model.quantize()
     model.set_trainable(recipe_.trainable_modules)
-    model.decoder.recompute(recompute)
+    model.decoder.checkpoint_activations(recompute)
     for parameter in model.parameters():
         peak.own(parameter)
     with peak:

@@ -58,7 +58,7 @@ def test_shards_divide_the_weights():
 
 def saved_bytes(model, batch, layers: int) -> int:
     """Bytes of the tensors that autograd saves, without parameters."""
-    model.decoder.recompute(layers)
+    model.decoder.checkpoint_activations(layers)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -11,7 +11,9 @@ from tests.golden.check import run
 
 def main() -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.golden", description="Is this engine PiTe?")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.golden", description="Does this engine compute what PiTe computes?"
+    )
     parser.add_argument("directory", type=Path, nargs="?", default=Path(__file__).parent / "pite_reference")
     try:
         checks = []

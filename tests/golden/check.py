@@ -1,7 +1,7 @@
-"""Is this engine PiTe? Compare it with numbers that the published model gave, in float32 on the CPU.
+"""Compares the engine with reference numbers of the published model, in float32 on the CPU.
 
 A reference directory holds `config.json`, `model.safetensors` under published names, `cases.safetensors` (padded
-batches with the frames' place marked by -200, final-norm hidden states, last logits, one greedy decoding) and
+batches with the frames' position marked by -200, final-norm hidden states, last logits, one greedy decoding) and
 `expected.json` (losses and gradient norms of each case).
 """
 
@@ -32,12 +32,12 @@ TOLERANCE = 1e-4
 FRAMES_HERE = -200
 IGNORED = -100
 HEADS: dict[int, Head] = {1: "localization", 2: "trajectory"}
-"""Which head learns in which stage; stage 3 learns text alone."""
+"""The head that each stage trains; stage 3 trains on text alone."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One number compared: `error` is relative, or the count of wrong tokens where `limit` is 0."""
+    """One comparison: `error` is relative, or the number of wrong tokens if `limit` is 0."""
 
     name: str
     error: float
@@ -49,10 +49,10 @@ class Check:
 
 
 def run(directory: Path) -> Iterator[Check]:
-    """Every comparison that the reference directory allows, as it is made. Raises ValueError on a missing file."""
+    """Yield every comparison that the reference directory allows. Raises ValueError for a missing file."""
     for name in ("config.json", "model.safetensors", "cases.safetensors", "expected.json"):
         if not (directory / name).is_file():
-            raise ValueError(f"{directory / name}: no such file; a reference has it")
+            raise ValueError(f"{directory / name}: no such file; a reference directory must have it")
     cases = load_file(directory / "cases.safetensors")
     expected = json.loads((directory / "expected.json").read_text())
     model = load_model(directory, cases, expected)
@@ -63,7 +63,7 @@ def run(directory: Path) -> Iterator[Check]:
 
 
 def load_model(directory: Path, cases: dict[str, Tensor], expected: dict[str, Any]) -> PiTe:
-    """The reference's model. Where its config names no head count, the one that its first hidden states agree with."""
+    """The reference's model. If its config has no head count, the one that reproduces its first hidden states."""
     config = json.loads((directory / "config.json").read_text())
     if isinstance(config.get("num_attention_heads"), int):
         return from_pretrained(directory)
@@ -71,7 +71,7 @@ def load_model(directory: Path, cases: dict[str, Tensor], expected: dict[str, An
         queries, keys = (
             weights.get_slice(f"model.layers.0.self_attn.{name}_proj.weight").get_shape()[0] for name in "qk"
         )
-    # Rotary embedding turns pairs of channels, so a head has an even number of them.
+    # Rotary embedding rotates pairs of channels, so a head has an even number of them.
     sizes = [size for size in range(2, keys + 1, 2) if keys % size == 0 and queries % size == 0]
     case, numbers = next(iter(expected.items()))
     shapes = [
@@ -125,8 +125,8 @@ def _check_greedy(model: PiTe, cases: dict[str, Tensor]) -> Check:
     answer = sequence[len(prompt) :]
     # The reference did not stop at </s>.
     settings = GenerationConfig(max_new_tokens=len(answer), do_sample=False, use_cache=True, eos_token_id=None)
-    said = language_model(model).generate(inputs_embeds=inputs, generation_config=settings)[0].tolist()
-    wrong = sum(a != b for a, b in zip(said, answer, strict=True))
+    generated = language_model(model).generate(inputs_embeds=inputs, generation_config=settings)[0].tolist()
+    wrong = sum(a != b for a, b in zip(generated, answer, strict=True))
     return Check(f"greedy decoding of {len(answer)} tokens: wrong ones", wrong, limit=0)
 
 
@@ -156,12 +156,12 @@ def pack(case: str, cases: dict[str, Tensor], numbers: dict[str, Any]) -> Packed
             )
         )
         features.append(cases[f"{case}.videos"][i].numpy())
-        assert answer.min() > frame_start, "the frames stand before the answer"
+        assert answer.min() > frame_start, "the frames come before the answer"
     return collate(samples, features)
 
 
 def _splice(token_ids: np.ndarray, num_frames: int) -> tuple[np.ndarray, int]:
-    """Token ids with the frame mark widened to one 0 per frame, and where the frames start."""
+    """Token ids with the frame mark expanded to one 0 per frame, and the position of the first frame."""
     (place,) = np.flatnonzero(token_ids == FRAMES_HERE)
     return np.concatenate([token_ids[:place], np.zeros(num_frames, np.int64), token_ids[place + 1 :]]), int(place)
 
@@ -187,6 +187,6 @@ def _hidden_error(model: PiTe, case: str, cases: dict[str, Tensor], numbers: dic
 
 
 def _relative(value: Tensor | float, expected: Tensor | float) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Norm of the difference divided by the norm of the expected value."""
     value, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (value, expected))
     return ((value - expected).norm() / expected.norm()).item()

@@ -1,7 +1,8 @@
-"""A hundred training steps on fixed numbers: `python -m tests.golden.loss_curve` writes loss_curve.json anew.
+"""A hundred training steps on fixed data: `python -m tests.golden.loss_curve` writes loss_curve.json again.
 
-Weights, samples and features come from raw Philox bits, which no library release may change; nothing of the demo, its
-recipe or its world is in it. A change that alters the curve changes what every user's run computes, and must say why.
+Weights, samples and features come from raw Philox bits, which no library release changes. It does not use the demo, its
+recipe or its world. A change that alters the curve changes what every user's run computes, so its commit must explain
+it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ RECIPE = Recipe(
 
 
 class Numbers:
-    """Uniform numbers out of raw bits."""
+    """Uniform numbers from raw bits."""
 
     def __init__(self, seed: int) -> None:
         self._bits = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
@@ -109,7 +110,7 @@ def golden_samples(numbers: Numbers, count: int) -> tuple[list[TokenizedSample],
 
 
 def golden_steps(batches: int = 5) -> Iterator[StepBatches]:
-    """Steps of two micro-batches each, over the same few batches again and again."""
+    """Steps of two micro-batches each, cycling over the same few batches."""
     numbers = Numbers(2)
     steps = []
     for _ in range(batches):

@@ -1,4 +1,4 @@
-"""PEFT adapters: plain LoRA gives PEFT's own logits, every other kind is refused by the field that makes it one."""
+"""PEFT adapters: plain LoRA gives PEFT's own logits; any other kind is refused, naming the field."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def write(directory: Path, **fields: Any) -> Path:
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"])
-def test_a_start_that_changes_the_base_is_refused_and_others_are_peft_s(tmp_path: Path, start: bool | str) -> None:
-    """By PEFT itself: its adapter, trained a little, and its logits."""
+def test_initialisations_match_peft_or_are_refused(tmp_path: Path, start: bool | str) -> None:
+    """Against PEFT itself: its slightly trained adapter, and its logits."""
     plain = tiny_model(lora=False)
     configuration = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=start)
-    # The targets' weights are shared with the model, and a start may change them.
+    # PEFT shares the weights with the model, and an initialisation may change them.
     peft = get_peft_model(language_model(tiny_model(lora=False)), configuration)
     for name, parameter in peft.named_parameters():
         if "lora_" in name:
@@ -86,7 +86,7 @@ def test_a_start_that_changes_the_base_is_refused_and_others_are_peft_s(tmp_path
         ("a_field_of_next_year", 1),
     ],
 )
-def test_what_is_not_plain_is_refused_by_name(tmp_path: Path, name: str, value: object) -> None:
+def test_anything_but_plain_lora_is_refused_by_name(tmp_path: Path, name: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"adapter_config\.json: {name} .* only plain LoRA is") as caught:
         adapters.plain_lora(write(tmp_path, **{name: value}), LAYERS)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
@@ -108,7 +108,7 @@ def test_what_is_not_plain_is_refused_by_name(tmp_path: Path, name: str, value: 
         ("base_model_name_or_path", "somewhere/else"),
     ],
 )
-def test_what_changes_nothing_is_accepted(tmp_path: Path, name: str, value: object) -> None:
+def test_fields_without_effect_are_accepted(tmp_path: Path, name: str, value: object) -> None:
     assert adapters.plain_lora(write(tmp_path, **{name: value}), LAYERS) == (4, 8)
 
 

@@ -1,4 +1,4 @@
-"""From a video file to a printed answer and a drawn trajectory, on random weights; and evaluation of such a model."""
+"""Chat from a video file to an answer and a drawn trajectory, and evaluation, with random weights."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_held_out(tmp_path_factory.mktemp("made"))
 
 
-def ask(made: Path, *more: str, video: str = "data/evaluation/videos/e000000.mp4", clip: str = "clip") -> int:
-    """Chat about a video with the random model; the exit status."""
+def run_chat(made: Path, *more: str, video: str = "data/evaluation/videos/e000000.mp4", clip: str = "clip") -> int:
+    """Run chat on a video with the random model; returns the exit status."""
     where = ["--model", f"{made}/model", "--video", f"{made}/{video}", "--clip", f"{made}/{clip}"]
     return chat.main([*where, "--query", "What happens?", "--max-new-tokens", "12", *more])
 
 
 def test_an_answer_is_printed_and_is_the_same_each_time(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ask(made) == 0
+    assert run_chat(made) == 0
     first = capsys.readouterr().out
     assert first.strip()
-    assert ask(made) == 0
+    assert run_chat(made) == 0
     assert capsys.readouterr().out == first
 
 
 def test_the_named_objects_are_drawn_on_every_frame(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ask(made) == 0
+    assert run_chat(made) == 0
     word = capsys.readouterr().out.split()[0]
-    assert ask(made, "--trajectory", f"{tmp_path}/overlay.mp4", "--phrase", word) == 0
+    assert run_chat(made, "--trajectory", f"{tmp_path}/overlay.mp4", "--phrase", word) == 0
     assert word in capsys.readouterr().err
     with av.open(f"{tmp_path}/overlay.mp4") as container:
         assert sum(1 for _ in container.decode(video=0)) == FRAMES
@@ -53,8 +53,8 @@ def test_the_named_objects_are_drawn_on_every_frame(
 def test_an_answer_without_the_phrase_draws_nothing(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ask(made, "--trajectory", f"{tmp_path}/overlay.mp4", "--phrase", "a flying saucer") == 2
-    assert "the answer does not say 'a flying saucer'" in capsys.readouterr().err
+    assert run_chat(made, "--trajectory", f"{tmp_path}/overlay.mp4", "--phrase", "a flying saucer") == 2
+    assert "the answer does not contain 'a flying saucer'" in capsys.readouterr().err
     assert not (tmp_path / "overlay.mp4").exists()
 
 
@@ -67,14 +67,14 @@ def test_an_answer_without_the_phrase_draws_nothing(
         ({"clip": "model"}, "preprocessor_config.json"),
     ],
 )
-def test_what_cannot_be_used_is_named_in_one_sentence(
+def test_unusable_inputs_are_named_in_one_sentence(
     made: Path, changed: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ask(made, **changed) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
-    assert said[0].startswith("pite.chat: ")
-    assert message in said[0]
+    assert run_chat(made, **changed) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("pite.chat: ")
+    assert message in lines[0]
 
 
 def test_another_clip_than_the_models_is_refused(
@@ -90,7 +90,7 @@ def answer_of(generator: Generator, text: str) -> Answer:
     return Answer(text, tuple(generator.tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
-def test_generated_tokens_are_laid_over_the_characters_they_gave(made: Path) -> None:
+def test_token_spans_cover_the_answer(made: Path) -> None:
     generator = Generator.from_pretrained(made / "model")
     text = "From 04 to 20, a red circle moves right. A zebrafish too."
     answer = answer_of(generator, text)
@@ -139,23 +139,23 @@ def set_config(made: Path, tmp_path: Path, **fields: object) -> Path:
         {"sliding_window": 0},
     ],
 )
-def test_what_no_answer_depends_on_changes_none(
+def test_config_fields_without_effect_change_no_answer(
     made: Path, tmp_path: Path, fields: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A padding token beyond the vocabulary, a window that is off: the same answers, and the same scores."""
+    """A padding token beyond the vocabulary, a disabled window: the same answers and the same scores."""
     changed = set_config(made, tmp_path, **fields)
     printed = []
     for folder in (made, changed):
-        assert ask(folder) == 0
+        assert run_chat(folder) == 0
         assert evaluated(folder, "grounding") == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
 
 
-def test_beyond_the_context_is_warned_of_once(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sequence_beyond_the_context_warns_once(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = set_config(made, tmp_path, max_position_embeddings=32)
     for command in (
-        lambda: ask(short),
+        lambda: run_chat(short),
         lambda: evaluated(short, "grounding"),
         lambda: evaluated(short, "trajectories"),
     ):
@@ -163,7 +163,7 @@ def test_beyond_the_context_is_warned_of_once(made: Path, tmp_path: Path, capsys
         lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
         warnings = [line for line in lines if "longer than the 32 positions" in line]
         assert len(warnings) == 1 and warnings[0].startswith("pite")
-    assert ask(made) == 0
+    assert run_chat(made) == 0
     assert "positions" not in capsys.readouterr().err
 
 
@@ -174,8 +174,8 @@ def test_a_token_that_the_model_lacks_is_named(made: Path, tmp_path: Path, capsy
     tokenizer.save_pretrained(str(grown / "model"))
     size = len(tokenizer)
     wanted = f"holds token {size - 1} ('ircle'): the tokenizer has {size:,} tokens and the language model an embedding"
-    assert ask(grown) == 0
-    assert ask(grown, "--query", "Where is the circle?") == 2
+    assert run_chat(grown) == 0
+    assert run_chat(grown, "--query", "Where is the circle?") == 2
     assert wanted in capsys.readouterr().err
     for task in ("grounding", "trajectories"):
         assert evaluated(grown, task) == 2
@@ -187,7 +187,7 @@ def test_a_token_that_the_model_lacks_is_named(made: Path, tmp_path: Path, capsy
 def test_a_git_lfs_pointer_is_named(made: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     cloned = set_config(made, tmp_path)
     (cloned / "model" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n")
-    assert ask(cloned) == 2
+    assert run_chat(cloned) == 2
     error = capsys.readouterr().err.strip()
     assert (
         error
@@ -195,9 +195,9 @@ def test_a_git_lfs_pointer_is_named(made: Path, tmp_path: Path, name: str, capsy
     )
 
 
-def test_a_query_that_is_no_text_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bytes of another encoding on the command line."""
-    assert ask(made, "--query", "Caf\udce9?") == 2
+def test_a_query_with_invalid_text_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes in another encoding on the command line."""
+    assert run_chat(made, "--query", "Caf\udce9?") == 2
     assert r"the question 'Caf\udce9?' holds half of a character" in capsys.readouterr().err
 
 
@@ -224,15 +224,17 @@ def test_trajectories_are_measured_on_held_out_answers(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluated(made, "trajectories", "--scores", f"{tmp_path}/scores.json") == 0
-    lines = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[:3])
+    lines = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:3])
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert {name: f"{scores[name]:.4f}" for name in lines} == lines
-    assert float(lines["L1"]) > float(lines["constant"]) > float(lines["unmoved"]) > 0
+    keys = {"L1": "L1", "best constant": "constant", "static oracle": "unmoved"}
+    assert {name: f"{scores[key]:.4f}" for name, key in keys.items()} == lines
+    assert scores["L1"] > scores["constant"] > scores["unmoved"] > 0
+    assert float(lines["L1"]) > float(lines["best constant"]) > float(lines["static oracle"]) > 0
 
 
 @pytest.fixture(scope="module")
 def stages(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Outputs of stages 1, 2 and 3 in a row, and of a stage 3 that had no stage 2 before it."""
+    """Outputs of stages 1, 2 and 3 in order, and of a stage 3 without a stage 2 before it."""
     root = tmp_path_factory.mktemp("stages")
     tokenizer = build_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer))
@@ -245,25 +247,25 @@ def stages(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("stage", "doubt"),
+    ("stage", "warning"),
     [
-        ("1", "is of stage 1 without a stage 2, so its trajectory head never learned anything"),
+        ("1", "is of stage 1 without a stage 2, so its trajectory head is untrained"),
         ("2", None),
-        ("3", "is of stage 3, which changed the hidden states that its trajectory head, learned in stage 2, reads"),
-        ("3-alone", "is of stage 3 without a stage 2, so its trajectory head never learned anything"),
+        ("3", "is of stage 3, which changed the hidden states after its trajectory head was trained in stage 2"),
+        ("3-alone", "is of stage 3 without a stage 2, so its trajectory head is untrained"),
     ],
 )
-def test_a_head_that_did_not_learn_on_these_states_is_said_so(
-    made: Path, stages: Path, tmp_path: Path, stage: str, doubt: str | None, capsys: pytest.CaptureFixture[str]
+def test_stale_or_untrained_trajectory_head_is_warned_about(
+    made: Path, stages: Path, tmp_path: Path, stage: str, warning: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = ["--model", f"{stages}/{stage}", "--device", "cpu"]
     assert evaluate.main(["trajectories", *where, "--data", f"{made}/data", "--store", f"{made}/store"]) == 0
     about = ["--video", f"{made}/data/evaluation/videos/e000000.mp4", "--clip", f"{made}/clip", "--query", "What?"]
     assert chat.main([*where, *about, "--max-new-tokens", "4", "--trajectory", f"{tmp_path}/overlay.mp4"]) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pite.")]
-    assert len(said) == (2 if doubt else 0)
-    for line, who in zip(said, ("evaluate", "chat")):
-        assert line.startswith(f"pite.{who}: {stages}/{stage} {doubt}")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pite.")]
+    assert len(lines) == (2 if warning else 0)
+    for line, command in zip(lines, ("evaluate", "chat")):
+        assert line.startswith(f"pite.{command}: {stages}/{stage} {warning}")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The frozen encoder gives CLIP's image embedding, and its checksum says when two encoders are the same."""
+"""The frozen encoder returns CLIP's image embedding; its checksum shows whether two encoders are the same."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_features_are_the_projected_cls_token(directory: Path, frames: np.ndarra
     assert (features.norm(dim=-1) - 1).abs().min() > 1e-3, "not normalised"
 
 
-def test_only_one_token_leaves_the_last_layer(directory: Path, frames: np.ndarray) -> None:
+def test_last_layer_computes_only_the_cls_token(directory: Path, frames: np.ndarray) -> None:
     encoder = ClipEncoder(str(directory))
     rows: list[int] = []
     for layer in encoder.model.vision_model.encoder.layers:
@@ -70,16 +70,16 @@ def test_no_graph_break(directory: Path, frames: np.ndarray, monkeypatch: pytest
     assert torch.equal(plain.encode(torch.from_numpy(cropped(plain, frames))), plain.encode(cropped(plain, frames)))
 
 
-def test_arithmetic_is_counted(directory: Path) -> None:
+def test_frame_flops_match_the_flop_counter(directory: Path) -> None:
     encoder = ClipEncoder(str(directory))
     counter = FlopCounterMode(display=False)
-    # The plain attention's products are what the counter knows on every device.
+    # The FLOP counter supports plain attention on every device.
     with counter, sdpa_kernel(SDPBackend.MATH):
         encoder.encode(np.zeros((3, SIZE, SIZE, 3), np.uint8))
     assert counter.get_total_flops() == pytest.approx(3 * encoder.flops_per_frame)
 
 
-def test_a_tower_saved_alone_is_the_same_encoder(directory: Path, frames: np.ndarray, tmp_path: Path) -> None:
+def test_vision_tower_saved_alone_is_the_same_encoder(directory: Path, frames: np.ndarray, tmp_path: Path) -> None:
     whole = ClipEncoder(str(directory))
     CLIPVisionModelWithProjection.save_pretrained(whole.model, tmp_path)
     (tmp_path / "preprocessor_config.json").write_text((directory / "preprocessor_config.json").read_text())
@@ -88,7 +88,7 @@ def test_a_tower_saved_alone_is_the_same_encoder(directory: Path, frames: np.nda
     assert torch.equal(alone.encode(cropped(alone, frames)), whole.encode(cropped(whole, frames)))
 
 
-def test_checksum_sees_weights_and_activation(directory: Path, tmp_path: Path) -> None:
+def test_checksum_depends_on_weights_and_activation(directory: Path, tmp_path: Path) -> None:
     checksum = ClipEncoder(str(directory)).checksum
     save_clip(tmp_path)
     assert ClipEncoder(str(tmp_path)).checksum == checksum
@@ -106,19 +106,19 @@ def test_frozen(directory: Path) -> None:
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:
-    """transformers would fill them with random numbers and go on."""
+    """transformers would fill them with random numbers and continue."""
     save_clip(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"no CLIP vision tower: it lacks visual_projection\.weight"):
+    with pytest.raises(ValueError, match=r"is not a CLIP vision tower: it lacks visual_projection\.weight"):
         ClipEncoder(str(tmp_path))
 
 
 @pytest.mark.parametrize("archive", [True, False])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_torch_files_are_the_same_encoder(directory: Path, tmp_path: Path, archive: bool, shards: int) -> None:
-    """Old CLIPs have nothing else; they hold position ids, too, and the oldest format cannot be mapped."""
+    """Old CLIP checkpoints have only torch files, which also hold position ids; the oldest format cannot be mapped."""
     whole = {**save_clip(tmp_path).state_dict(), "vision_model.embeddings.position_ids": torch.arange(17)[None]}
     (tmp_path / "model.safetensors").unlink()
     names = sorted(whole)
@@ -139,16 +139,14 @@ def test_half_precision_files_become_float32(tmp_path: Path) -> None:
 
 
 class _Code:
-    """What a pickle can do when it is read."""
+    """A pickle that runs code when it is read."""
 
     def __reduce__(self) -> tuple:
         return (print, ("a pickle ran",))
 
 
 @pytest.mark.parametrize("content", [{"visual_projection.weight": _Code()}, [torch.zeros(1)], b"junk"])
-def test_torch_files_of_anything_else_are_refused(
-    tmp_path: Path, content: object, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_torch_files_are_refused(tmp_path: Path, content: object, capsys: pytest.CaptureFixture[str]) -> None:
     save_clip(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     file = tmp_path / "pytorch_model.bin"
@@ -159,12 +157,12 @@ def test_torch_files_of_anything_else_are_refused(
     assert "\n" not in str(caught.value) and "a pickle ran" not in capsys.readouterr().out
 
 
-def test_weights_of_another_shape_or_none_are_refused(tmp_path: Path) -> None:
+def test_missing_weights_or_wrong_shapes_are_refused(tmp_path: Path) -> None:
     save_clip(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["vision_config"]["patch_size"] = 16
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"no CLIP of the shape that its config\.json gives"):
+    with pytest.raises(ValueError, match=r"is not a CLIP model of the shape in its config\.json"):
         ClipEncoder(str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds no model\*\.safetensors and no \*\.bin weights"):
@@ -174,21 +172,21 @@ def test_weights_of_another_shape_or_none_are_refused(tmp_path: Path) -> None:
 def test_other_models_are_refused(tmp_path: Path) -> None:
     save_clip(tmp_path)
     LlamaConfig(hidden_size=32).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds no CLIP"):
+    with pytest.raises(ValueError, match="is not a CLIP model"):
         ClipEncoder(str(tmp_path))
 
 
-def test_pixels_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
+def test_crop_size_must_fit_the_model(tmp_path: Path) -> None:
     save_clip(tmp_path)
     CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"its model sees 32 pixels, but its preprocessor_config\.json crops 64"):
+    with pytest.raises(ValueError, match=r"its model takes 32 pixels, but its preprocessor_config\.json crops 64"):
         ClipEncoder(str(tmp_path))
 
 
-def test_no_such_folder_or_name(tmp_path: Path) -> None:
+def test_unknown_folder_or_name_is_refused(tmp_path: Path) -> None:
     missing = str(tmp_path / "no/such/clip")
     with pytest.raises(
-        ValueError, match=r"neither a directory nor a Hugging Face model name|could not be had"
+        ValueError, match=r"neither a directory nor a Hugging Face model name|could not be downloaded"
     ) as caught:
         ClipEncoder(missing)
     assert str(caught.value).startswith(missing) and "\n" not in str(caught.value)

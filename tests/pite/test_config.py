@@ -1,4 +1,4 @@
-"""A language model's config.json: what the decoder does not compute is refused, with the file, and so is a broken one."""
+"""config.json of a language model: unsupported settings and broken files are refused, naming the file."""
 
 from __future__ import annotations
 
@@ -44,16 +44,14 @@ def change(directory: Path, **fields: Any) -> Path:
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key and value heads"),
         ({"num_frames": "8"}, "num_frames must be a whole number of at least 1, not '8'"),
         ({"num_points": 0}, "num_points must be a whole number of at least 1, not 0"),
-        ({"hidden_size": "wide"}, "is no valid Llama configuration: .*hidden_size"),
-        ({"vocab_size": None}, "is no valid Llama configuration: .*vocab_size"),
-        ({"num_attention_heads": 0, "head_dim": None}, "is no valid Llama configuration"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "is no valid Llama configuration"),
+        ({"hidden_size": "wide"}, "is not a valid Llama configuration: .*hidden_size"),
+        ({"vocab_size": None}, "is not a valid Llama configuration: .*vocab_size"),
+        ({"num_attention_heads": 0, "head_dim": None}, "is not a valid Llama configuration"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "is not a valid Llama configuration"),
         ({"model_type": "mistral"}, "not of the Llama architecture"),
     ],
 )
-def test_what_the_decoder_does_not_compute_is_one_sentence(
-    tmp_path: Path, fields: dict[str, Any], message: str
-) -> None:
+def test_unsupported_settings_are_refused_in_one_sentence(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     save_pretrained(tiny_model(lora=False), tmp_path)
     path = change(tmp_path, **fields)
     with pytest.raises(ValueError, match=message) as caught:
@@ -74,7 +72,7 @@ def test_what_the_decoder_does_not_compute_is_one_sentence(
         {"pad_token_id": 120},
     ],
 )
-def test_what_changes_nothing_gives_transformers_numbers(tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_settings_without_effect_give_transformers_logits(tmp_path: Path, fields: dict[str, Any]) -> None:
     save_pretrained(tiny_model(lora=False), tmp_path)
     change(tmp_path, **fields)
     model = from_pretrained(tmp_path)
@@ -122,7 +120,7 @@ def test_a_broken_json_file_is_named(stage: Path, name: str, content: str) -> No
 
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "lineage.json"])
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_what_is_no_regular_file_is_named(stage: Path, name: str, make: Any) -> None:
+def test_directory_or_link_in_place_of_a_file_is_named(stage: Path, name: str, make: Any) -> None:
     path = stage / name
     whole = path.read_bytes()
     path.unlink()
@@ -139,7 +137,7 @@ def test_what_is_no_regular_file_is_named(stage: Path, name: str, make: Any) -> 
     "changed",
     [{"stage": "1"}, {"merged": ["one"]}, {"merged": [{"path": "one"}]}, {"files": []}, {"language_model": 3}],
 )
-def test_a_lineage_that_lacks_something_is_named(stage: Path, changed: dict[str, Any]) -> None:
+def test_incomplete_lineage_is_named(stage: Path, changed: dict[str, Any]) -> None:
     path = stage / checkpoint.LINEAGE
     whole = path.read_text()
     try:
@@ -151,7 +149,7 @@ def test_a_lineage_that_lacks_something_is_named(stage: Path, changed: dict[str,
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "pite.safetensors"])
-def test_a_pointer_in_place_of_a_stage_s_weights_is_named(stage: Path, name: str) -> None:
+def test_git_lfs_pointer_in_place_of_weights_is_named(stage: Path, name: str) -> None:
     path = stage / name
     whole = path.read_bytes()
     try:
@@ -178,7 +176,7 @@ def test_a_pointer_in_place_of_a_stage_s_weights_is_named(stage: Path, name: str
         ),
     ],
 )  # fmt: skip
-def test_the_context_is_what_the_positions_were_scaled_to(llm: dict[str, Any], length: int) -> None:
+def test_context_length_includes_rope_scaling(llm: dict[str, Any], length: int) -> None:
     config: PiTeConfig = tiny_config(**{"max_position_embeddings": 64, **llm})
     assert config.context_length == length
     assert config.beyond_context(length) is None

@@ -1,4 +1,4 @@
-"""A device is checked before anything is loaded, in one sentence; and each GPU of several gets bfloat16."""
+"""The device is checked before anything is loaded, with one-sentence errors; every GPU uses bfloat16."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pite.model import PiTe
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine with two GPUs, until something is put on one."""
+    """Fakes a machine with two GPUs; nothing can be allocated on them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     return monkeypatch
@@ -28,17 +28,17 @@ def test_unknown_devices(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda:2", "cuda:100000"])
-def test_a_gpu_too_many(name: str, gpus: pytest.MonkeyPatch) -> None:
+def test_a_gpu_index_beyond_the_last_is_refused(name: str, gpus: pytest.MonkeyPatch) -> None:
     assert [devices.resolve(good).index for good in ("cuda", "cuda:0", "cuda:1")] == [None, 0, 1]
     with pytest.raises(ValueError, match=f"^device '{name}' cannot be used: the last GPU here is cuda:1$"):
         devices.resolve(name)
 
 
-def test_kernels_are_launched_on_the_gpu_that_is_taken(gpus: pytest.MonkeyPatch) -> None:
+def test_select_sets_the_current_gpu(gpus: pytest.MonkeyPatch) -> None:
     taken: list[torch.device] = []
     gpus.setattr(torch.cuda, "set_device", taken.append)
     for name in ("cuda:1", "cuda", "cpu"):
-        devices.take(name)
+        devices.select(name)
     assert taken == [torch.device("cuda:1")]
 
 
@@ -46,14 +46,14 @@ def test_kernels_are_launched_on_the_gpu_that_is_taken(gpus: pytest.MonkeyPatch)
     ("device", "dtype"), [("cuda", torch.bfloat16), ("cuda:1", torch.bfloat16), ("cpu", torch.float32)]
 )
 def test_every_gpu_gets_bfloat16(gpus: pytest.MonkeyPatch, device: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    class Asked(Exception):
+    class Called(Exception):
         pass
 
     def load(*arguments: object) -> PiTe:
-        raise Asked(*arguments)
+        raise Called(*arguments)
 
     gpus.setattr(generate, "from_pretrained", load)
-    with pytest.raises(Asked) as caught:
+    with pytest.raises(Called) as caught:
         Generator.from_pretrained(tmp_path, device)
     assert caught.value.args == (tmp_path, dtype, device)
 
@@ -72,11 +72,11 @@ def test_every_gpu_gets_bfloat16(gpus: pytest.MonkeyPatch, device: str, dtype: t
 def test_chat_refuses_in_one_sentence(
     flags: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before the model, which is not there, is looked for."""
+    """The device is checked before the model, which does not exist."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert chat.main(["--model", "none", "--video", "none", "--query", "What?", *flags]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"pite.chat: {sentence}") and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"pite.chat: {sentence}") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -93,5 +93,5 @@ def test_evaluate_refuses_in_one_sentence(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert evaluate.main([*flags, "--model", "none", "--data", "none", "--store", "none"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"pite.evaluate: {sentence}") and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"pite.evaluate: {sentence}") and error.count("\n") == 1

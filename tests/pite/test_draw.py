@@ -1,4 +1,4 @@
-"""What is drawn stands where the trajectory says, and nothing is drawn where it says nothing."""
+"""Points are drawn at the trajectory's positions, and absent points are not drawn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def centre_of(picture: Image.Image, color: tuple[int, int, int]) -> tuple[float,
 
 
 @pytest.mark.parametrize(("x", "y"), [(0.25, 0.75), (0.5, 0.5), (0.8, 0.2)])
-def test_a_dot_stands_where_it_is_predicted_and_a_ring_where_it_is(x: float, y: float) -> None:
+def test_dot_at_the_prediction_and_ring_at_the_truth(x: float, y: float) -> None:
     picture = draw_frame(FRAMES[0], [Track("a dog", trajectory(x, y), trajectory(1 - x, y))], 0)
     assert picture.size == (320, 213)
     assert centre_of(picture, COLORS[0]) == pytest.approx((x, y), abs=0.01)
@@ -52,7 +52,7 @@ def test_tracks_get_colours_of_their_own() -> None:
     assert centre_of(picture, COLORS[1])[0] == pytest.approx(0.8, abs=0.01)
 
 
-def test_strip_is_a_png_of_the_frames_that_show_something(tmp_path: Path) -> None:
+def test_strip_is_a_png_of_the_frames_with_tracks(tmp_path: Path) -> None:
     path = tmp_path / "new" / "strip.png"
     tracks = [Track("a very long noun phrase that needs a row of its own", trajectory(0.5, 0.5)) for _ in range(3)]
     save_strip(path, FRAMES, tracks, columns=2, title="During which frames can we see it? " * 5, width=160)

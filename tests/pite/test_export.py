@@ -1,4 +1,4 @@
-"""One folder of a trained model: what is in it, and that transformers, peft and this engine compute the same with it."""
+"""Exported folders: their contents, and that transformers, peft and this engine compute the same from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engine.tiny.tokenizer import build_tokenizer
 from engine.train import main as train
 from pite import chat, checkpoint, names
 from pite.checkpoint import from_pretrained, save_pretrained
-from pite.evaluate.trajectories import caution
+from pite.evaluate.trajectories import trajectory_head_warning
 from pite.export import __main__ as export
 from pite.generate import Generator
 from tests.engine.workspace import make_workspace, train_arguments
@@ -110,7 +110,7 @@ def test_every_export_loads_here(kind: str, run: Path, request: pytest.FixtureRe
     for name, tensor in names.head_tensors(ours).items():
         assert torch.equal(names.head_tensors(loaded)[name], tensor), name
     assert checkpoint.stages(folder) == (1, 2, 3)
-    assert "is of stage 3, which changed the hidden states" in caution(folder)
+    assert "is of stage 3, which changed the hidden states" in trajectory_head_warning(folder)
     generators = Generator.from_pretrained(run / "stage3" / "final"), Generator.from_pretrained(folder)
     record = batch.features[: ours.config.num_frames].numpy()
     answers = [generator.answer(["What happens?"], [record], max_new_tokens=12) for generator in generators]
@@ -132,7 +132,7 @@ def test_merged_weights_are_rounded_once(run: Path, full: Path, tmp_path: Path, 
     assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
 
 
-def test_programs_that_take_every_file_without_an_index_find_one(full: Path) -> None:
+def test_an_index_is_written_for_a_single_file(full: Path) -> None:
     index = json.loads((full / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {"model.safetensors"}
     assert set(load_file(full / "pite.safetensors")).isdisjoint(index["weight_map"])
@@ -213,7 +213,7 @@ def test_a_trained_runs_card_gives_its_lineage_data_and_scores(tmp_path: Path) -
 
 
 class Hub:
-    """A stand-in for HfApi that remembers its calls."""
+    """A fake HfApi that records its calls."""
 
     calls: ClassVar[list[tuple[str, dict[str, object]]]] = []
 
@@ -252,7 +252,7 @@ def test_a_push_that_fails_is_one_sentence_and_leaves_the_folder(
 
 @pytest.mark.parametrize("kind", ["full", "peft"])
 def test_a_pushed_export_is_loaded_by_name(kind: str, request: pytest.FixtureRequest, monkeypatch) -> None:
-    """By the hub's own matching of patterns: what the loader does not name is not fetched."""
+    """With the hub's own pattern matching: files that the loader does not name are not downloaded."""
     from huggingface_hub.utils import filter_repo_objects
 
     folder, fetched = request.getfixturevalue(kind), []
@@ -266,7 +266,7 @@ def test_a_pushed_export_is_loaded_by_name(kind: str, request: pytest.FixtureReq
     assert from_pretrained("owner/pite").config.num_frames == 8
     assert {file.name for file in folder.iterdir()} - set(fetched) == {"README.md"}
     assert isinstance(Generator.from_pretrained("owner/pite"), Generator)
-    assert caution(Path("owner/pite")).startswith("owner/pite is of stage 3")
+    assert trajectory_head_warning(Path("owner/pite")).startswith("owner/pite is of stage 3")
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -278,17 +278,17 @@ def test_a_pushed_export_is_loaded_by_name(kind: str, request: pytest.FixtureReq
         (["--private"], "give --push OWNER/NAME too"),
         (["--push", "name"], "--push takes OWNER/NAME"),
         (["--push", "owner/pite", "--format", "peft"], "use --format full"),
-        (["--format", "peft", "--dtype", "float16"], "--dtype is of --format full"),
+        (["--format", "peft", "--dtype", "float16"], "--dtype applies to --format full"),
         (["--scores", "none.json"], "none.json is missing"),
         (["--scores", "list.json"], "list.json: mIoU is"),
-        (["--output", "taken"], "is not empty and is no earlier export"),
+        (["--output", "taken"], "is not empty and is not an earlier export"),
         (["--output", "taken/file"], "is a file"),
         (["--model", "taken"], "holds no config.json"),
         (["--model", "llm"], "holds a language model without PiTe's adapter and heads"),
         (["--model", "nothing"], "neither a directory nor"),
     ],
 )
-def test_what_cannot_be_exported_is_one_sentence(
+def test_wrong_exports_are_refused_in_one_sentence(
     run: Path, tmp_path: Path, monkeypatch, capsys, flags, message
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -333,8 +333,8 @@ def test_a_stage_copied_alone_names_what_it_lacks(run: Path, tmp_path: Path, cap
         from_pretrained(final)
     assert "stage1/final" in str(raised.value) and ("stage2/final" in str(raised.value)) is not bool(copied)
     assert export.main(["--model", str(final), "--output", f"{tmp_path}/folder"]) == 2
-    asked = ["--video", "v.mp4", "--query", "What?", "--device", "cpu"]
-    assert chat.main(["--model", str(final), *asked]) == 2
+    flags = ["--video", "v.mp4", "--query", "What?", "--device", "cpu"]
+    assert chat.main(["--model", str(final), *flags]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(": ")[2] for line in lines] == [str(raised.value)] * 2
 

@@ -1,4 +1,4 @@
-"""The engine reproduces the published model's numbers, and the check that says so can fail."""
+"""The engine reproduces the published model's numbers, and the check fails for a wrong model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_changed_weight_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_head_counts_that_the_config_lost_are_found(tmp_path: Path, kv_heads: int) -> None:
+def test_missing_head_counts_are_found(tmp_path: Path, kv_heads: int) -> None:
     model = tiny_model(kv_heads, lora=False)
     save_pretrained(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""What is fetched of a model by name: one kind of weights, and nothing out of subfolders."""
+"""Downloads by name: one kind of weights, and nothing from subfolders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMIT = "0" * 40
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for the hub, which matches patterns by the hub's own function; what it fetched is in this folder."""
+    """A fake hub that matches patterns with the hub's own function; this folder holds what it downloaded."""
     directory = tmp_path / COMMIT
 
     def download(name: str, *, revision: str = "main", **patterns: list[str]) -> str:
@@ -49,7 +49,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("sharded", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
     ],
 )
-def test_one_kind_of_weights_is_fetched(hub_cache: Path, repository: str, weights: list[str]) -> None:
+def test_one_kind_of_weights_is_downloaded(hub_cache: Path, repository: str, weights: list[str]) -> None:
     def fetched() -> list[str]:
         return sorted(str(file.relative_to(hub_cache)) for file in hub_cache.rglob("*") if file.is_file())
 
@@ -59,20 +59,22 @@ def test_one_kind_of_weights_is_fetched(hub_cache: Path, repository: str, weight
     assert fetched() == sorted([*SMALL, *weights])
 
 
-def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(name: str, **_: object) -> str:
         raise OSError(f"no way to {name}\nand more")
 
     monkeypatch.setattr(hub, "snapshot_download", offline)
-    with pytest.raises(ValueError, match=r"^owner/a could not be had from the Hugging Face hub: no way to owner/a$"):
+    with pytest.raises(
+        ValueError, match=r"^owner/a could not be downloaded from the Hugging Face hub: no way to owner/a$"
+    ):
         hub.resolve("owner/a", clip._FILES)
 
 
 @pytest.mark.parametrize(("repository", "weight"), [("both", "model.safetensors"), ("hidden", "pytorch_model.bin")])
-def test_what_was_fetched_before_serves_offline(
+def test_cached_snapshot_works_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: str, weight: str
 ) -> None:
-    """By the hub's own code: it finds the cached snapshot, and does not ask for what it cannot get."""
+    """With the hub's own code: it finds the cached snapshot, and requests nothing that needs a network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     folder = tmp_path / f"models--owner--{repository}"

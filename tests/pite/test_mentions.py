@@ -1,4 +1,4 @@
-"""Which words of an answer are drawn."""
+"""Noun phrases that are found in an answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_phrase_has_the_interval_of_its_own_sentence() -> None:
     assert [phrase.interval for phrase in find_phrases(answer, 32)] == [(0.125, 0.25), None, (0.5, 0.75)]
 
 
-def test_named_phrases_are_found_wherever_they_are_said() -> None:
+def test_every_occurrence_of_a_named_phrase_is_found() -> None:
     found = find_named("From 04 to 08, dogs run. Later the Dogs (two) rest.", ["dogs"], 32)
     assert [(phrase.text, phrase.start, phrase.interval) for phrase in found] == [
         ("dogs", 15, (0.125, 0.25)),

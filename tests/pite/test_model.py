@@ -1,4 +1,4 @@
-"""The packed model against transformers and peft, and against itself cut up in other ways."""
+"""The packed model against transformers and peft, and against itself with other batch splits."""
 
 from itertools import pairwise
 
@@ -66,7 +66,7 @@ def test_rope_scaling_is_transformers(scaling):
         ({"attention_bias": True}, "biases"),
     ],
 )
-def test_what_the_decoder_cannot_compute_is_refused(llm, message):
+def test_unsupported_decoder_settings_are_refused(llm, message):
     with pytest.raises(ValueError, match=message):
         tiny_model(**llm)
 
@@ -92,7 +92,7 @@ def test_a_stage_loads_in_peft(tmp_path, kv_heads):
 
 
 def test_peft_adapters_load_here(tmp_path):
-    """What peft wrote, we read: the other direction."""
+    """The other direction: an adapter that peft wrote."""
     from peft import LoraConfig, get_peft_model
 
     plain = tiny_model(lora=False)
@@ -156,7 +156,7 @@ def test_an_altered_adapter_is_refused(tmp_path):
         from_pretrained(tmp_path / "one")
 
 
-def test_saved_whole_it_comes_back(tmp_path, monkeypatch):
+def test_a_saved_model_loads_unchanged(tmp_path, monkeypatch):
     model = tiny_model(2)
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 40_000)
     save_pretrained(model, tmp_path / "whole")
@@ -242,7 +242,7 @@ def test_the_trajectory_head_starts_as_copies_of_the_localization_head():
     torch.testing.assert_close(trajectories, model.predict(hidden, "localization").expand_as(trajectories))
 
 
-def test_only_what_should_learn_has_gradients():
+def test_only_trainable_parameters_have_gradients():
     model = tiny_model()
     model.set_trainable(("trajectory_projector",))
     model(random_batch(3, model.config), head="trajectory").total.backward()
@@ -265,7 +265,9 @@ def test_a_batch_without_trajectories_gives_no_l1_and_no_nan():
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_compiled_layers_compute_what_plain_ones_do(monkeypatch, fp8):
-    """Traced whole; one program serves all layers but the first, and with another number of tokens a second one all numbers."""
+    """Traced without graph breaks, one program for all layers but the first. Another number of tokens compiles each
+    program once more, for all lengths.
+    """
     torch._dynamo.reset()
     programs = []
 

@@ -1,4 +1,4 @@
-"""What bfloat16 leaves of small updates: earlier stages are rounded once, the last stage not at all.
+"""Rounding of small updates in bfloat16: earlier stages are rounded once, the last stage is not rounded.
 
 The figures of docs/training.md, "Merging and rounding": `pytest -s tests/pite/test_rounding.py` prints them.
 """
@@ -25,7 +25,7 @@ RANK, ALPHA, RATIO = 64, 128.0, 0.003
 
 @torch.no_grad()
 def add_small_lora(model: PiTe, seed: int) -> None:
-    """A LoRA whose update of every projection has RATIO of the weight's Frobenius norm."""
+    """Add a LoRA whose update of each projection has RATIO times the weight's Frobenius norm."""
     model.add_lora(RANK, ALPHA, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for _, linear, _ in names.linear_layers(model):
@@ -36,7 +36,7 @@ def add_small_lora(model: PiTe, seed: int) -> None:
 
 
 def random_bfloat16_model() -> PiTe:
-    """Weights of std .02 that bfloat16 holds exactly, and a stage's LoRA of seed 1; float32."""
+    """Float32 weights of std .02 that are exact in bfloat16, and a stage's LoRA with seed 1."""
     model = checkpoint.random_model(tiny_config(**SHAPE), dtype=torch.float32)
     for tensor in names.language_model_tensors(model).values():
         tensor.copy_(tensor.bfloat16())
@@ -46,7 +46,7 @@ def random_bfloat16_model() -> PiTe:
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A language model and three stages trained on it, each by itself."""
+    """A language model, and three stages trained on it independently."""
     root = tmp_path_factory.mktemp("stages")
     llm = checkpoint.random_model(tiny_config(**SHAPE), dtype=torch.bfloat16)
     save_pretrained(llm, root / "llm")
@@ -69,10 +69,10 @@ def projections(model: PiTe) -> Tensor:
 def test_three_stages_summed_lose_one_rounding(stages: list[Path]) -> None:
     llm, *adapters = stages
     base = from_pretrained(llm, torch.bfloat16)
-    exact = checkpoint.Origin(base.config, llm, adapters, dtype=torch.float32).model()
-    once = checkpoint.Origin(base.config, llm, adapters, dtype=torch.bfloat16).model()
+    exact = checkpoint.WeightLoader(base.config, llm, adapters, dtype=torch.float32).model()
+    once = checkpoint.WeightLoader(base.config, llm, adapters, dtype=torch.bfloat16).model()
     one_by_one = from_pretrained(llm, torch.bfloat16)
-    stage_1 = checkpoint.Origin(base.config, llm, adapters[:1], dtype=torch.bfloat16).model()
+    stage_1 = checkpoint.WeightLoader(base.config, llm, adapters[:1], dtype=torch.bfloat16).model()
     for adapter in adapters:
         checkpoint.load_lora(one_by_one, adapter)
         one_by_one.merge_lora()
@@ -80,12 +80,14 @@ def test_three_stages_summed_lose_one_rounding(stages: list[Path]) -> None:
     before, truth = projections(base), projections(exact)
     update = truth - before.float()
     merged = {"one stage": projections(stage_1), "one by one": projections(one_by_one), "once": projections(once)}
-    unmoved = {name: (weights == before).float().mean().item() for name, weights in merged.items()}
+    unchanged = {name: (weights == before).float().mean().item() for name, weights in merged.items()}
     errors = {name: ((merged[name].float() - truth).norm() / update.norm()).item() for name in ("one by one", "once")}
-    print(f"|dW| / |W| of three stages {update.norm() / before.float().norm():.4f}; unmoved {unmoved}, errors {errors}")
-    assert 0.4 < unmoved["one stage"] < 0.6
+    print(
+        f"|dW| / |W| of three stages {update.norm() / before.float().norm():.4f}; unchanged {unchanged}, errors {errors}"
+    )
+    assert 0.4 < unchanged["one stage"] < 0.6
     assert torch.equal(merged["once"], truth.bfloat16())
-    assert unmoved["once"] < unmoved["one by one"]
+    assert unchanged["once"] < unchanged["one by one"]
     assert errors["once"] < 0.7 * errors["one by one"]
 
 

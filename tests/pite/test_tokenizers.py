@@ -1,4 +1,4 @@
-"""Tokenizers as they are found: whole ones of every kind load, broken ones are named, lost spaces are noticed."""
+"""Tokenizers on disk: complete ones of every kind load, broken ones are named, lost spaces are detected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614\nsize 1
 
 
 def byte_level(broken: bool = False) -> PreTrainedTokenizerFast:
-    """As DeepSeek LLM's; broken as transformers 5.17 reads it where it is declared LlamaTokenizer."""
+    """Like DeepSeek LLM's. `broken`: as transformers 5.17 reads it if it is declared LlamaTokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -36,7 +36,7 @@ def byte_level(broken: bool = False) -> PreTrainedTokenizerFast:
 
 
 def save_vicuna(directory: Path, legacy: bool = False) -> None:
-    """As Vicuna v1.5: tokenizer.model alone."""
+    """Like Vicuna v1.5: only tokenizer.model."""
     with (directory / "tokenizer.model").open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(CORPUS * 5), model_writer=model, model_type="bpe", vocab_size=400,

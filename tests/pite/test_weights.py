@@ -1,4 +1,4 @@
-"""Which files of a model's directory are read, and what a model that is saved over another leaves there."""
+"""Which files of a model's directory are read, and which remain when a model is saved over another."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def stale_shards(directory: Path, other: Path) -> None:
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("shard", ["5GB", "60KB"], ids=["single", "sharded"])
 def test_extra_files_are_never_read(tmp_path: Path, kind: str, shard: str) -> None:
-    """An EMA's weights, weights of another name, another sharding's shards where an index chooses."""
+    """EMA weights, weights with another name, and shards of another sharding next to an index."""
     expected = save(tmp_path / "model", seed=1, shard=shard)
     save(tmp_path / "other", seed=2, shard="40KB")
     if kind == "bin":
@@ -86,7 +86,7 @@ def test_a_set_of_shards_without_an_index_is_read(tmp_path: Path) -> None:
 
 
 def test_a_broken_link_is_named(tmp_path: Path) -> None:
-    """As a purged cache leaves it."""
+    """As in a cache whose files were deleted."""
     save(tmp_path, seed=1)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
@@ -94,7 +94,7 @@ def test_a_broken_link_is_named(tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
-def test_safetensors_come_before_torch_files(tmp_path: Path) -> None:
+def test_safetensors_have_priority_over_torch_files(tmp_path: Path) -> None:
     save(tmp_path, seed=2)
     as_torch_files(tmp_path)
     expected = save(tmp_path, seed=1)
@@ -130,14 +130,14 @@ def repeat_a_tensor(directory: Path) -> None:
         (lambda d: hub.index_file(d).write_text("[]"), "index.json holds a JSON list"),
         (lambda d: hub.index_file(d).write_text("{"), "index.json is not valid JSON"),
         (lambda d: hub.index_file(d).write_text("{}"), "holds no weight_map"),
-        (lambda d: set_map(d, {"x": "../model.safetensors"}), "which is no file of its folder"),
-        (lambda d: set_map(d, {"x": 1}), "which is no file of its folder"),
+        (lambda d: set_map(d, {"x": "../model.safetensors"}), "which is not a file of its folder"),
+        (lambda d: set_map(d, {"x": 1}), "which is not a file of its folder"),
         (lambda d: hub.index_file(d).write_text(LFS), "index.json is a git-lfs pointer"),
         (lambda d: hub.weight_files(d)[0].write_text(LFS), r"00001-of-.*\.safetensors is a git-lfs pointer"),
         (lambda d: hub.weight_files(d)[0].write_bytes(b"x" * 99), r"00001-of-.*\.safetensors cannot be read: "),
     ],
 )  # fmt: skip
-def test_what_is_incomplete_or_ambiguous_is_one_sentence(
+def test_incomplete_or_ambiguous_weights_are_one_sentence(
     tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     save(tmp_path / "model", seed=1, shard="60KB")
@@ -156,7 +156,7 @@ def test_what_is_incomplete_or_ambiguous_is_one_sentence(
         (None, "cannot be read: it is cut off or damaged"),
     ],
 )
-def test_damaged_torch_files_never_pass_on_the_advice_to_trust_them(
+def test_damaged_torch_files_do_not_repeat_torchs_advice_to_trust_them(
     tmp_path: Path, content: bytes | None, message: str
 ) -> None:
     save(tmp_path, seed=1)
@@ -175,13 +175,13 @@ def test_quantized_weights_of_the_right_shape_are_refused(tmp_path: Path) -> Non
     weights = save(tmp_path, seed=1)
     name = "model.layers.0.mlp.up_proj.weight"
     save_file({**weights, name: (weights[name] * 100).to(torch.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"{name} is of type torch\.int8: quantized weights are not supported"):
+    with pytest.raises(ValueError, match=rf"{name} has dtype torch\.int8: quantized weights are not supported"):
         from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_tied_head_must_be_the_embedding(tmp_path: Path, same: bool) -> None:
-    """Some models are declared tied and hold the tensor twice; where the two differ, one of them would be lost."""
+    """Some models are declared tied but hold the tensor twice; if the two differ, one of them would be lost."""
     weights = save(tmp_path, seed=1)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone() if same else weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors")
@@ -199,7 +199,7 @@ SIZES = {"one": 2**40, "few": 150_000, "many": 40_000}
 
 @pytest.mark.parametrize("before", [*SIZES])
 @pytest.mark.parametrize("after", [*SIZES])
-def test_a_model_saved_over_another_is_the_second(
+def test_saving_over_another_model_replaces_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
 ) -> None:
     first, second = tiny_model(seed=1), tiny_model(seed=2)
@@ -215,14 +215,14 @@ def test_a_model_saved_over_another_is_the_second(
 
 
 class Killed(BaseException):
-    """What a kill is to the code that it ends."""
+    """Stands for a kill in the middle of a save."""
 
 
 @pytest.mark.parametrize(("before", "after"), [("many", "one"), ("one", "few"), ("few", "few"), ("few", "many")])
-def test_a_kill_while_saving_leaves_a_whole_model_or_a_refusal(
+def test_kill_while_saving_leaves_a_complete_model_or_a_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
 ) -> None:
-    """At every change of the directory in turn: what is read then is all of one model, never parts of two."""
+    """A kill at each change of the directory in turn: afterwards one complete model is read, never parts of two."""
     models = [tiny_model(seed=1), tiny_model(seed=2)]
     whole = [names.merged_tensors(model) | names.head_tensors(model) for model in models]
     changes, end = 0, 0

@@ -1,4 +1,4 @@
-"""The demo's plumbing: which commands it runs, what it does not run twice, and what it measures and draws."""
+"""The demo: which commands it runs, which it does not repeat, and what it measures and draws."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.held_out import FRAMES, make_held_out, save_model
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[demo.Step]:
-    """The steps that would have been run; each leaves what it should, unless it is told to fail or to stop early."""
+    """The steps that ran, faked: each writes its product, unless its flags contain `fail` or `stop-early`."""
     ran: list[demo.Step] = []
     named: list[demo.Step] = []
     one = {"duration": 4.0, "timestamps": [[0, 1]], "sentences": ["A."]}
@@ -36,8 +36,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[demo.Step]:
         assert command[1:] == ["-m", step.module, *step.arguments] and not check
         ran.append(step)
         if "stop-early" not in command:
-            step.leaves.parent.mkdir(parents=True, exist_ok=True)
-            step.leaves.write_text(json.dumps({"e0": one, "e1": two}))
+            step.product.parent.mkdir(parents=True, exist_ok=True)
+            step.product.write_text(json.dumps({"e0": one, "e1": two}))
         return subprocess.CompletedProcess(command, int("fail" in command))
 
     monkeypatch.setattr(demo, "steps", steps)
@@ -81,7 +81,7 @@ def test_a_step_is_run_again_when_its_command_changed_or_its_product_is_gone(
         ("stop-early", "engine.demo: step 'tiny models' was stopped before it was done; the same command continues"),
     ],
 )
-def test_a_step_that_did_not_end_well_is_named_and_tried_again(
+def test_a_failed_step_is_named_and_run_again(
     tmp_path: Path, ran: list[demo.Step], flag: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
@@ -90,24 +90,24 @@ def test_a_step_that_did_not_end_well_is_named_and_tried_again(
     assert [step.title for step in ran] == ["world", "tiny models", "tiny models"]
 
 
-def test_grounding_is_told_apart_by_number_of_objects() -> None:
+def test_grounding_is_scored_by_number_of_objects() -> None:
     truth = {"a": Events(((0.0, 0.5),), ("one",)), "b": Events(((0.0, 0.25), (0.5, 0.75)), ("one", "two"))}
-    deaf = [
+    question_blind = [
         Prediction("a", 0, "From 00 to 16."),
         Prediction("b", 0, "From 00 to 08."),
         Prediction("b", 1, "From 00 to 08."),
     ]
-    every, by_objects = measure_grounding(deaf, truth, num_frames=32)
+    every, by_objects = measure_grounding(question_blind, truth, num_frames=32)
     assert every.miou == pytest.approx(2 / 3)
-    assert (by_objects[1].miou, by_objects[1].query_blind) == (1.0, 1.0)
-    assert (by_objects[2].miou, by_objects[2].query_blind) == (0.5, 0.5)
-    assert every.query_blind == pytest.approx(2 / 3)
-    assert every.best_fixed < every.query_blind
-    listening = [*deaf[:2], Prediction("b", 1, "From 16 to 24.")]
-    assert measure_grounding(listening, truth, num_frames=32)[1][2].miou == 1.0
+    assert (by_objects[1].miou, by_objects[1].question_blind) == (1.0, 1.0)
+    assert (by_objects[2].miou, by_objects[2].question_blind) == (0.5, 0.5)
+    assert every.question_blind == pytest.approx(2 / 3)
+    assert every.best_fixed < every.question_blind
+    correct = [*question_blind[:2], Prediction("b", 1, "From 16 to 24.")]
+    assert measure_grounding(correct, truth, num_frames=32)[1][2].miou == 1.0
 
 
-def test_summary_has_the_promised_numbers_and_pictures(tmp_path: Path) -> None:
+def test_summary_has_all_numbers_and_pictures(tmp_path: Path) -> None:
     make_held_out(tmp_path)
     for stage in (2, 3):
         save_model(tmp_path / "run" / f"stage{stage}" / "final", seed=stage)
@@ -137,5 +137,5 @@ def test_summary_has_the_promised_numbers_and_pictures(tmp_path: Path) -> None:
     with Image.open(tmp_path / "overlay.png") as strip:
         assert np.asarray(strip).std() > 10
     assert (tmp_path / "overlay.mp4").stat().st_size > 1000
-    told = demo.table({**summary, "seconds": {"world": 3.0, "chat": 4.0}})
-    assert "total                7" in told
+    table = demo.table({**summary, "seconds": {"world": 3.0, "chat": 4.0}})
+    assert "total                7" in table

@@ -33,7 +33,7 @@ def losses_and_gradients(world: World, micro_batches: int, sharded: bool, steps:
     model = tiny_model(2)
     samples, features = random_samples(SAMPLES, model.config)
     normalizers = tuple(collate(samples, features).normalizers.tolist())
-    model.decoder.recompute(1 if micro_batches == 2 else 0)
+    model.decoder.checkpoint_activations(1 if micro_batches == 2 else 0)
     if sharded:
         mesh = init_device_mesh("cpu", (world.size,))
         for module in (*model.decoder.layers, model):

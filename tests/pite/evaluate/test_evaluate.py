@@ -1,4 +1,4 @@
-"""The published grounding numbers, the bounds they are read against, and what a malformed file says."""
+"""The published grounding numbers, their bounds, and the errors for malformed files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_scores_file_holds_the_printed_numbers(tmp_path: Path, capsys: pytes
         ("This occurs between 72 and 83.", (0.72, 0.83)),
         ("A man of 30 years is there from 10 to 20", (0.10, 0.20)),
         ("From 5 to 31.", None),
-        ("I cannot tell.", None),
+        ("I do not know.", None),
     ],
 )
 def test_intervals_are_read_from_answers(answer: str, interval: tuple[float, float] | None) -> None:
@@ -72,7 +72,7 @@ def test_interval_iou(predicted: metrics.Interval, true: metrics.Interval, iou: 
     assert metrics.interval_iou(predicted, true) == iou
 
 
-def test_bounds_are_what_an_exhaustive_search_finds() -> None:
+def test_bounds_equal_an_exhaustive_search() -> None:
     rng = np.random.default_rng(0)
     videos = [[tuple(np.sort(rng.uniform(size=2)).tolist()) for _ in range(int(rng.integers(1, 4)))] for _ in range(5)]
     candidates = [(a / 16, b / 16) for a in range(16) for b in range(a, 16)]
@@ -84,7 +84,7 @@ def test_bounds_are_what_an_exhaustive_search_finds() -> None:
     interval, miou = metrics.best_fixed_interval(every, num_frames=16)
     assert miou == pytest.approx(best(every) / len(every))
     assert np.mean([metrics.interval_iou(interval, true) for true in every]) == pytest.approx(miou)
-    blind = metrics.query_blind_bound(videos, num_frames=16)
+    blind = metrics.question_blind_bound(videos, num_frames=16)
     assert blind == pytest.approx(sum(map(best, videos)) / len(every))
     assert blind > miou
 
@@ -114,13 +114,13 @@ def test_no_constant_beats_the_best_constant() -> None:
         assert metrics.trajectory_l1(other, true) > best
 
 
-def test_who_does_not_move_is_off_by_the_motion() -> None:
+def test_static_oracle_error_is_the_motion() -> None:
     true = np.full((2, 1, 4, 2), -1.0, dtype=np.float32)
     true[0, 0] = [[0.1, 0.5], [0.2, 0.5], [0.9, 0.5], [-1.0, -1.0]]
-    assert metrics.best_still_l1(true) == pytest.approx((0.1 + 0.7) / 6)
+    assert metrics.static_oracle_l1(true) == pytest.approx((0.1 + 0.7) / 6)
     true[1] = 0.25
-    assert metrics.best_still_l1(true) == pytest.approx((0.1 + 0.7) / 14)
-    assert metrics.best_constant_l1(true) > metrics.best_still_l1(true)
+    assert metrics.static_oracle_l1(true) == pytest.approx((0.1 + 0.7) / 14)
+    assert metrics.best_constant_l1(true) > metrics.static_oracle_l1(true)
 
 
 TRUTH = {"v": {"duration": 10.0, "timestamps": [[1, 2]], "sentences": ["A dog runs."]}}
