@@ -1,9 +1,9 @@
-"""Train a tiny CLIP image encoder on the synthetic world, so that a demo starts from features that see what is where.
+"""Trains a tiny CLIP image encoder on the synthetic world: the demo's features contain what is where in a picture.
 
-A contrastive loss against captions would be CLIP's own way; in the minute that there is, it learns what is in a picture
-and hardly where. The embedding is therefore taught directly: a random rotation of a code that says, for each colour,
-whether it is there, where, and in which shape. Everything in it has about the same variance, so that an adapter which
-starts from random directions passes all of it on; a learned read-out would hide positions in the faintest directions.
+CLIP's contrastive loss against captions learns, in the minute available, what is in a picture but hardly where. The
+embedding is therefore trained by regression: its target is a random rotation of a code that holds, for each colour,
+presence, position and shape. All numbers of the code have about the same variance, so an adapter with random initial
+weights passes all of them on. A learned read-out would put positions into the directions of least variance.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 _COLOURS = tuple(COLOURS)
 
 _FIELDS = 3 + len(SHAPES)
-"""Numbers of the code for each colour: there or not, x, y, one for each shape."""
+"""Numbers of the code for each colour: presence, x, y, and one for each shape."""
 
 PREPROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
@@ -47,7 +47,7 @@ PREPROCESSOR = {
 
 
 def pixel_values(images: np.ndarray) -> Tensor:
-    """Normalise images (n, S, S, 3) uint8 as `PREPROCESSOR` says, to (n, 3, S, S) float32."""
+    """Normalise images (n, S, S, 3) uint8 as `PREPROCESSOR` defines, to (n, 3, S, S) float32."""
     scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     return (scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
@@ -58,17 +58,17 @@ def pixels(scenes: list[Scene]) -> Tensor:
 
 
 def code(scenes: list[Scene]) -> Tensor:
-    """What stills hold, (n, CHANNELS) float32: `_FIELDS` numbers of unit scale per colour, 0 where it is absent."""
-    told = np.zeros((len(scenes), len(COLOURS), _FIELDS), np.float32)
-    for row, scene in zip(told, scenes):
+    """Code of stills, (n, CHANNELS) float32: `_FIELDS` numbers of unit scale per colour, 0 if it is absent."""
+    codes = np.zeros((len(scenes), len(COLOURS), _FIELDS), np.float32)
+    for row, scene in zip(codes, scenes):
         for thing in scene.things:
             row[_COLOURS.index(thing.colour), :3] = 1.0, *(4 * (thing.path[0] - 0.5))
             row[_COLOURS.index(thing.colour), 3 + SHAPES.index(thing.shape)] = 0.5
-    return F.pad(torch.from_numpy(told).flatten(1), (0, CHANNELS - len(COLOURS) * _FIELDS))
+    return F.pad(torch.from_numpy(codes).flatten(1), (0, CHANNELS - len(COLOURS) * _FIELDS))
 
 
 def code_weights() -> Tensor:
-    """(CHANNELS,) importance of each number of the code: places count most, the unused rest hardly."""
+    """(CHANNELS,) loss weight of each number of the code: highest for positions, low for the unused rest."""
     weights = torch.tensor([1.0, 2.0, 2.0] + [0.3] * len(SHAPES)).repeat(len(COLOURS))
     return F.pad(weights, (0, CHANNELS - len(weights)), value=0.1)
 
@@ -86,7 +86,7 @@ def build() -> CLIPVisionModelWithProjection:
             projection_dim=CHANNELS,
         )
     )
-    # At the usual scale (0.02) the patches' places drown in their contents, and position is never found.
+    # At the usual scale (0.02) position embeddings are too small next to patch contents, and positions are not learned.
     nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.5)
     return model
 
@@ -116,9 +116,9 @@ def train(steps: int, seed: int) -> CLIPVisionModelWithProjection:
 
 @torch.no_grad()
 def probe(model: CLIPVisionModelWithProjection, seed: int = 0, count: int = 900) -> tuple[float, float]:
-    """R2 of a linear map from image embeddings to the red thing's centre: alone, and among two others.
+    """R2 of a linear probe from image embeddings to the red thing's centre: alone, and among two others.
 
-    Fitted on two thirds of `count` fresh stills, measured on the rest; 0 is what a constant reaches.
+    It is fitted on two thirds of `count` fresh stills and measured on the rest. A constant prediction reaches 0.
     """
     rng = np.random.default_rng([seed, 11])
     scores = []
@@ -138,6 +138,6 @@ def probe(model: CLIPVisionModelWithProjection, seed: int = 0, count: int = 900)
 
 
 def save(model: CLIPVisionModelWithProjection, directory: Path) -> None:
-    """Write the encoder and its preprocessor's settings as transformers reads them."""
+    """Write the encoder and its preprocessor's settings in transformers' format."""
     model.save_pretrained(directory)
     (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1))

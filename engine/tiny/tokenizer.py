@@ -1,7 +1,7 @@
 """A fast tokenizer for the synthetic world's language that behaves as Llama's does.
 
-Words of the world are one token each, with and without the space before them, and so is every two-digit index;
-anything else falls apart into characters and then bytes, so that any text survives the round trip.
+Each word of the world is one token, with and without a space before it, and so is every two-digit index. Any other text
+is split into characters and then bytes, so encoding and decoding returns any text unchanged.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _PHRASES = (
     "How many shapes can be seen?",
     STILL_QUESTION,
 )
-"""What every prompt repeats is one token: it carries no information, and costs as much as a frame for each token."""
+"""Phrases that every prompt repeats are one token: they carry no information, and a token costs as much as a frame."""
 
-_SAID = """human's user USER: ASSISTANT: Describe the video image in detail, with the time of each List
+_VOCABULARY = """human's user USER: ASSISTANT: Describe the video image in detail, with the time of each List
 event first last. concisely briefly picture Can you describe this clip What happens can be seen During which frames can we
 see From to from There is are also In this image there no one two three shape shapes at the top bottom left right
 middle of moves moving Which direction does move? It It's What colour color that a The an How many first nothing log
@@ -40,13 +40,13 @@ shown visible appear appears time times start end starts ends between frame fram
 
 
 def _words() -> list[str]:
-    said = " ".join((_SAID, *COLOURS, *SHAPES, *DIRECTIONS))
-    return sorted({word.strip(string.punctuation) for word in said.replace("'s", " ").split()} - {""})
+    text = " ".join((_VOCABULARY, *COLOURS, *SHAPES, *DIRECTIONS))
+    return sorted({word.strip(string.punctuation) for word in text.replace("'s", " ").split()} - {""})
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer; ids depend on nothing but this code."""
-    # Fewer pieces always win: each costs about the same, and words a little less than the characters they end in.
+    """The tokenizer; its ids depend only on this code."""
+    # A split into fewer pieces always wins: all pieces cost about the same, and words a little less than characters.
     pieces = [(piece, 0.0) for piece in _SPECIAL] + [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
     whole = [
         *(phrase.replace(" ", _SPACE) for phrase in _PHRASES),
@@ -58,7 +58,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     characters = [c for c in string.digits + string.ascii_letters + string.punctuation]
     pieces += [(_SPACE, -11.0)] + [(_SPACE + c, -11.0) for c in characters] + [(c, -11.5) for c in characters]
     tokenizer = Tokenizer(Unigram(pieces, unk_id=0, byte_fallback=True))
-    # Llama's: a space is put before the text, whether or not there is one.
+    # As Llama: a space is added before the text, even if it starts with one.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

@@ -1,12 +1,13 @@
-"""Train a tiny Vicuna without any image, so that a demo starts from something that speaks and reads.
+"""Trains a tiny Vicuna without images, so that the demo starts from a model with language skills.
 
-Where a video will stand later there is a log: for each frame, the sum of the embeddings of all words that are true of
-it. Answering from it takes what the real questions take (which frames, in which order, of which thing, where), so that
-the three stages have to teach the model to see, and not also to speak; all the adapter must find is a linear map.
+The prompt holds a text log in place of a video: each frame is the sum of the embeddings of all words that describe it.
+Answers from a log need the same skills as answers about a video (which frames, in which order, of which thing, where).
+The three stages then teach the model only to see, not language: the adapter has to find a linear map.
 
-What is hard is matching a word of the question against the log: a model that only answers learns to name any event of
-the video, and stays there. So the first layer is also asked what the upper ones need to match: each frame for its own
-index, each word for the colour last spoken of. And lists come first, since a list asks little else.
+The hard part is to match a word of the question with the log. A model that trains on answers alone learns to name any
+event of the video, and stops there. The first layer therefore has an auxiliary loss on what the upper layers need for
+the match: each frame predicts its own index, and each word predicts the last colour mentioned. Training starts with
+lists, because a list needs little more than this match.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ LIST_QUESTION = "List the shapes with first and last frame."
 LEARNING_RATE = 2e-3
 FIRST_LAYER_WEIGHT = 0.3
 INDEX_WEIGHT = 2.0
-"""Of an index among an answer's tokens: most others can be guessed from the words before them."""
+"""Loss weight of an index in an answer: most other tokens can be guessed from the words before them."""
 
 _KINDS = ("list", "times", "still", "description", "question")
 _LISTS = (0.5, 0.3, 0.2, 0.0, 0.0)
 _MIX = (0.15, 0.35, 0.15, 0.3, 0.05)
-"""Shares of the kinds of dialogue, at first and then."""
+"""Shares of the kinds of dialogue, in the first steps and afterwards."""
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A log, the words true of each frame, and questions about it with their answers."""
+    """A log, which holds the words that describe each frame, and questions about it with their answers."""
 
     log: tuple[str, ...]
     turns: tuple[Turn, ...]
@@ -62,8 +63,8 @@ class Dialogue:
 def build(vocabulary: int) -> LlamaForCausalLM:
     """The untrained model; its weights follow torch's global seed.
 
-    Embeddings are large and the residual branches start silent, so that words are still themselves in the upper layers,
-    where they are to be matched; at transformers' scales the first layer drowns them.
+    Embeddings are large and the residual branches start at zero, so that word embeddings stay recognisable in the upper
+    layers, which match them. At transformers' scales the first layer's output is much larger than the embeddings.
     """
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -75,7 +76,7 @@ def build(vocabulary: int) -> LlamaForCausalLM:
             num_key_value_heads=4,
             max_position_embeddings=2048,
             rms_norm_eps=1e-5,
-            # With a short base most rotary pairs turn fully within a prompt, and equal words no longer look equal.
+            # With a small base most rotary pairs turn fully within a prompt, and equal words no longer match.
             rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
             bos_token_id=1,
             eos_token_id=2,
@@ -93,7 +94,7 @@ def build(vocabulary: int) -> LlamaForCausalLM:
 
 
 def words_at(scene: Scene, frame: int) -> str:
-    """The words true of a source frame: colour, shape and place of everything seen then, or "nothing"."""
+    """The words that describe a source frame: colour, shape and place of every visible thing, or "nothing"."""
     words = []
     for thing in scene.things:
         if thing.first <= frame <= thing.last:
@@ -107,7 +108,7 @@ def _where(point: np.ndarray) -> str:
 
 
 def frame_log(scene: Scene, num_frames: int) -> tuple[str, ...]:
-    """`words_at` each of `num_frames` frames, evenly spaced as a video's are."""
+    """`words_at` each of `num_frames` frames, evenly spaced like a video's."""
     return tuple(words_at(scene, frame) for frame in np.linspace(0, scene.num_frames - 1, num_frames).astype(int))
 
 
@@ -125,8 +126,8 @@ def _listed(video: Scene, index: int, num_frames: int) -> str:
 def sample_dialogue(rng: np.random.Generator, num_frames: int, shares: Sequence[float] = _MIX) -> Dialogue:
     """One of `_KINDS`, drawn by its share.
 
-    list         each colour with the first and last frame of its event and its place then, in any order
-    times        the question that grounding asks, about each event in turn
+    list         each colour with the first and last frame of its event and its places in them, in any order
+    times        the grounding question, about each event in turn
     still        the narrative of a log of one frame
     description  of a video, with the time of each event
     question     another one
@@ -154,13 +155,14 @@ def sample_dialogue(rng: np.random.Generator, num_frames: int, shares: Sequence[
 
 @dataclass(frozen=True)
 class Batch:
-    """Dialogues, padded on the right, and their logs of F frames in all.
+    """Dialogues, padded on the right, and their logs with F frames in total.
 
     ids, labels       (B, longest) int64; labels are -100 except for the answers and their `</s>`
-    rows, columns     (F,) int64, where each frame stands in `ids`
+    rows, columns     (F,) int64, position of each frame in `ids`
     numbers           (F,) int64, ids of each frame's own two-digit index
-    words, offsets    the words of each frame as `embedding_bag` wants them
-    colours           (B, longest) int64, id of the colour last spoken of before the answers end; -100 where there is none
+    words, offsets    the words of each frame, in the form that `embedding_bag` takes
+    colours           (B, longest) int64, id of the last colour mentioned up to each token; -100 before the first
+                      and in padding
     """
 
     ids: Tensor
@@ -174,7 +176,7 @@ class Batch:
 
 
 def make_batch(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast) -> Batch:
-    """Put dialogues into the prompt that training uses, a frame for each entry of the log."""
+    """Format dialogues as training's prompt, with one frame for each entry of the log."""
     ids: list[Tensor] = []
     labels: list[Tensor] = []
     rows: list[int] = []
@@ -194,8 +196,8 @@ def make_batch(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast
         columns += range(sample.frame_start, sample.frame_start + length)
         numbers += index_ids(tokenizer)[:length]
         words += [word_ids(frame, tokenizer) for frame in dialogue.log]
-        spoken = np.where(np.isin(sample.token_ids, names), np.arange(len(sample.token_ids)), -1)
-        last = np.maximum.accumulate(spoken)
+        mentioned = np.where(np.isin(sample.token_ids, names), np.arange(len(sample.token_ids)), -1)
+        last = np.maximum.accumulate(mentioned)
         colours.append(torch.from_numpy(np.where(last >= 0, sample.token_ids[last], -100)))
     return Batch(
         ids=pad_sequence(ids, batch_first=True),
@@ -211,13 +213,13 @@ def make_batch(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast
 
 @lru_cache
 def index_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Ids of the two-digit indices 00 to 99, as they stand after a space."""
+    """Token ids of the two-digit indices 00 to 99, each after a space."""
     return tuple(word_ids(f"{index:02d}", tokenizer)[0] for index in range(100))
 
 
 @lru_cache(maxsize=4096)
 def word_ids(words: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Ids of some words."""
+    """Token ids of some words."""
     return tuple(tokenizer.encode(words, add_special_tokens=False))
 
 
@@ -231,23 +233,23 @@ def hidden_states(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor
 
 
 def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mean cross entropies: of the answers' tokens, and of what the first layer is to know (see above)."""
+    """Mean cross-entropies: of the answers' tokens, and of the first layer's auxiliary targets (see the module)."""
     last, first = hidden_states(model, batch)
     target = batch.labels[:, 1:]
-    said = target[target != -100]
-    answers = F.cross_entropy(model.lm_head(last[:, :-1][target != -100]), said, reduction="none")
-    weight = torch.where(torch.isin(said, batch.numbers), INDEX_WEIGHT, 1.0)
-    spoken = batch.colours != -100
+    tokens = target[target != -100]
+    answers = F.cross_entropy(model.lm_head(last[:, :-1][target != -100]), tokens, reduction="none")
+    weight = torch.where(torch.isin(tokens, batch.numbers), INDEX_WEIGHT, 1.0)
+    has_colour = batch.colours != -100
     index = F.cross_entropy(model.lm_head(first[batch.rows, batch.columns]), batch.numbers)
-    # A still's narrative begins before any colour was spoken of, but a batch never lacks one.
-    colour = F.cross_entropy(model.lm_head(first[spoken]), batch.colours[spoken])
+    # Tokens before the first colour have no target, but every batch has some colour.
+    colour = F.cross_entropy(model.lm_head(first[has_colour]), batch.colours[has_colour])
     return (answers * weight).sum() / weight.sum(), index + colour
 
 
 def train(
     tokenizer: PreTrainedTokenizerFast, list_steps: int, steps: int, num_frames: int, seed: int
 ) -> LlamaForCausalLM:
-    """Train on lists, then on everything, each for a fixed number of steps; one thread repeats itself bit by bit."""
+    """Train on lists, then on everything, each for a fixed number of steps; bitwise reproducible on one thread."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 20])
     model = build(len(tokenizer)).train()
@@ -270,24 +272,24 @@ def train(
 
 @torch.no_grad()
 def probe(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_frames: int, seed: int = 0) -> float:
-    """Share of grounding questions about logs of two and three things whose first frame is right to within one.
+    """Share of grounding questions about logs of two and three things whose first frame is right to within one frame.
 
-    A model that answers with any of the events, deaf to the question, reaches about 0.4.
+    A question-blind model, which answers with any of the events, reaches about 0.4.
     """
     rng = np.random.default_rng([seed, 21])
     indices = index_ids(tokenizer)
-    asked: list[Dialogue] = []
-    while len(asked) < 256:
+    dialogues: list[Dialogue] = []
+    while len(dialogues) < 256:
         video = sample_video(rng)
         if len(video.things) > 1:
             turn = _grounding(video, int(rng.integers(len(video.things))), num_frames)
-            asked.append(Dialogue(frame_log(video, num_frames), (turn,)))
-    batch = make_batch(asked, tokenizer)
+            dialogues.append(Dialogue(frame_log(video, num_frames), (turn,)))
+    batch = make_batch(dialogues, tokenizer)
     is_index = torch.isin(batch.labels, torch.tensor(indices))
-    rows, columns = torch.arange(len(asked)), is_index.int().argmax(1)
-    said = model.lm_head(hidden_states(model, batch)[0][rows, columns - 1])[:, list(indices)].argmax(1)
-    meant = torch.tensor([indices.index(token) for token in batch.labels[rows, columns].tolist()])
-    return float(((said - meant).abs() <= 1).float().mean())
+    rows, columns = torch.arange(len(dialogues)), is_index.int().argmax(1)
+    predicted = model.lm_head(hidden_states(model, batch)[0][rows, columns - 1])[:, list(indices)].argmax(1)
+    true = torch.tensor([indices.index(token) for token in batch.labels[rows, columns].tolist()])
+    return float(((predicted - true).abs() <= 1).float().mean())
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""The tiny models: a tokenizer that treats text as Llama's does, weights that transformers loads, twice the same."""
+"""The tiny models: a tokenizer that behaves like Llama's, and reproducible weights that transformers loads."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_spaces_and_special_tokens_behave_as_llamas(tokenizer):
     assert (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 2, 0)
 
 
-def test_offsets_name_the_characters_of_each_token(tokenizer):
+def test_offsets_give_the_characters_of_each_token(tokenizer):
     text = "From 05 to 12, a red circle"
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     assert [text[a:b].strip() for a, b in offsets] == ["From", "05", "to", "12", ",", "a", "red", "circle"]
@@ -116,7 +116,7 @@ def test_transformers_loads_both_and_preprocesses_as_they_were_trained(tiny):
     assert language.config.rope_parameters["rope_theta"] == 100_000
 
 
-def test_a_batch_learns_the_answers_and_shows_the_log_where_frames_stand(tokenizer):
+def test_a_batch_has_answers_as_labels_and_the_log_as_frames(tokenizer):
     rng = np.random.default_rng(0)
     dialogues = [sample_dialogue(rng, 32) for _ in range(24)]
     batch = make_batch(dialogues, tokenizer)
@@ -131,21 +131,21 @@ def test_a_batch_learns_the_answers_and_shows_the_log_where_frames_stand(tokeniz
         assert [answer.strip() for answer in learned] == [turn.answer for turn in dialogue.turns]
 
 
-def test_the_first_layer_is_asked_for_the_colour_last_spoken_of(tokenizer):
+def test_first_layer_target_is_the_last_colour_mentioned(tokenizer):
     turns = (
         Turn("When is the red circle there?", "From 00 to 01, before a blue square."),
         Turn("And the circle?", "There is no circle."),
     )
     batch = make_batch([Dialogue(("green square top",), turns)], tokenizer)
-    asked = {"": [], "red": [], "blue": [], "green": []}
+    targets = {"": [], "red": [], "blue": [], "green": []}
     for token, colour in zip(batch.ids[0].tolist(), batch.colours[0].tolist()):
-        asked["" if colour == -100 else tokenizer.decode(colour)].append(tokenizer.decode(token))
-    assert asked["green"] == []
-    assert "circle" not in asked[""]
-    assert asked["red"][:2] == ["red", "circle"]
-    assert asked["red"][-2:] == ["before", "a"]
-    assert asked["blue"][:2] == ["blue", "square"]
-    assert asked["blue"][-3:] == ["circle", ".", "</s>"]
+        targets["" if colour == -100 else tokenizer.decode(colour)].append(tokenizer.decode(token))
+    assert targets["green"] == []
+    assert "circle" not in targets[""]
+    assert targets["red"][:2] == ["red", "circle"]
+    assert targets["red"][-2:] == ["before", "a"]
+    assert targets["blue"][:2] == ["blue", "square"]
+    assert targets["blue"][-3:] == ["circle", ".", "</s>"]
 
 
 def test_a_frames_embedding_is_the_sum_of_its_words(tokenizer):
@@ -164,7 +164,7 @@ def test_a_frames_embedding_is_the_sum_of_its_words(tokenizer):
     torch.testing.assert_close(embedded[0][0, before], table[batch.ids[0, before]])
 
 
-def test_a_log_names_what_is_there_and_nothing_else():
+def test_a_log_names_only_visible_things():
     thing = Thing("red", "circle", "right", 10, 19, np.full((10, 2), 0.1))
     log = frame_log(Scene(40, 30, (thing,)), 40)
     assert len(log) == 40
@@ -172,14 +172,14 @@ def test_a_log_names_what_is_there_and_nothing_else():
     assert set(log[10:20]) == {"red circle top left"}
 
 
-def test_the_code_says_what_a_still_holds():
+def test_code_of_a_still():
     things = tuple(
         Thing(colour, shape, "", 0, 0, np.array([centre]))
         for colour, shape, centre in (("red", "square", (0.5, 0.25)), ("cyan", "circle", (1.0, 0.75)))
     )
-    told = code([Scene(1, 30, things), Scene(1, 30, ())])
-    assert told.shape == (2, CHANNELS) == (2, len(code_weights()))
-    assert told[0, :6].tolist() == [1, 0, -1, 0, 0.5, 0]
-    assert told[0, 30:36].tolist() == [1, 2, 1, 0.5, 0, 0]
-    assert told[0].count_nonzero() == 3 + 4
-    assert told[1].count_nonzero() == 0
+    codes = code([Scene(1, 30, things), Scene(1, 30, ())])
+    assert codes.shape == (2, CHANNELS) == (2, len(code_weights()))
+    assert codes[0, :6].tolist() == [1, 0, -1, 0, 0.5, 0]
+    assert codes[0, 30:36].tolist() == [1, 2, 1, 0.5, 0, 0]
+    assert codes[0].count_nonzero() == 3 + 4
+    assert codes[1].count_nonzero() == 0
