@@ -1,1 +1,1 @@
-"""Decode and encode media once, into a feature store: `python -m engine.encode`."""
+"""Decodes and encodes media once, into a feature store: `python -m engine.encode`."""

@@ -1,11 +1,11 @@
-"""python -m engine.encode --data DIR --store DIR: every video and image of a data folder through CLIP, once.
+"""python -m engine.encode --data DIR --store DIR: encodes every video and image of a data folder with CLIP, once.
 
-Frames are decoded and cropped in processes of their own while CLIP works on earlier ones. A forward pass always has
-the same shape, filled up with black where a batch is short, so that a feature does not depend on what was encoded
-beside it: a run that was killed and resumed stores the same bytes as one that was not.
+Worker processes decode and crop frames while CLIP encodes earlier ones. Every forward pass has the same shape: a short
+batch is padded with black frames. A feature therefore does not depend on the other files of its batch, and a run that
+was killed and resumed stores the same bytes as an uninterrupted one.
 
-Under torchrun each process takes an equal share of the files by their length, and writes shards of its own. They share
-the folder and its ledger, and never wait for one another, so there is no process group.
+Under torchrun each process takes an equal share of the files, measured by length, and writes its own shards. The
+processes share the folder and its failure log, and never wait for one another, so there is no process group.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from engine.cli import parse
 from engine.encode.check import predict, verify
 from engine.encode.config import EncodeConfig
 from engine.encode.job import Job
-from engine.encode.work import features_of, groups_of, share_out
+from engine.encode.work import features_of, groups_of, partition_by_length
 
 if TYPE_CHECKING:
     from pite.clip import ClipEncoder
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Summary:
-    """What a run did: media encoded, media that failed, and how many files each decoder gave frames of."""
+    """Result of a run: media encoded, media that failed, and the number of files that each decoder decoded."""
 
     encoded: int = 0
     failed: int = 0
@@ -51,8 +51,8 @@ class Summary:
 def encode(config: EncodeConfig, ranks: Ranks = ALONE) -> Summary:
     """Bring this rank's share of both stores up to date.
 
-    Raises ValueError for a data folder, CLIP or store that cannot be used, and when failures exceed the budget; what
-    was encoded until then is kept.
+    Raises ValueError for a data folder, CLIP or store that cannot be used, and when failures exceed the budget.
+    Features that were stored before the error are kept.
     """
     media, jobs = make_jobs(config, ranks)
     ledger, summary = Ledger(config.store / LEDGER, media, config.failure_budget), Summary()
@@ -63,8 +63,8 @@ def encode(config: EncodeConfig, ranks: Ranks = ALONE) -> Summary:
 
 
 def make_jobs(config: EncodeConfig, ranks: Ranks = ALONE) -> tuple[int, list[Job]]:
-    """How many media the data folder names, and this rank's part of them."""
-    # Decoding processes import this module, and need neither torch nor transformers.
+    """The number of media in the data folder's annotations, and this rank's jobs."""
+    # Imported here: the decoding processes import this module, and need neither torch nor transformers.
     from pite.clip import ClipEncoder
 
     nameless: list[RecordError] = []
@@ -83,14 +83,14 @@ def make_jobs(config: EncodeConfig, ranks: Ranks = ALONE) -> tuple[int, list[Job
     jobs = []
     for kind, manifest in manifests.items():
         store = FeatureStore.create_or_open(config.store / f"{kind}s", manifest)
-        groups = share_out(groups_of(m for m in media if m.kind == kind), ranks.size)[ranks.rank]
+        groups = partition_by_length(groups_of(m for m in media if m.kind == kind), ranks.size)[ranks.rank]
         if groups:
             jobs.append(Job(groups[0][0].kind, groups, store, encoder, config, _workers(config, device, ranks)))
     return len(media), jobs
 
 
 def _device(config: EncodeConfig, ranks: Ranks) -> str:
-    """Where this rank's CLIP runs; takes that GPU, or leaves the decoders their cores."""
+    """The device of this rank's CLIP. Selects that GPU, or on a CPU limits torch's threads to spare the decoders."""
     import torch
 
     device: str = config.device
@@ -99,7 +99,7 @@ def _device(config: EncodeConfig, ranks: Ranks) -> str:
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here")
     if device == "cpu":
-        # Threads that wait for a core spin on it, and would take it from the decoders.
+        # Waiting threads spin, and would use up the decoders' cores.
         free = available_cores() // ranks.local_size - _workers(config, device, ranks)
         torch.set_num_threads(max(1, min(torch.get_num_threads(), free)))
         return device
@@ -122,7 +122,7 @@ def _manifest(encoder: ClipEncoder, num_frames: int, sampling: str) -> Manifest:
 
 
 def _encode(job: Job, ledger: Ledger, ranks: Ranks, summary: Summary) -> None:
-    """Encode what a store lacks of a job, adding to the summary."""
+    """Encode the files of a job that the store lacks, and add to the summary."""
     groups = job.missing
     if not groups:
         return

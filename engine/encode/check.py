@@ -1,4 +1,4 @@
-"""What encoding will cost before it starts, and whether what it stored is right afterwards."""
+"""Estimates the cost of encoding (`--dry-run`) and verifies stored features (`--verify`)."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from pite.clip import ClipEncoder
 
 LEAST_COSINE = 0.999
-"""Of a frame's feature and its verification: what decoders and arithmetics may differ by."""
+"""Least cosine similarity of a stored feature and its verification: decoders and arithmetic differ a little."""
 
 _SAMPLE = 6
-"""Files that the dry run decodes."""
+"""Number of files that the dry run decodes."""
 
 
 def verify(jobs: Sequence[Job], records: int) -> str:
-    """Decode and encode a random sample of stored records again; say how they compare.
+    """Decode and encode a random sample of stored records again, and return a one-line comparison.
 
-    Raises ValueError where a record is not what its file gives: a cosine below LEAST_COSINE in any frame.
+    Raises ValueError if a record does not match its file: a cosine below LEAST_COSINE in any frame.
     """
     stored = [(job, group) for job in jobs for group in job.groups if group[0].key in job.store]
     drawn = random.sample(stored, min(records, len(stored)))
@@ -63,17 +63,17 @@ def verify(jobs: Sequence[Job], records: int) -> str:
 
 
 def _least_cosine(one: np.ndarray, two: np.ndarray) -> float:
-    """Of the frames of two records (N, channels), the pair that agrees least."""
+    """Least cosine similarity between corresponding frames of two records (N, channels)."""
     a, b = one.astype(np.float64), two.astype(np.float64)
     return float(((a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-12)).min())
 
 
 def predict(job: Job, ranks: int) -> str:
-    """The dry run's text for one kind of media: what the store will hold, and how long what is missing will take.
+    """The dry run's report for one kind of media: the store's size, and the time to encode the missing files.
 
-    Measures on this machine: decodes some files, and runs CLIP a few times. Other devices are predicted by arithmetic.
+    It decodes some files and runs CLIP a few times on this machine. Times for other devices are computed from FLOPs.
     """
-    # Decoding processes import engine.encode, and need no torch.
+    # Imported here: the decoding processes import engine.encode, and need no torch.
     from engine.hardware import CLIP_MFU, DEVICES
 
     missing, manifest = job.missing, job.store.manifest
@@ -110,7 +110,7 @@ def predict(job: Job, ranks: int) -> str:
 
 
 def _seconds_per_file(media: Sequence[Media], lengths: Sequence[float], decoder: Decoder) -> float:
-    """Seconds from one file to the next, of a sample, corrected for the sample's lengths; processes are started before."""
+    """Seconds per file, measured on a sample with warm worker processes, and corrected for the sample's lengths."""
     chosen = random.Random(0).sample(range(len(media)), min(_SAMPLE, len(media)))
     sample = [media[i] for i in sorted(chosen)]
     list(decoder.map(sample[:1]))
@@ -122,7 +122,7 @@ def _seconds_per_file(media: Sequence[Media], lengths: Sequence[float], decoder:
 
 
 def _seconds_per_frame(encoder: ClipEncoder, batch_size: int) -> float:
-    """CLIP's seconds per frame: on a GPU of whole batches after a first one that compiles; a few frames on the CPU."""
+    """CLIP's seconds per frame, after a warm-up that compiles: full batches on a GPU, a few frames on the CPU."""
     rows = batch_size if encoder.device.type == "cuda" else min(batch_size, 4)
     side = encoder.preprocess.crop
     frames = np.random.default_rng(0).integers(0, 255, (rows, side, side, 3), dtype=np.uint8)

@@ -11,16 +11,16 @@ from dataloaders.decode.decoder import TIME_LIMIT
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """Decode and encode all media that the annotations of a data folder name.
+    """Decode and encode all media in the annotations of a data folder.
 
-    Runs again where it was stopped. Files that cannot be decoded are listed in STORE/failures.*.jsonl and tried again
-    by the next run.
+    A run resumes where the last one stopped. Files that cannot be decoded are listed in STORE/failures.*.jsonl, and the
+    next run tries them again.
     """
 
     data: Path
     """data folder (layout: docs/data.md)"""
     store: Path
-    """where features go: STORE/images and STORE/videos"""
+    """output folder for features: STORE/images and STORE/videos"""
     clip: str = "openai/clip-vit-large-patch14"
     """CLIP in Hugging Face format, a folder or a name on the hub"""
     num_frames: int = 100
@@ -28,24 +28,24 @@ class EncodeConfig:
     batch_size: int = 200
     """frames per forward pass"""
     workers: int | None = None
-    """decoding processes of each rank, 0 to decode in the rank's own; none for one per core, or per two cores where CLIP
-    runs on the CPU, shared by the ranks of a machine"""
+    """decoding processes of each rank; 0 decodes in the rank's own process. By default one per core, or per two cores
+    if CLIP runs on the CPU, divided among the ranks of a machine"""
     failure_budget: float = 0.01
     """share of media that may fail before the run stops"""
     time_limit: float = TIME_LIMIT
-    """seconds after which a file that is still being decoded is given up and its process killed (not kept by 0 workers), and
-    a batch that DALI gives nothing of goes to PyAV"""
+    """timeout in seconds: a file that takes longer fails and its process is killed (no timeout with 0 workers); a DALI
+    batch that takes longer falls back to PyAV"""
     shard_records: int = 1024
-    """records per shard, the most that a kill can cost"""
+    """records per shard; a kill loses at most this many"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where CLIP runs"""
+    """device of CLIP"""
     decoder: Literal["auto", "pyav", "dali", "torchcodec"] = "auto"
-    """what decodes; auto is DALI where CLIP runs on a GPU and DALI is installed, else PyAV. What DALI cannot decode goes to
-    PyAV, file by file"""
+    """decoder; auto is DALI if CLIP runs on a GPU and DALI is installed, else PyAV. Each file that DALI cannot decode
+    falls back to PyAV"""
     verify: int = 0
-    """instead of encoding, decode and encode so many records of the store again, drawn at random, and compare"""
+    """instead of encoding, decode and encode this many random records of the store again, and compare"""
     dry_run: bool = False
-    """instead of encoding, say how large the store will be and how long it will take; makes empty stores at most"""
+    """instead of encoding, print the store's size and the time to encode; creates empty stores at most"""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "batch_size", "shard_records"):

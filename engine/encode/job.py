@@ -1,4 +1,4 @@
-"""What one rank has to encode of one kind of media, and the decoder for it."""
+"""One rank's share of one kind of media, and the decoder for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """This rank's media of one kind: groups of those that share a file, the store, and who decodes and encodes."""
+    """This rank's media of one kind, grouped by file, with the store, the encoder and the settings for decoding."""
 
     kind: Literal["video", "image"]
     groups: list[list[Media]]
@@ -39,7 +39,7 @@ class Job:
         return [group for whole in self.groups if (group := [m for m in whole if m.key not in self.store])]
 
     def decoder(self, files: int) -> AbstractContextManager[Decoder]:
-        """A decoder for so many files."""
+        """A decoder for this many files."""
         num_frames, preprocess = self.store.manifest.num_frames, self.encoder.preprocess
         limit = self.config.time_limit
         chosen = chosen_decoder(self.config, self.encoder.device.type)
@@ -55,7 +55,7 @@ class Job:
 
 
 def chosen_decoder(config: EncodeConfig, device: str) -> str:
-    """The decoder that --decoder names; `auto` is DALI where CLIP runs on a GPU and DALI can be used, else PyAV."""
+    """The decoder that --decoder names; `auto` is DALI if CLIP runs on a GPU and DALI works, else PyAV."""
     if config.decoder != "auto":
         return config.decoder
     if device == "cuda":

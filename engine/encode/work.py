@@ -1,4 +1,4 @@
-"""What there is to encode and who does it; and decoded files through CLIP, a batch at a time."""
+"""Groups media by file, partitions them among ranks, and encodes decoded files in batches."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from pite.clip import ClipEncoder
 
 _OPENING = 0.5
-"""Seconds of video whose decoding costs as much as opening a file; what a file weighs that says no length."""
+"""Cost of opening a file, in seconds of video; the whole weight of a file whose header has no length."""
 
 _LONGEST = 24 * 3600.0
-_LOOKERS = 32
+_HEADER_THREADS = 32
 
 
 def groups_of(media: Iterable[Media]) -> list[list[Media]]:
-    """Media by file and clip, in order, the same on every rank whatever is in the store by now.
+    """Media grouped by file and clip, in order; the same on every rank, independent of what the store holds.
 
-    Two rooms may link to one folder of videos: a file is encoded once and stored under each of its keys.
+    Two splits may link to one folder of videos: a file is encoded once and stored under each of its keys.
     """
-    # Links are between folders; to resolve a million files on a network takes minutes.
+    # Only folders are resolved: links are between folders, and resolving a million files on a network takes minutes.
     resolve = lru_cache(Path.resolve)
     groups: dict[object, list[Media]] = {}
     for m in media:
@@ -41,27 +41,27 @@ def groups_of(media: Iterable[Media]) -> list[list[Media]]:
 
 
 def seconds_of(media: Sequence[Media]) -> list[float]:
-    """Length of each in seconds: a clip's own, a file's by its headers; 0 for a still or where nothing says it."""
+    """Length of each in seconds, from the clip's times or the file's header; 0 for a still or an unknown length."""
 
-    def look(m: Media) -> float:
+    def read_length(m: Media) -> float:
         if m.kind == "image":
             return 0.0
         if m.split is not None:
             return max(0.0, m.split[1] - m.split[0])
         try:
-            # A damaged header may say anything.
+            # A damaged header may hold any length.
             return min(duration(m.path) or 0.0, _LONGEST)
         except OSError:
             return 0.0
 
-    with ThreadPoolExecutor(_LOOKERS) as threads:  # A network file system answers many at once.
-        return list(threads.map(look, media, chunksize=64))
+    with ThreadPoolExecutor(_HEADER_THREADS) as threads:  # A network file system handles many requests at once.
+        return list(threads.map(read_length, media, chunksize=64))
 
 
-def share_out(groups: Sequence[list[Media]], ranks: int) -> list[list[list[Media]]]:
+def partition_by_length(groups: Sequence[list[Media]], ranks: int) -> list[list[list[Media]]]:
     """Divide groups into `ranks` shares of nearly equal length in seconds, the same on every rank.
 
-    The longest first, each to whoever has least; within a share the order stays.
+    Greedy: the longest file first, each to the rank with the smallest load. Within a share the order is kept.
     """
     if ranks == 1:
         return [list(groups)]
@@ -78,7 +78,7 @@ def share_out(groups: Sequence[list[Media]], ranks: int) -> list[list[list[Media
 def features_of(
     batch: Sequence[Decoded], encoder: ClipEncoder, num_frames: int, batch_size: int
 ) -> list[np.ndarray | None]:
-    """Features (num_frames, channels) of each decoded file of a batch; None for those without frames."""
+    """Features (num_frames, channels) of each decoded file of a batch; None for files without frames."""
     good = [decoded.frames for decoded in batch if decoded.frames is not None]
     if not good:
         return [None] * len(batch)
@@ -90,7 +90,7 @@ def features_of(
 
 
 def _joined(parts: Sequence[np.ndarray | Tensor], rows: int) -> np.ndarray | Tensor:
-    """Frames one after the other, filled up with black to a multiple of `rows`; on the GPU where any of them is there."""
+    """Concatenated frames, padded with black to a multiple of `rows`; on the GPU if any of them is there."""
     length = sum(len(part) for part in parts)
     black = -length % rows
     if len(parts) == 1 and not black:

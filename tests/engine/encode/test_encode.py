@@ -1,4 +1,4 @@
-"""Encoding a data folder: the right features for every key, once, whatever the files and whoever kills the run."""
+"""Encoding a data folder: the right features for every key, each encoded once, with damaged files and after kills."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dataloaders.records import Media
 from dataloaders.store.features import FeatureStore
 from engine.encode import job
 from engine.encode.__main__ import EncodeConfig, encode, main
-from engine.encode.work import groups_of, seconds_of, share_out
+from engine.encode.work import groups_of, partition_by_length, seconds_of
 from pite.clip import ClipEncoder
 from tests.clips import save_clip, write_data
 from tests.damage import decode_or_hang
@@ -44,7 +44,7 @@ def config(clip: Path, data: Path, tmp_path: Path) -> EncodeConfig:
 
 
 def done(config: EncodeConfig) -> tuple[int, int]:
-    """Encode; media encoded and failed."""
+    """Encode; returns the number of media encoded and failed."""
     summary = encode(config)
     return summary.encoded, summary.failed
 
@@ -113,7 +113,7 @@ def test_processes_give_the_same_bytes(config: EncodeConfig, tmp_path: Path) -> 
 
 
 def test_two_ranks_give_the_same_records(config: EncodeConfig, data: Path, tmp_path: Path) -> None:
-    """Each process encodes half, each file once; the ledger and its budget are common to both."""
+    """Each process encodes half, each file once; both share the failure log and its budget."""
     bad = replace(config, data=spoiled(data, tmp_path), failure_budget=1.0)
     encode(bad)
     shared = tmp_path / "shared"
@@ -150,7 +150,7 @@ def test_a_second_run_does_nothing(config: EncodeConfig) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in config.store.rglob("*") if p.suffix != ".lock"}
 
 
-def test_failures_go_to_the_ledger_and_harm_no_neighbour(config: EncodeConfig, data: Path, tmp_path: Path) -> None:
+def test_failures_are_logged_and_do_not_change_other_features(config: EncodeConfig, data: Path, tmp_path: Path) -> None:
     encode(config)
     bad = replace(config, data=spoiled(data, tmp_path), store=tmp_path / "other", failure_budget=0.5)
     assert done(bad) == (2 * VIDEOS + IMAGES - 7, 7)
@@ -258,7 +258,7 @@ class TestCommand:
 
 
 def test_killed_and_resumed(config: EncodeConfig, tmp_path: Path) -> None:
-    """After a SIGKILL in the middle of the videos the store becomes, byte for byte, what an undisturbed run makes."""
+    """After a SIGKILL among the videos and a resume, the store equals an uninterrupted run's, byte for byte."""
     data = write_data(tmp_path / "data", videos=40, images=10)
     reference = replace(config, data=data, store=tmp_path / "reference")
     encode(reference)
@@ -281,19 +281,19 @@ def test_killed_and_resumed(config: EncodeConfig, tmp_path: Path) -> None:
 
 
 def test_shares_are_of_equal_length(tmp_path: Path) -> None:
-    """Lengths as of web videos, some a hundred times the median: shares differ by less than their shortest file."""
+    """Lengths like web videos', some a hundred times the median: the largest share is within 0.1% of the mean."""
     rng = np.random.default_rng(0)
     lengths = {f"v{i}": float(seconds) for i, seconds in enumerate(rng.lognormal(4, 1.2, 3000))}
     media = [Media(key, tmp_path / key, split=(0, seconds)) for key, seconds in lengths.items()]
     groups = groups_of(media)
     for ranks in (1, 2, 8):
-        shares = share_out(groups, ranks)
+        shares = partition_by_length(groups, ranks)
         assert sorted(g[0].key for share in shares for g in share) == sorted(lengths), "each once"
         loads = [sum(lengths[g[0].key] for g in share) for share in shares]
         assert max(loads) / (sum(loads) / ranks) < 1.001
         order = {key: place for place, key in enumerate(lengths)}
         assert all([order[g[0].key] for g in s] == sorted(order[g[0].key] for g in s) for s in shares)
-    assert share_out(groups, 8) == shares, "the same on every rank"
+    assert partition_by_length(groups, 8) == shares, "the same on every rank"
 
 
 def test_lengths_are_read_from_files(data: Path, tmp_path: Path) -> None:
@@ -306,16 +306,16 @@ def test_lengths_are_read_from_files(data: Path, tmp_path: Path) -> None:
 def test_dry_run_encodes_nothing(config: EncodeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--data", config.data, "--store", config.store, "--clip", config.clip, "--num-frames", N, "--workers", 0]
     assert main([*map(str, flags), "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert f"{2 * VIDEOS} of 0.2 kB" in told and f"{VIDEOS} files, " in told and "A100-80GB" in told
+    printed = capsys.readouterr().out
+    assert f"{2 * VIDEOS} of 0.2 kB" in printed and f"{VIDEOS} files, " in printed and "A100-80GB" in printed
     assert not records(config.store), "nothing is stored"
     encode(config)
     assert main([*map(str, flags), "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert told.count("0 are missing") == 2 and "A100" not in told
+    printed = capsys.readouterr().out
+    assert printed.count("0 are missing") == 2 and "A100" not in printed
 
 
-def test_a_file_that_hangs_is_given_up(config: EncodeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_hangs_is_stopped(config: EncodeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(config)
     monkeypatch.setattr(job, "decode_cropped", decode_or_hang)
     hanging = replace(config, store=tmp_path / "other", workers=1, time_limit=1.5, failure_budget=0.5)

@@ -1,4 +1,4 @@
-"""Two hundred damaged files and a SIGKILL at twenty moments: no crash, no hang, nothing lost in silence."""
+"""Two hundred damaged files, and a SIGKILL at twenty moments: no crash, no hang, no silent loss."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ REASONS = {
     "huge": "more than can be decoded|is it a video|failed after|change size|holds no",
     "endless": "damaged|is it a video|holds no|cut off",
 }
-"""What may be said of each kind of damage, where it is noticed at all. Kinds that must be noticed are in CERTAIN."""
+"""Allowed reasons for each kind of damage, if it is detected. Kinds that must be detected are in CERTAIN."""
 
 CERTAIN = {"truncated", "junk", "empty", "audio", "still"}
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, str]]:
-    """A data folder of good files among damaged ones, one of the good files alone, and the kinds of damage by id."""
+    """A data folder of good and damaged files, one of the good files alone, and the kind of damage by id."""
     root = tmp_path_factory.mktemp("corpus")
     mixed, alone = root / "mixed", root / "alone"
     for folder in (mixed, alone):
@@ -69,7 +69,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[s
     kinds = {path.stem: kind for path, kind in damage(good, videos, DAMAGED).items()}
     names = sorted(kinds)
     for i in range(GOOD):
-        # Among the damaged ones: a bad neighbour is before it and after it, in the same batch.
+        # Each good file has a damaged one before and after it, in the same batch.
         name = f"g{i:03d}"
         source = good[i % len(good)]
         for folder in (mixed, alone):
@@ -135,9 +135,9 @@ def test_two_hundred_damaged_files(
     assert by_kind["flipped"] and by_kind["overwritten"] and by_kind["huge"] and by_kind["garbled"]
     if decoder == "dali":
         assert summary.decoders["DALI (vp9)"] >= GOOD * 4 // 7
-        told = [record.getMessage() for record in caplog.records]
-        assert any("built anew" in line for line in told), "bad samples spoiled the pipeline"
-        assert sum("DALI cannot decode it" in line for line in told) >= 4, "and each was found in its batch"
+        messages = [record.getMessage() for record in caplog.records]
+        assert any("built anew" in line for line in messages), "bad samples spoiled the pipeline"
+        assert sum("DALI cannot decode it" in line for line in messages) >= 4, "and each was found in its batch"
 
 
 def _parts(pattern: str, reason: str) -> list[str]:
@@ -146,7 +146,7 @@ def _parts(pattern: str, reason: str) -> list[str]:
 
 @needs_dali
 def test_dali_hangs_and_so_does_one_file(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first pipeline stops for ever: its batch is PyAV's, and the file that hangs PyAV too is in the ledger."""
+    """The first DALI pipeline hangs: its batch falls back to PyAV, and a file that hangs PyAV too is a failure."""
     from nvidia.dali import fn
 
     videos = tmp_path / "data/stage2/videos"
@@ -185,7 +185,7 @@ def test_dali_hangs_and_so_does_one_file(clip: Path, tmp_path: Path, monkeypatch
 
 
 def test_killed_at_twenty_moments(clip: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments, resumed each time: in the end each record is an undisturbed run's, and stored once."""
+    """SIGKILL at random moments, then resume: each record equals an uninterrupted run's and is stored once."""
     data = write_data(tmp_path / "data", videos=36, images=24)
     config = EncodeConfig(
         data=data, store=tmp_path / "reference", clip=str(clip), num_frames=N, batch_size=N, workers=0, shard_records=1
@@ -196,7 +196,7 @@ def test_killed_at_twenty_moments(clip: Path, tmp_path: Path) -> None:
     for _ in range(20):
         process = CONTEXT.Process(target=_run, args=(killed,))
         process.start()
-        # A moment is so many more records, on a machine of any speed, and then some milliseconds.
+        # The moment is a number of further records, so that it works at any speed, plus some milliseconds.
         more = min(60, progress[-1] + rng.randint(0, 3))
         while len(list(killed.store.rglob("*.parquet"))) < more:
             time.sleep(0.001)
@@ -215,7 +215,7 @@ def test_killed_at_twenty_moments(clip: Path, tmp_path: Path) -> None:
 
 
 def _run(config: EncodeConfig) -> None:
-    # The bar would be torn over the test's output.
+    # The progress bar would clutter the test's output.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     encode(config)
     time.sleep(60)
@@ -226,20 +226,20 @@ def _all(store: Path) -> dict[str, bytes]:
     return {key: s.read(key).tobytes() for s in stores for key in s.keys}
 
 
-def test_a_record_that_is_not_its_files_is_found(clip: Path, tmp_path: Path) -> None:
+def test_verify_finds_a_record_that_does_not_match_its_file(clip: Path, tmp_path: Path) -> None:
     """`--verify` draws records, decodes and encodes them again."""
     data = write_data(tmp_path / "data", videos=6, images=3)
     config = EncodeConfig(
         data=data, store=tmp_path / "store", clip=str(clip), num_frames=N, batch_size=2 * N, workers=0
     )
     encode(config)
-    told = verify(make_jobs(config)[1], 100)
-    assert told == "9 of 9 records verified: 9 equal in every byte, least cosine 1.000000"
+    report = verify(make_jobs(config)[1], 100)
+    assert report == "9 of 9 records verified: 9 equal in every byte, least cosine 1.000000"
     assert verify(make_jobs(config)[1], 4).startswith("4 of 9 records verified: 4 equal")
     right = FeatureStore(config.store / "videos")
     wrong = FeatureStore.create_or_open(tmp_path / "swapped/videos", right.manifest)
     with FeatureWriter(wrong) as writer:
-        # Negated: what two shades of grey give to a random CLIP is alike.
+        # Negated, because a random CLIP gives similar features for two shades of grey.
         writer.add({key: np.array(right.read(key)) * (-1 if key == "stage2/v3" else 1) for key in right.keys})
     with pytest.raises(ValueError, match=r"1 of 6 records are wrong, the first stage2/v3: cosine -1\.0000 with what"):
         verify(make_jobs(replace(config, store=tmp_path / "swapped"))[1], 100)
@@ -252,6 +252,6 @@ def test_what_one_decoder_stored_another_verifies(clip: Path, tmp_path: Path, de
     (data / "stage2/videos/v1.mp4").unlink()
     config = EncodeConfig(data=data, store=tmp_path / "store", clip=str(clip), num_frames=N, batch_size=N, workers=0)
     encode(config)
-    told = verify(make_jobs(replace(config, decoder=decoder))[1], 100)  # type: ignore[arg-type]
-    assert told.startswith("6 of 6 records verified: ") and float(told.rpartition(" ")[2]) >= 0.999
-    assert ("6 equal in every byte" in told) == (decoder == "pyav"), told
+    report = verify(make_jobs(replace(config, decoder=decoder))[1], 100)  # type: ignore[arg-type]
+    assert report.startswith("6 of 6 records verified: ") and float(report.rpartition(" ")[2]) >= 0.999
+    assert ("6 equal in every byte" in report) == (decoder == "pyav"), report
