@@ -47,7 +47,7 @@ def save_vicuna(directory: Path, legacy: bool = False) -> None:
 
 
 WHOLE: dict[str, Callable[[Path], object]] = {
-    "miniature": lambda directory: build_tokenizer().save_pretrained(str(directory)),
+    "tiny": lambda directory: build_tokenizer().save_pretrained(str(directory)),
     "llama first": lambda directory: llama_like("first").save_pretrained(str(directory)),
     "llama always": lambda directory: llama_like("always").save_pretrained(str(directory)),
     "byte level": lambda directory: byte_level().save_pretrained(str(directory)),
@@ -67,7 +67,7 @@ def test_whole_tokenizers_load(tmp_path: Path, kind: str) -> None:
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
 
 
-def test_random_weights_have_the_miniatures_tokenizer() -> None:
+def test_random_weights_use_the_tiny_tokenizer() -> None:
     assert load_tokenizer(RANDOM).get_vocab() == build_tokenizer().get_vocab()
 
 
