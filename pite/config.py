@@ -152,8 +152,8 @@ def _unlike_llama(llm: LlamaConfig) -> Iterator[str]:
     for name in windows:
         if extra.get(name):
             yield (
-                f"{name} {extra[name]} is not supported: attention is over the whole sequence; set it to null where the "
-                "model was trained that way"
+                f"{name} {extra[name]} is not supported: attention is over the whole sequence; set it to null if the "
+                "model was trained without it"
             )
     if set(extra.get("layer_types") or ()) - {"full_attention"}:
         yield "layer_types other than full_attention are not supported: attention is over the whole sequence"

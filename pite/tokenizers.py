@@ -24,7 +24,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     present = [directory / name for name in (*_VOCABULARIES, *_SETTINGS) if (directory / name).exists()]
     if not any(path.name in _VOCABULARIES for path in present):
         raise ValueError(
-            f"{directory} holds no tokenizer: copy that of its language model there (tokenizer.json, or tokenizer.model "
+            f"{directory} holds no tokenizer: copy its language model's tokenizer there (tokenizer.json, or tokenizer.model "
             "and tokenizer_config.json)"
         )
     for path in present:

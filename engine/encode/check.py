@@ -95,9 +95,9 @@ def predict(job: Job, ranks: int) -> str:
     clip = _seconds_per_frame(job.encoder, job.batch_size)
     hours = [rate * len(missing) / ranks / 3600 for rate in (decode, clip * manifest.num_frames)]
     lines.append(
-        f"  here         {max(hours):,.2f} h, of {'decoding' if hours[0] > hours[1] else 'CLIP'}, the slower of two that overlap:"
+        f"  here         {max(hours):,.2f} h, limited by {'decoding' if hours[0] > hours[1] else 'CLIP'} (the two overlap):"
         f" decoding {hours[0]:,.2f} h, {ranks / decode:,.1f} files/s; CLIP {hours[1]:,.2f} h, {ranks / clip:,.0f} frames/s"
-        f" ({min(_SAMPLE, len(missing))} files and some frames measured just now, times {ranks} ranks)"
+        f" (measured now on {min(_SAMPLE, len(missing))} files and some frames, times {ranks} ranks)"
     )
     flops = job.encoder.flops_per_frame * manifest.num_frames * len(missing)
     for name in ("A100-80GB", "H100", "H200"):

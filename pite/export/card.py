@@ -32,7 +32,8 @@ tokenizer = AutoTokenizer.from_pretrained({name})
 ```
 """,
 }
-_VIDEOS = """These take text only. Frames enter through PiTe's adapter, and trajectories leave through its head, both in `pite.safetensors`:
+_VIDEOS = """The code above takes text only. Video input needs PiTe's adapter, and trajectories need its head; both are in
+`pite.safetensors`:
 
 ```python
 from pite.generate import Generator

@@ -46,7 +46,7 @@ def save_vicuna(directory: Path, legacy: bool = False) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-WHOLE: dict[str, Callable[[Path], object]] = {
+COMPLETE: dict[str, Callable[[Path], object]] = {
     "tiny": lambda directory: build_tokenizer().save_pretrained(str(directory)),
     "llama first": lambda directory: llama_like("first").save_pretrained(str(directory)),
     "llama always": lambda directory: llama_like("always").save_pretrained(str(directory)),
@@ -56,9 +56,9 @@ WHOLE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("kind", WHOLE)
-def test_whole_tokenizers_load(tmp_path: Path, kind: str) -> None:
-    WHOLE[kind](tmp_path)
+@pytest.mark.parametrize("kind", COMPLETE)
+def test_complete_tokenizers_load(tmp_path: Path, kind: str) -> None:
+    COMPLETE[kind](tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     tokenizer = load_tokenizer(tmp_path)
     text = "From 00 to 09, a red circle moves right."
@@ -88,7 +88,7 @@ def without_vocabulary(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without_vocabulary, r" holds no tokenizer: copy that of its language model there"),
+        (without_vocabulary, r" holds no tokenizer: copy its language model's tokenizer there"),
         (lambda path: path.write_text(LFS), r"{file} is a git-lfs pointer, not the file itself: run git lfs pull"),
         (lambda path: path.write_bytes(path.read_bytes()[:999]), r"{file} (is not valid JSON|cannot be read as a)"),
         (lambda path: path.write_text(""), r"{file} is empty: fetch it again"),
@@ -106,7 +106,7 @@ def without_vocabulary(directory: Path) -> None:
 def test_a_broken_tokenizer_is_one_sentence(
     tmp_path: Path, kind: str, damage: Callable[[Path], object], message: str
 ) -> None:
-    WHOLE[kind](tmp_path)
+    COMPLETE[kind](tmp_path)
     file = "tokenizer.model" if kind == "vicuna" else "tokenizer.json"
     damage(tmp_path if damage is without_vocabulary else tmp_path / file)
     with pytest.raises(ValueError, match=message.replace("{file}", file)) as caught:
