@@ -96,7 +96,7 @@ def test_decode(
     if name == "DALI" and kind[0] == "H.264":
         pytest.skip("DALI decodes H.264 on GPUs only")
     media = [Media("v", files[kind])]
-    list(decoder.map([Media("one second, to warm up", files[kind], split=(0, 1))]))
+    list(decoder.map([Media("one second, to warm up", files[kind], clip=(0, 1))]))
     spent: list[float] = []
 
     def decode() -> None:

@@ -142,7 +142,7 @@ def report(failures: Iterable[Failure], encoded: Collection[str] = ()) -> str:
     open_cases = [failure for failure in last.values() if failure.id not in encoded]
     groups: dict[tuple[str, str], list[Failure]] = defaultdict(list)
     for failure in open_cases:
-        # The same file may stand under another folder there: two rooms can link to one.
+        # The same file may stand under another folder there: two splits can link to one.
         reason = failure.reason.rpartition(f"{Path(failure.path).name}: ")[2].replace(failure.id, "...")
         groups[failure.stage, re.sub(r"\d+(\.\d+)?", "#", reason)].append(failure)
     lines = [f"{len(open_cases):,} media failed, {len(last) - len(open_cases):,} more were encoded since"]

@@ -1,4 +1,4 @@
-"""What every reader yields and every later room consumes: media to encode, samples to learn from.
+"""What every reader yields and every later step consumes: media to encode, samples to learn from.
 
 A sample names its media by key and never holds pixels; frames are decoded and encoded once, elsewhere.
 """
@@ -26,13 +26,13 @@ class Media:
     key    unique name of its feature record
     path   file to decode
     kind   "video" (N frames) or "image" (one frame)
-    split  (start, end) in seconds of the clip inside the file; None for the whole file
+    clip   (start, end) in seconds of the clip inside the file; None for the whole file
     """
 
     key: str
     path: Path
     kind: Literal["video", "image"] = "video"
-    split: tuple[float, float] | None = None
+    clip: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dataloaders.failures import LEDGER, read_failures
-from dataloaders.formats import Room, present_formats
+from dataloaders.formats import Split, present_formats
 from dataloaders.locks import lock
 from dataloaders.samples.dataset import StageDataset
 from dataloaders.store.features import Manifest
@@ -47,9 +47,9 @@ def _failure(check: Callable[[], None]) -> str | None:
 
 def check_given(config: TrainConfig) -> None:
     """Raise ValueError or OSError if the data or features of any stage of the run are missing."""
-    rooms: dict[Stage, Room] = {1: "stage1", 2: "stage2", 3: "stage3"}
+    splits: dict[Stage, Split] = {1: "stage1", 2: "stage2", 3: "stage3"}
     for stage in config.stages:
-        present_formats(config.data, rooms[stage])
+        present_formats(config.data, splits[stage])
         Manifest.load(config.features(stage))
 
 

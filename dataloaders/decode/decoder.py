@@ -61,8 +61,8 @@ def decode_cropped(media: Media, num_frames: int, preprocess: Preprocess, reader
     if reader == "torchcodec":
         from dataloaders.decode.torchcodec import decode_video as decode_with_torchcodec
 
-        return decode_with_torchcodec(media.path, num_frames, media.split, preprocess.cropped)
-    return decode_video(media.path, num_frames, media.split, preprocess.cropped)
+        return decode_with_torchcodec(media.path, num_frames, media.clip, preprocess.cropped)
+    return decode_video(media.path, num_frames, media.clip, preprocess.cropped)
 
 
 class DecodePool:

@@ -24,17 +24,17 @@ def require() -> None:
         ) from None
 
 
-def decode_video(path: Path, num_frames: int, split: Clip = None, transform: Transform | None = None) -> np.ndarray:
+def decode_video(path: Path, num_frames: int, clip: Clip = None, transform: Transform | None = None) -> np.ndarray:
     """The same frames as `dataloaders.decode.video.decode_video`, (N, H, W, 3) uint8. Raises DecodeError."""
     from torchcodec.decoders import VideoDecoder
 
-    known = probe(path, split)
+    known = probe(path, clip)
     if not known.regular:
-        return decode_with_pyav(path, num_frames, split, transform)
+        return decode_with_pyav(path, num_frames, clip, transform)
     try:
         decoder = VideoDecoder(path, num_ffmpeg_threads=1, seek_mode="exact")
         if (decoder.metadata.num_frames or 0) < known.first + known.total:
-            return decode_with_pyav(path, num_frames, split, transform)
+            return decode_with_pyav(path, num_frames, clip, transform)
         indices = known.first + frame_indices(known.total, num_frames)
         distinct, places = np.unique(indices, return_inverse=True)
         # One at a time, so that whole frames are not kept. Ascending indices are decoded without seeking back.

@@ -64,11 +64,11 @@ class Probe:
     regular: bool
 
 
-def probe(path: Path, split: Clip = None) -> Probe:
+def probe(path: Path, clip: Clip = None) -> Probe:
     """Look at every packet's header and decode the first frame. Raises DecodeError as `decode_video` does."""
     _check_readable(path)
     try:
-        packets = _read_packets(path, split)
+        packets = _read_packets(path, clip)
         with _open(path) as container:
             stream = _video_stream(container, path)
             frame = next(container.decode(stream), None)
@@ -78,7 +78,7 @@ def probe(path: Path, split: Clip = None) -> Probe:
     except av.FFmpegError as error:
         raise DecodeError(f"{path}: {error.strerror}; is it a video?") from None
     if frame is None or (packets.origin is not None and not packets.total):
-        raise DecodeError(_no_frame(path, split))
+        raise DecodeError(_no_frame(path, clip))
     return Probe(
         codec=codec,
         pixel_format=frame.format.name,
@@ -98,32 +98,32 @@ def frame_indices(total: int, num_frames: int) -> np.ndarray:
     return np.linspace(0, total - 1, num_frames, dtype=np.int64)
 
 
-def decode_video(path: Path, num_frames: int, split: Clip = None, transform: Transform | None = None) -> np.ndarray:
+def decode_video(path: Path, num_frames: int, clip: Clip = None, transform: Transform | None = None) -> np.ndarray:
     """N frames of a video, (N, H, W, 3) uint8 RGB, turned upright.
 
-    split      (start, end) in seconds from the first frame: only frames shown in [start, end) count
+    clip       (start, end) in seconds from the first frame: only frames shown in [start, end) count
     transform  applied to each chosen frame (H, W, 3) as it is decoded, so that only its results are kept in memory
     Raises DecodeError for whatever cannot be decoded whole.
     """
     _check_readable(path)
     try:
-        packets = _read_packets(path, split)
+        packets = _read_packets(path, clip)
         total, origin = packets.total, packets.origin
         seen = -1
         frames: dict[int, np.ndarray] = {}
         if origin is not None:
-            seen, frames = _decode(path, _indices(total, num_frames), split, transform, origin)
+            seen, frames = _decode(path, _indices(total, num_frames), clip, transform, origin)
         if seen != total:
             # Packets or the jump to the clip were wrong: believe what a decode from the start gives.
-            total, _ = _decode(path, _indices(0, num_frames), split, None, None)
-            seen, frames = _decode(path, _indices(total, num_frames), split, transform, None)
+            total, _ = _decode(path, _indices(0, num_frames), clip, None, None)
+            seen, frames = _decode(path, _indices(total, num_frames), clip, transform, None)
     except av.EOFError:
         # FFmpeg's word for a header that is followed by nothing.
         total = 0
     except av.FFmpegError as error:
         raise DecodeError(f"{path}: {error.strerror}; is it a video?") from None
     if not total:
-        raise DecodeError(_no_frame(path, split))
+        raise DecodeError(_no_frame(path, clip))
     if seen != total:
         raise DecodeError(f"{path}: gave {total} frames when decoded once and {seen} when decoded again")
     try:
@@ -144,8 +144,8 @@ def decode_image(path: Path) -> np.ndarray:
         raise DecodeError(f"{path}: {error}") from None
 
 
-def _no_frame(path: Path, split: Clip) -> str:
-    return f"{path}: holds no frame" + ("" if split is None else f" between {split[0]:g} and {split[1]:g} s")
+def _no_frame(path: Path, clip: Clip) -> str:
+    return f"{path}: holds no frame" + ("" if clip is None else f" between {clip[0]:g} and {clip[1]:g} s")
 
 
 def _open(path: Path) -> InputContainer:
@@ -201,7 +201,7 @@ class _Packets:
     all_shown: bool = False
 
 
-def _read_packets(path: Path, split: Clip) -> _Packets:
+def _read_packets(path: Path, clip: Clip) -> _Packets:
     with _open(path) as container:
         stream = _video_stream(container, path)
         hides = stream.codec_context.codec.name == "vp8"
@@ -216,12 +216,12 @@ def _read_packets(path: Path, split: Clip) -> _Packets:
     seconds = sorted(float((t - origin) * unit) for t in pts)
     if announced is not None and float(max(last, last - origin) * unit) < announced - CLIP_TOLERANCE:
         raise DecodeError(f"{path}: its frames end at {seconds[-1]:.2f} s of {announced:.2f} s; the file is damaged")
-    if split is not None and split[1] > seconds[-1] + CLIP_TOLERANCE:
+    if clip is not None and clip[1] > seconds[-1] + CLIP_TOLERANCE:
         raise DecodeError(
-            f"{path}: its last frame stands at {seconds[-1]:.2f} s, before the clip's end at {split[1]:g} s"
+            f"{path}: its last frame stands at {seconds[-1]:.2f} s, before the clip's end at {clip[1]:g} s"
         )
-    before = 0 if split is None else sum(t < split[0] for t in seconds)
-    return _Packets(before, sum(_inside(t, split) for t in seconds), origin, len(shown) == len(packets))
+    before = 0 if clip is None else sum(t < clip[0] for t in seconds)
+    return _Packets(before, sum(_inside(t, clip) for t in seconds), origin, len(shown) == len(packets))
 
 
 def _announced(container: InputContainer, stream: VideoStream) -> float | None:
@@ -238,13 +238,13 @@ def _announced(container: InputContainer, stream: VideoStream) -> float | None:
 
 
 def _decode(
-    path: Path, chosen: np.ndarray, split: Clip, transform: Transform | None, origin: int | None
+    path: Path, chosen: np.ndarray, clip: Clip, transform: Transform | None, origin: int | None
 ) -> tuple[int, dict[int, np.ndarray]]:
     """Decode once: how many frames there are, and those at the `chosen` indices."""
     wanted = set(chosen.tolist())
     frames: dict[int, np.ndarray] = {}
     seen = 0
-    for seen, array in enumerate(_pictures(path, wanted, split, origin), 1):
+    for seen, array in enumerate(_pictures(path, wanted, clip, origin), 1):
         if array is not None:
             frames[seen - 1] = array if transform is None else transform(array)
     return seen, frames
@@ -265,11 +265,11 @@ def iter_frames(path: Path, wanted: Container[int]) -> Iterator[np.ndarray | Non
         raise DecodeError(f"{path}: {error.strerror}; is it a video?") from None
 
 
-def _pictures(path: Path, wanted: Container[int], split: Clip, origin: int | None) -> Iterator[np.ndarray | None]:
+def _pictures(path: Path, wanted: Container[int], clip: Clip, origin: int | None) -> Iterator[np.ndarray | None]:
     """The frames of a clip in order, as RGB where wanted."""
     # One for all frames: making its scaler anew costs more than decoding a small frame.
     reformatter = VideoReformatter()
-    for index, frame in enumerate(_frames(path, split, origin)):
+    for index, frame in enumerate(_frames(path, clip, origin)):
         if index not in wanted:
             yield None
             continue
@@ -278,7 +278,7 @@ def _pictures(path: Path, wanted: Container[int], split: Clip, origin: int | Non
         yield _upright(reformatter.reformat(frame, format="rgb24"), frame.rotation)
 
 
-def _frames(path: Path, split: Clip, origin: int | None) -> Iterator[VideoFrame]:
+def _frames(path: Path, clip: Clip, origin: int | None) -> Iterator[VideoFrame]:
     """Decoded frames in display order; those of a clip only.
 
     origin  display time of the file's first frame: with it, decoding starts at the clip's key frame instead of there
@@ -288,26 +288,26 @@ def _frames(path: Path, split: Clip, origin: int | None) -> Iterator[VideoFrame]
         unit = stream.time_base
         decoded = 0
         try:
-            if split is not None and origin is not None and unit is not None:
-                container.seek(origin + int(split[0] / unit), stream=stream, backward=True)
+            if clip is not None and origin is not None and unit is not None:
+                container.seek(origin + int(clip[0] / unit), stream=stream, backward=True)
             for frame in container.decode(stream):
                 decoded += 1
-                if split is not None:
+                if clip is not None:
                     if frame.pts is None or unit is None:
                         raise DecodeError(f"{path}: its frames carry no times, so no clip can be cut from it")
                     origin = frame.pts if origin is None else origin
                     seconds = float((frame.pts - origin) * unit)
-                    if seconds >= split[1]:
+                    if seconds >= clip[1]:
                         return
-                    if not _inside(seconds, split):
+                    if not _inside(seconds, clip):
                         continue
                 yield frame
         except av.FFmpegError as error:
             raise DecodeError(f"{path}: decoding failed after {decoded} frames: {error.strerror}") from None
 
 
-def _inside(seconds: float, split: Clip) -> bool:
-    return split is None or split[0] <= seconds < split[1]
+def _inside(seconds: float, clip: Clip) -> bool:
+    return clip is None or clip[0] <= seconds < clip[1]
 
 
 def _upright(frame: VideoFrame, degrees: int) -> np.ndarray:

@@ -32,14 +32,14 @@ from dataloaders.formats.stream import Record, Where, iter_json, iter_raw, lone_
 from dataloaders.records import Media, RecordError, Sample
 
 __all__ = [
-    "ROOMS",
+    "SPLITS",
     "Event",
     "EventVideo",
     "Format",
     "NarrativeTiming",
     "Reading",
     "Record",
-    "Room",
+    "Split",
     "TurnChoice",
     "Where",
     "iter_json",
@@ -48,7 +48,7 @@ __all__ = [
     "lone_surrogate",
     "parse_json",
     "present_formats",
-    "present_rooms",
+    "present_splits",
     "read_activitynet",
     "read_narrative",
     "read_pite",
@@ -56,7 +56,7 @@ __all__ = [
     "read_video_instruct",
 ]
 
-Room = Literal["stage1", "stage2", "stage3", "evaluation"]
+Split = Literal["stage1", "stage2", "stage3", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Format:
 
 _PITE = Format("pite_143k.jsonl", read_pite, pite_media, ("num_frames", "num_points"))
 
-ROOMS: dict[Room, tuple[Format, ...]] = {
+SPLITS: dict[Split, tuple[Format, ...]] = {
     "stage1": (Format("*localized_narratives*.jsonl", read_narrative, narrative_media, ("narrative_timing",)),),
     "stage2": (_PITE,),
     "stage3": (
@@ -107,34 +107,34 @@ ROOMS: dict[Room, tuple[Format, ...]] = {
 """Folders of a data directory and the annotation files that each may hold."""
 
 
-def present_formats(data: Path, room: Room) -> tuple[Format, ...]:
-    """The formats whose files exist in `data`/`room`, one per file. Raises ValueError, naming what is expected, where none."""
+def present_formats(data: Path, split: Split) -> tuple[Format, ...]:
+    """The formats whose files exist in `data`/`split`, one per file. Raises ValueError, naming what is expected, where none."""
     if not data.is_dir():
         raise ValueError(f"{data}: no such data folder")
-    present = _present(data / room, room)
+    present = _present(data / split, split)
     if not present:
-        raise ValueError(f"{data / room} holds none of {', '.join(f.file for f in ROOMS[room])}")
+        raise ValueError(f"{data / split} holds none of {', '.join(f.file for f in SPLITS[split])}")
     return present
 
 
-def _present(folder: Path, room: Room) -> tuple[Format, ...]:
+def _present(folder: Path, split: Split) -> tuple[Format, ...]:
     return tuple(
-        replace(f, file=path.name) for f in ROOMS[room] for path in sorted(folder.glob(f.file)) if path.is_file()
+        replace(f, file=path.name) for f in SPLITS[split] for path in sorted(folder.glob(f.file)) if path.is_file()
     )
 
 
-def present_rooms(data: Path) -> tuple[Room, ...]:
-    """The rooms of a data folder that hold annotations. Raises ValueError where none does."""
-    rooms = tuple(room for room in ROOMS if _present(data / room, room))
-    if not rooms:
-        raise ValueError(f"{data} is no data folder: none of {', '.join(ROOMS)} in it holds a known annotation file")
-    return rooms
+def present_splits(data: Path) -> tuple[Split, ...]:
+    """The splits of a data folder that hold annotations. Raises ValueError where none does."""
+    splits = tuple(split for split in SPLITS if _present(data / split, split))
+    if not splits:
+        raise ValueError(f"{data} is no data folder: none of {', '.join(SPLITS)} in it holds a known annotation file")
+    return splits
 
 
 def iter_media(
-    data: Path, rooms: Iterable[Room], malformed: Callable[[RecordError], None] | None = None
+    data: Path, splits: Iterable[Split], malformed: Callable[[RecordError], None] | None = None
 ) -> Iterator[Media]:
-    """Everything that the annotations of `rooms` name, each key once, in the order of the files.
+    """Everything that the annotations of `splits` name, each key once, in the order of the files.
 
     malformed  called with the error of a record that names no media, which is then passed over; without it the error is
                raised. Training counts such records against its own budget
@@ -142,14 +142,14 @@ def iter_media(
     """
     seen: dict[str, Media] = {}
     passed_over = 0
-    for room in rooms:
-        for kind in present_formats(data, room):
-            path = data / room / kind.file
+    for split in splits:
+        for kind in present_formats(data, split):
+            path = data / split / kind.file
             for offset, text in iter_raw(path):
                 # Of many malformed records the first one's line will do: to count it is to read the file.
                 where = f"{path}, byte {offset}" if passed_over else Where(path, offset)
                 try:
-                    media = kind.media(parse_json(text, where), where, data / room)
+                    media = kind.media(parse_json(text, where), where, data / split)
                 except RecordError as error:
                     if malformed is None:
                         raise

@@ -42,12 +42,12 @@ def pite_media(record: Record, where: Place, folder: Path) -> Media:
     """The clip: `folder`/videos/{id}.mp4 between the two times of `meta.split`, or all of it where that is null."""
     name = identifier(record, "id", where)
     meta = field(record, "meta", dict, where)
-    split = None
+    clip = None
     if meta.get("split") is not None:
-        split = interval(meta["split"], "meta.split", where)
-        if split[0] == split[1]:
-            raise RecordError(f"{where}: field 'meta.split' is empty: it starts and ends at {split[0]} s")
-    return Media(f"{folder.name}/{name}", find_media(folder / "videos", name, ".mp4"), split=split)
+        clip = interval(meta["split"], "meta.split", where)
+        if clip[0] == clip[1]:
+            raise RecordError(f"{where}: field 'meta.split' is empty: it starts and ends at {clip[0]} s")
+    return Media(f"{folder.name}/{name}", find_media(folder / "videos", name, ".mp4"), clip=clip)
 
 
 def read_pite(record: Record, where: Place, folder: Path, *, num_frames: int, num_points: int) -> Sample:

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dataloaders.failures import Failure
-from dataloaders.formats import NarrativeTiming, Reading, Room, TurnChoice, present_formats
+from dataloaders.formats import NarrativeTiming, Reading, Split, TurnChoice, present_formats
 from dataloaders.records import RecordError, TokenizedSample
 from dataloaders.samples.index import open_index
 
@@ -57,7 +57,7 @@ class StageDataset:
     ) -> None:
         self.num_frames, self.num_points, self.max_length = num_frames, num_points, max_length
         self._folder = data / f"stage{stage}"
-        formats = present_formats(data, cast(Room, f"stage{stage}"))
+        formats = present_formats(data, cast(Split, f"stage{stage}"))
         reading = Reading(num_frames, num_points, turn, narrative_timing)
         self._index, self.malformed = open_index(self._folder, formats, tokenizer, reading, cache, processes)
         self._check_budget(failure_budget)

@@ -103,9 +103,9 @@ def open_index(
     cache: Path | None,
     processes: int | None = None,
 ) -> tuple[TokenizedFile, list[Malformed]]:
-    """All samples of a room's annotation files, in order, and its malformed records.
+    """All samples of a split's annotation files, in order, and its malformed records.
 
-    folder     the room, such as DATA/stage2
+    folder     the split, such as DATA/stage2
     cache      folder that keeps what was made; None makes it for this call alone
     processes  that read; 0 for this one alone, None for what the files' size is worth
     Raises ValueError for an annotation file that ends too early or is no JSON at all, and where `cache` takes no files.

@@ -34,8 +34,8 @@ def _inspect(options: argparse.Namespace) -> int:
             print(f"{name:<14} {value}")
         print(f"{'records':<14} {len(store):,} in {len(list(path.glob('*.parquet'))):,} shards")
         print(f"{'size':<14} {sum(s.stat().st_size for s in shards) / 1e9:.3f} GB")
-        for room, count in sorted(Counter(key.partition("/")[0] for key in store.keys).items()):
-            print(f"  {room:<12} {count:,}")
+        for split, count in sorted(Counter(key.partition("/")[0] for key in store.keys).items()):
+            print(f"  {split:<12} {count:,}")
     return 0
 
 
@@ -68,7 +68,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    folder = NpyFolder(options.folder, options.room)
+    folder = NpyFolder(options.folder, options.split)
     if options.like is not None:
         manifest = Manifest.load(options.like)
     else:
@@ -78,13 +78,13 @@ def _import(options: argparse.Namespace) -> int:
     copied = import_npy(folder, options.output, manifest, options.shard_records)
     print(f"{copied:,} records copied; {options.output} holds {len(FeatureStore(options.output)):,}")
     if options.data is not None:
-        missing = note_missing(options.folder, options.output, options.data, options.room, options.failure_budget)
+        missing = note_missing(options.folder, options.output, options.data, options.split, options.failure_budget)
         where = (
             f"; training leaves them out, and `python -m dataloaders.store failures {options.output.parent}` lists them"
             if missing
             else ""
         )
-        print(f"{missing:,} media of {options.data / options.room} have no features{where}")
+        print(f"{missing:,} media of {options.data / options.split} have no features{where}")
     return 0
 
 
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("import", parents=[shards], help="copy a folder of {id}.npy, each (N, channels)")
     command.add_argument("folder", type=Path)
     command.add_argument("output", type=Path, help="store, such as FEATURES/videos")
-    command.add_argument("--room", required=True, help="stage2, stage3, evaluation: where the ids belong")
+    command.add_argument("--split", required=True, help="stage2, stage3, evaluation: where the ids belong")
     origin = command.add_mutually_exclusive_group(required=True)
     origin.add_argument("--encoder", help="what made the features, to be recorded")
     origin.add_argument("--like", type=Path, metavar="STORE", help="they were made as the features of this store were")
@@ -134,14 +134,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--data",
         type=Path,
-        help="data folder whose media of this room are looked for; those without a file are written to the ledger beside "
+        help="data folder whose media of this split are looked for; those without a file are written to the ledger beside "
         "OUTPUT, so that training leaves them out",
     )
     command.add_argument(
         "--failure-budget",
         type=float,
         default=0.01,
-        help="with --data: share of the room's media that may have no file (default: %(default)s)",
+        help="with --data: share of the split's media that may have no file (default: %(default)s)",
     )
     command.set_defaults(run=_import)
 

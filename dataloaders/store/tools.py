@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from dataloaders.failures import LEDGER, Failure, Ledger, read_failures
 from dataloaders.files import abandoned
-from dataloaders.formats import ROOMS, Room, iter_media
+from dataloaders.formats import SPLITS, Split, iter_media
 from dataloaders.store.features import MANIFEST, FeatureStore, FeatureWriter, Manifest, lock, read_indices
 
 AS_PITE = "linspace truncated"
@@ -137,13 +137,13 @@ def merge(output: Path, sources: Sequence[Path], shard_records: int = 1024) -> i
 class NpyFolder:
     """A folder of `{id}.npy`, each (N, channels) of floats, as VTimeLLM and its descendants keep features.
 
-    room  the part before the id in this engine's keys, such as `stage2`
+    split  the part before the id in this engine's keys, such as `stage2`
     Reads as a FeatureStore does. Raises ValueError where the folder holds none, and for a file of another shape.
     """
 
-    def __init__(self, path: Path, room: str) -> None:
+    def __init__(self, path: Path, split: str) -> None:
         self.path = path
-        self._files = {f"{room}/{file.stem}": file for file in sorted(path.glob("*.npy"))}
+        self._files = {f"{split}/{file.stem}": file for file in sorted(path.glob("*.npy"))}
         if not self._files:
             raise ValueError(f"{path} holds no .npy file")
         first = next(iter(self._files))
@@ -209,29 +209,29 @@ def stores_in(path: Path) -> list[Path]:
     return stores
 
 
-def note_missing(folder: Path, output: Path, data: Path, room: str, budget: float) -> int:
-    """Write down, in the ledger beside a store, the media of a data folder's room that neither it nor `folder` holds.
+def note_missing(folder: Path, output: Path, data: Path, split: str, budget: float) -> int:
+    """Write down, in the ledger beside a store, the media of a data folder's split that neither it nor `folder` holds.
 
     folder  of the `.npy` files that were imported; a line names the one that is missing
-    budget  share of the room's media that may be missing
+    budget  share of the split's media that may be missing
     Returns how many are; those that the ledger names already are not written again. Raises ValueError, nothing written,
-    for an unknown room and where more are missing than the budget allows.
+    for an unknown split and where more are missing than the budget allows.
     """
     if not 0 <= budget <= 1:
         raise ValueError(f"--failure-budget is a share between 0 and 1, not {budget}")
-    name = room.partition("/")[0]
-    if name not in ROOMS:
-        raise ValueError(f"--room must begin with {', '.join(ROOMS)}, not {name!r}")
+    name = split.partition("/")[0]
+    if name not in SPLITS:
+        raise ValueError(f"--split must begin with {', '.join(SPLITS)}, not {name!r}")
     # Records that name no media are training's to count.
-    named = iter_media(data, [cast(Room, name)], lambda _: None)
-    media = [m for m in named if m.key.rpartition("/")[0] == room]
+    named = iter_media(data, [cast(Split, name)], lambda _: None)
+    media = [m for m in named if m.key.rpartition("/")[0] == split]
     if not media:
-        raise ValueError(f"{data} names no media whose keys begin with {room}/")
+        raise ValueError(f"{data} names no media whose keys begin with {split}/")
     store = FeatureStore(output)
     missing = [m.key for m in media if m.key not in store]
     if len(missing) > budget * len(media):
         raise ValueError(
-            f"{len(missing):,} of {len(media):,} media of {room} have no file in {folder}, {missing[0]!r} among them, more "
+            f"{len(missing):,} of {len(media):,} media of {split} have no file in {folder}, {missing[0]!r} among them, more "
             f"than the failure budget of {budget:.2%}; raise --failure-budget to train without them"
         )
     ledger = Ledger(output.parent / LEDGER, len(media), 1.0)

@@ -25,7 +25,7 @@ from dataloaders.cpu import available_cores
 from dataloaders.decode import torchcodec
 from dataloaders.decode.dali import decoder as dali
 from dataloaders.failures import LEDGER, Failure, Ledger, read_failures, report
-from dataloaders.formats import iter_media, present_rooms
+from dataloaders.formats import iter_media, present_splits
 from dataloaders.ranks import ALONE, Ranks
 from dataloaders.records import RecordError
 from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest, NonFiniteError
@@ -68,7 +68,7 @@ def make_jobs(config: EncodeConfig, ranks: Ranks = ALONE) -> tuple[int, list[Job
     from pite.clip import ClipEncoder
 
     nameless: list[RecordError] = []
-    media = list(iter_media(config.data, present_rooms(config.data), nameless.append))
+    media = list(iter_media(config.data, present_splits(config.data), nameless.append))
     if len(nameless) > config.failure_budget * (len(nameless) + len(media)):
         raise nameless[0]
     if nameless and ranks.rank == 0:

@@ -36,7 +36,7 @@ def groups_of(media: Iterable[Media]) -> list[list[Media]]:
     resolve = lru_cache(Path.resolve)
     groups: dict[object, list[Media]] = {}
     for m in media:
-        groups.setdefault((resolve(m.path.parent), m.path.name, m.split), []).append(m)
+        groups.setdefault((resolve(m.path.parent), m.path.name, m.clip), []).append(m)
     return list(groups.values())
 
 
@@ -46,8 +46,8 @@ def seconds_of(media: Sequence[Media]) -> list[float]:
     def read_length(m: Media) -> float:
         if m.kind == "image":
             return 0.0
-        if m.split is not None:
-            return max(0.0, m.split[1] - m.split[0])
+        if m.clip is not None:
+            return max(0.0, m.clip[1] - m.clip[0])
         try:
             # A damaged header may hold any length.
             return min(duration(m.path) or 0.0, _LONGEST)

@@ -30,7 +30,7 @@ def folder(workspace: Path, tmp_path: Path) -> Path:
 
 def imported(folder: Path, *more: str) -> int:
     output = folder.parent / "features" / "videos"
-    return store_main(["import", str(folder), str(output), "--room", "stage2", "--encoder", "VTimeLLM's", *more])
+    return store_main(["import", str(folder), str(output), "--split", "stage2", "--encoder", "VTimeLLM's", *more])
 
 
 def trained(workspace: Path, folder: Path) -> int:
@@ -79,8 +79,8 @@ def test_a_whole_folder_leaves_no_ledger(workspace: Path, folder: Path, capsys: 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--room", "stage9"], "--room must begin with stage1, stage2, stage3, evaluation, not 'stage9'"),
-        (["--room", "stage2/coco"], "names no media whose keys begin with stage2/coco/"),
+        (["--split", "stage9"], "--split must begin with stage1, stage2, stage3, evaluation, not 'stage9'"),
+        (["--split", "stage2/coco"], "names no media whose keys begin with stage2/coco/"),
         (["--failure-budget", "1.5"], "--failure-budget is a share between 0 and 1, not 1.5"),
     ],
 )

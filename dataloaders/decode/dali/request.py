@@ -63,7 +63,7 @@ def prepare(media: Media, num_frames: int, preprocess: Preprocess, device: str) 
 
 def _video(media: Media, num_frames: int, device: str) -> Ticket | str:
     """A video's ticket, or why it has none."""
-    known = probe(media.path, media.split)
+    known = probe(media.path, media.clip)
     indices, places = np.unique(known.first + frame_indices(known.total, num_frames), return_inverse=True)
     memory = len(indices) * known.height * known.width * 3
     problems = {

@@ -130,8 +130,8 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Media]:
     }
     media = {name: Media(name, path) for name, path in files.items()}
     for name, path in {"VP9, a clip": "vp9.webm", "H.264, a clip": "b.mp4"}.items():
-        media[name] = Media(name, d / path, split=(1.05, 3.2))
-    media["VP9, variable frame rate, a clip"] = Media("vfr clip", d / "late.webm", split=(1.0, 5.0))
+        media[name] = Media(name, d / path, clip=(1.05, 3.2))
+    media["VP9, variable frame rate, a clip"] = Media("vfr clip", d / "late.webm", clip=(1.0, 5.0))
     return media
 
 
@@ -167,9 +167,9 @@ def test_what_the_comparison_can_see(videos: dict[str, Media]) -> None:
 @pytest.mark.parametrize("name", ["VP8 with hidden frames", "H.264 with B-frames", "VP9, a clip"])
 def test_probe_counts_what_is_shown(videos: dict[str, Media], name: str) -> None:
     media = videos[name]
-    known = probe(media.path, media.split)
+    known = probe(media.path, media.clip)
     hidden = name == "VP8 with hidden frames"
-    first, total = (11, 21) if media.split else (0, 38 if hidden else 40)
+    first, total = (11, 21) if media.clip else (0, 38 if hidden else 40)
     codec, matrix = {"VP8": ("vp8", 5), "H.2": ("h264", 2), "VP9": ("vp9", 2)}[name[:3]]
     assert known == Probe(codec, "yuv420p", 96, 72, 0, matrix, False, first, total, not hidden)
 
@@ -222,7 +222,7 @@ class TestDali:
             assert isinstance(result.frames, np.ndarray), result.reason
             known = probe(videos[name].path)
             every = decode_cropped(Media("", videos[name].path), known.total, PREPROCESS)
-            clip = probe(videos[name].path, videos[name].split)
+            clip = probe(videos[name].path, videos[name].clip)
             indices = clip.first + frame_indices(clip.total, N)
             assert which(result.frames, every) == indices.tolist(), name
 

@@ -162,7 +162,7 @@ def test_decode_cropped(tmp_path: Path) -> None:
     decode = partial(decode_cropped, num_frames=4, preprocess=PREPROCESS)
     video = write_video(tmp_path / "v.mp4", 20)
     assert decode(Media("v", video)).shape == (4, 32, 32, 3)
-    clip = decode(Media("v", video, split=(0.5, 1.0)))
+    clip = decode(Media("v", video, clip=(0.5, 1.0)))
     assert not np.array_equal(clip, decode(Media("v", video)))
     Image.new("RGB", (50, 40), (10, 20, 30)).save(tmp_path / "i.png")
     still = decode(Media("i", tmp_path / "i.png", kind="image"))

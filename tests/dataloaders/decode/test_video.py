@@ -21,8 +21,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_video(tmp_path_factory.mktemp("media") / "fifty.mp4", 50, container_options={"movflags": "faststart"})
 
 
-def decoded(path: Path, num_frames: int, split: tuple[float, float] | None = None) -> list[int]:
-    return [which_frame(frame) for frame in decode_video(path, num_frames, split)]
+def decoded(path: Path, num_frames: int, clip: tuple[float, float] | None = None) -> list[int]:
+    return [which_frame(frame) for frame in decode_video(path, num_frames, clip)]
 
 
 @pytest.mark.parametrize(("total", "n"), [(1, 1), (1, 5), (3, 7), (50, 8), (1560, 100), (100, 100), (101, 100)])
@@ -103,7 +103,7 @@ def test_clip_of_variable_frame_rate(tmp_path: Path) -> None:
 def test_clip_skips_what_comes_before_its_key_frame(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at: list[float] = []
     inside = video._inside
-    monkeypatch.setattr(video, "_inside", lambda seconds, split: looked_at.append(seconds) or inside(seconds, split))
+    monkeypatch.setattr(video, "_inside", lambda seconds, clip: looked_at.append(seconds) or inside(seconds, clip))
     assert decoded(clip, 5, (4.0, 4.5)) == [40, 41, 42, 43, 44]
     packets, frames = looked_at[:50], looked_at[50:]
     assert len(packets) == 50 and min(frames) == pytest.approx(3.6), "key frames are 12 apart"
@@ -113,9 +113,9 @@ def test_wrong_count_is_found_and_corrected(clip: Path, monkeypatch: pytest.Monk
     """Packets that promise more or fewer frames than there are cost a second decode, not a wrong frame."""
     expected = decoded(clip, 9)
     for lie in (20, 70):
-        monkeypatch.setattr(video, "_read_packets", lambda path, split, lie=lie: _Packets(0, lie, 0))
+        monkeypatch.setattr(video, "_read_packets", lambda path, clip, lie=lie: _Packets(0, lie, 0))
         assert decoded(clip, 9) == expected
-    monkeypatch.setattr(video, "_read_packets", lambda path, split: _Packets())
+    monkeypatch.setattr(video, "_read_packets", lambda path, clip: _Packets())
     assert decoded(clip, 9) == expected
     assert decoded(clip, 10, (1.0, 2.0)) == list(range(10, 20))
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from dataloaders.formats import (
-    ROOMS,
+    SPLITS,
     Event,
     Record,
     Where,
     iter_media,
     present_formats,
-    present_rooms,
+    present_splits,
     read_activitynet,
     read_narrative,
     read_pite,
@@ -85,9 +85,9 @@ class TestPiTe143k:
 
     def test_media(self) -> None:
         path = FOLDER / "videos/v000001.mp4"
-        assert pite_media(PITE, WHERE, FOLDER) == Media("stage2/v000001", path, split=(129.8, 184.0))
+        assert pite_media(PITE, WHERE, FOLDER) == Media("stage2/v000001", path, clip=(129.8, 184.0))
         for whole in (None, ...):
-            assert pite_media(changed(PITE, "meta.split", whole), WHERE, FOLDER).split is None
+            assert pite_media(changed(PITE, "meta.split", whole), WHERE, FOLDER).clip is None
 
     def test_trajectories_are_optional(self) -> None:
         for none in (None, ..., []):
@@ -255,8 +255,8 @@ class TestActivityNet:
 class TestDataFolder:
     @pytest.fixture
     def data(self, tmp_path: Path) -> Path:
-        for room in ("stage1", "stage2", "stage3", "evaluation"):
-            (tmp_path / room).mkdir()
+        for split in ("stage1", "stage2", "stage3", "evaluation"):
+            (tmp_path / split).mkdir()
         (tmp_path / "stage1/localized_narratives.jsonl").write_text(json.dumps(NARRATIVE) + "\n")
         (tmp_path / "stage2/pite_143k.jsonl").write_text(json.dumps(PITE) + "\n")
         valley = [VALLEY, VALLEY]
@@ -265,15 +265,15 @@ class TestDataFolder:
         (tmp_path / "evaluation/activitynet_captions.json").write_text(json.dumps(captions))
         return tmp_path
 
-    def test_media_of_all_rooms_each_once(self, data: Path) -> None:
-        keys = [media.key for media in iter_media(data, present_rooms(data))]
+    def test_media_of_all_splits_each_once(self, data: Path) -> None:
+        keys = [media.key for media in iter_media(data, present_splits(data))]
         assert keys == ["stage1/coco/137576", "stage2/v000001", "stage3/v_001", "evaluation/v_1"]
-        assert all(m.path.is_relative_to(data) for m in iter_media(data, present_rooms(data)))
+        assert all(m.path.is_relative_to(data) for m in iter_media(data, present_splits(data)))
 
     def test_a_format_that_is_missing_is_not_used(self, data: Path) -> None:
         assert [f.file for f in present_formats(data, "stage3")] == ["valley.json"]
         (data / "stage2/pite_143k.jsonl").unlink()
-        assert present_rooms(data) == ("stage1", "stage3", "evaluation")
+        assert present_splits(data) == ("stage1", "stage3", "evaluation")
         with pytest.raises(ValueError, match=r"stage2 holds none of pite_143k\.jsonl"):
             present_formats(data, "stage2")
 
@@ -281,8 +281,8 @@ class TestDataFolder:
         with pytest.raises(ValueError, match="no such data folder"):
             present_formats(tmp_path / "nothing", "stage1")
         with pytest.raises(ValueError, match="is no data folder: none of stage1, stage2, stage3, evaluation"):
-            present_rooms(tmp_path)
-        assert set(ROOMS) == {"stage1", "stage2", "stage3", "evaluation"}
+            present_splits(tmp_path)
+        assert set(SPLITS) == {"stage1", "stage2", "stage3", "evaluation"}
 
     def test_every_shard_of_the_narratives_is_read(self, data: Path) -> None:
         for i in range(2):
@@ -344,4 +344,4 @@ def test_the_documented_record_is_read() -> None:
     np.testing.assert_allclose(red[1, 0], [0.28, 0.44])
     assert (red[:, 18:] == ABSENT).all() and (blue[:, :21] == ABSENT).all() and (blue[:, 23:55] != ABSENT).all()
     np.testing.assert_allclose(blue[:, 23:55], second.mentions[0].trajectory[:, 23:55], atol=1e-6)
-    assert pite_media(record, WHERE, FOLDER).split == (129.8, 184.0)
+    assert pite_media(record, WHERE, FOLDER).clip == (129.8, 184.0)

@@ -193,7 +193,7 @@ def npy_folder(path: Path, count: int = 5, dtype: type = np.float16) -> Path:
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_a_folder_of_npy_files(tmp_path: Path, dtype: type) -> None:
     folder, store = npy_folder(tmp_path / "npy", dtype=dtype), tmp_path / "store"
-    arguments = ["import", str(folder), str(store), "--room", "stage2", "--shard-records", "2"]
+    arguments = ["import", str(folder), str(store), "--split", "stage2", "--shard-records", "2"]
     assert main([*arguments, "--encoder", "abc", "--sampling", "linspace", "--preprocess", "224"]) == 0
     assert check(store, [f"stage2/v{i}" for i in range(5)]).manifest == MANIFEST
     np.save(folder / "v5.npy", record("stage2/v5"))
@@ -230,5 +230,5 @@ def test_npy_files_that_are_refused(tmp_path: Path, content: np.ndarray | bytes,
 def test_refusals_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"dataloaders.store: {tmp_path} is no feature store")
-    assert main(["import", str(tmp_path), str(tmp_path / "s"), "--room", "stage2", "--encoder", "x"]) == 1
+    assert main(["import", str(tmp_path), str(tmp_path / "s"), "--split", "stage2", "--encoder", "x"]) == 1
     assert capsys.readouterr().err == f"dataloaders.store: {tmp_path} holds no .npy file\n"

@@ -70,7 +70,7 @@ def test_features_are_those_of_the_frames(config: EncodeConfig, data: Path, clip
     assert done(config) == (2 * VIDEOS + IMAGES, 0)
     encoder = ClipEncoder(str(clip))
     videos, images = FeatureStore(config.store / "videos"), FeatureStore(config.store / "images")
-    assert sorted(videos.keys) == sorted(f"{room}/v{i}" for room in ("stage2", "stage3") for i in range(VIDEOS))
+    assert sorted(videos.keys) == sorted(f"{split}/v{i}" for split in ("stage2", "stage3") for i in range(VIDEOS))
     for i in range(VIDEOS):
         frames = decode_video(data / f"stage2/videos/v{i}.mp4", N, transform=encoder.preprocess.cropped)
         expected = encoder.encode(frames).numpy()
@@ -155,7 +155,7 @@ def test_failures_are_logged_and_do_not_change_other_features(config: EncodeConf
     bad = replace(config, data=spoiled(data, tmp_path), store=tmp_path / "other", failure_budget=0.5)
     assert done(bad) == (2 * VIDEOS + IMAGES - 7, 7)
     reasons = {f.id: f.reason for f in read_failures(bad.store / "failures.jsonl")}
-    videos = {f"{room}/{name}" for room in ("stage2", "stage3") for name in ("v1", "v2", "v4")}
+    videos = {f"{split}/{name}" for split in ("stage2", "stage3") for name in ("v1", "v2", "v4")}
     assert reasons.keys() == videos | {"stage1/i0"}
     assert "cut off" in reasons["stage2/v1"] and "no video stream" in reasons["stage2/v2"]
     assert "No such file" in reasons["stage2/v4"] and "empty" in reasons["stage1/i0"]
@@ -284,7 +284,7 @@ def test_shares_are_of_equal_length(tmp_path: Path) -> None:
     """Lengths like web videos', some a hundred times the median: the largest share is within 0.1% of the mean."""
     rng = np.random.default_rng(0)
     lengths = {f"v{i}": float(seconds) for i, seconds in enumerate(rng.lognormal(4, 1.2, 3000))}
-    media = [Media(key, tmp_path / key, split=(0, seconds)) for key, seconds in lengths.items()]
+    media = [Media(key, tmp_path / key, clip=(0, seconds)) for key, seconds in lengths.items()]
     groups = groups_of(media)
     for ranks in (1, 2, 8):
         shares = partition_by_length(groups, ranks)
@@ -299,7 +299,7 @@ def test_shares_are_of_equal_length(tmp_path: Path) -> None:
 def test_lengths_are_read_from_files(data: Path, tmp_path: Path) -> None:
     media = [Media(f"v{i}", data / f"stage2/videos/v{i}.mp4") for i in range(VIDEOS)]
     missing, still = Media("m", tmp_path / "no.mp4"), Media("i", data / "stage1/images/i0.jpg", "image")
-    lengths = seconds_of([*media, replace(media[0], split=(0.2, 0.7)), missing, still])
+    lengths = seconds_of([*media, replace(media[0], clip=(0.2, 0.7)), missing, still])
     assert lengths == pytest.approx([*((10 + 3 * i) / 10 for i in range(VIDEOS)), 0.5, 0, 0])
 
 
