@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Mean and standard deviation of red, green and blue by which OpenAI's CLIP normalises pixels between 0 and 1."""
+
 ARITHMETIC = {"cpu": "float32", "cuda": "float16"}
 """What frames are resized in, by device. Half precision holds 0 to 255 exactly, and what its weights lose is below 1/255."""
 
@@ -38,8 +41,8 @@ class Preprocess:
 
     resize: int = 224
     crop: int = 224
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.resize:

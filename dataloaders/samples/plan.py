@@ -1,16 +1,17 @@
-"""Which samples make up each optimizer step, and who computes which of them.
+"""The sampler: which samples make up each optimizer step, and which rank computes which of them.
 
-The order is a pure function of (seed, epoch): no iterator state exists, so resuming is knowing the step number, and
+The order is a pure function of (seed, epoch). There is no iterator state, so the step number is enough to resume, and
 the global batch is the same on any number of ranks. The price is an O(n) shuffle per epoch, milliseconds per 100k.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+
+from dataloaders.partition import longest_first
 
 
 class BatchPlan:
@@ -43,7 +44,7 @@ class BatchPlan:
 
     @property
     def left_over(self) -> int:
-        """Samples that fill no batch; in each epoch they are others."""
+        """Samples in the last incomplete batch, which is dropped; different ones in each epoch."""
         return self.num_samples % self.global_batch
 
     def samples(self, step: int) -> np.ndarray:
@@ -77,20 +78,7 @@ def split_batch(lengths: Sequence[int] | np.ndarray, ranks: int, token_budget: i
         raise ValueError(f"a sample of {longest} tokens does not fit a micro-batch of {token_budget}")
     micro_batches = max(1, -(-int(lengths.sum()) // (token_budget * ranks)))
     while True:
-        bins, loads = _longest_first(lengths, ranks * micro_batches)
+        bins, loads = longest_first(lengths, ranks * micro_batches)
         if max(loads) <= token_budget:
             return [[sorted(b) for b in bins[r * micro_batches : (r + 1) * micro_batches]] for r in range(ranks)]
         micro_batches += 1
-
-
-def _longest_first(lengths: np.ndarray, num_bins: int) -> tuple[list[list[int]], list[int]]:
-    """Greedy number partitioning (Graham 1969): each sample, longest first, goes to the least loaded bin."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [0] * num_bins
-    heap = [(0, b) for b in range(num_bins)]
-    for i in np.argsort(-lengths, kind="stable"):
-        load, b = heapq.heappop(heap)
-        bins[b].append(int(i))
-        loads[b] = load + int(lengths[i])
-        heapq.heappush(heap, (loads[b], b))
-    return bins, loads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -13,6 +12,7 @@ import numpy as np
 
 from dataloaders.decode.containers import duration
 from dataloaders.decode.decoder import Decoded
+from dataloaders.partition import longest_first
 from dataloaders.records import Media
 
 if TYPE_CHECKING:
@@ -61,17 +61,12 @@ def seconds_of(media: Sequence[Media]) -> list[float]:
 def partition_by_length(groups: Sequence[list[Media]], ranks: int) -> list[list[list[Media]]]:
     """Divide groups into `ranks` shares of nearly equal length in seconds, the same on every rank.
 
-    Greedy: the longest file first, each to the rank with the smallest load. Within a share the order is kept.
+    `longest_first` assigns them; within a share they keep their order.
     """
     if ranks == 1:
         return [list(groups)]
     weights = [_OPENING + seconds for seconds in seconds_of([group[0] for group in groups])]
-    heap = [(0.0, rank) for rank in range(ranks)]
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for place in sorted(range(len(groups)), key=lambda place: (-weights[place], place)):
-        load, rank = heapq.heappop(heap)
-        shares[rank].append(place)
-        heapq.heappush(heap, (load + weights[place], rank))
+    shares, _ = longest_first(weights, ranks)
     return [[groups[place] for place in sorted(share)] for share in shares]
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from dataloaders.decode.preprocess import CLIP_MEAN, CLIP_STD
 from dataloaders.synthetic.render import draw
 from dataloaders.synthetic.scene import COLOURS, SHAPES, Scene, sample_still, sample_things
 
@@ -24,7 +25,6 @@ SIZE = 64
 BATCH = 128
 LEARNING_RATE = 2e-3
 CHANNELS = 64
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _COLOURS = tuple(COLOURS)
 
 _FIELDS = 3 + len(SHAPES)
@@ -41,15 +41,15 @@ PREPROCESSOR = {
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "image_mean": list(MEAN),
-    "image_std": list(STD),
+    "image_mean": list(CLIP_MEAN),
+    "image_std": list(CLIP_STD),
 }
 
 
 def pixel_values(images: np.ndarray) -> Tensor:
     """Normalise images (n, S, S, 3) uint8 as `PREPROCESSOR` defines, to (n, 3, S, S) float32."""
     scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return (scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return (scaled - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
 
 
 def pixels(scenes: list[Scene]) -> Tensor:
