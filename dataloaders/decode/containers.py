@@ -1,6 +1,6 @@
-"""Is a media file all there, and how long is it? Asked of the container's own headers.
+"""Read from a container's headers whether a media file is truncated, and its duration.
 
-Demuxers take a cut file for a short one, and need a hundred times longer to say how long it lasts.
+A demuxer treats a truncated file as a short one, and takes a hundred times longer to find the duration.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _BOXES_AT_START = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 
 
 def truncation(path: Path) -> str | None:
-    """Why a file is cut off, in words, or None where nothing says so. Knows MP4/MOV, Matroska/WebM and AVI.
+    """Why a file is truncated, in words, or None without a sign of it. Supports MP4/MOV, Matroska/WebM and AVI.
 
     Raises OSError where the file cannot be read.
     """
@@ -46,7 +46,7 @@ def _mp4(file: BinaryIO, size: int) -> str | None:
         elif length == 0:
             length = size - position
         names.add(name)
-        # Junk after the last box is harmless, and players ignore it; only boxes that matter are held to their length.
+        # Junk after the last box is harmless, and players ignore it. So only the boxes that matter must be complete.
         if position + length > size and name in (b"moov", b"mdat", b"moof"):
             return f"its {name.decode()!r} box should end at byte {position + length} and the file ends at {size}"
         if length < 8:
@@ -56,7 +56,7 @@ def _mp4(file: BinaryIO, size: int) -> str | None:
 
 
 def _matroska_size(head: bytes) -> int | None:
-    """Bytes that the EBML header and the segment take (RFC 8794); None where the segment's length is unknown."""
+    """Bytes of the EBML header and the segment (RFC 8794); None where the segment's length is unknown."""
     length, start = _variable_integer(head, 4)
     end = start + (length or 0)
     if length is None or head[end : end + 4] != _SEGMENT:
@@ -75,13 +75,13 @@ def _variable_integer(data: bytes, at: int) -> tuple[int | None, int]:
 
 
 def duration(path: Path) -> float | None:
-    """Seconds that a file says it lasts, read from its headers alone; None where they do not say.
+    """Duration of a file in seconds, read from its headers alone; None where they do not contain it.
 
-    Knows MP4/MOV, Matroska/WebM and AVI. Raises OSError where the file cannot be read.
+    Supports MP4/MOV, Matroska/WebM and AVI. Raises OSError where the file cannot be read.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        return None  # To open a pipe would wait for whoever writes to it.
+        return None  # Opening a pipe would block until another process writes to it.
     size = status.st_size
     with path.open("rb") as file:
         head = file.read(4096)
@@ -93,13 +93,13 @@ def duration(path: Path) -> float | None:
             if head.startswith(b"RIFF") and head[24:28] == b"avih":
                 microseconds, frames = struct.unpack_from("<I", head, 32)[0], struct.unpack_from("<I", head, 48)[0]
                 return microseconds * frames / 1e6 or None
-        except struct.error:  # The headers are cut off or junk.
+        except struct.error:  # The headers are truncated or junk.
             return None
     return None
 
 
 def _mp4_duration(file: BinaryIO, size: int) -> float | None:
-    """The movie header's length; it is the first box in the index."""
+    """The duration in the movie header, which is the first box in the index."""
     position = 0
     while position + 8 <= size:
         file.seek(position)
@@ -118,7 +118,7 @@ def _mp4_duration(file: BinaryIO, size: int) -> float | None:
 
 
 def _matroska_duration(head: bytes) -> float | None:
-    """Look through the segment's first elements for its information: a time unit and a length in it."""
+    """The duration in the segment's information element, which holds a time unit and a length in that unit."""
     length, start = _variable_integer(head, 4)
     position = start + (length or 0)
     if head[position : position + 4] != _SEGMENT:
@@ -126,7 +126,7 @@ def _matroska_duration(head: bytes) -> float | None:
     _, position = _variable_integer(head, position + 4)
     unit, ticks = 1_000_000, None
     while position < len(head):
-        width = 9 - head[position].bit_length()  # An element's name has the form of a length, its marker kept.
+        width = 9 - head[position].bit_length()  # An element's name is coded like a length, but keeps its marker bit.
         name = head[position : position + width]
         length, position = _variable_integer(head, position + width)
         if length is None:

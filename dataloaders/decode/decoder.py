@@ -1,4 +1,4 @@
-"""Many files at once: decoding on every core, results in order, and a bad file that costs itself and no other."""
+"""Decode many files on all cores, with results in order. A bad file fails alone."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Decode = Callable[[Media], np.ndarray]
 Reader = Literal["pyav", "torchcodec"]
 
 TIME_LIMIT = 600.0
-"""Seconds that one file may take. An hour of 720p takes about two minutes of a core."""
+"""Timeout for one file, in seconds. An hour of 720p takes about two minutes of a core."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What came of one file: cropped frames (n, S, S, 3) uint8, or the reason why there are none.
+    """The result of decoding one file: cropped frames (n, S, S, 3) uint8, or the reason why there are none.
 
     frames  a NumPy array, or a tensor on the GPU that decoded it
-    by      what decoded it, and why that where it is not the usual
+    by      the decoder, and after a fallback the reason for it
     """
 
     media: Media
@@ -42,7 +42,7 @@ class Decoded:
 
 
 class Decoder(Protocol):
-    """What every back end is: `with decoder: for decoded in decoder.map(media)`, in order, files failing alone."""
+    """Interface of decoders: `with decoder: for decoded in decoder.map(media)`. In order; a bad file fails alone."""
 
     def map(self, media: Iterable[Media]) -> Iterator[Decoded]:
         """Yield one result for each of `media`, in their order."""
@@ -55,7 +55,7 @@ class Decoder(Protocol):
 
 
 def decode_cropped(media: Media, num_frames: int, preprocess: Preprocess, reader: Reader = "pyav") -> np.ndarray:
-    """Frames of a video or the one of a still, cropped: (n, S, S, 3) uint8. Raises DecodeError."""
+    """Cropped frames (n, S, S, 3) uint8 of a video, or the one frame of a still. Raises DecodeError."""
     if media.kind == "image":
         return preprocess.cropped(decode_image(media.path))[None]
     if reader == "torchcodec":
@@ -66,13 +66,13 @@ def decode_cropped(media: Media, num_frames: int, preprocess: Preprocess, reader
 
 
 class DecodePool:
-    """Decodes media in `workers` processes, in order, a bounded number ahead; 0 decodes in this process.
+    """Decodes media in `workers` processes, in order, with bounded prefetch; 0 decodes in this process.
 
-    decode      a function that can be pickled; whatever it raises becomes the reason of a Decoded without frames, and so
-                does the death of its process
-    ahead       files decoded but not yet asked for, per worker: what bounds the memory
-    time_limit  seconds after which a file's process is killed, and the file counts as failed; not kept by 0 workers
-    by          what the results say that they were decoded by
+    decode      a function that can be pickled. An exception that it raises, and the death of its process, become the
+                reason of a Decoded without frames
+    ahead       files to prefetch per worker, which bounds the memory
+    time_limit  seconds after which a file's process is killed and the file counts as failed; not applied with 0 workers
+    by          name of the decoder in the results
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class DecodePool:
                 pending.append((item, self.workers.submit(self._decode, item)))
             if not pending:
                 return
-            yield answer_of(*pending.popleft())
+            yield result_of(*pending.popleft())
 
     def __enter__(self) -> DecodePool:
         return self
@@ -107,8 +107,8 @@ class DecodePool:
             self.workers.close()
 
 
-def answer_of(media: Media, future: Future[Any]) -> Any:
-    """Wait for a task about `media`; where its process was lost, a Decoded that says so."""
+def result_of(media: Media, future: Future[Any]) -> Any:
+    """Wait for a task about `media`. Where its process was lost, returns a Decoded with that reason."""
     try:
         return future.result()
     except TaskLost as error:
@@ -116,10 +116,10 @@ def answer_of(media: Media, future: Future[Any]) -> Any:
 
 
 def guarded(decode: Decode, media: Media, by: str = "PyAV") -> Decoded:
-    """Decode, turning whatever is raised into a reason."""
+    """Decode, and turn any exception into a reason."""
     try:
         return Decoded(media, decode(media), by=by)
     except DecodeError as error:
         return Decoded(media, reason=str(error))
-    except Exception as error:  # A damaged file can raise anything; it must not stop a hundred thousand good ones.
+    except Exception as error:  # A damaged file can raise anything, and must not stop the others.
         return Decoded(media, reason=f"{media.path}: {type(error).__name__}: {error}")

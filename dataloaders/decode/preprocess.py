@@ -1,7 +1,7 @@
-"""Frames as CLIP wants them, the same numbers that Hugging Face's CLIPImageProcessor gives on Pillow.
+"""Resize, crop and normalise frames for CLIP, with the same results as Hugging Face's CLIPImageProcessor on Pillow.
 
-Cropping yields uint8, a quarter of the bytes to move between processes; normalising waits until the frames are on the
-device that encodes them. Workers that only crop need no torch.
+Cropped frames are uint8, a quarter of the bytes to move between processes. They are normalised later, on the device
+that encodes them. Worker processes only crop, so they do not import torch.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 """Mean and standard deviation of red, green and blue by which OpenAI's CLIP normalises pixels between 0 and 1."""
 
 ARITHMETIC = {"cpu": "float32", "cuda": "float16"}
-"""What frames are resized in, by device. Half precision holds 0 to 255 exactly, and what its weights lose is below 1/255."""
+"""Precision of the resize, by device. Half precision holds 0 to 255 exactly; rounding its weights costs below 1/255."""
 
 _PART = 2**27
-"""Numbers of whole frames that are resized at a time: they are wanted in another type and order, beside the frames."""
+"""Pixel values to resize at a time, since each needs a copy of the frames in another type and memory layout."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ class Preprocess:
 
     @staticmethod
     def load(directory: Path) -> Preprocess:
-        """Read DIRECTORY/preprocessor_config.json. Raises ValueError where it asks for anything else than this does."""
+        """Read DIRECTORY/preprocessor_config.json. Raises ValueError for settings that this class does not support."""
         path = directory / "preprocessor_config.json"
         if not path.exists():
-            raise ValueError(f"{directory} holds no preprocessor_config.json, so nobody knows what its model saw")
+            raise ValueError(
+                f"{directory} holds no preprocessor_config.json; copy it there, because it defines the resize and crop"
+            )
         values = read_json_object(path)
         for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
             if not values.get(name, True):
@@ -75,7 +77,7 @@ class Preprocess:
         )
 
     def describe(self) -> str:
-        """All of it in one line, for a store's manifest."""
+        """All settings in one line, for a store's manifest."""
         return json.dumps({"filter": "bicubic", **asdict(self)})
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
@@ -92,10 +94,10 @@ class Preprocess:
         return np.array(resized.crop((left, top, left + self.crop, top + self.crop)))
 
     def cropped_batch(self, frames: Tensor) -> Tensor:
-        """`cropped` for many frames of one size, where they are: (n, H, W, 3) uint8 to (n, S, S, 3) uint8.
+        """`cropped` for many frames of one size, on their device: (n, H, W, 3) uint8 to (n, S, S, 3) uint8.
 
-        A resize is a matrix product for each axis, which a GPU does in a fraction of CLIP's time. Within 1/255 of Pillow in
-        single precision and 2/255 in half, also on white noise.
+        The resize is a matrix product for each axis, which a GPU does in a fraction of CLIP's time. Within 1/255 of
+        Pillow in single precision and 2/255 in half, also on white noise.
         """
         import torch
 
@@ -103,7 +105,7 @@ class Preprocess:
         resized = self.resized(height, width)
         top, bottom, down = _weights(height, resized[0], self.crop, frames.device, dtype)
         left, right, across = _weights(width, resized[1], self.crop, frames.device, dtype)
-        # What the crop leaves out is not looked at: of a 16:9 picture, 43%.
+        # Pixels outside of the crop are not resized: 43% of a 16:9 picture.
         seen = frames[:, top:bottom, left:right]
         parts = []
         for part in seen.split(max(1, _PART // seen[0].numel())):
@@ -123,15 +125,15 @@ class Preprocess:
 
 
 def _whole(pixels: Tensor) -> Tensor:
-    """To whole numbers from 0 to 255, in place; a half goes up, as Pillow's do."""
+    """Round to integers from 0 to 255, in place. Halves round up, as in Pillow."""
     return pixels.add_(0.5).floor_().clamp_(0, 255)
 
 
 @lru_cache(4096)
 def _across_first(height: int, width: int, resized: tuple[int, int]) -> bool:
-    """Whether Pillow resizes pictures of this size across before it does down: which, depends on its version.
+    """Whether Pillow resizes pictures of this size horizontally first, which depends on Pillow's version.
 
-    It rounds and cuts off at 0 and 255 between the two, so their order changes white noise by up to 25/255.
+    Pillow rounds and clips to 0 and 255 between the two passes, so their order changes white noise by up to 25/255.
     """
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8))
     steps = [(resized[1], height), (resized[1], resized[0])]
@@ -143,11 +145,11 @@ def _across_first(height: int, width: int, resized: tuple[int, int]) -> bool:
 
 @lru_cache(256)
 def _weights(old: int, new: int, crop: int, device: torch.device, dtype: str) -> tuple[int, int, Tensor]:
-    """Pillow's bicubic resize of `old` pixels to `new`, its middle `crop` alone: the pixels looked at, from and to, and what
-    each weighs, (crop, to - from).
+    """Pillow's bicubic resize of `old` pixels to `new`, for the middle `crop` alone.
 
-    Keys' kernel (1981, a = -1/2), as wide as the step where that is above one pixel. At the picture's edges Pillow weighs
-    the pixels that are there, instead of repeating the last, which differs by up to 14/255.
+    Returns the range of input pixels, first and end, and their weights (crop, end - first). The kernel is Keys' (1981,
+    a = -1/2), scaled by the step where that is above one pixel. At the picture's edges Pillow weighs the pixels that
+    exist, instead of repeating the last, which differs by up to 14/255.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""torchcodec as a back end: the FFmpeg that the machine has, frames as tensors. Optional (`pip install torchcodec`).
+"""torchcodec as a decoder, with the FFmpeg of the machine. Optional (`pip install torchcodec`).
 
-Its exact mode and ours count the same packets. Where it finds another number of frames than they promise, the file is
-left to PyAV, which counts by decoding.
+Its exact mode and `probe` count the same packets. Where it finds fewer frames than packets, the fallback is PyAV, which
+counts the frames by decoding them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def require() -> None:
         import torchcodec.decoders  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:
         raise ValueError(
-            f"torchcodec cannot be used here ({str(error).partition(chr(10))[0]}); install it and FFmpeg, or take pyav"
+            f"torchcodec cannot be used here ({str(error).partition(chr(10))[0]}); install it and FFmpeg, or use pyav"
         ) from None
 
 
@@ -37,7 +37,7 @@ def decode_video(path: Path, num_frames: int, clip: Clip = None, transform: Tran
             return decode_with_pyav(path, num_frames, clip, transform)
         indices = known.first + frame_indices(known.total, num_frames)
         distinct, places = np.unique(indices, return_inverse=True)
-        # One at a time, so that whole frames are not kept. Ascending indices are decoded without seeking back.
+        # One frame at a time, to keep no whole frames in memory. Ascending indices need no seeking back.
         frames = (decoder.get_frame_at(i).data.permute(1, 2, 0).contiguous().numpy() for i in distinct.tolist())
         return np.stack([frame if transform is None else transform(frame) for frame in frames])[places]
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""Frames out of files: one sequential decode per video, since seeking per frame is 3 to 40 times slower.
+"""Decode frames with PyAV: one sequential decode per video, since seeking to each frame is 3 to 40 times slower.
 
-Containers miscount their frames, so the count is taken from the packets, which costs no decoding, and checked while
-decoding; where even that was wrong the video is decoded once more.
+Containers miscount their frames. So the count is taken from the packets, which needs no decoding, and checked while
+decoding; where it was wrong, the video is decoded once more.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dataloaders.decode.containers import truncation
 
 CLIP_TOLERANCE = 1.0
-"""Seconds by which a clip may outlast its file: lengths are rounded, and audio often outlasts the pictures."""
+"""Seconds by which a clip may end after its file: lengths are rounded, and audio is often longer than the pictures."""
 
 MAX_PIXELS = 8192 * 8192
-"""Pixels of a frame, twice those of 8K video; a damaged header can ask for terabytes."""
+"""Most pixels of a frame, twice those of 8K video. With a damaged header, FFmpeg could allocate terabytes."""
 
 _VP8_SHOWN = 0x10
-"""The bit of a VP8 packet's first byte that says whether its frame is shown (RFC 6386, 9.1)."""
+"""The bit of a VP8 packet's first byte that marks a frame as shown (RFC 6386, 9.1)."""
 
 Clip = tuple[float, float] | None
 Transform = Callable[[np.ndarray], np.ndarray]
 
 
 class DecodeError(ValueError):
-    """A file that gives no frames: the message names it and says why."""
+    """A file that gives no frames. The message starts with the file and gives the reason."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What is known of a video before its frames are decoded.
+    """Properties of a video, known before its frames are decoded.
 
     codec, pixel_format  FFmpeg's names, such as "h264" and "yuv420p"
     width, height        in pixels, as coded: before a rotation
-    rotation             degrees counter-clockwise that its display matrix asks for
-    matrix, full_range   FFmpeg's number of the colour matrix (1: BT.709; 2: none is named, which is taken for BT.601), and
+    rotation             degrees counter-clockwise in its display matrix
+    matrix, full_range   FFmpeg's number of the colour matrix (1: BT.709; 2: unspecified, treated as BT.601), and
                          whether black is 0 instead of 16
-    first, total         the clip's first frame, counted from 0 in display order over the whole file, and its frames
-    regular              every packet is a frame that is shown and says when, so that all decoders count alike
+    first, total         index of the clip's first frame, in display order over the whole file; frames in the clip
+    regular              every packet is a shown frame with a time, so that all decoders count the same frames
     """
 
     codec: str
@@ -65,7 +65,7 @@ class Probe:
 
 
 def probe(path: Path, clip: Clip = None) -> Probe:
-    """Look at every packet's header and decode the first frame. Raises DecodeError as `decode_video` does."""
+    """Read every packet's header and decode the first frame. Raises DecodeError as `decode_video` does."""
     _check_readable(path)
     try:
         packets = _read_packets(path, clip)
@@ -103,7 +103,7 @@ def decode_video(path: Path, num_frames: int, clip: Clip = None, transform: Tran
 
     clip       (start, end) in seconds from the first frame: only frames shown in [start, end) count
     transform  applied to each chosen frame (H, W, 3) as it is decoded, so that only its results are kept in memory
-    Raises DecodeError for whatever cannot be decoded whole.
+    Raises DecodeError for a file that cannot be decoded completely.
     """
     _check_readable(path)
     try:
@@ -114,11 +114,11 @@ def decode_video(path: Path, num_frames: int, clip: Clip = None, transform: Tran
         if origin is not None:
             seen, frames = _decode(path, _indices(total, num_frames), clip, transform, origin)
         if seen != total:
-            # Packets or the jump to the clip were wrong: believe what a decode from the start gives.
+            # The packets or the seek to the clip were wrong: count the frames by decoding from the start.
             total, _ = _decode(path, _indices(0, num_frames), clip, None, None)
             seen, frames = _decode(path, _indices(total, num_frames), clip, transform, None)
     except av.EOFError:
-        # FFmpeg's word for a header that is followed by nothing.
+        # FFmpeg reports a file that ends after its header in this way.
         total = 0
     except av.FFmpegError as error:
         raise DecodeError(f"{path}: {error.strerror}; is it a video?") from None
@@ -139,7 +139,7 @@ def decode_image(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except UnidentifiedImageError:
-        raise DecodeError(f"{path}: not an image that Pillow knows") from None
+        raise DecodeError(f"{path}: not an image that Pillow supports") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DecodeError(f"{path}: {error}") from None
 
@@ -149,7 +149,7 @@ def _no_frame(path: Path, clip: Clip) -> str:
 
 
 def _open(path: Path) -> InputContainer:
-    # Titles and tags are not ours to judge.
+    # Titles and tags that are not valid text do not matter.
     return av.open(str(path), metadata_errors="replace")
 
 
@@ -157,7 +157,7 @@ def _check_readable(path: Path) -> None:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            raise DecodeError(f"{path}: no file but a pipe or a device, which may never end")
+            raise DecodeError(f"{path}: a pipe or a device, not a file; reading it may never end")
         if status.st_size == 0:
             raise DecodeError(f"{path}: the file is empty")
         cut = truncation(path)
@@ -168,17 +168,17 @@ def _check_readable(path: Path) -> None:
 
 
 def _video_stream(container: InputContainer, path: Path) -> VideoStream:
-    """The first video stream that is no cover picture. Raises DecodeError where there is none, or it is too large."""
+    """The first stream that is no cover picture. Raises DecodeError if there is none or its frames are too large."""
     if container.format.name.endswith("_pipe"):
         raise DecodeError(f"{path}: a still image ({container.format.name.removesuffix('_pipe')}), not a video")
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
-            # Processes, not threads, share the work: one file per core has no idle waits.
+            # One thread per file, since many processes decode at once: no core waits for another.
             stream.codec_context.thread_count = 1
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > MAX_PIXELS:
                 raise DecodeError(f"{path}: frames of {width} x {height} pixels are more than can be decoded")
-            # The stream itself may ask for larger ones than the container does.
+            # The stream itself may contain larger frames than its container declares.
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             return stream
     raise DecodeError(f"{path}: holds no video stream")
@@ -190,9 +190,11 @@ def _indices(total: int, num_frames: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Packets:
-    """What the packets say of a clip: frames before it and in it, the first display time of the file in stream units.
+    """A clip according to the packets.
 
-    origin is None where packets carry no times; nothing else is known then.
+    first, total  frames before the clip, and frames in it
+    origin        the file's first display time in stream units; None where packets have no times and nothing is known
+    all_shown     every packet is a frame that is shown
     """
 
     first: int = 0
@@ -225,7 +227,7 @@ def _read_packets(path: Path, clip: Clip) -> _Packets:
 
 
 def _announced(container: InputContainer, stream: VideoStream) -> float | None:
-    """Seconds that the stream itself claims to last. A container's length may be the sound's, and other formats guess."""
+    """Seconds in the stream's header. A container's duration may be that of the audio; other formats estimate it."""
     if not {"mp4", "matroska"} & set(container.format.name.split(",")):
         return None
     if stream.duration is not None and stream.time_base is not None:
@@ -240,7 +242,7 @@ def _announced(container: InputContainer, stream: VideoStream) -> float | None:
 def _decode(
     path: Path, chosen: np.ndarray, clip: Clip, transform: Transform | None, origin: int | None
 ) -> tuple[int, dict[int, np.ndarray]]:
-    """Decode once: how many frames there are, and those at the `chosen` indices."""
+    """Decode once: the number of frames, and the frames at the `chosen` indices."""
     wanted = set(chosen.tolist())
     frames: dict[int, np.ndarray] = {}
     seen = 0
@@ -253,8 +255,8 @@ def _decode(
 def iter_frames(path: Path, wanted: Container[int]) -> Iterator[np.ndarray | None]:
     """Every frame of a video in order, (H, W, 3) uint8 RGB, turned upright; None for those whose index is not `wanted`.
 
-    One at a time, for what would not fit in memory together. Raises DecodeError; a file that ends early is for the caller
-    to notice, who knows from `probe` how many frames there are.
+    One at a time, for videos that do not fit in memory. Raises DecodeError, but not for a file that ends early: the
+    caller must compare the number of frames with `probe`.
     """
     _check_readable(path)
     try:
@@ -267,7 +269,7 @@ def iter_frames(path: Path, wanted: Container[int]) -> Iterator[np.ndarray | Non
 
 def _pictures(path: Path, wanted: Container[int], clip: Clip, origin: int | None) -> Iterator[np.ndarray | None]:
     """The frames of a clip in order, as RGB where wanted."""
-    # One for all frames: making its scaler anew costs more than decoding a small frame.
+    # One for all frames: a new scaler costs more than decoding a small frame.
     reformatter = VideoReformatter()
     for index, frame in enumerate(_frames(path, clip, origin)):
         if index not in wanted:
@@ -281,7 +283,7 @@ def _pictures(path: Path, wanted: Container[int], clip: Clip, origin: int | None
 def _frames(path: Path, clip: Clip, origin: int | None) -> Iterator[VideoFrame]:
     """Decoded frames in display order; those of a clip only.
 
-    origin  display time of the file's first frame: with it, decoding starts at the clip's key frame instead of there
+    origin  display time of the file's first frame; with it, decoding starts at the clip's key frame, not at the first
     """
     with _open(path) as container:
         stream = _video_stream(container, path)
@@ -311,7 +313,7 @@ def _inside(seconds: float, clip: Clip) -> bool:
 
 
 def _upright(frame: VideoFrame, degrees: int) -> np.ndarray:
-    """An RGB frame (H, W, 3), turned counter-clockwise as its display matrix says."""
+    """An RGB frame (H, W, 3), turned counter-clockwise by its display matrix."""
     array = frame.to_ndarray()
     quarter_turns = round(degrees / 90) % 4
     return np.ascontiguousarray(np.rot90(array, quarter_turns)) if quarter_turns else array

@@ -1,10 +1,11 @@
-"""DALI's graph and the arithmetic around it: files go in by batches, frames as CLIP wants them come out in order.
+"""DALI's graph, and the resize and colour conversion after it: batches of files in, cropped frames out, in order.
 
-DALI reads and decodes; resizing is ours, where the frames are, by Pillow's weights. Its own resize repeats a picture's last
-pixel beyond the edge where Pillow leaves it out, which CLIP was taught on, and differs by 14/255 at the edges of noise.
+DALI reads and decodes. This module resizes the frames on their device with Pillow's weights, because CLIP was trained
+on images that Pillow resized. DALI's own resize repeats the last pixel beyond the picture's edge, where Pillow leaves
+it out; it differs by 14/255 at the edges of noise.
 
-DALI takes every picture for one in BT.601's colours, as videos of low resolution are; those tagged BT.709 are converted
-afterwards.
+DALI decodes every picture with BT.601's colour matrix, which videos of low resolution have. Frames of videos tagged
+BT.709 are converted afterwards.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dataloaders.decode.dali.request import BT709, Ticket
+from dataloaders.decode.dali.request import BT709, DecodeRequest
 from dataloaders.decode.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -30,11 +31,11 @@ def require() -> None:
     try:
         import nvidia.dali  # noqa: F401
     except (ImportError, OSError) as error:
-        raise ValueError(f"DALI cannot be used here ({error}); install nvidia-dali-cuda130, or take pyav") from None
+        raise ValueError(f"DALI cannot be used here ({error}); install nvidia-dali-cuda130, or use pyav") from None
 
 
 class Pipeline:
-    """Decodes batches of media of one kind. Once a sample was bad, or nothing comes any more, a new one must be built."""
+    """Decodes batches of media of one kind. After a bad sample or a timeout it cannot be used; build a new one."""
 
     def __init__(self, kind: Literal["video", "image"], preprocess: Preprocess, device: str, batch: int) -> None:
         from nvidia.dali import Pipeline as Graph
@@ -46,8 +47,8 @@ class Pipeline:
 
             self._gpu = torch.cuda.current_device()
         placement = "cpu" if self._gpu is None else "mixed"
-        # Of depth 1, for a first run would otherwise wait for more input: `start` is what works ahead. The dynamic executor
-        # leaves outputs to their reader.
+        # Depth 1, because the first run would otherwise wait for more input; `start` prefetches instead. With the
+        # dynamic executor, outputs belong to their reader.
         graph = Graph(batch, _THREADS, self._gpu, exec_dynamic=True, prefetch_queue_depth=1, set_affinity=False)
         with graph:
             encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
@@ -60,45 +61,46 @@ class Pipeline:
         graph.build()
         self._graph = graph
 
-    def start(self, tickets: Sequence[Ticket]) -> None:
-        """Decode in the background. Raises RuntimeError where the pipeline is spoiled."""
-        if not tickets:
+    def start(self, requests: Sequence[DecodeRequest]) -> None:
+        """Start to decode in the background. Raises RuntimeError after an earlier batch failed."""
+        if not requests:
             return
-        self._graph.feed_input("path", [np.frombuffer(bytes(t.media.path), np.uint8) for t in tickets])
+        self._graph.feed_input("path", [np.frombuffer(bytes(r.media.path), np.uint8) for r in requests])
         if self._kind == "video":
-            self._graph.feed_input("indices", [t.indices.astype(np.int32) for t in tickets])
+            self._graph.feed_input("indices", [r.indices.astype(np.int32) for r in requests])
         self._graph.schedule_run()
 
-    def finish(self, tickets: Sequence[Ticket], seconds: float | None) -> list[np.ndarray | Tensor]:
-        """Cropped frames (u, S, S, 3) uint8 of each file of the batch that was started first, on a GPU as tensors there.
+    def finish(self, requests: Sequence[DecodeRequest], seconds: float | None) -> list[np.ndarray | Tensor]:
+        """Wait for the oldest batch: cropped frames (u, S, S, 3) uint8 of each file, as tensors on the GPU if DALI runs
+        there.
 
-        Raises RuntimeError where any file is bad, and TimeoutError when `seconds` have passed.
+        Raises RuntimeError if any file of the batch is bad, and TimeoutError after `seconds`.
         """
-        if not tickets:
+        if not requests:
             return []
         import torch
 
-        # A thread, for DALI cannot be interrupted. A daemon, which nobody waits for at the end.
+        # In a thread, because DALI cannot be interrupted. A daemon thread does not keep the program from ending.
         answers: SimpleQueue[Any] = SimpleQueue()
         Thread(target=self._await, args=(answers,), daemon=True).start()
         try:
             answer = answers.get(timeout=seconds)
         except Empty:
-            # At the program's end DALI joins every pipeline that it knows of.
+            # At exit DALI joins every pipeline in its list, and this one would never end.
             self._graph._pipe = None
-            raise TimeoutError(f"DALI gave nothing for {seconds:g} s") from None
+            raise TimeoutError(f"DALI timed out after {seconds:g} s") from None
         if isinstance(answer, str):
             raise RuntimeError(answer)
         (output,) = answer
         frames = []
-        for place, ticket in enumerate(tickets):
+        for place, request in enumerate(requests):
             whole = torch.from_numpy(output.at(place)) if self._gpu is None else torch.from_dlpack(output[place])
             cropped = self._preprocess.cropped_batch(whole if whole.ndim == 4 else whole[None])
-            frames.append(_in_bt709(cropped) if ticket.matrix in BT709 else cropped)
+            frames.append(_in_bt709(cropped) if request.matrix in BT709 else cropped)
         if self._gpu is None:
             self._graph.release_outputs()
             return [cropped.numpy() for cropped in frames]
-        # DALI knows nothing of what torch still reads, and would decode the next files there.
+        # DALI does not wait for torch's kernels and would decode the next files into memory that they still read.
         torch.cuda.current_stream().synchronize()
         self._graph.release_outputs()
         return list(frames)
@@ -108,15 +110,15 @@ class Pipeline:
             if self._gpu is not None:
                 import torch
 
-                torch.cuda.set_device(self._gpu)  # Each thread has its own.
+                torch.cuda.set_device(self._gpu)  # Each thread has its own current device.
             answers.put(self._graph.share_outputs())
         except Exception as error:
-            # In words: the error itself holds frames that hold the spoiled pipeline, with all its memory.
+            # As text: the exception's traceback would keep the failed pipeline alive, with all its memory.
             answers.put(str(error))
 
 
 def _in_bt709(frames: Tensor) -> Tensor:
-    """Frames (n, S, S, 3) uint8 that were taken for BT.601's, in BT.709's colours."""
+    """Correct the colours of frames (n, S, S, 3) uint8 that are BT.709 and were decoded as BT.601."""
     import torch
 
     matrix = torch.from_numpy(FROM_601_TO_709.T).to(frames.device)
@@ -124,7 +126,7 @@ def _in_bt709(frames: Tensor) -> Tensor:
 
 
 def _to_rgb(red: float, blue: float) -> np.ndarray:
-    """(3, 3) from Y, Cb, Cr to R, G, B, for the shares of red and blue in luma."""
+    """(3, 3) matrix from Y, Cb, Cr to R, G, B. `red` and `blue` are their weights in luma."""
     green = 1 - red - blue
     to_red, to_blue = 2 * (1 - red), 2 * (1 - blue)
     return np.array([[1, 0, to_red], [1, -to_blue * blue / green, -to_red * red / green], [1, to_blue, 0]])
@@ -134,5 +136,5 @@ FROM_601_TO_709 = (_to_rgb(0.2126, 0.0722) @ np.linalg.inv(_to_rgb(0.299, 0.114)
 
 
 def root_cause(error: Exception) -> str:
-    """DALI's own words, out of a message that starts with where its operators were defined."""
+    """The cause in DALI's message, without the place where its operators were defined, which comes first."""
     return " ".join(str(error).rpartition("encountered:")[2].split())[:200]

@@ -1,4 +1,4 @@
-"""Which files DALI is given: each is looked at in a process first, where it may hang or crash."""
+"""Choose the files that DALI decodes. Each is probed in a worker process first, where it may hang or crash."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ CODECS: dict[str, frozenset[str]] = {
     "cuda": frozenset({"h264", "hevc", "vp8", "vp9"}),
     "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
 }
-"""Video codecs that DALI is given, by device. NVDEC of A100, H100 and H200 lacks AV1; the CPU variant is built with three."""
+"""Video codecs that DALI decodes, by device. A100's, H100's and H200's NVDEC lacks AV1; DALI's CPU build has three."""
 
 PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 BT709, BT601 = (1,), (2, 5, 6)
-"""FFmpeg's numbers of colour matrices; 2 is none named, which all take for BT.601."""
+"""FFmpeg's numbers of colour matrices. 2 means unspecified, which all decoders treat as BT.601."""
 
 MAX_FILE = 512 * 2**20
-"""Bytes of a file that are read into memory; PyAV takes longer ones, seeking in them."""
+"""Largest file in bytes, since DALI reads the whole file into memory. PyAV decodes larger ones, by seeking."""
 
 FRAME_MEMORY = {"cuda": 6 * 2**30, "cpu": 2**30}
-"""Bytes of whole frames in a batch: they are all held before they are resized, 276 MB for 100 of 720p."""
+"""Bytes of whole frames in a batch. All are in memory before they are resized: 276 MB for 100 frames of 720p."""
 
 
 @dataclass(frozen=True)
-class Ticket:
-    """A file that DALI is given.
+class DecodeRequest:
+    """A file for DALI to decode.
 
-    indices     (u,) frames to decode, ascending, each once; empty for a still
-    places      (N,) where each wanted frame is among them
-    memory      bytes that the whole frames take
+    indices     (u,) frames to decode, ascending, without repetition; empty for a still
+    places      (N,) position in `indices` of each wanted frame
+    memory      bytes of the whole frames
     matrix      FFmpeg's number of the colour matrix
     """
 
@@ -48,21 +48,21 @@ class Ticket:
     matrix: int = 2
 
 
-def prepare(media: Media, num_frames: int, preprocess: Preprocess, device: str) -> Decoded | Ticket:
-    """A ticket where DALI can decode a file on `device`, otherwise its frames or why there are none."""
+def prepare(media: Media, num_frames: int, preprocess: Preprocess, device: str) -> Decoded | DecodeRequest:
+    """A request if DALI can decode the file on `device`; otherwise PyAV's result: frames, or the reason for none."""
     try:
-        ticket = _still(media) if media.kind == "image" else _video(media, num_frames, device)
+        request = _still(media) if media.kind == "image" else _video(media, num_frames, device)
     except DecodeError as error:
         return Decoded(media, reason=str(error))
-    except Exception as error:  # Whatever it is, PyAV will name it.
-        ticket = f"{type(error).__name__}: {error}"
-    if isinstance(ticket, Ticket):
-        return ticket
-    return guarded(partial(decode_cropped, num_frames=num_frames, preprocess=preprocess), media, by=f"PyAV ({ticket})")
+    except Exception as error:  # PyAV reports what is wrong with the file.
+        request = f"{type(error).__name__}: {error}"
+    if isinstance(request, DecodeRequest):
+        return request
+    return guarded(partial(decode_cropped, num_frames=num_frames, preprocess=preprocess), media, by=f"PyAV ({request})")
 
 
-def _video(media: Media, num_frames: int, device: str) -> Ticket | str:
-    """A video's ticket, or why it has none."""
+def _video(media: Media, num_frames: int, device: str) -> DecodeRequest | str:
+    """A request for a video, or the reason why DALI cannot decode it."""
     known = probe(media.path, media.clip)
     indices, places = np.unique(known.first + frame_indices(known.total, num_frames), return_inverse=True)
     memory = len(indices) * known.height * known.width * 3
@@ -77,11 +77,11 @@ def _video(media: Media, num_frames: int, device: str) -> Ticket | str:
         "large frames": memory > FRAME_MEMORY[device],
     }
     why = next((name for name, is_so in problems.items() if is_so), None)
-    return why or Ticket(media, known.codec, indices, places, memory, known.matrix)
+    return why or DecodeRequest(media, known.codec, indices, places, memory, known.matrix)
 
 
-def _still(media: Media) -> Ticket | str:
-    """A still's ticket, or why it has none."""
+def _still(media: Media) -> DecodeRequest | str:
+    """A request for a still, or the reason why DALI cannot decode it."""
     with Image.open(media.path) as image:
         width, height = image.size
         kind = f"{image.format} {image.mode}"
@@ -91,4 +91,4 @@ def _still(media: Media) -> Ticket | str:
         file.seek(-2, 2)
         if file.read() != b"\xff\xd9":
             return "no end mark"
-    return Ticket(media, "jpeg", np.zeros(0, np.int64), np.zeros(1, np.int64), height * width * 3)
+    return DecodeRequest(media, "jpeg", np.zeros(0, np.int64), np.zeros(1, np.int64), height * width * 3)

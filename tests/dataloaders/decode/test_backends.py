@@ -1,4 +1,4 @@
-"""PyAV, torchcodec and DALI give the same frames of every kind of file, and so the same features."""
+"""PyAV, torchcodec and DALI decode the same frames from every kind of file, and so give the same features."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from bench.media import link_ffmpeg
 from dataloaders.decode.dali import decoder as dali
 from dataloaders.decode.dali import pipeline as dali_pipeline
-from dataloaders.decode.dali import request as dali_ticket
+from dataloaders.decode.dali.request import DecodeRequest, prepare
 from dataloaders.decode.decoder import Decoded, DecodePool, decode_cropped
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.video import Probe, frame_indices, probe
@@ -34,7 +34,7 @@ N = 7
 PREPROCESS = Preprocess(SIZE, SIZE)
 VP9 = {"cpu-used": "8"}
 DIFFERENCE = 3
-"""Of 255, in the mean: DALI interpolates colour otherwise."""
+"""Mean difference, of 255: DALI interpolates colour differently."""
 
 needs_torchcodec = pytest.mark.skipif(
     importlib.util.find_spec("torchcodec") is None, reason="torchcodec is not installed: pip install torchcodec"
@@ -91,7 +91,7 @@ def write(
 
 
 def hide_frames(path: Path, which: list[int]) -> Path:
-    """Mark some of a VP8 file's frames as not to be shown, as encoders do with those that are only referred to."""
+    """Mark some frames of a VP8 file as hidden, as encoders do with frames that only serve as references."""
     content = path.read_bytes()
     with av.open(str(path)) as container:
         packets = [bytes(p) for p in container.demux(video=0) if p.size]
@@ -148,7 +148,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> ClipEncoder:
 
 
 def features(encoder: ClipEncoder, frames: np.ndarray) -> torch.Tensor:
-    """Of unit length; (n, channels)."""
+    """Features (n, channels), normalised to unit length."""
     return torch.nn.functional.normalize(encoder.encode(frames).double(), dim=-1)
 
 
@@ -158,14 +158,14 @@ def which(frames: np.ndarray, of: np.ndarray) -> list[int]:
     return differences.argmin(1).tolist()
 
 
-def test_what_the_comparison_can_see(videos: dict[str, Media]) -> None:
-    """Each frame differs from its neighbour by more than the back ends may."""
+def test_the_comparison_can_tell_frames_apart(videos: dict[str, Media]) -> None:
+    """Each frame differs from its neighbour by more than the decoders may differ."""
     frames = decode_cropped(videos["VP9"], 40, PREPROCESS)
     assert np.abs(np.diff(frames.astype(int), axis=0)).mean((1, 2, 3)).min() > 2 * DIFFERENCE
 
 
 @pytest.mark.parametrize("name", ["VP8 with hidden frames", "H.264 with B-frames", "VP9, a clip"])
-def test_probe_counts_what_is_shown(videos: dict[str, Media], name: str) -> None:
+def test_probe_counts_shown_frames(videos: dict[str, Media], name: str) -> None:
     media = videos[name]
     known = probe(media.path, media.clip)
     hidden = name == "VP8 with hidden frames"
@@ -178,7 +178,7 @@ def test_probe_counts_what_is_shown(videos: dict[str, Media], name: str) -> None
 def test_torchcodec(
     videos: dict[str, Media], expected: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same numbers: both are FFmpeg. It looks for its libraries by their usual names; PyAV's wheel has them by others."""
+    """The same numbers, since both use FFmpeg. PyAV's wheel has its libraries under other names, hence the links."""
     link_ffmpeg(tmp_path)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     decode = partial(decode_cropped, num_frames=N, preprocess=PREPROCESS, reader="torchcodec")
@@ -190,7 +190,7 @@ def test_torchcodec(
     for name, result in results.items():
         assert isinstance(result.frames, np.ndarray), result.reason
         if "odd size" in name:
-            # They interpolate the colour of the last column and row otherwise.
+            # They interpolate the colour of the last column and row differently.
             assert np.abs(result.frames.astype(int) - expected[name]).mean() < DIFFERENCE, name
         else:
             np.testing.assert_array_equal(result.frames, expected[name], err_msg=name)
@@ -204,18 +204,18 @@ class TestDali:
         with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=4) as decoder:
             return dict(zip(videos, decoder.map(videos.values())))
 
-    def test_who_decodes_what(self, results: dict[str, Decoded]) -> None:
-        """What this DALI cannot decode, or would decode otherwise, is PyAV's; the reason is told."""
-        told = {name: result.by for name, result in results.items()}
-        assert {name for name, by in told.items() if by.startswith("DALI")} == {
+    def test_which_decoder_decodes_what(self, results: dict[str, Decoded]) -> None:
+        """PyAV decodes what this DALI cannot decode or decodes differently; the result names the reason."""
+        decoders = {name: result.by for name, result in results.items()}
+        assert {name for name, by in decoders.items() if by.startswith("DALI")} == {
             "MJPEG",
             "VP8",
             *(name for name in results if name.startswith("VP9") and name != "VP9, rotated"),
         }
-        assert told["VP9, rotated"] == "PyAV (rotated)"
-        assert told["VP8 with hidden frames"] == "PyAV (packets that are no frames)"
-        assert told["HEVC"] == "PyAV (hevc is not for DALI on cpu)"
-        assert told["VP9"] == "DALI (vp9)"
+        assert decoders["VP9, rotated"] == "PyAV (rotated)"
+        assert decoders["VP8 with hidden frames"] == "PyAV (packets that are no frames)"
+        assert decoders["HEVC"] == "PyAV (hevc is not for DALI on cpu)"
+        assert decoders["VP9"] == "DALI (vp9)"
 
     def test_same_frames(self, results: dict[str, Decoded], videos: dict[str, Media]) -> None:
         for name, result in results.items():
@@ -256,7 +256,7 @@ class TestDali:
         "size", [(320, 240), (640, 360), (361, 643), (1280, 720), (224, 224), (100, 97), (230, 600)]
     )
     def test_preprocessing(self, tmp_path: Path, size: tuple[int, int], noise: bool) -> None:
-        """On a still, whose pixels are the same for both: 2/255 from CLIPImageProcessor, where 6/255 is asked for."""
+        """On a still, whose pixels are the same for both: within 2/255 of CLIPImageProcessor (6/255 required)."""
         white = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
         Image.fromarray(white if noise else picture(3, size)).save(tmp_path / "a.jpg", quality=95, subsampling=0)
         with dali.DaliDecoder("image", 1, Preprocess(), "cpu", workers=1) as decoder:
@@ -296,8 +296,8 @@ class TestDali:
             assert np.abs(result.frames.astype(int) - right).max() <= 2, name
             assert result.by.startswith("PyAV" if name in ("cmyk", "png") else "DALI"), (name, result.by)
 
-    def test_a_bad_sample_costs_itself_alone(self, videos: dict[str, Media], tmp_path: Path) -> None:
-        """Bytes changed inside frames pass the look at the packets and fail in the pipeline, which is spoiled for all."""
+    def test_a_bad_file_costs_no_other_file(self, videos: dict[str, Media], tmp_path: Path) -> None:
+        """Bytes changed inside frames pass the probe and fail in the pipeline, which then fails for the whole batch."""
         good = videos["VP9"]
         with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=4) as decoder:
             (alone,) = decoder.map([good])
@@ -321,7 +321,7 @@ class TestDali:
 
             decoder._build = count
             results = list(decoder.map(media))
-            assert list(alive) == [decoder._pipeline], "a spoiled one frees its memory at once"
+            assert list(alive) == [decoder._pipeline], "a failed pipeline frees its memory at once"
         assert builds >= 4, "the pipeline never failed: the files are not bad enough"
         assert [r.media for r in results] == media
         for i, result in enumerate(results):
@@ -330,49 +330,49 @@ class TestDali:
             else:
                 np.testing.assert_array_equal(result.frames, alone.frames)
 
-    def test_frames_that_are_not_there_are_not_taken_for_black(self, videos: dict[str, Media]) -> None:
-        """DALI gives black for an index beyond the end, without a word; PyAV then says what is there."""
-        ticket = dali_ticket.prepare(videos["VP9"], N, PREPROCESS, "cpu")
-        assert isinstance(ticket, dali_ticket.Ticket)
-        beyond = replace(ticket, indices=ticket.indices + 30)
+    def test_missing_frames_are_not_returned_as_black(self, videos: dict[str, Media]) -> None:
+        """DALI returns black for an index beyond the end, without an error; PyAV then decodes the file."""
+        request = prepare(videos["VP9"], N, PREPROCESS, "cpu")
+        assert isinstance(request, DecodeRequest)
+        beyond = replace(request, indices=request.indices + 30)
         with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1) as decoder:
             decoder._pipeline.start([beyond])
             (frames,) = decoder._pipeline.finish([beyond], 60)
             assert frames[0].any() and not frames[-1].any()
-            looked_at = decoder._result(beyond, frames)
-            assert isinstance(looked_at, Future)
-            decoded = looked_at.result()
+            result = decoder._result(beyond, frames)
+            assert isinstance(result, Future)
+            decoded = result.result()
         assert decoded.by == "PyAV (its last frame is black)"
         np.testing.assert_array_equal(decoded.frames, decode_cropped(videos["VP9"], N, PREPROCESS))
 
-    def test_colours_that_dali_gets_wrong_are_left_to_pyav(
+    def test_colours_that_dali_decodes_wrongly_are_decoded_by_pyav(
         self, videos: dict[str, Media], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr(dali_pipeline, "FROM_601_TO_709", np.eye(3, dtype=np.float32))
         media = [videos["VP9, BT.709"], videos["VP9"], videos["VP9, BT.709"]]
         with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1) as decoder:
-            told = [result.by for result in decoder.map(media)]
-        assert told == [wrong := "PyAV (DALI decodes vp9 of matrix 1 otherwise)", "DALI (vp9)", wrong]
-        assert "PyAV keeps that kind" in caplog.text
+            by = [result.by for result in decoder.map(media)]
+        assert by == [wrong := "PyAV (DALI decodes vp9 with colour matrix 1 differently)", "DALI (vp9)", wrong]
+        assert "falling back to PyAV for it" in caplog.text
 
     def test_a_pipeline_that_cannot_be_built(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*arguments: object) -> None:
             raise RuntimeError("Critical error when building pipeline: no driver")
 
         monkeypatch.setattr(dali, "Pipeline", fail)
-        with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(.*no driver\); take pyav"):
+        with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(.*no driver\); use pyav"):
             dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1)
 
-    def test_dali_that_never_works_is_left(self, videos: dict[str, Media], monkeypatch: pytest.MonkeyPatch) -> None:
-        """As in a container without the driver's video part: after some failures everything goes to PyAV."""
+    def test_dali_that_never_works_is_disabled(self, videos: dict[str, Media], monkeypatch: pytest.MonkeyPatch) -> None:
+        """As in a container without the driver's video libraries: after some failures PyAV decodes everything."""
         tried: list[int] = []
 
-        def fail(self: dali.Pipeline, tickets: list[dali_ticket.Ticket]) -> None:
-            tried.append(len(tickets))
+        def fail(self: dali.Pipeline, requests: list[DecodeRequest]) -> None:
+            tried.append(len(requests))
             raise RuntimeError("NVDEC is not there")
 
         monkeypatch.setattr(dali.Pipeline, "start", fail)
         with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=4) as decoder:
             results = list(decoder.map([videos["VP9"]] * 40))
-        assert {r.by for r in results} == {"PyAV (DALI cannot decode it)", "PyAV (DALI is asked no more)"}
+        assert {r.by for r in results} == {"PyAV (DALI cannot decode it)", "PyAV (DALI is disabled)"}
         assert all(r.frames is not None for r in results) and len(tried) < 40

@@ -1,4 +1,4 @@
-"""DALI cannot be interrupted: a batch that gives nothing is given up, its files go to PyAV, and the others go on."""
+"""DALI cannot be interrupted: after a timeout its batch goes to PyAV and a new pipeline continues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from dataloaders.decode.dali import decoder as dali
 from dataloaders.decode.dali.pipeline import Pipeline
-from dataloaders.decode.dali.request import Ticket
+from dataloaders.decode.dali.request import DecodeRequest
 from dataloaders.decode.decoder import decode_cropped, guarded
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.records import Media
@@ -42,7 +42,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> list[Media]:
 def test_a_batch_that_hangs(
     media: list[Media], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first pipeline stops for ever while it reads; of the four files it has, one hangs PyAV as well."""
+    """The first pipeline hangs while it reads. One of the four files of its batch hangs PyAV as well."""
     from nvidia.dali import fn
 
     released, read = threading.Event(), fn.io.file.read
@@ -60,9 +60,9 @@ def test_a_batch_that_hangs(
             results = list(decoder.map(media))
     finally:
         released.set()
-    assert [result.media for result in results] == media, "none is lost, none comes twice"
-    told = [result.by for result in results]
-    assert told[:2] + told[3:4] == ["PyAV (DALI gave nothing for 2 s)"] * 3 and set(told[4:]) == {"DALI (vp9)"}
+    assert [result.media for result in results] == media, "none is lost, none is repeated"
+    by = [result.by for result in results]
+    assert by[:2] + by[3:4] == ["PyAV (DALI timed out after 2 s)"] * 3 and set(by[4:]) == {"DALI (vp9)"}
     assert results[2].frames is None and results[2].reason == f"{media[2].path}: it took more than 2 s and was stopped"
     for result in results[:2] + results[3:]:
         assert isinstance(result.frames, np.ndarray)
@@ -72,22 +72,22 @@ def test_a_batch_that_hangs(
 
 
 def always_hanging(folder: Path) -> None:
-    """Decode with a DALI that never answers, since it opens a pipe that nobody writes to, and end as a program does."""
+    """Decode with a DALI that always hangs, because it opens a pipe without a writer, and end as a program does."""
     pipe, start = folder / "pipe", Pipeline.start
     os.mkfifo(pipe)
-    Pipeline.start = lambda self, tickets: start(self, [_at(ticket, pipe) for ticket in tickets])  # type: ignore[method-assign]
+    Pipeline.start = lambda self, requests: start(self, [_at(r, pipe) for r in requests])  # type: ignore[method-assign]
     media = [Media(str(i), path) for i, path in enumerate(sorted(folder.glob("*.mp4")))]
     with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=2, time_limit=1.5) as decoder:
         results = list(decoder.map(media))
     print([result.by for result in results if result.frames is not None])
 
 
-def _at(ticket: Ticket, path: Path) -> Ticket:
-    return replace(ticket, media=replace(ticket.media, path=path))
+def _at(request: DecodeRequest, path: Path) -> DecodeRequest:
+    return replace(request, media=replace(request.media, path=path))
 
 
-def test_dali_that_always_hangs_is_left(media: list[Media]) -> None:
-    """After three pipelines PyAV decodes everything, and what hangs does not keep the program from ending."""
+def test_dali_that_always_hangs_is_disabled(media: list[Media]) -> None:
+    """After three pipelines PyAV decodes everything, and the threads that hang do not keep the program from ending."""
     code = (
         "import sys, pathlib\nfrom tests.dataloaders.decode.test_dali_hangs import always_hanging\n"
         "if __name__ == '__main__':\n    always_hanging(pathlib.Path(sys.argv[1]))\n"
@@ -103,6 +103,6 @@ def test_dali_that_always_hangs_is_left(media: list[Media]) -> None:
         env={**os.environ, "PYTHONPATH": SOURCE_PATH},
     )
     assert done.returncode == 0, done.stderr
-    expected = ["PyAV (DALI gave nothing for 1.5 s)"] * 4 + ["PyAV (DALI is asked no more)"] * 6
+    expected = ["PyAV (DALI timed out after 1.5 s)"] * 4 + ["PyAV (DALI is disabled)"] * 6
     assert done.stdout == f"{expected}\n"
-    assert done.stderr.count("One of these hangs") == 3 and done.stderr.count("is asked no more") == 1
+    assert done.stderr.count("One of these files hangs") == 3 and done.stderr.count("disabling DALI after 3 hangs") == 1

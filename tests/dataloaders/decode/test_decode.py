@@ -1,4 +1,4 @@
-"""The decoding pool: results in order, and nothing that a file does harms another."""
+"""The decoding pool: results come in order, and a bad file does not affect the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PREPROCESS = Preprocess(32, 32)
 
 
 def pretend(media: Media) -> np.ndarray:
-    """Decode by name: some fail, some raise, some take their process with them."""
+    """Decode by name: some files fail, some raise, some kill their process."""
     number = int(media.key)
     if media.path.stem == "bad":
         raise DecodeError(f"{media.path}: the file is empty")
@@ -35,7 +35,7 @@ def pretend(media: Media) -> np.ndarray:
     if media.path.stem == "death":
         os.kill(os.getpid(), signal.SIGKILL)
     if media.path.stem == "hang":
-        # As a decoder in C would: no signal that Python handles ends it.
+        # As a decoder that hangs in C: no signal that Python handles stops it.
         signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
         while True:
             pass
@@ -62,7 +62,7 @@ def test_order_and_failures(workers: int) -> None:
             assert result.reason == expected[name]
 
 
-def test_a_file_that_kills_its_process_costs_itself_alone() -> None:
+def test_a_file_that_kills_its_process_fails_alone() -> None:
     names = ["good"] * 3 + ["death"] + ["good"] * 4 + ["death", "bad", "good"]
     with DecodePool(pretend, 2) as pool:
         results = list(pool.map(media(names)))
@@ -71,7 +71,7 @@ def test_a_file_that_kills_its_process_costs_itself_alone() -> None:
     assert results[3].reason == "death.mp4: the process that decoded it died"
 
 
-def test_a_file_that_hangs_costs_its_time_limit_and_itself_alone() -> None:
+def test_a_file_that_hangs_is_stopped_after_the_time_limit_and_fails_alone() -> None:
     names = ["good", "hang", *["good"] * 6, "hang", "good"]
     started = time.monotonic()
     with DecodePool(pretend, 2, time_limit=0.5) as pool:
@@ -83,7 +83,7 @@ def test_a_file_that_hangs_costs_its_time_limit_and_itself_alone() -> None:
     assert results[1].reason == "hang.mp4: it took more than 0.5 s and was stopped"
 
 
-def test_leaving_the_pool_ends_what_still_hangs() -> None:
+def test_leaving_the_pool_kills_processes_that_hang() -> None:
     with DecodePool(pretend, 1, time_limit=None) as pool:
         assert next(pool.map(media(["good", "hang"]))).frames is not None
         pids = [process.pid for process in multiprocessing.active_children()]
@@ -91,7 +91,7 @@ def test_leaving_the_pool_ends_what_still_hangs() -> None:
 
 
 def test_processes_that_cannot_start_are_an_error(tmp_path: Path) -> None:
-    """A script without a main guard, which its workers would start again."""
+    """A script without a main guard, which the workers would run again."""
     script = tmp_path / "script.py"
     script.write_text(
         "from tests.dataloaders.decode.test_decode import *\n"
@@ -105,26 +105,26 @@ def test_processes_that_cannot_start_are_an_error(tmp_path: Path) -> None:
     assert done.stderr.endswith("RuntimeError: the decoding processes have ended, or could not be started\n")
 
 
-def test_the_pool_reads_only_a_little_ahead() -> None:
-    asked = 0
+def test_prefetch_is_bounded() -> None:
+    taken = 0
 
     def count() -> None:
-        nonlocal asked
-        asked += 1
+        nonlocal taken
+        taken += 1
 
     with DecodePool(pretend, 1, ahead=2) as pool:
         source = (count() or m for m in media(["good"] * 50))
         next(pool.map(source))
-        assert asked == 3
+        assert taken == 3
 
 
 def test_workers_import_no_torch() -> None:
-    """They are many, and each would hold hundreds of megabytes and start seconds later."""
+    """There are many workers; with torch each would need hundreds of megabytes and start seconds later."""
     code = "import sys, engine.encode; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+def test_workers_exit_when_their_parent_is_killed(tmp_path: Path) -> None:
     code = (
         "import multiprocessing, pathlib, time\nfrom tests.dataloaders.decode.test_decode import *\n"
         "if __name__ == '__main__':\n"

@@ -1,4 +1,4 @@
-"""Pre-processing gives the numbers of Hugging Face's CLIPImageProcessor on Pillow, for awkward sizes too."""
+"""Preprocess gives the same numbers as Hugging Face's CLIPImageProcessor on Pillow, for awkward sizes too."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_equals_the_reference(height: int, width: int, resize: int, crop: int) -
 
 @pytest.mark.parametrize(("dtype", "difference"), [("float32", 1), ("float16", 2)])
 @pytest.mark.parametrize(("height", "width"), [*SIZES, (700, 230), (2000, 18)])
-def test_many_at_once(height: int, width: int, dtype: str, difference: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On white noise, and on noise of black and white alone; half precision is what a GPU computes in."""
+def test_cropped_batch(height: int, width: int, dtype: str, difference: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On white noise, and on noise of black and white only. A GPU computes in half precision."""
     monkeypatch.setattr(preprocessing, "ARITHMETIC", {"cpu": dtype})
     monkeypatch.setattr(preprocessing, "_PART", 2 * 3 * height * width)
     noise = np.random.default_rng(height).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
@@ -85,7 +85,7 @@ def test_load_reads_openai_clip(tmp_path: Path) -> None:
         ({"size": 100}, "a crop of 224 pixels does not fit"),
     ],
 )
-def test_load_refuses_what_it_cannot_do(tmp_path: Path, values: dict, reason: str) -> None:
+def test_load_refuses_unsupported_settings(tmp_path: Path, values: dict, reason: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=reason):
         Preprocess.load(tmp_path)

@@ -1,4 +1,4 @@
-"""Decoding: the right frames of every kind of file, and a true reason for every file that has none."""
+"""Decoding: the right frames of every kind of file, and the right reason for every file without frames."""
 
 from __future__ import annotations
 
@@ -101,31 +101,31 @@ def test_clip_of_variable_frame_rate(tmp_path: Path) -> None:
 
 
 def test_clip_skips_what_comes_before_its_key_frame(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_at: list[float] = []
+    checked: list[float] = []
     inside = video._inside
-    monkeypatch.setattr(video, "_inside", lambda seconds, clip: looked_at.append(seconds) or inside(seconds, clip))
+    monkeypatch.setattr(video, "_inside", lambda seconds, clip: checked.append(seconds) or inside(seconds, clip))
     assert decoded(clip, 5, (4.0, 4.5)) == [40, 41, 42, 43, 44]
-    packets, frames = looked_at[:50], looked_at[50:]
+    packets, frames = checked[:50], checked[50:]
     assert len(packets) == 50 and min(frames) == pytest.approx(3.6), "key frames are 12 apart"
 
 
 def test_wrong_count_is_found_and_corrected(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packets that promise more or fewer frames than there are cost a second decode, not a wrong frame."""
+    """A wrong number of packets costs a second decode, and never gives a wrong frame."""
     expected = decoded(clip, 9)
-    for lie in (20, 70):
-        monkeypatch.setattr(video, "_read_packets", lambda path, clip, lie=lie: _Packets(0, lie, 0))
+    for wrong in (20, 70):
+        monkeypatch.setattr(video, "_read_packets", lambda path, clip, wrong=wrong: _Packets(0, wrong, 0))
         assert decoded(clip, 9) == expected
     monkeypatch.setattr(video, "_read_packets", lambda path, clip: _Packets())
     assert decoded(clip, 9) == expected
     assert decoded(clip, 10, (1.0, 2.0)) == list(range(10, 20))
 
 
-def test_only_results_of_the_transform_are_kept(clip: Path) -> None:
+def test_only_transformed_frames_are_kept(clip: Path) -> None:
     corners = decode_video(clip, 50, transform=lambda frame: frame[:1, :1])
     assert corners.shape == (50, 1, 1, 3)
 
 
-def test_cover_picture_is_no_video(tmp_path: Path) -> None:
+def test_a_cover_picture_is_not_a_video(tmp_path: Path) -> None:
     """A song with a cover: FFmpeg lists the picture as a video stream."""
     path = tmp_path / "song.mp4"
     with av.open(str(path), "w") as container:
@@ -219,7 +219,7 @@ class TestBadFiles:
             decode_video(clip, 4, transform=lambda frame: frame[: next(sizes)])
 
 
-def test_whole_files_are_not_called_truncated(tmp_path: Path, clip: Path) -> None:
+def test_complete_files_are_not_truncated(tmp_path: Path, clip: Path) -> None:
     assert truncation(clip) is None
     # Junk after the last box, which players ignore.
     padded = tmp_path / "padded.mp4"
@@ -270,7 +270,7 @@ class TestDuration:
     @pytest.mark.parametrize(
         ("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.avi", "mpeg4")]
     )
-    def test_is_what_ffmpeg_says(self, tmp_path: Path, name: str, codec: str) -> None:
+    def test_is_that_of_the_video(self, tmp_path: Path, name: str, codec: str) -> None:
         path = write_video(tmp_path / name, 37, codec=codec)
         assert duration(path) == pytest.approx(3.7, abs=0.01)
 
@@ -278,8 +278,8 @@ class TestDuration:
         path = write_video(tmp_path / "a.mp4", 37, container_options={"movflags": "faststart"})
         assert duration(path) == pytest.approx(3.7)
 
-    def test_headers_that_say_nothing(self, tmp_path: Path) -> None:
-        """Whatever bytes there are, it ends and raises nothing."""
+    def test_damaged_headers(self, tmp_path: Path) -> None:
+        """`duration` returns for any bytes and raises nothing."""
         rng = np.random.default_rng(0)
         contents = [write_video(tmp_path / name, 20).read_bytes() for name in ("a.mp4", "a.mkv", "a.avi")]
         path = tmp_path / "damaged"
@@ -295,7 +295,7 @@ class TestDuration:
 
 
 def test_frames_that_end_before_their_stream_are_damage(tmp_path: Path) -> None:
-    """A demuxer that loses its way in a Matroska file ends there, as if the video were short."""
+    """A demuxer that meets damage in a Matroska file stops there, as if the video were short."""
     path = write_video(tmp_path / "a.webm", 40, codec="libvpx-vp9", options={"cpu-used": "8"})
     content = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
@@ -306,7 +306,7 @@ def test_frames_that_end_before_their_stream_are_damage(tmp_path: Path) -> None:
         decode_video(path, 5)
 
 
-def test_stills_and_vast_frames_are_no_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
+def test_stills_and_huge_frames_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
     Image.new("RGB", (64, 48)).save(tmp_path / "a.mp4", "JPEG")
     with pytest.raises(DecodeError, match=r"a\.mp4: a still image \(jpeg\), not a video"):
         decode_video(tmp_path / "a.mp4", 5)
@@ -315,7 +315,7 @@ def test_stills_and_vast_frames_are_no_videos(tmp_path: Path, monkeypatch: pytes
         decode_video(clip, 5)
 
 
-def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+def test_pipes_do_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.mp4")
     assert duration(tmp_path / "a.mp4") is None
     with pytest.raises(DecodeError, match="a pipe or a device"):
