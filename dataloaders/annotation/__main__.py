@@ -1,4 +1,4 @@
-"""Make PiTe-143k records of videos and their event captions.
+"""Make PiTe-143k records from videos and their event captions.
 
 python -m dataloaders.annotation --captions train.json --videos DATA/stage2/videos --output DATA/stage2/pite_143k.jsonl
 """
@@ -33,14 +33,14 @@ SETTINGS = "settings.json"
 
 
 def read_captions(captions: Path, videos: Path) -> Iterator[Video | Failure]:
-    """The captioned videos in the file's order, or why one cannot be read. Raises ValueError for a file that is no JSON."""
+    """Captioned videos in order, and a Failure for each that cannot be read. Raises ValueError if it is not JSON."""
     seen: set[str] = set()
     for offset, _, record in iter_json(captions):
         where = Where(captions, offset)
         try:
             name = identifier(record, "id", where)
             if name in seen:
-                raise RecordError(f"{where}: id {name!r} stands twice")
+                raise RecordError(f"{where}: duplicate id {name!r}")
             seen.add(name)
             yield Video(name, find_media(videos, name, ".mp4"), captions.stem, read_activitynet(record, where, videos))
         except RecordError as error:
@@ -50,9 +50,9 @@ def read_captions(captions: Path, videos: Path) -> Iterator[Video | Failure]:
 def annotate_all(
     videos: Sequence[Video], settings: Settings, workers: int, time_limit: float = TIME_LIMIT
 ) -> Iterator[Failure | None]:
-    """One result for each video, in order, by `workers` processes; 0 is this one alone.
+    """Annotate in `workers` processes, or in this one with 0. Yields None or a Failure for each video, in order.
 
-    time_limit  seconds that a video may take before its process is killed; not kept by 0 workers
+    time_limit  seconds after which a video's process is killed; not applied with 0 workers
     Raises ValueError for models that cannot be loaded.
     """
     if not workers:
@@ -71,22 +71,22 @@ def annotate_all(
                 waiting.append((video, pool.submit(attempt, video, settings)))
             if not waiting:
                 return
-            video, answer = waiting.popleft()
+            video, future = waiting.popleft()
             try:
-                yield answer.result()
+                yield future.result()
             except TaskLost as error:
                 yield Failure(video.name, str(video.path), "annotate", f"{video.path}: {error}")
 
 
-def check_made_alike(settings: Settings) -> None:
-    """Write down what makes each step; raises ValueError where files of a step are there that were made otherwise."""
-    path, wanted = settings.work / SETTINGS, settings.makers()
+def check_settings(settings: Settings) -> None:
+    """Store the settings of each step; raises ValueError if a step has files that were made with other settings."""
+    path, wanted = settings.work / SETTINGS, settings.by_step()
     known = json.loads(path.read_text()) if path.exists() else {}
     for step, made in wanted.items():
         if known.get(step, made) != made and (settings.work / step).is_dir():
             later = " and ".join(str(settings.work / other) for other in STEPS[STEPS.index(step) :])
             raise ValueError(
-                f"{settings.work / step} was made with {known[step]}, not {made}: remove {later}, or choose another --work"
+                f"{settings.work / step} was made with {known[step]}, not {made}: remove {later}, or use another --work"
             )
     settings.work.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(known | wanted, indent=1))
@@ -95,18 +95,19 @@ def check_made_alike(settings: Settings) -> None:
 def summary(counts: Sequence[dict[str, int]]) -> str:
     total = sum((Counter(each) for each in counts), Counter[str]())
     return (
-        f"{len(counts):,} videos, {total['events']:,} events, {total['phrases']:,} phrases; {total['found']:,} of them found "
-        f"in their event's first frame, {total['followed']:,} followed, {total['trajectories']:,} with a trajectory"
+        f"{len(counts):,} videos, {total['events']:,} events, {total['phrases']:,} phrases; {total['found']:,} of them "
+        f"found in their event's first frame, {total['followed']:,} tracked, "
+        f"{total['trajectories']:,} with a trajectory"
     )
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Annotate what this process, of those that torchrun started, has to; the only one joins the records."""
+    """Annotate this rank's share of the videos. A run without torchrun then joins the records."""
     ranks = Ranks.read()
     device = f"cuda:{ranks.local}" if flags.device == "cuda" else flags.device
     work = flags.work or flags.output.with_suffix(".steps")
     if flags.segmenter and not flags.detector:
-        raise ValueError("--segmenter fills the boxes of a --detector; give that, too")
+        raise ValueError("--segmenter needs the boxes of a detector; give --detector, too")
     workers = _usual_workers(flags.device) if flags.workers is None else flags.workers
     if workers < 0 or flags.time_limit <= 0:
         raise ValueError("--workers must be 0 or more, and --time-limit more than 0")
@@ -127,14 +128,14 @@ def run(flags: argparse.Namespace) -> int:
     )
     if flags.output.exists() and not (work / SETTINGS).exists():
         raise ValueError(f"{flags.output} exists and was not made from {work}; move it, or choose another --output")
-    found = list(read_captions(flags.captions, flags.videos))
-    if not found:
+    entries = list(read_captions(flags.captions, flags.videos))
+    if not entries:
         raise ValueError(f"{flags.captions}: holds no video")
-    videos = [video for video in found if isinstance(video, Video)]
-    check_made_alike(settings)
-    ledger = Ledger(work / LEDGER, len(found), flags.failure_budget)
+    videos = [video for video in entries if isinstance(video, Video)]
+    check_settings(settings)
+    ledger = Ledger(work / LEDGER, len(entries), flags.failure_budget)
     if ranks.rank == 0:
-        for failure in found:
+        for failure in entries:
             if isinstance(failure, Failure):
                 ledger.add(failure)
     mine = [v for v in videos[ranks.rank :: ranks.size] if not _is_done(work, flags.until, v)]
@@ -149,9 +150,9 @@ def run(flags: argparse.Namespace) -> int:
             ledger.add(failure)
     print(f"{len(mine) - failed:,} videos annotated" + (f", {failed:,} failed: see {ledger.files}" if failed else ""))
     if flags.until != "records":
-        print(f"the steps' files are in {work}")
+        print(f"the files of each step are in {work}")
     elif ranks.size > 1:
-        print(f"when all processes are done, the same command without torchrun writes {flags.output}")
+        print(f"when all ranks are done, run the same command without torchrun to write {flags.output}")
     else:
         counts = join_records((step_path(work, "records", v.name) for v in videos), flags.output)
         print(f"{flags.output}: {summary(counts)}")
@@ -177,26 +178,36 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--videos", type=Path, required=True, help="folder of {id}.mp4, or .mkv, .webm, ...")
     command.add_argument(
-        "--output", type=Path, required=True, help="such as DATA/stage2/pite_143k.jsonl; replaced whole"
+        "--output", type=Path, required=True, help="such as DATA/stage2/pite_143k.jsonl; an existing file is replaced"
     )
     command.add_argument(
-        "--work", type=Path, help="folder of the steps' files (default: OUTPUT with .steps for .jsonl)"
+        "--work", type=Path, help="folder for the files of each step (default: OUTPUT with .steps for .jsonl)"
     )
-    command.add_argument("--until", choices=STEPS, default="records", help="last step to take (default: records)")
-    command.add_argument("--stanza", type=Path, metavar="DIR", help="Stanza's models, for phrases that are not given")
-    command.add_argument("--detector", type=Path, metavar="DIR", help="a GroundingDINO, for masks that are not given")
+    command.add_argument("--until", choices=STEPS, default="records", help="last step to run (default: records)")
+    command.add_argument(
+        "--stanza",
+        type=Path,
+        metavar="DIR",
+        help="Stanza's models, which make the phrases; not needed if their files exist",
+    )
+    command.add_argument(
+        "--detector",
+        type=Path,
+        metavar="DIR",
+        help="a GroundingDINO, which makes the masks; not needed if their files exist",
+    )
     command.add_argument("--segmenter", type=Path, metavar="DIR", help="a SAM; without it a mask is the detector's box")
-    command.add_argument("--threshold", type=float, default=0.35, help="least score of a detection (default: 0.35)")
-    command.add_argument("--device", default="cpu", help="cpu or cuda, for the models (default: cpu)")
-    command.add_argument("--num-frames", type=int, default=100, help="N that the model will see (default: 100)")
+    command.add_argument("--threshold", type=float, default=0.35, help="minimum score of a detection (default: 0.35)")
+    command.add_argument("--device", default="cpu", help="cpu or cuda, where the models run (default: cpu)")
+    command.add_argument("--num-frames", type=int, default=100, help="N frames that PiTe will see (default: 100)")
     command.add_argument("--num-points", type=int, default=3, help="P key points of a trajectory (default: 3)")
     command.add_argument(
         "--workers",
         type=int,
-        help="processes, each with models of its own; 0 for this one alone (default: one per core, one for a GPU)",
+        help="worker processes, each with its own models; 0 for none (default: one per core, one for a GPU)",
     )
     command.add_argument(
-        "--time-limit", type=float, default=TIME_LIMIT, help="seconds that a video may take (default: %(default)g)"
+        "--time-limit", type=float, default=TIME_LIMIT, help="timeout for one video, in seconds (default: %(default)g)"
     )
     command.add_argument(
         "--failure-budget", type=float, default=0.01, help="share of videos that may fail (default: 0.01)"

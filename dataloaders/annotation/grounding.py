@@ -1,6 +1,6 @@
-"""Where a phrase's object is in a frame: GroundingDINO's best box, and SAM's mask in it, from local directories.
+"""Find a phrase's object in a frame: GroundingDINO's best box, and SAM's mask in it. Models are local directories.
 
-PiTe used GLaMM, which is a code base of its own; its masks, or anybody's, come in by their files.
+PiTe used GLaMM, which is a separate code base. To use its masks or others, write the files of this step.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 BATCH = 8
-"""Phrases that are looked for at a time."""
+"""Phrases per batch of the detector."""
 
 
 class Grounding:
-    """A detector by text and, where one is given, a segmenter: `grounding(image, phrases)`.
+    """An open-vocabulary detector with an optional segmenter: `grounding(image, phrases)`.
 
     detector   directory of a GroundingDINO in Hugging Face's format
-    segmenter  directory of a SAM; None takes the whole box, background included
-    threshold  score from 0 to 1 below which a box counts as nothing found
-    Reads safetensors only and runs no code of the directories. Raises ValueError where they hold something else.
+    segmenter  directory of a SAM; with None the mask is the whole box, background included
+    threshold  minimum score of a box, from 0 to 1
+    Reads safetensors only and runs no code from the directories. Raises ValueError if they hold other models.
     """
 
     def __init__(self, detector: Path, segmenter: Path | None, device: str = "cpu", threshold: float = 0.35) -> None:
@@ -40,7 +40,7 @@ class Grounding:
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, phrases: Sequence[str]) -> list[np.ndarray | None]:
-        """A mask (H, W) bool, or None, for each phrase in an image (H, W, 3) uint8 RGB."""
+        """A mask (H, W) bool for each phrase in an image (H, W, 3) uint8 RGB, or None where nothing was found."""
         boxes = [box for i in range(0, len(phrases), BATCH) for box in self._boxes(image, phrases[i : i + BATCH])]
         masks = iter(self._masks(image, [box for box in boxes if box is not None]))
         found = [None if box is None else next(masks) for box in boxes]
@@ -88,11 +88,11 @@ def _filled(image: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def _load(kind: Any, directory: Path, device: torch.device) -> tuple[Any, Any]:
-    """A processor and a model. Raises ValueError with the library's own first line where they cannot be loaded."""
+    """Load a processor and a model. Raises ValueError with the first line of the library's message if it cannot."""
     from transformers import AutoProcessor
 
     if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory}: no model directory of Hugging Face's format: it holds no config.json")
+        raise ValueError(f"{directory}: not a model directory in Hugging Face's format: it holds no config.json")
     try:
         processor = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         model = kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False, use_safetensors=True)

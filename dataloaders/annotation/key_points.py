@@ -1,7 +1,7 @@
-"""Tracks to key points: k-means++ over whole trajectories (PiTe section 3.2), as the tracks nearest to the means.
+"""Tracks to key points: k-means++ over whole trajectories (PiTe section 3.2), then the track nearest to each mean.
 
-The paper does not say whether a key point is a cluster's mean or a track of it. A mean jumps when a member is lost, so we
-take a track, and every coordinate of a record is one that was measured.
+The paper does not specify whether a key point is a cluster's mean or one of its tracks. A mean jumps when a track is
+lost, so this module takes a track. Every coordinate of a record was therefore measured.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ _ROUNDS = 50
 
 
 def key_points(tracks: np.ndarray, num_points: int, seed: int = 0) -> np.ndarray | None:
-    """M tracks (M, K, 2), (-1, -1) where absent, to P of them, (P, K, 2); None where there are fewer than P.
+    """Choose P of M tracks (M, K, 2), (-1, -1) where absent: (P, K, 2), or None where there are fewer than P.
 
-    Tracks that go another way than their object, and then those that are seen for less than half as long as the longest,
-    are left out, as long as P others remain: k-means would give each stray one a key point of its own. The P stand from
-    left to right by where they begin: a model predicts them by their place, so a place has to mean something.
+    First outliers are left out, as long as P tracks remain, because k-means would give each a key point of its own:
+    tracks that move differently from their object, then those present for less than half as long as the longest. The P
+    key points are ordered from left to right by their first position, since a model predicts them by their index.
     """
     present = (tracks != ABSENT).all(-1)
     tracks, present = tracks[present.any(1)].astype(np.float64), present[present.any(1)]
     if len(tracks) < num_points:
         return None
-    whole = _carry_on(tracks, present)
+    whole = _extrapolate(tracks, present)
     chosen = np.arange(len(tracks))
-    for rule in (_together, _long_seen):
+    for rule in (_moves_with_object, _is_long):
         kept = chosen[rule(whole[chosen], present[chosen])]
         chosen = kept if len(kept) >= num_points else chosen
     tracks, whole = tracks[chosen], whole[chosen]
@@ -40,11 +40,12 @@ def key_points(tracks: np.ndarray, num_points: int, seed: int = 0) -> np.ndarray
     return tracks[np.array(nearest)[order]]
 
 
-def _together(whole: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Which tracks move as the median one, give or take: not those that the background kept or another thing took along.
+def _moves_with_object(whole: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Which tracks move like the median one. Outliers are tracks that stuck to the background or moved to another
+    object.
 
-    A track may depart by a quarter of the object's extent, or by four times the median departure, whichever is more: parts
-    that move by themselves and an object that comes nearer make all tracks depart.
+    A track may depart by a quarter of the object's extent, or by four times the median departure, whichever is more.
+    For all tracks depart when parts of the object move by themselves or the object comes nearer.
     """
     moved = whole - whole[:, :1]
     departure = np.linalg.norm(moved - np.median(moved, 0), axis=-1).max(1)
@@ -52,13 +53,13 @@ def _together(whole: np.ndarray, present: np.ndarray) -> np.ndarray:
     return np.asarray(departure <= max(extent / 4, 4 * np.median(departure)))
 
 
-def _long_seen(whole: np.ndarray, present: np.ndarray) -> np.ndarray:
+def _is_long(whole: np.ndarray, present: np.ndarray) -> np.ndarray:
     seen = present.sum(1)
     return np.asarray(seen >= seen.max() / 2)
 
 
-def _carry_on(tracks: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Tracks without gaps, for distances alone: an absent point moves as those that are seen move on average."""
+def _extrapolate(tracks: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Tracks without gaps, used for distances only: an absent point moves like the average of the present points."""
     step = np.diff(tracks, axis=1)
     both = present[:, 1:] & present[:, :-1]
     moved = np.where(both[..., None], step, 0).sum(0) / np.maximum(both.sum(0), 1)[:, None]
@@ -75,7 +76,7 @@ def _carry_on(tracks: np.ndarray, present: np.ndarray) -> np.ndarray:
 
 
 def _k_means(points: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Centres (count, d) of points (n, d): k-means++ seeding (Arthur and Vassilvitskii, 2007), then Lloyd's rounds."""
+    """Centres (count, d) of points (n, d): k-means++ seeding (Arthur and Vassilvitskii, 2007), then Lloyd's steps."""
     centres = points[[rng.integers(len(points))]]
     for _ in range(1, count):
         distance = _distances(points, centres).min(1)

@@ -1,7 +1,7 @@
-"""Noun phrases of a sentence: those of the lowest layer of its constituency tree, as PiTe takes them (section 3.1).
+"""Noun phrases of a sentence: those in the lowest layer of its constituency tree, as in PiTe (section 3.1).
 
-The parser is Stanza's with a model directory of one's own, which is installed apart: no parser worth using ships its
-English model in a wheel. It loads its models with weights_only=True and is told to fetch nothing.
+The parser is Stanza, which you install together with its English models, since no good parser has its model in a wheel.
+Stanza loads its models with weights_only=True, and this module disables its downloads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _POSSESSIVE = "POS"
 
 
 class Tree(Protocol):
-    """A constituency tree as Stanza gives it: a leaf is a word and has no children, a leaf's parent is its part of speech."""
+    """Stanza's constituency tree. A leaf is a word and has no children; a leaf's parent is its part of speech."""
 
     @property
     def label(self) -> str: ...
@@ -29,8 +29,8 @@ def lowest_noun_phrases(tree: Tree, spans: Sequence[tuple[int, int]], text: str)
     """Noun phrases of a tree that hold no other one, in order.
 
     spans  (start, end) in `text` of every leaf
-    A phrase without a noun, such as "she" or "there", names nothing that could be looked for, and a possessive ending is
-    not part of its phrase: both are left out.
+    Phrases without a noun, such as "she" or "there", are left out, because a detector cannot find their object. So is a
+    possessive ending.
     """
     phrases = []
     for node, first in _walk(tree, 0):
@@ -45,20 +45,18 @@ def lowest_noun_phrases(tree: Tree, spans: Sequence[tuple[int, int]], text: str)
 
 
 class StanzaPhrases:
-    """Stanza's English constituency parser from a local directory. Raises ValueError where that, or Stanza, is missing.
+    """Stanza's English constituency parser from a local directory. Raises ValueError if that or Stanza is missing.
 
-    directory  what `stanza.download("en", model_dir=...)` filled on a machine with a network
+    directory  made by `stanza.download("en", model_dir=...)` on a machine with a network
     """
 
     def __init__(self, directory: Path, device: str = "cpu") -> None:
         try:
             import stanza
         except ImportError:
-            raise ValueError(
-                "--stanza needs Stanza: pip install stanza, or write the phrases' files yourself"
-            ) from None
+            raise ValueError("--stanza needs Stanza: pip install stanza, or write the phrases files yourself") from None
         if not (directory / "en" / "constituency").is_dir():
-            raise ValueError(f"{directory}: no Stanza models, which would hold en/constituency; see stanza.download")
+            raise ValueError(f"{directory}: no Stanza models in it (en/constituency); see stanza.download")
         self._pipeline = stanza.Pipeline(
             "en",
             dir=str(directory),
@@ -74,13 +72,13 @@ class StanzaPhrases:
 
 
 def phrases_of(parsed: Any, text: str) -> list[Phrase]:
-    """The lowest noun phrases of a Stanza sentence. Of a word that Stanza split, such as "don't", all parts have its span."""
+    """Lowest noun phrases of a Stanza sentence. All parts of a word that Stanza splits ("don't") have its span."""
     spans = [(token.start_char, token.end_char) for token in parsed.tokens for _ in token.words]
     return lowest_noun_phrases(parsed.constituency, spans, text)
 
 
 def _walk(tree: Tree, first: int) -> Iterator[tuple[Tree, int]]:
-    """Every node and the number of its first leaf, parents before children."""
+    """Every node with the index of its first leaf, parents before children."""
     yield tree, first
     for child in tree.children:
         yield from _walk(child, first)

@@ -1,4 +1,4 @@
-"""One video through the four steps, each of which is skipped where its file is there."""
+"""The four steps for one video. A step is skipped if its file exists."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from dataloaders.annotation import steps
 from dataloaders.annotation.key_points import key_points
+from dataloaders.annotation.record import pite_record
 from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, step_path
-from dataloaders.annotation.telling import pite_record
 from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, first_frames, track_events
 from dataloaders.decode.containers import duration
 from dataloaders.decode.video import DecodeError
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from dataloaders.annotation.grounding import Grounding
 
 DURATION_TOLERANCE = 0.02
-"""Share of a video's length by which its file may differ from its captions' `duration`, or a second where that is more."""
+"""Share by which a file's duration may differ from that in its captions, or a second where that is more."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What makes each step.
+    """Settings of all steps.
 
-    work        folder of the steps' files
+    work        folder for the files of each step
     num_frames  N: events are sampled at least as densely as N frames sample the video
     num_points  P key points of a trajectory
-    stanza      directory of Stanza's models; None where phrases are given
-    detector, segmenter  directories for `Grounding`; None where masks are given
-    threshold   of the detector's score
-    device      for models
-    until       last step to take, of `steps.STEPS`
+    stanza      directory of Stanza's models; None if the phrases files exist
+    detector, segmenter  directories for `Grounding`; None if the masks files exist
+    threshold   minimum score of the detector
+    device      where the models run
+    until       last step to run, of `steps.STEPS`
     """
 
     work: Path
@@ -50,8 +50,8 @@ class Settings:
     device: str = "cpu"
     until: str = "records"
 
-    def makers(self) -> dict[str, dict[str, Any]]:
-        """By step, what decides its files' contents; nothing for steps that this run cannot make."""
+    def by_step(self) -> dict[str, dict[str, Any]]:
+        """By step, the settings that its files depend on; without the steps that this run cannot make."""
         made: dict[str, dict[str, Any]] = {}
         if self.stanza:
             made["phrases"] = {"stanza": _name(self.stanza)}
@@ -69,7 +69,7 @@ def _name(directory: Path) -> str:
 
 @dataclass(frozen=True)
 class Video:
-    """A captioned video and its file. name is the captions' id."""
+    """A captioned video and its file. `name` is its id in the captions."""
 
     name: str
     path: Path
@@ -78,7 +78,7 @@ class Video:
 
 
 def annotate(video: Video, settings: Settings) -> None:
-    """Take the steps that `video` lacks. Raises ValueError, of which DecodeError and RecordError are, in one sentence."""
+    """Run the steps whose files `video` lacks. Raises ValueError (also DecodeError, RecordError) with one sentence."""
     work, name = settings.work, video.name
     path = {step: step_path(work, step, name) for step in STEPS}
     last = STEPS.index(settings.until)
@@ -87,7 +87,7 @@ def annotate(video: Video, settings: Settings) -> None:
     if not path["phrases"].exists():
         parser = _parser(settings)
         if parser is None:
-            raise ValueError(f"{path['phrases']}: no such file; write it, or let --stanza make it")
+            raise ValueError(f"{path['phrases']}: no such file; write it, or make it with --stanza")
         steps.write_phrases(path["phrases"], video.captions, [parser(e.sentence) for e in video.captions.events])
     phrases = steps.read_phrases(path["phrases"], video.captions)
     if last == 0:
@@ -107,7 +107,7 @@ def annotate(video: Video, settings: Settings) -> None:
         key: found for key, track in tracks.items() if (found := key_points(track, settings.num_points)) is not None
     }
     record = pite_record(name, video.source, video.captions, phrases, points)
-    # What our own reader would refuse in training is refused here, where the reason can still be removed.
+    # Validate with the reader that training uses: here the record can still be corrected.
     read_pite(record, name, work, num_frames=settings.num_frames, num_points=settings.num_points)
     counts = {
         "events": len(phrases),
@@ -120,7 +120,7 @@ def annotate(video: Video, settings: Settings) -> None:
 
 
 def attempt(video: Video, settings: Settings) -> Failure | None:
-    """Annotate a video, turning what is raised into a failure. OpenCV and models can raise anything at one bad file."""
+    """Annotate a video, and turn an exception into a Failure. OpenCV and models can raise anything for a bad file."""
     try:
         annotate(video, settings)
     except DecodeError as error:
@@ -128,9 +128,9 @@ def attempt(video: Video, settings: Settings) -> Failure | None:
     except ValueError as error:
         return Failure(video.name, str(video.path), "annotate", str(error))
     except (OSError, MemoryError):
-        raise  # A full disk or memory is nobody's fault but ours.
+        raise  # A full disk or full memory is not the video's fault.
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is imported only where there are models
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; torch is imported only with models
             raise MemoryError(f"{error}; give fewer --workers") from None
         return Failure(video.name, str(video.path), "annotate", f"{video.path}: {type(error).__name__}: {error}")
     return None
@@ -139,7 +139,7 @@ def attempt(video: Video, settings: Settings) -> Failure | None:
 def _make_masks(path: Path, video: Video, phrases: Phrases, settings: Settings) -> None:
     grounding = _grounding(settings)
     if grounding is None:
-        raise ValueError(f"{path}: no such file; write it, or let --detector and --segmenter make it")
+        raise ValueError(f"{path}: no such file; write it, or make it with --detector and --segmenter")
     moments = _moments(video, settings)
     frames = first_frames(video.path, [m for m, found in zip(moments, phrases) if found])
     masks: Masks = [
@@ -150,23 +150,23 @@ def _make_masks(path: Path, video: Video, phrases: Phrases, settings: Settings) 
 
 
 def _moments(video: Video, settings: Settings) -> Sequence[Moments]:
-    """Raises DecodeError where the file is much longer or shorter than its captions say: it is another one then."""
-    said = video.captions.duration
+    """Moments of each event. Raises DecodeError if the file's duration is not that of its captions."""
+    expected = video.captions.duration
     try:
         lasts = duration(video.path)
     except OSError as error:
         raise DecodeError(f"{video.path}: {error.strerror}") from None
-    if lasts is not None and abs(lasts - said) > max(1.0, DURATION_TOLERANCE * said):
+    if lasts is not None and abs(lasts - expected) > max(1.0, DURATION_TOLERANCE * expected):
         raise DecodeError(
-            f"{video.path}: lasts {lasts:.1f} s where its captions say {said:.1f} s; is it another video?"
+            f"{video.path}: lasts {lasts:.1f} s, but its captions are for {expected:.1f} s; is it another video?"
         )
     total = count_frames(video.path)
-    return [Moments.of(event, said, total, settings.num_frames) for event in video.captions.events]
+    return [Moments.of(event, expected, total, settings.num_frames) for event in video.captions.events]
 
 
 @lru_cache(1)
 def _parser(settings: Settings) -> Callable[[str], list[Phrase]] | None:
-    """Once for each process."""
+    """Loaded once per process."""
     from dataloaders.annotation.phrases import StanzaPhrases
 
     return StanzaPhrases(settings.stanza, settings.device) if settings.stanza else None
@@ -174,7 +174,7 @@ def _parser(settings: Settings) -> Callable[[str], list[Phrase]] | None:
 
 @lru_cache(1)
 def _grounding(settings: Settings) -> Grounding | None:
-    """Once for each process."""
+    """Loaded once per process."""
     if settings.detector is None:
         return None
     from dataloaders.annotation.grounding import Grounding
@@ -183,7 +183,7 @@ def _grounding(settings: Settings) -> Grounding | None:
 
 
 def load_models(settings: Settings) -> None:
-    """Load what the run names, so that a wrong directory is told before the first video. Raises ValueError."""
+    """Load the models, so that a wrong directory is an error before the first video. Raises ValueError."""
     _parser(settings)
     if settings.until != "phrases":
         _grounding(settings)

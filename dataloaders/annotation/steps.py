@@ -1,12 +1,12 @@
-"""What the steps leave behind: one file per video and step, whole or not there, in formats that anybody can write.
+"""The files of each step: one per video, written atomically, in formats that other tools can write.
 
     phrases/{id}.json         {"events": [{"sentence": "A dog runs.", "phrases": [{"phrase": "A dog", "start": 0}]}]}
     masks/{id}.json           {"events": [[{"size": [H, W], "counts": [...]}, null]]}, null where nothing was found
-    tracks/{id}.safetensors   "{event}.{phrase}": (M, K, 2) float32, for each phrase that was followed
-    records/{id}.json         {"record": ..., "counts": ...}, the line of the data set and what became of its phrases
+    tracks/{id}.safetensors   "{event}.{phrase}": (M, K, 2) float32, for each phrase that was tracked
+    records/{id}.json         {"record": ..., "counts": ...}, the line of the data set and counts of its phrases
 
-Events stand in the captions' order and phrases in their order in `phrases`. A mask is COCO's uncompressed run-length
-encoding: lengths of alternating runs of 0 and 1, columns first, beginning with 0.
+Events are in the order of the captions, and phrases in the order of `phrases`. A mask is in COCO's uncompressed
+run-length encoding: lengths of alternating runs of 0 and 1, columns first, beginning with 0.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Phrase:
 
 
 Phrases = list[list[Phrase]]
-"""Of each event of a video."""
+"""Phrases of each event of a video."""
 
 Masks = list[list[np.ndarray | None]]
-"""(H, W) bool for each event and phrase, of the event's first frame; None where the phrase's object is not seen."""
+"""(H, W) bool for each event and phrase, in the event's first frame; None where the object was not found."""
 
 Tracks = dict[tuple[int, int], np.ndarray]
-"""(M, K, 2) float32 by event and phrase: M points at K moments evenly spaced over the event, both ends included. x and y in
-fractions of the frame, (-1, -1) where a point is not seen. Without an entry: nothing was followed."""
+"""(M, K, 2) float32 by event and phrase: M points at K moments evenly spaced over the event, both ends included. x and
+y are fractions of the frame, (-1, -1) where a point is absent. A phrase without an entry was not tracked."""
 
 
 def step_path(work: Path, step: str, name: str) -> Path:
@@ -69,20 +69,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_phrases(path: Path, video: EventVideo, phrases: Phrases) -> None:
-    told = [
+    events = [
         {"sentence": event.sentence, "phrases": [{"phrase": p.text, "start": p.start} for p in found]}
         for event, found in zip(video.events, phrases, strict=True)
     ]
-    write_json(path, {"events": told})
+    write_json(path, {"events": events})
 
 
 def read_phrases(path: Path, video: EventVideo) -> Phrases:
-    """Raises RecordError where the sentences are not those of `video`, or a phrase is not where it says."""
+    """Raises RecordError where the sentences are not those of `video`, or a phrase is not at its `start`."""
     phrases: Phrases = []
     for i, (event, entry) in enumerate(zip(video.events, _events(path, len(video.events)))):
         where = f"{path}: events[{i}]"
         if not isinstance(entry, dict) or entry.get("sentence") != event.sentence:
-            raise RecordError(f"{where}: field 'sentence' must be the caption's own, {event.sentence!r}")
+            raise RecordError(f"{where}: field 'sentence' must be that of the captions, {event.sentence!r}")
         phrases.append([])
         for item in field(entry, "phrases", list, where):
             text, start = (item.get("phrase"), item.get("start")) if isinstance(item, dict) else (None, None)
@@ -102,7 +102,7 @@ def write_masks(path: Path, masks: Masks) -> None:
 
 
 def read_masks(path: Path, phrases: Phrases) -> Masks:
-    """Raises RecordError where the file has not one mask or null for each phrase."""
+    """Raises RecordError unless the file holds a mask or null for each phrase."""
     masks: Masks = []
     for i, (entry, found) in enumerate(zip(_events(path, len(phrases)), phrases)):
         if not isinstance(entry, list) or len(entry) != len(found):
@@ -141,28 +141,28 @@ def write_tracks(path: Path, tracks: Tracks) -> None:
 
 
 def read_tracks(path: Path, phrases: Phrases) -> Tracks:
-    """Raises RecordError for another kind of file, names that are no phrase of the video, and other shapes."""
+    """Raises RecordError for another kind of file, for tensors that belong to no phrase, and for other shapes."""
     try:
         arrays = load_file(path)
     except SafetensorError as error:
-        raise RecordError(f"{path}: no safetensors file ({error})") from None
+        raise RecordError(f"{path}: not a safetensors file ({error})") from None
     known = {f"{i}.{j}": (i, j) for i, found in enumerate(phrases) for j in range(len(found))}
     tracks: Tracks = {}
     for name, points in arrays.items():
         if name not in known:
-            raise RecordError(f"{path}: tensor {name!r} is no '{{event}}.{{phrase}}' of this video")
+            raise RecordError(f"{path}: tensor {name!r} is not an '{{event}}.{{phrase}}' of this video")
         if points.ndim != 3 or points.shape[1] < 1 or points.shape[2] != 2 or points.dtype.kind != "f":
             raise RecordError(
                 f"{path}: tensor {name!r} must be (M, K, 2) floating point, not {points.dtype} {points.shape}"
             )
         if not np.isfinite(points).all():
-            raise RecordError(f"{path}: tensor {name!r} holds what is no finite number; an absent point is (-1, -1)")
+            raise RecordError(f"{path}: tensor {name!r} holds a number that is not finite; an absent point is (-1, -1)")
         tracks[known[name]] = points.astype(np.float32)
     return tracks
 
 
 def join_records(paths: Iterable[Path], output: Path) -> Sequence[dict[str, int]]:
-    """Write the records at `paths`, those that exist, as one JSONL file, whole or not at all; returns their counts."""
+    """Write the existing records of `paths` as one JSONL file, atomically; returns their counts."""
     output.parent.mkdir(parents=True, exist_ok=True)
     counts = []
     with file_written_atomically(output) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -177,5 +177,5 @@ def join_records(paths: Iterable[Path], output: Path) -> Sequence[dict[str, int]
 def _events(path: Path, count: int) -> list[Any]:
     events = field(read_json(path), "events", list, str(path))
     if len(events) != count:
-        raise RecordError(f"{path}: field 'events' holds {len(events)} entries, and the captions {count} events")
+        raise RecordError(f"{path}: field 'events' holds {len(events)} entries, but the captions {count} events")
     return list(events)

@@ -1,4 +1,4 @@
-"""Annotation against a world whose every trajectory is known: what is followed, what is told, what is never invented."""
+"""Annotation of the synthetic world, whose trajectories are known: accuracy, resuming, failures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIZE, FRAMES, SEEDS = 128, 32, range(8)
 
 @dataclass(frozen=True)
 class World:
-    """A data folder, and what truly happens in each of its videos."""
+    """A data folder, and the true scene of each of its videos."""
 
     data: Path
     scenes: dict[str, Scene]
@@ -62,7 +62,7 @@ class World:
 
 
 def hidden(scene: Scene, index: int, points: np.ndarray, frame: int) -> np.ndarray:
-    """Which of some points (..., 2) of a thing cannot be seen in a frame: outside, behind the occluder or a later thing."""
+    """Which points (..., 2) of a thing are hidden in a frame: outside, behind the occluder or behind a later thing."""
     out = ~((points >= 0) & (points <= 1)).all(-1)
     if scene.occluder is not None:
         left, top, right, bottom = scene.occluder
@@ -83,20 +83,20 @@ def exact_mask(scene: Scene, index: int) -> np.ndarray:
 
 
 def make_world(data: Path) -> World:
-    """Videos, captions, given phrases and exact masks."""
+    """Write videos, captions, phrases and exact masks."""
     scenes = {f"v{seed}": sample_video(np.random.default_rng(seed)) for seed in SEEDS}
     world = World(data, scenes)
     (data / "stage2/videos").mkdir(parents=True)
     for name, scene in scenes.items():
         write_mp4(data / f"stage2/videos/{name}.mp4", draw(scene, SIZE))
-        told = [
+        events = [
             {
                 "sentence": f"A{t.phrase[1:]} moves {t.direction}.",
                 "phrases": [{"phrase": f"A{t.phrase[1:]}", "start": 0}],
             }
             for t in scene.things
         ]
-        steps.write_json(steps.step_path(world.work, "phrases", name), {"events": told})
+        steps.write_json(steps.step_path(world.work, "phrases", name), {"events": events})
         masks: steps.Masks = [[exact_mask(scene, i)] for i in range(len(scene.things))]
         steps.write_masks(steps.step_path(world.work, "masks", name), masks)
     captions = {name: activitynet_record(scene) for name, scene in scenes.items()}
@@ -113,7 +113,7 @@ def annotated(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def fresh(annotated: World, tmp_path: Path) -> World:
-    """A copy without records. Its tracks are there: a test that changes what comes before them removes its video's."""
+    """A copy without records but with tracks. A test that changes an earlier step removes the tracks of its video."""
     ignored = shutil.ignore_patterns("records", "pite_143k.jsonl")
     shutil.copytree(annotated.data, tmp_path, ignore=ignored, dirs_exist_ok=True)
     return World(tmp_path, annotated.scenes)
@@ -121,7 +121,7 @@ def fresh(annotated: World, tmp_path: Path) -> World:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Errors of seen points in fractions of the frame, and shares: of visible points that are kept, of kept that are hidden."""
+    """Errors of visible points in fractions of the frame; share of visible points kept, and of kept points hidden."""
 
     errors: np.ndarray
     kept: float
@@ -129,7 +129,7 @@ class Agreement:
 
 
 def agreement(found: list[tuple[Scene, int, np.ndarray]]) -> Agreement:
-    """Tracks of things against how they moved, from where each point was in its first frame."""
+    """Compare tracks with the true motion of their things, from each point's first position."""
     errors, visible, both, kept = [], 0, 0, 0
     for scene, index, tracks in found:
         thing = scene.things[index]
@@ -144,8 +144,8 @@ def agreement(found: list[tuple[Scene, int, np.ndarray]]) -> Agreement:
     return Agreement(np.array(errors), both / visible, 1 - both / kept)
 
 
-def test_points_move_as_their_things_do(annotated):
-    """Bounds are about twice what is measured. What is wrong is mostly a point that a thing drawn over it took along."""
+def test_points_move_with_their_things(annotated):
+    """Bounds are about twice the measured values. Most errors are points that moved to a thing drawn over them."""
     found = []
     for name, scene in annotated.scenes.items():
         tracks = load_file(steps.step_path(annotated.work, "tracks", name))
@@ -158,7 +158,7 @@ def test_points_move_as_their_things_do(annotated):
     assert seen.wrong < 0.03
 
 
-def test_following_back_removes_points_that_went_wrong(annotated):
+def test_the_forward_backward_check_removes_wrong_points(annotated):
     means = []
     for settings in (LucasKanade(), LucasKanade(backward=1e9)):
         found = []
@@ -173,7 +173,7 @@ def test_following_back_removes_points_that_went_wrong(annotated):
     assert means[1] > 1.2 * means[0]
 
 
-def test_key_points_are_tracks_and_live_longer_than_most(annotated):
+def test_key_points_are_tracks_and_longer_than_most(annotated):
     found = []
     for record in annotated.records():
         scene = annotated.scenes[record["id"]]
@@ -192,7 +192,7 @@ def test_key_points_are_tracks_and_live_longer_than_most(annotated):
     assert seen.wrong < 0.07
 
 
-def test_what_was_annotated_can_be_trained_on(annotated):
+def test_records_can_be_trained_on(annotated):
     tokenizer = llama_like()
     dataset = StageDataset(
         annotated.data,
@@ -225,12 +225,12 @@ def test_what_was_annotated_can_be_trained_on(annotated):
             assert (sample.trajectory == mention.trajectory).all((1, 2, 3)).any()
 
 
-def test_nothing_is_done_twice_and_a_killed_run_is_completed(annotated):
+def test_a_killed_run_is_resumed_and_no_step_is_repeated(annotated):
     before, output = {p: p.stat().st_mtime_ns for p in annotated.work.rglob("*.*")}, annotated.output.read_bytes()
     for step in ("tracks", "records"):
         steps.step_path(annotated.work, step, "v2").unlink()
     steps.step_path(annotated.work, "records", "v3").unlink()
-    # As users start it: what its processes are sent has to be found by name in a module.
+    # As a user starts it: worker processes must find the pickled functions by name in a module.
     command = [sys.executable, "-m", "dataloaders.annotation", *annotated.command("--workers", 2)]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[3])
     assert annotated.output.read_bytes() == output
@@ -239,7 +239,7 @@ def test_nothing_is_done_twice_and_a_killed_run_is_completed(annotated):
     assert {str(path) for path in made} == again
 
 
-def test_a_bad_video_costs_itself_and_is_written_down(fresh, capsys):
+def test_a_bad_video_fails_alone_and_is_logged(fresh, capsys):
     truncate(fresh.data / "stage2/videos/v1.mp4", fresh.data / "stage2/videos/v1.mp4", 0.7)
     (fresh.data / "stage2/videos/v2.mp4").unlink()
     steps.step_path(fresh.work, "masks", "v3").unlink()
@@ -263,9 +263,9 @@ def test_a_bad_video_costs_itself_and_is_written_down(fresh, capsys):
         "v5": "read",
     }
     assert "cut off" in failures["v1"].reason
-    assert "masks/v3.json: no such file; write it, or let --detector" in failures["v3"].reason
+    assert "masks/v3.json: no such file; write it, or make it with --detector" in failures["v3"].reason
     assert "is it another video?" in failures["v4"].reason
-    assert "4 failed" in capsys.readouterr().out  # The fifth was no video to begin with.
+    assert "4 failed" in capsys.readouterr().out  # The fifth failed while its captions were read.
 
 
 def test_phrases_that_are_not_found_have_no_trajectory(fresh, capsys):
@@ -275,7 +275,7 @@ def test_phrases_that_are_not_found_have_no_trajectory(fresh, capsys):
     path.write_text(json.dumps(masks))
     dot = np.zeros((SIZE, SIZE), bool)
     background = steps.step_path(fresh.work, "masks", "v1")
-    dot[1:3, 1:3] = True  # Two by two pixels of plain background: nothing to follow.
+    dot[1:3, 1:3] = True  # Two by two pixels of plain background: nothing to track.
     events = len(fresh.scenes["v1"].things)
     steps.write_masks(background, [[dot] for _ in range(events)])
     for name in ("v0", "v1"):
@@ -286,11 +286,11 @@ def test_phrases_that_are_not_found_have_no_trajectory(fresh, capsys):
     assert second["trajectories"] == []
     assert first["conversations"][1]["value"].count("<s") == len(fresh.scenes["v0"].things)
     total = sum(len(scene.things) for scene in fresh.scenes.values())
-    told = f"{total} phrases; {total - 1} of them found in their event's first frame, {total - 1 - events} followed"
-    assert told in capsys.readouterr().out
+    summary = f"{total} phrases; {total - 1} of them found in their event's first frame, {total - 1 - events} tracked"
+    assert summary in capsys.readouterr().out
 
 
-def test_somebody_elses_tracks_are_taken(fresh):
+def test_tracks_of_another_tool_are_used(fresh):
     line = np.stack((np.linspace(0.2, 0.6, 5), np.full(5, 0.5)), -1)
     tracks = np.stack([line + np.array([0, 0.1 * i]) for i in range(4)]).astype(np.float32)
     save_file({"0.0": tracks}, steps.step_path(fresh.work, "tracks", "v0"))
@@ -305,18 +305,18 @@ def test_somebody_elses_tracks_are_taken(fresh):
     ("step", "content", "sentence"),
     [
         ("phrases", {"events": []}, "field 'events' holds 0 entries"),
-        ("phrases", {"events": [{"sentence": "Other.", "phrases": []}] * 9}, "the caption's own"),
+        ("phrases", {"events": [{"sentence": "Other.", "phrases": []}] * 9}, "that of the captions"),
         ("masks", {"events": [[None, None]] * 9}, "one mask or null for each of its 1 phrases"),
         ("masks", {"events": [[{"size": [2, 2], "counts": [1, 2]}]] * 9}, "run lengths add up to H * W"),
         ("masks", {"events": [[{"size": [8, 4], "counts": [0, 32]}]] * 9}, "frames of 128 x 128, but a mask of 4 x 8"),
-        ("tracks", b"junk", "no safetensors file"),
-        ("tracks", {"9.0": np.zeros((3, 4, 2), np.float32)}, "tensor '9.0' is no"),
+        ("tracks", b"junk", "not a safetensors file"),
+        ("tracks", {"9.0": np.zeros((3, 4, 2), np.float32)}, "tensor '9.0' is not an"),
         ("tracks", {"0.0": np.zeros((3, 4), np.float32)}, "must be (M, K, 2) floating point"),
         ("tracks", {"0.0": np.full((3, 4, 2), 1.5, np.float32)}, "outside the frame"),
-        ("tracks", {"0.0": np.full((3, 4, 2), np.nan, np.float32)}, "no finite number"),
+        ("tracks", {"0.0": np.full((3, 4, 2), np.nan, np.float32)}, "not finite"),
     ],
 )
-def test_files_that_are_no_step_are_refused(fresh, step, content, sentence):
+def test_invalid_step_files_are_refused(fresh, step, content, sentence):
     path, tracks = (steps.step_path(fresh.work, name, "v0") for name in (step, "tracks"))
     tracks.unlink()
     if isinstance(content, bytes):
@@ -331,14 +331,14 @@ def test_files_that_are_no_step_are_refused(fresh, step, content, sentence):
     assert sentence in failure.reason
 
 
-def test_steps_made_otherwise_are_not_mixed(annotated, capsys):
+def test_steps_with_other_settings_are_not_mixed(annotated, capsys):
     assert annotated.run("--num-points", 1) == 1
     assert "records was made with {'num_points': 3}, not {'num_points': 1}: remove" in capsys.readouterr().err
     assert annotated.run("--segmenter", "sam") == 1
-    assert "give that, too" in capsys.readouterr().err
+    assert "give --detector, too" in capsys.readouterr().err
 
 
-def test_somebody_elses_records_are_not_replaced(annotated, tmp_path, capsys):
+def test_other_output_files_are_not_replaced(annotated, tmp_path, capsys):
     output = tmp_path / "pite_143k.jsonl"
     output.write_text("precious")
     assert annotated.run("--output", output) == 1
@@ -357,7 +357,7 @@ def test_until_stops_after_a_step(fresh):
     assert not fresh.output.exists()
 
 
-def test_frames_one_at_a_time_are_the_decoded_ones(annotated):
+def test_iter_frames_equals_decode_video(annotated):
     path = annotated.data / "stage2/videos/v0.mp4"
     total = annotated.scenes["v0"].num_frames
     frames = list(iter_frames(path, {0, 7}))

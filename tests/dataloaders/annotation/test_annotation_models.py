@@ -1,4 +1,4 @@
-"""Phrases and masks by models: Stanza's trees as brackets, a GroundingDINO and a SAM of a few thousand random weights."""
+"""Phrases and masks by models: Stanza's trees in brackets, a GroundingDINO and a SAM with few, random weights."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "a", "red", "blue", 
 
 @dataclass
 class Tree:
-    """As stanza.models.constituency.parse_tree.Tree."""
+    """Like stanza.models.constituency.parse_tree.Tree."""
 
     label: str
     children: tuple[Tree, ...] = ()
 
 
 def parse(brackets: str) -> Tree:
-    """A tree of "(NP (DT a) (NN dog))"."""
+    """Parse a tree such as "(NP (DT a) (NN dog))"."""
     tokens = brackets.replace("(", " ( ").replace(")", " ) ").split()
 
     def node(at: int) -> tuple[Tree, int]:
@@ -161,7 +161,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return save_detector(folder / "detector"), save_segmenter(folder / "segmenter")
 
 
-def test_masks_lie_in_the_image_and_what_scores_low_is_not_found(models):
+def test_masks_are_in_the_image_and_low_scores_give_none(models):
     detector, segmenter = models
     image = np.random.default_rng(0).integers(0, 255, (48, 72, 3), dtype=np.uint8)
     phrases = ["A red circle", "a blue square", "a circle."] * 4
@@ -181,7 +181,7 @@ def test_masks_lie_in_the_image_and_what_scores_low_is_not_found(models):
     assert Grounding(detector, segmenter)(image, []) == []
 
 
-def test_the_command_makes_masks_by_models(models, tmp_path, capsys):
+def test_the_command_makes_masks_with_models(models, tmp_path, capsys):
     detector, _ = models
     write_video(tmp_path / "v0.mp4", 20)
     (tmp_path / "captions.json").write_text(

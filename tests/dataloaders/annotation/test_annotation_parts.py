@@ -1,4 +1,4 @@
-"""The parts of annotation one by one: masks, key points, answers, and points followed over textures."""
+"""The parts of annotation one by one: masks, key points, answers, and points tracked over textures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 from dataloaders.annotation import steps
 from dataloaders.annotation.key_points import key_points
+from dataloaders.annotation.record import pite_record
 from dataloaders.annotation.steps import Phrase
-from dataloaders.annotation.telling import pite_record
 from dataloaders.annotation.tracking import Moments, track_events
 from dataloaders.formats import read_pite
 from dataloaders.formats.activitynet import Event, EventVideo
@@ -20,7 +20,7 @@ from dataloaders.synthetic.render import write_mp4
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-python-headless")
 
 
-def test_masks_are_written_as_coco_does():
+def test_masks_are_in_cocos_run_length_encoding():
     mask = np.array([[0, 1, 1], [1, 1, 0]], bool)
     assert steps.encode_mask(mask) == {"size": [2, 3], "counts": [1, 4, 1]}
     assert steps.encode_mask(~mask) == {"size": [2, 3], "counts": [0, 1, 4, 1]}
@@ -33,14 +33,14 @@ def test_masks_are_written_as_coco_does():
         steps.decode_mask({"size": [2, 2], "counts": "0Q1"}, "here")
 
 
-def test_key_points_stand_for_what_moves_alike():
+def test_key_points_represent_clusters_of_equal_motion():
     rng = np.random.default_rng(0)
     ways = np.array([[0.2, 0.0], [0.0, 0.2], [-0.1, -0.1]])
     origin = np.array([[0.3, 0.3], [0.5, 0.5], [0.8, 0.7]])
     time = np.linspace(0, 1, 9)[:, None]
     tracks = np.concatenate([o + w * time + rng.normal(0, 0.004, (20, 1, 2)) for o, w in zip(origin, ways)])
     tracks = tracks[rng.permutation(60)]
-    tracks[:5, 6:] = ABSENT  # Lost, and still of their kind.
+    tracks[:5, 6:] = ABSENT  # Lost, but still in their cluster.
     points = key_points(tracks, 3)
     assert points is not None
     assert points == pytest.approx(origin[:, None] + ways[:, None] * time, abs=0.012)
@@ -49,11 +49,11 @@ def test_key_points_stand_for_what_moves_alike():
     assert key_points(np.full((5, 4, 2), ABSENT), 3) is None
 
 
-def test_strays_are_no_key_points_and_an_object_that_comes_nearer_has_no_strays():
+def test_outliers_are_not_key_points_and_an_approaching_object_has_no_outliers():
     time = np.linspace(0, 1, 9)[:, None]
     grid = np.stack(np.meshgrid(np.linspace(-0.1, 0.1, 5), np.linspace(-0.1, 0.1, 5)), -1).reshape(-1, 1, 2)
     moving = 0.3 + grid + np.array([0.4, 0.2]) * time
-    moving[[3, 11]] = moving[[3, 11], :1]  # The background kept two of them.
+    moving[[3, 11]] = moving[[3, 11], :1]  # Two tracks stuck to the background.
     points = key_points(moving, 3)
     assert points is not None
     assert np.ptp(points, axis=1) == pytest.approx(np.tile([0.4, 0.2], (3, 1)))
@@ -62,21 +62,21 @@ def test_strays_are_no_key_points_and_an_object_that_comes_nearer_has_no_strays(
     assert points is not None
     assert (
         np.abs(points[:, -1] - 0.5).max(-1) > 0.14
-    ).all()  # One in each quarter of what is 0.3 from its middle by then.
+    ).all()  # One in each quarter of the object, whose corners are at 0.3 by then.
 
 
-def test_key_points_prefer_what_is_seen_long():
+def test_key_points_prefer_long_tracks():
     tracks = np.full((6, 10, 2), 0.5) + np.arange(6)[:, None, None] * 0.01
     tracks[:3, 4:] = ABSENT
     points = key_points(tracks, 3)
     assert points is not None and (points != ABSENT).all()
-    points = key_points(tracks, 4)  # Too few are seen for long: all of them count.
+    points = key_points(tracks, 4)  # Too few long tracks: short ones are used as well.
     assert points is not None and (points == ABSENT).any()
     same = key_points(np.tile(tracks[5], (4, 1, 1)), 3)
     assert same is not None and (same == tracks[5]).all()
 
 
-def test_an_answer_names_times_and_places_in_either_form():
+def test_both_forms_of_an_answer_have_right_marks_and_offsets():
     events = (Event(0.0, 2.0, "Anna waves to a dog."), Event(3.0, 9.0, "The dog sleeps..."))
     video = EventVideo("x", "x", 10.0, events)
     phrases = [[Phrase("Anna", 0), Phrase("a dog.", 14)], [Phrase("The dog", 0)]]
@@ -94,11 +94,11 @@ def test_an_answer_names_times_and_places_in_either_form():
         "From <s0> to <e0>, Anna waves to a dog. From <s1> to <e1>, the dog sleeps.",
         "Anna waves to a dog, from <s0> to <e0>. The dog sleeps, from <s1> to <e1>.",
     }
-    with pytest.raises(RecordError, match="says nothing"):
+    with pytest.raises(RecordError, match="holds no text"):
         pite_record("a", "captions", EventVideo("x", "x", 1.0, (Event(0.0, 1.0, "..."),)), [[]], {})
 
 
-def test_texture_is_followed_over_another_texture(tmp_path):
+def test_texture_is_tracked_over_another_texture(tmp_path):
     rng = np.random.default_rng(0)
     background, thing = (rng.integers(0, 256, (n, n, 3), np.uint8).repeat(4, 0).repeat(4, 1) for n in (48, 12))
     frames = np.tile(background, (40, 1, 1, 1))
@@ -115,14 +115,14 @@ def test_texture_is_followed_over_another_texture(tmp_path):
     error = (points - points[:, :1]) * 192 - (path - path[0])
     assert (points[:, -1] != ABSENT).all()
     assert np.abs(error).max() < 1.0  # Pixels, after 39 steps.
-    # A point is where its pixel's middle is.
+    # A point is at the centre of its pixel.
     mask[:] = False
     mask[40, 30] = True
     (track,) = track_events(tmp_path / "t.mp4", [moments], [[mask]])[0, 0]
     assert track[0] * 192 == pytest.approx([30.5, 40.5])
 
 
-def test_nothing_is_followed_across_a_cut(tmp_path):
+def test_nothing_is_tracked_across_a_cut(tmp_path):
     scenes = np.random.default_rng(0).integers(60, 200, (2, 24, 32, 3), np.uint8).repeat(5, 1).repeat(5, 2)
     write_mp4(tmp_path / "cut.mp4", scenes.repeat(6, 0))
     mask = np.zeros((120, 160), bool)
@@ -134,7 +134,7 @@ def test_nothing_is_followed_across_a_cut(tmp_path):
     assert not seen[:, 6:].any()
 
 
-def test_moments_are_as_dense_as_the_frames_that_a_model_sees():
+def test_moments_are_as_dense_as_a_models_frames():
     whole = Moments.of(Event(0.0, 10.0, ""), 10.0, 300, 100)
     assert len(whole.frames) == 100 and (whole.first, whole.last) == (0, 299)
     part = Moments.of(Event(2.0, 4.1, ""), 10.0, 300, 100)

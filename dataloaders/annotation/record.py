@@ -1,4 +1,4 @@
-"""Events and their objects' key points as one line of PiTe-143k: "From s to e, ..." or "..., from s to e" (section 4.2)."""
+"""Events and their key points to one line of PiTe-143k: "From s to e, ..." or "..., from s to e" (section 4.2)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ QUESTIONS = {
         "Describe the video in detail, with the time of each event last.",
     ),
 }
-"""By whether the times come first. The published ones are not known."""
+"""Questions, by whether the times come first. The published questions are not known."""
 
 _WORDS = """
-    a an the this that these those he she it they we you his her its their my our your one two three four five some several
-    many most all both another other each every no people there then next now after afterwards before while when as once
-    until in on at by from to with into near behind inside outside under over finally first
+    a an the this that these those he she it they we you his her its their my our your one two three four five some
+    several many most all both another other each every no people there then next now after afterwards before while when
+    as once until in on at by from to with into near behind inside outside under over finally first
 """
 _LOWERED = frozenset(_WORDS.split())
-"""Words that lose their capital inside a sentence. Of others it is not known whether they are names."""
+"""Words that are written in lower case inside a sentence. Any other word may be a name."""
 
 
 def pite_record(
@@ -39,8 +39,9 @@ def pite_record(
 ) -> dict[str, Any]:
     """The record of a whole video file (`meta.split` null).
 
-    points  (P, K, 2) key points by event and phrase, evenly spaced over the event; phrases without are told, not located
-    Which question and form it takes is decided by its name, the same in every run. Raises RecordError for an empty caption.
+    points  (P, K, 2) key points by event and phrase, evenly spaced over the event; a phrase may have none
+    A hash of `name` selects the question and the form of the answer, so they are the same in every run. Raises
+    RecordError for an empty caption.
     """
     choice = hashlib.sha256(name.encode()).digest()
     times_first = choice[0] % 2 == 0
@@ -53,19 +54,18 @@ def pite_record(
         lead = f"From {begin} to {end}, " if times_first else ""
         sentence = event.sentence.rstrip(" .!;,")
         if not sentence:
-            raise RecordError(f"{name}: event {i} is told as {event.sentence!r}, which says nothing")
-        told = _uncapitalised(sentence) if times_first else sentence
+            raise RecordError(f"{name}: the caption of event {i} is {event.sentence!r}, which holds no text")
+        text = _uncapitalised(sentence) if times_first else sentence
         offset = len(answer) + bool(answer) + len(lead)
-        answer += f"{' ' * bool(answer)}{lead}{told}" + ("." if times_first else f", from {begin} to {end}.")
+        answer += f"{' ' * bool(answer)}{lead}{text}" + ("." if times_first else f", from {begin} to {end}.")
         for j, phrase in enumerate(phrases[i]):
             if (i, j) in points:
                 start = offset + phrase.start
-                text = sentence[phrase.start : phrase.start + len(phrase.text)]  # Without a last full stop.
-                text = answer[start : start + len(text)]
+                length = len(sentence[phrase.start : phrase.start + len(phrase.text)])  # Without a last full stop.
                 trajectories.append(
                     {
                         "turn": 0,
-                        "phrase": text,
+                        "phrase": answer[start : start + length],
                         "start": start,
                         "times": [event.start, event.end],
                         "points": _rounded(points[i, j]),
@@ -89,7 +89,7 @@ def _uncapitalised(sentence: str) -> str:
 
 
 def _rounded(points: np.ndarray) -> list[list[list[float]]]:
-    """To a ten thousandth of the frame, a fifth of a pixel of 1080p; absent points as whole numbers."""
+    """Round to 1/10,000 of the frame, a fifth of a pixel of 1080p; absent points as integers."""
     here = (points != ABSENT).all(-1)
     return [
         [[round(float(x), 4), round(float(y), 4)] if seen else [-1, -1] for (x, y), seen in zip(track, present)]
