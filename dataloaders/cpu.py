@@ -1,4 +1,4 @@
-"""The CPU: how many cores a process may use, and how its OpenMP threads wait for each other."""
+"""CPU settings: the cores that a process may use, and the wait policy of its OpenMP threads."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ _WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def available_cores() -> int:
-    """Cores that this process may run on: its affinity where the system has one (Linux), else all of them."""
+    """Number of cores this process may use: its affinity on Linux, else all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_wait_policy() -> None:
-    """Have OpenMP threads sleep while they wait, unless the user chose otherwise. Acts before torch is imported only.
+    """Make OpenMP threads sleep while they wait, unless the user set a policy. Call it before torch is imported.
 
-    By default they spin. A thread that spins while another process holds the core of the thread it waits for delays
-    both: bench/load.py measures it.
+    By default they spin. If another process occupies the core of the thread they wait for, spinning delays both:
+    bench/load.py measures it.
     """
     if not any(name in os.environ for name in _WAIT_VARIABLES):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

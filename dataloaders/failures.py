@@ -1,11 +1,11 @@
-"""A log of the media that failed to decode or encode, and the share of media that may fail.
+"""The log of media that failed to decode or encode, and the failure budget.
 
-    FEATURES/failures.HOST-PID-RANDOM.jsonl    one process's failures, made with the first
-    FEATURES/failures.jsonl                    those of earlier versions, read as well
+    FEATURES/failures.HOST-PID-RANDOM.jsonl    failures of one process, created with the first failure
+    FEATURES/failures.jsonl                    failures logged by earlier versions, read as well
 
-Each process appends to a file of its own, because a network file system may mix or lose what several append to one.
+Each process appends to its own file, because a network file system may mix or lose lines that several append to one.
 
-`python -m dataloaders.store failures FEATURES` prints those of a folder of feature stores, by reason.
+`python -m dataloaders.store failures FEATURES` prints the failures of a folder of feature stores, by reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from dataloaders.files import process_name
 
 LEDGER = "failures.jsonl"
-"""Name of the ledger in a folder of feature stores; a process's file has its own name in the middle."""
+"""Name of the ledger in a folder of feature stores. The file of a process has the process name in the middle."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Failure:
 
     id      its key
     path    its file
-    stage   what was being done: "decode" or "encode", or "import" of features that others made
+    stage   "decode", "encode", or "import" of features made by another program
     reason  one sentence
     """
 
@@ -43,14 +43,14 @@ class Failure:
 
 
 class BudgetExceeded(ValueError):
-    """More media failed than the user allowed."""
+    """More media failed than the failure budget allows."""
 
 
 class Ledger:
     """An append-only log of failures, JSON lines, and the share of media that may fail before a run stops.
 
-    Processes that share the ledger share the budget: each counts what the others append from now on. For that a run
-    writes its failures down although an earlier run wrote the same.
+    Processes that share the ledger share the budget: each also counts the lines that the others append from now on.
+    Therefore a run logs its failures even if an earlier run logged the same.
 
     path    such as STORE/failures.jsonl; this process's file is made next to it, with its first failure
     total   media in the run, of all its processes
@@ -77,7 +77,7 @@ class Ledger:
         return len(self._failed)
 
     def add(self, failure: Failure) -> None:
-        """Write a failure to disk, once; raises BudgetExceeded when it is one too many."""
+        """Write a failure to disk, once. Raises BudgetExceeded if it is one too many."""
         if failure.id not in self._failed:
             self._append({**asdict(failure), "time": time.time()})
             self._failed.add(failure.id)
@@ -100,9 +100,9 @@ class Ledger:
 
 
 def read_failures(path: Path) -> Iterator[Failure]:
-    """Failures in the ledger of all processes, in order of time; nothing where there is none.
+    """Failures in the ledgers of all processes, in order of time; nothing without a ledger.
 
-    A line torn by a kill is left out. Those of earlier versions have no time and come first.
+    A line torn by a kill is skipped. Failures logged by earlier versions have no time and come first.
     """
     entries = [entry for file in _files(path) for entry in _read(file, 0)[0]]
     yield from (failure for _, failure in sorted(entries, key=lambda entry: entry[0]))
@@ -115,7 +115,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(file: Path, offset: int) -> tuple[list[tuple[float, Failure]], int]:
-    """Times and failures in the lines of a file from a byte on, and where the last whole line ends."""
+    """Times and failures in a file from byte `offset` on, and the end of the last complete line."""
     try:
         with file.open("rb") as opened:
             opened.seek(offset)
@@ -135,14 +135,14 @@ def _read(file: Path, offset: int) -> tuple[list[tuple[float, Failure]], int]:
 def report(failures: Iterable[Failure], encoded: Collection[str] = ()) -> str:
     """A table of failures by reason, the most frequent first, each with an example.
 
-    Each id counts once, with its last reason, and not at all where it is among the `encoded` by now. Reasons that differ
-    only in their file and numbers are one.
+    Each id counts once, with its last reason, and not at all if it is in `encoded`. Reasons that differ only in file
+    and numbers are counted as one.
     """
     last = {failure.id: failure for failure in failures}
     open_cases = [failure for failure in last.values() if failure.id not in encoded]
     groups: dict[tuple[str, str], list[Failure]] = defaultdict(list)
     for failure in open_cases:
-        # The same file may stand under another folder there: two splits can link to one.
+        # The reason may name the file in another folder, since two splits can link to one.
         reason = failure.reason.rpartition(f"{Path(failure.path).name}: ")[2].replace(failure.id, "...")
         groups[failure.stage, re.sub(r"\d+(\.\d+)?", "#", reason)].append(failure)
     lines = [f"{len(open_cases):,} media failed, {len(last) - len(open_cases):,} more were encoded since"]

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written under a temporary name, flushed to disk, renamed."""
+"""Atomic writes: files are written under a temporary name, flushed to disk and renamed."""
 
 from __future__ import annotations
 
@@ -26,36 +26,37 @@ if TYPE_CHECKING:
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 ABANDONED_AFTER = 24 * 3600.0
-"""Seconds without a change after which a temporary file of another machine is left over from a killed process."""
+"""Seconds without a change after which a temporary file of another machine counts as left by a killed process."""
 
-_LONGEST_NAME = 255
-"""Bytes that a file name may have."""
+_MAX_NAME = 255
+"""Most bytes of a file name."""
 
 _WRITER = re.compile(r"\.([\w-]+-[0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
-"""How temporary names end: the machine, the process id, a random number."""
+"""End of a temporary name: the machine, the process id, a random number."""
 
 
 def temporary_sibling(path: Path) -> Path:
     """A hidden name in `path`'s folder, different at each call: `.NAME.HOST-PID-RANDOM.tmp`.
 
-    The random part keeps processes apart that share a process id, as those of two containers do.
+    The random part distinguishes processes with the same id, as in two containers.
     """
     end = f".{process_name()}.tmp"
-    start = os.fsencode(f".{path.name}")[: _LONGEST_NAME - len(end)].decode(errors="ignore")
+    start = os.fsencode(f".{path.name}")[: _MAX_NAME - len(end)].decode(errors="ignore")
     return path.with_name(start + end)
 
 
 def process_name() -> str:
-    """HOST-PID-RANDOM of this process for a file of its own; another one at each call."""
+    """HOST-PID-RANDOM of this process, for a file of its own; different at each call."""
     return f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def abandoned(path: Path, locked: bool = False) -> bool:
-    """Whether no living process writes the temporary file or folder `path` any more.
+    """Whether no running process writes the temporary file or folder `path` any more.
 
-    That is certain of a process of this machine that has ended. Of another machine's it is assumed after a day.
+    This is certain if its process ran on this machine and has ended. For other machines it is assumed after a day.
 
-    locked  the caller holds the lock of all that write such files, so one without a process in its name has no writer
+    locked  the caller holds the lock of all writers of such files, so a file without a process in its name has no
+            writer
     """
     found = _WRITER.search(path.name)
     if found is None and locked:
@@ -66,14 +67,14 @@ def abandoned(path: Path, locked: bool = False) -> bool:
 
 
 def remove_abandoned(folder: Path, pattern: str, locked: bool = False) -> None:
-    """Remove the temporary files and folders of `folder` that match a glob pattern and that are `abandoned`."""
+    """Remove the `abandoned` temporary files and folders in `folder` that match a glob pattern."""
     for path in folder.glob(pattern):
         if abandoned(path, locked):
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -82,9 +83,9 @@ def remove(path: Path) -> None:
 
 @lru_cache(1)
 def _machine() -> str:
-    """The host's name, and 8 digits that differ between kernels and between containers with process ids of their own."""
+    """The host name, and 8 digits that differ between boots and between containers with their own process ids."""
     parts = [socket.gethostname()]
-    with suppress(OSError):  # no Linux: the host's name has to do
+    with suppress(OSError):  # not Linux: the host name must suffice
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
         parts.append(str(Path("/proc/self/ns/pid").readlink()))
     name = re.sub(r"[^\w-]", "-", parts[0], flags=re.ASCII)[:32]
@@ -102,7 +103,7 @@ def _alive(pid: int) -> bool:
 
 
 def _last_change(path: Path) -> float:
-    """When a file, or a folder or any file in it, was last written; now where it is gone."""
+    """Time of the last write to a file, or to a folder or any file in it; the current time if it is gone."""
     try:
         inside = list(path.iterdir()) if path.is_dir() else []
         return max(p.stat().st_mtime for p in (path, *inside))
@@ -125,7 +126,7 @@ def file_written_atomically(path: Path, flush: bool = True) -> Iterator[Path]:
 
     A kill at any moment leaves the old file or the new one; an exception leaves the old one and nothing else.
 
-    flush  to disk as well, for what must survive a loss of power
+    flush  flush to disk as well, so that the file survives a power failure
     """
     temporary = temporary_sibling(path)
     try:
@@ -147,7 +148,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def temporary_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory next to `path`, under a temporary name; removed at the end if it is still there."""
+    """Yield an empty directory next to `path`, under a temporary name; removed at the end if it still exists."""
     temporary = temporary_sibling(path)
     try:
         temporary.mkdir()
@@ -162,7 +163,8 @@ def directory_written_atomically(path: Path, alone: bool = False) -> Iterator[Pa
 
     An existing `path` is replaced. After an exception, such as a full disk, nothing of the attempt remains.
 
-    alone  no other process writes `path`, so that all earlier attempts' leftovers go; else those that are `abandoned`
+    alone  no other process writes `path`, so leftovers of all earlier attempts are removed; otherwise the `abandoned`
+           ones
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{escape(path.name)}.*tmp"):
@@ -202,7 +204,7 @@ def _renamed(directory: Path, path: Path) -> bool:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file. Raises OSError, as every other write does, when the disk is full."""
-    # Decoding processes import this module by way of the store, and need no torch.
+    # Decoding processes import this module through the store and do not need torch.
     from safetensors.torch import save_file
 
     try:
@@ -213,8 +215,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def give_default_mode(path: Path) -> None:
-    """Give a file that a library made for its owner alone the permissions that the umask allows."""
-    # Reading the umask would mean setting it, in all threads.
+    """Set the permissions that the umask allows, for a file that a library created readable by its owner only."""
+    # The umask can only be read by setting it, which affects all threads.
     probe = temporary_sibling(path)
     try:
         probe.touch()
@@ -232,7 +234,7 @@ def sha256(path: Path) -> str:
 def require_file(path: Path) -> None:
     """Raise ValueError unless `path` is a regular file with content of its own.
 
-    A git-lfs pointer, the small text that a clone without git-lfs leaves in a large file's place, is refused.
+    A git-lfs pointer is refused: the small text that a clone without git-lfs has instead of a large file.
     """
     try:
         if not path.is_file():

@@ -1,7 +1,7 @@
-"""Locks between processes, by flock: the kernel drops one with its process, however that ends.
+"""Locks between processes with flock. The kernel releases a lock when its process ends, for whatever reason.
 
-Some file systems have none: Lustre mounted without `-o flock`, NFS without lockd. There a process goes on without its
-lock after one warning, because a lock file made by hand would outlive a process that is killed.
+Some file systems do not support locks: Lustre mounted without `-o flock`, NFS without lockd. There a process continues
+without a lock after one warning, because a lock file of its own making would remain after a kill.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _warned: set[Path] = set()
 
 
 class Lock:
-    """A lock file that this process holds until `close`, or the end of its block.
+    """A lock file that this process holds until `close` or the end of the `with` block.
 
     held  False on a file system without locks
     """
@@ -36,14 +36,14 @@ class Lock:
 
 
 def lock(path: Path, consequence: str, wait: bool = False) -> Lock:
-    """Hold the lock file at `path`, which is made.
+    """Acquire the lock file at `path`, which is created.
 
-    consequence  what may happen where the file system has no locks: the end of the warning there
-    wait         until another process drops it
-    Raises BlockingIOError while another process holds it, unless it waits; OSError where the file cannot be made.
+    consequence  what may happen on a file system without locks: the end of the warning
+    wait         wait until another process releases the lock
+    Raises BlockingIOError if another process holds it and `wait` is False; OSError if the file cannot be created.
     """
     while True:
-        # For appending: locks over NFS need a file that is open for writing.
+        # In append mode, since locks over NFS need a file that is open for writing.
         file = path.open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,7 +58,7 @@ def lock(path: Path, consequence: str, wait: bool = False) -> Lock:
             raise
         if _is_at(file, path):
             return Lock(file, held=True)
-        file.close()  # who held it before has removed it, and another process may hold its successor
+        file.close()  # its last holder removed the file, and another process may hold a new one
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

@@ -11,8 +11,10 @@ import numpy as np
 def longest_first(weights: Sequence[float] | np.ndarray, num_bins: int) -> tuple[list[list[int]], list[float]]:
     """Greedy number partitioning (Graham 1969): each item, heaviest first, goes to the bin with the least load.
 
-    weights  (n,) integers or floats, 0 or more. Of equal weights the first comes first; of equal loads the first bin is taken
-    Returns the items of each bin as positions in `weights`, in the order in which they were assigned, and each bin's load.
+    weights  (n,) integers or floats, 0 or more. Of equal weights the first comes first; of equal loads the first bin is
+             taken
+    Returns the items of each bin as positions in `weights`, in the order in which they were assigned, and each bin's
+    load.
     """
     weights = np.asarray(weights)
     values: list[float] = weights.tolist()

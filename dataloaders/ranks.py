@@ -1,4 +1,4 @@
-"""This process among those that torchrun started."""
+"""The rank of this process, from torchrun's environment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Ranks:
 
     @staticmethod
     def read() -> Ranks:
-        """From torchrun's environment; one process without it."""
+        """Read torchrun's environment; without it, a single process."""
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         return Ranks(*(int(os.environ.get(name, default)) for name, default in names.items()))
 

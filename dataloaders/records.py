@@ -1,6 +1,6 @@
-"""What every reader yields and every later step consumes: media to encode, samples to learn from.
+"""The types that all readers return: media to encode, and samples to train on.
 
-A sample names its media by key and never holds pixels; frames are decoded and encoded once, elsewhere.
+A sample refers to its media by key and holds no pixels. Frames are decoded and encoded once, by engine.encode.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 ABSENT = -1.0
-"""Both coordinates of a point that is not in the frame (PiTe section 4.2)."""
+"""Value of both coordinates of a point that is not in the frame (PiTe section 4.2)."""
 
 
 class RecordError(ValueError):
@@ -21,7 +21,7 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Media:
-    """One thing to encode: a video, a clip of one, or a still image.
+    """One item to encode: a video, a clip of a video, or a still image.
 
     key    unique name of its feature record
     path   file to decode
@@ -37,7 +37,7 @@ class Media:
 
 @dataclass(frozen=True)
 class Mention:
-    """A noun phrase of an answer and where its object is.
+    """A noun phrase of an answer, and the trajectory of its object.
 
     start, end  character span in the answer, end exclusive
     trajectory  (P, N, 2) float32, x and y in [0, 1] from the top left; (-1, -1) where absent
@@ -68,9 +68,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class TokenizedSample:
-    """A sample as the packed batch wants it; positions count from 0 within the sample.
+    """A sample ready for the packed batch. Positions count from 0 within the sample.
 
-    token_ids             (n,) int64, 0 where a frame sits
+    token_ids             (n,) int64, 0 at the frames
     frame_start           position of the first frame; the frames fill frame_start .. frame_start + num_frames
     target_positions      (L,) int64, positions of supervised tokens (each predicted by the row before it)
     trajectory_positions  (M,) int64, supervised positions whose token has a trajectory
@@ -88,5 +88,5 @@ class TokenizedSample:
 
     @property
     def num_coordinates(self) -> int:
-        """Present coordinates (two per present point), the L1 normaliser's share of this sample."""
+        """Number of present coordinates, two per present point: this sample's part of the L1 normalizer."""
         return int((self.trajectory != ABSENT).all(-1).sum()) * 2

@@ -1,4 +1,4 @@
-"""Readers of the five data sets, and where their files stand in a data folder.
+"""Readers of the five data sets, and the place of their files in a data folder.
 
     DIR/stage1/*localized_narratives*.jsonl    DIR/stage1/images/{coco,flickr30k,ade20k,open_images}/{image_id}.jpg
     DIR/stage2/pite_143k.jsonl                 DIR/stage2/videos/{id}.mp4
@@ -7,7 +7,8 @@
     DIR/evaluation/activitynet_captions.json   DIR/evaluation/videos/{vid}.mp4
     DIR/evaluation/pite_143k.jsonl             DIR/evaluation/videos/{id}.mp4
 
-A feature's key is its folder and its id, such as `stage2/v000001`; of a narrative also its sub-set, `stage1/coco/9`.
+A split is one of the four folders. A feature's key is its split and its id, such as `stage2/v000001`. The key of a
+narrative also contains its subset, such as `stage1/coco/9`.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ Split = Literal["stage1", "stage2", "stage3", "evaluation"]
 
 @dataclass(frozen=True)
 class Reading:
-    """How records become samples.
+    """Options of the readers.
 
     num_frames, num_points  N and P of the trajectories
-    turn                    which turn of a Valley conversation is learned (`read_valley`)
-    narrative_timing        how a narrative's utterances are found in its caption (`read_narrative`)
+    turn                    which turn of a Valley conversation becomes the sample (`read_valley`)
+    narrative_timing        how a narrative's utterances are matched with its caption (`read_narrative`)
     """
 
     num_frames: int
@@ -76,7 +77,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Format:
-    """An annotation file by name, or by pattern, its reader, what of `Reading` that takes, and the media its records name."""
+    """An annotation file.
+
+    file     its name, or a pattern
+    read     the reader of its records
+    media    the function that returns the media of a record
+    options  fields of `Reading` that the reader takes
+    """
 
     file: str
     read: Callable[..., Any]
@@ -84,7 +91,7 @@ class Format:
     options: tuple[str, ...] = ()
 
     def sample(self, record: Record, where: Place, folder: Path, reading: Reading) -> Sample:
-        """A record's sample; of the evaluation's formats there is none."""
+        """The sample of a record. Not for the formats of the evaluation, which have none."""
         sample = self.read(record, where, folder, **{name: getattr(reading, name) for name in self.options})
         assert isinstance(sample, Sample)
         return sample
@@ -104,11 +111,11 @@ SPLITS: dict[Split, tuple[Format, ...]] = {
         _PITE,
     ),
 }
-"""Folders of a data directory and the annotation files that each may hold."""
+"""The splits of a data folder and the annotation files that each may hold."""
 
 
 def present_formats(data: Path, split: Split) -> tuple[Format, ...]:
-    """The formats whose files exist in `data`/`split`, one per file. Raises ValueError, naming what is expected, where none."""
+    """The formats whose files exist in `data`/`split`, one per file. Raises ValueError if there are none."""
     if not data.is_dir():
         raise ValueError(f"{data}: no such data folder")
     present = _present(data / split, split)
@@ -124,7 +131,7 @@ def _present(folder: Path, split: Split) -> tuple[Format, ...]:
 
 
 def present_splits(data: Path) -> tuple[Split, ...]:
-    """The splits of a data folder that hold annotations. Raises ValueError where none does."""
+    """The splits of a data folder that hold annotations. Raises ValueError if none does."""
     splits = tuple(split for split in SPLITS if _present(data / split, split))
     if not splits:
         raise ValueError(f"{data} is no data folder: none of {', '.join(SPLITS)} in it holds a known annotation file")
@@ -134,30 +141,30 @@ def present_splits(data: Path) -> tuple[Split, ...]:
 def iter_media(
     data: Path, splits: Iterable[Split], malformed: Callable[[RecordError], None] | None = None
 ) -> Iterator[Media]:
-    """Everything that the annotations of `splits` name, each key once, in the order of the files.
+    """All media in the annotations of `splits`, each key once, in the order of the files.
 
-    malformed  called with the error of a record that names no media, which is then passed over; without it the error is
-               raised. Training counts such records against its own budget
-    Raises RecordError where one key stands for two different files or clips, and for files that end too early.
+    malformed  called with the error of a record without valid media, which is then skipped; without `malformed` the
+               error is raised. Training counts such records against its own failure budget
+    Raises RecordError for a key of two different files or clips, and for a truncated file.
     """
     seen: dict[str, Media] = {}
-    passed_over = 0
+    skipped = 0
     for split in splits:
         for kind in present_formats(data, split):
             path = data / split / kind.file
             for offset, text in iter_raw(path):
-                # Of many malformed records the first one's line will do: to count it is to read the file.
-                where = f"{path}, byte {offset}" if passed_over else Where(path, offset)
+                # Counting lines reads the file, so only the first malformed record gets its line number.
+                where = f"{path}, byte {offset}" if skipped else Where(path, offset)
                 try:
                     media = kind.media(parse_json(text, where), where, data / split)
                 except RecordError as error:
                     if malformed is None:
                         raise
                     malformed(error)
-                    passed_over += 1
+                    skipped += 1
                     continue
                 known = seen.setdefault(media.key, media)
                 if known is media:
                     yield media
                 elif known != media:
-                    raise RecordError(f"{where}: {media.key!r} names {media}, but {known} before")
+                    raise RecordError(f"{where}: {media.key!r} is {media}, but it was {known} before")

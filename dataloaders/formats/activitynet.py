@@ -1,4 +1,4 @@
-"""ActivityNet Captions, for evaluation: the events of a video and when they happen."""
+"""ActivityNet Captions, for evaluation: the events of a video and their times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataloaders.records import Media, RecordError
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens from `start` to `end`, in seconds."""
+    """An event from `start` to `end`, in seconds."""
 
     start: float
     end: float

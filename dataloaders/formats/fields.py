@@ -1,4 +1,4 @@
-"""Typed access to the fields of a record; every refusal names place and field."""
+"""Typed access to the fields of a record. Every error contains the place and the field."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dataloaders.formats.stream import Record, Where
 from dataloaders.records import RecordError
 
 TIME_TOLERANCE = 0.1
-"""Seconds by which a timestamp may leave its video: annotations are rounded, and containers report rounded lengths."""
+"""Seconds by which a time may be outside its video: annotations and the durations in containers are rounded."""
 
 
 @dataclass(frozen=True)
 class Within:
-    """A part of a record. Like `Where`, it becomes text only in a message: to count lines is to read the file."""
+    """A part of a record. Like `Where`, it becomes text only in a message, since counting lines reads the file."""
 
     where: Place
     part: str
@@ -28,7 +28,7 @@ class Within:
 
 
 Place = Where | Within | str
-"""Where a record stands, printed as `file:line`, or a part of it."""
+"""Place of a record, printed as `file:line`, or a part of it."""
 
 _MEDIA_TAG = r"<(?:video|image)>"
 _TAG_AT_START = re.compile(rf"\A\s*{_MEDIA_TAG}\s*")
@@ -48,7 +48,7 @@ def field(record: Record, name: str, kind: type | tuple[type, ...], where: Place
 
 
 def identifier(record: Record, name: str, where: Place) -> str:
-    """An id that becomes part of a file name: not empty, and not leading out of its folder."""
+    """An id that becomes part of a file name: not empty, and not a path out of its folder."""
     value = str(field(record, name, (str, int), where))
     path = PurePosixPath(value)
     if not value.strip() or path.is_absolute() or ".." in path.parts:
@@ -57,11 +57,11 @@ def identifier(record: Record, name: str, where: Place) -> str:
 
 
 MEDIA_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".jpg", ".jpeg", ".png")
-"""Endings of media files that are looked for, the earlier first: downloaders leave what their source had."""
+"""Suffixes of media files, in order of preference, since downloaders keep the suffix of their source."""
 
 
 def find_media(folder: Path, name: str, suffix: str) -> Path:
-    """The file of an id: `folder`/name with `suffix`, or, where only that exists, with another of MEDIA_SUFFIXES."""
+    """The file of an id: `folder`/name with `suffix`, or with another of MEDIA_SUFFIXES if only that exists."""
     path = folder / f"{name}{suffix}"
     try:
         names = _names(path.parent, path.parent.stat().st_mtime_ns)
@@ -75,12 +75,12 @@ def find_media(folder: Path, name: str, suffix: str) -> Path:
 
 @lru_cache(16)
 def _names(folder: Path, changed: int) -> frozenset[str]:
-    """What a folder holds, listed once: to look for each of a million files on a network takes minutes."""
+    """The names in a folder, listed once: checking each of a million files over a network takes minutes."""
     return frozenset(entry.name for entry in folder.iterdir())
 
 
 def seconds(value: Any, name: str, where: Place, duration: float = math.inf) -> float:
-    """A finite time in [0, duration]; up to TIME_TOLERANCE outside it is clipped. Raises RecordError beyond."""
+    """A finite time in [0, duration]. Clips up to TIME_TOLERANCE outside; raises RecordError beyond that."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise RecordError(f"{where}: field {name!r} must be a finite number of seconds, not {value!r}")
     if not -TIME_TOLERANCE <= value <= duration + TIME_TOLERANCE:
@@ -107,15 +107,15 @@ def duration_of(record: Record, where: Place, name: str = "duration") -> float:
 
 
 def question_of(text: str, name: str, where: Place) -> str:
-    """A question without its media tag, which may stand at the start or at the end, and without `</s>`."""
+    """A question without its media tag, which may be at the start or at the end, and without `</s>`."""
     text = SENTENCE_MARK.sub("", _TAG_AT_END.sub("", _TAG_AT_START.sub("", text))).strip()
     if re.search(_MEDIA_TAG, text):
-        raise RecordError(f"{where}: field {name!r}: a media tag may stand at the start or end only, as in {text!r}")
+        raise RecordError(f"{where}: field {name!r}: a media tag may be at the start or end only, not as in {text!r}")
     return text
 
 
 def answer_of(text: str, name: str, where: Place) -> str:
-    """An answer without stray `</s>`. Raises RecordError where nothing remains."""
+    """An answer without stray `</s>`. Raises RecordError if nothing remains."""
     text = SENTENCE_MARK.sub("", text).strip()
     if not text:
         raise RecordError(f"{where}: field {name!r}: the answer is empty")

@@ -23,7 +23,7 @@ TurnChoice = Literal["first", "last", "any"]
 
 
 def valley_media(record: Record, where: Place, folder: Path) -> Media:
-    """The video that `v_id`, or in older files `video` or `id`, names, with or without a suffix, in `folder`/videos."""
+    """The video in `folder`/videos named by `v_id`, or `video` or `id` in older files, with or without a suffix."""
     name = next((n for n in ("v_id", "video", "id") if n in record), "v_id")
     return _video(folder, identifier(record, name, where))
 
@@ -31,8 +31,8 @@ def valley_media(record: Record, where: Place, folder: Path) -> Media:
 def read_valley(record: Record, where: Place, folder: Path, *, turn: TurnChoice = "first") -> Sample:
     """One turn of a conversation.
 
-    turn  "first", "last", or "any": one that the conversation's own text decides, the same in every run. A later turn may
-          lean on what was said before, which the model then does not see
+    turn  "first", "last", or "any": a turn chosen by a hash of the conversation's text, the same in every run. A later
+          turn may refer to earlier ones, which the model does not see
     """
     pairs = conversation(record, where)
     if turn == "any":
@@ -66,7 +66,7 @@ def _video(folder: Path, name: str) -> Media:
 
 
 def _sample(media: Media, where: Place, question: tuple[str, str], answer: tuple[str, str]) -> Sample:
-    asked = question_of(*question, where)
-    if not asked:
+    text = question_of(*question, where)
+    if not text:
         raise RecordError(f"{where}: field {question[1]!r}: the question is empty")
-    return Sample(media.key.partition("/")[2], media.key, (Turn(asked, answer_of(*answer, where)),))
+    return Sample(media.key.partition("/")[2], media.key, (Turn(text, answer_of(*answer, where)),))

@@ -1,7 +1,7 @@
-"""Localized Narratives: a still image, a spoken caption, and the mouse that points while its speaker talks.
+"""Localized Narratives: a still image, a caption read aloud, and the mouse trace that the reader drew meanwhile.
 
-The caption was typed, its timing comes from a transcript of the voice; the two mostly agree, word for word. Words are
-matched and keep their characters in the caption, so that a token gets the time of the very word it is part of.
+The caption was typed, and its timing comes from a transcript of the voice. The two mostly agree, word for word. The
+words are matched, so that a token of the caption gets the time of the word that it is part of.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ NarrativeTiming = Literal["words", "position"]
 QUESTION = "Describe this image."
 
 MOUSE_TOLERANCE = 0.1
-"""How far, in fractions of the image, the mouse may slip off it and still be clipped to its edge."""
+"""How far outside the image the mouse may be, in fractions of the image; it is clipped to the edge."""
 
 TRACE_SAMPLES = 16
-"""Instants of an utterance at which the mouse is looked at (PixelLLM's number); evenly spaced, ends included."""
+"""Samples of the mouse during an utterance (PixelLLM's number), evenly spaced, both ends included."""
 
-LEAST_COMMON = 0.5
-"""Share of the caption's words that its transcript must contain to be taken for its transcript."""
+MIN_COMMON = 0.5
+"""Minimum share of the caption's words that its transcript must contain."""
 
 _SUBSETS = {"coco": "coco", "flic": "flickr30k", "ade": "ade20k", "open": "open_images"}
-"""What a `dataset_id` contains, in lower case, and the folder of its images."""
+"""Part of a `dataset_id`, in lower case, and the folder of its images."""
 
 _EDGES = re.compile(r"^\W+|\W+$")
 
@@ -40,8 +40,8 @@ _EDGES = re.compile(r"^\W+|\W+$")
 def narrative_media(record: Record, where: Place, folder: Path) -> Media:
     """The image `folder`/images/SUBSET/NAME.jpg, by `dataset_id` and `image_id`.
 
-    SUBSET is coco, flickr30k, ade20k or open_images; NAME is the id, filled up to twelve digits for COCO, whose files are
-    named so. Images of any other data set stand in `folder`/images itself.
+    SUBSET is coco, flickr30k, ade20k or open_images. NAME is the id, padded to twelve digits for COCO, as in its file
+    names. Images of any other data set are in `folder`/images itself.
     """
     name, dataset = identifier(record, "image_id", where), str(record.get("dataset_id", "")).lower()
     subset = next((subset for part, subset in _SUBSETS.items() if part in dataset), None)
@@ -54,13 +54,13 @@ def narrative_media(record: Record, where: Place, folder: Path) -> Media:
 def read_narrative(
     record: Record, where: Place, folder: Path, *, narrative_timing: NarrativeTiming = "words"
 ) -> Sample:
-    """The caption as the answer to QUESTION; each utterance points at where the mouse was, on average over its time.
+    """The caption as the answer to QUESTION. The point of each utterance is the mean position of the mouse during it.
 
-    narrative_timing  "words": an utterance stands where its words stand in the caption, and words without a counterpart
-                      point nowhere; "position": an utterance takes the share of the caption's characters that it has of
-                      the transcript's, whatever they say (the rule of PixelLLM's recipe)
-    An utterance during which no trace was drawn gets no mention. Raises RecordError naming place and field for a
-    transcript of something else and for points further than MOUSE_TOLERANCE outside the image.
+    narrative_timing  "words": an utterance covers its words in the caption, and unmatched words have no point;
+                      "position": an utterance covers the same share of the caption's characters as of the transcript's,
+                      whatever the words (the rule of PixelLLM's recipe)
+    An utterance without a trace has no mention. Raises RecordError with place and field for the transcript of another
+    caption, and for points further than MOUSE_TOLERANCE outside the image.
     """
     caption = answer_of(field(record, "caption", str, where), "caption", where)
     traces = _traces(field(record, "traces", list, where), where)
@@ -91,32 +91,32 @@ _Span = tuple[int, int]
 
 
 def _spans_by_words(caption: str, utterances: list[str], where: Place) -> list[_Span | None]:
-    """From an utterance's first word found in the caption to its last; None where none is."""
+    """The span from an utterance's first matched word in the caption to its last; None without a match."""
     words = [(match.span(), _plain(match[0])) for match in re.finditer(r"\S+", caption)]
-    told = [(number, _plain(word)) for number, utterance in enumerate(utterances) for word in utterance.split()]
-    matcher = SequenceMatcher(None, [word for _, word in words], [word for _, word in told], autojunk=False)
+    spoken = [(number, _plain(word)) for number, utterance in enumerate(utterances) for word in utterance.split()]
+    matcher = SequenceMatcher(None, [word for _, word in words], [word for _, word in spoken], autojunk=False)
     spans: list[_Span | None] = [None] * len(utterances)
     common = 0
-    for in_caption, in_told, size in matcher.get_matching_blocks():
+    for in_caption, in_spoken, size in matcher.get_matching_blocks():
         common += size
         for k in range(size):
-            (begin, end), number = words[in_caption + k][0], told[in_told + k][0]
+            (begin, end), number = words[in_caption + k][0], spoken[in_spoken + k][0]
             known = spans[number]
             spans[number] = (begin, end) if known is None else (known[0], end)
-    if told and common < LEAST_COMMON * len(words):
+    if spoken and common < MIN_COMMON * len(words):
         raise RecordError(
-            f"{where}: field 'timed_caption' has {common} of the caption's {len(words)} words: it is of another caption"
+            f"{where}: field 'timed_caption' has {common} of the caption's {len(words)} words: another caption's?"
         )
     return spans
 
 
 def _plain(word: str) -> str:
-    """A word without case and punctuation at its edges; punctuation alone stays."""
+    """A word in lower case, without punctuation at its edges; a word of punctuation only stays."""
     return _EDGES.sub("", word).casefold() or word
 
 
 def _spans_by_position(caption: str, utterances: list[str], where: Place) -> list[_Span | None]:
-    """The same share of the caption as of the transcript."""
+    """Spans with the same share of the caption's characters as of the transcript's."""
     lengths = np.array([len(" ".join(utterance.split())) for utterance in utterances], dtype=np.float64)
     if not lengths.sum():
         return [None] * len(utterances)
@@ -125,7 +125,7 @@ def _spans_by_position(caption: str, utterances: list[str], where: Place) -> lis
 
 
 def _mean_position(traces: list[np.ndarray], start: float, end: float) -> np.ndarray | None:
-    """Mean (x, y) of the interpolated mouse over [start, end] seconds; None where no trace was being drawn."""
+    """Mean (x, y) of the interpolated mouse over [start, end] seconds; None without a trace."""
     instants = np.linspace(start, end, TRACE_SAMPLES)
     seen = []
     for trace in traces:
@@ -138,7 +138,7 @@ def _mean_position(traces: list[np.ndarray], start: float, end: float) -> np.nda
 
 
 def _traces(segments: list[list[dict[str, float]]], where: Place) -> list[np.ndarray]:
-    """Segments (n, 3) float64 in order of time: x, y clipped to the image, t in seconds."""
+    """Strokes (n, 3) float64 in order of time: x, y clipped to the image, t in seconds."""
     traces = []
     for number, segment in enumerate(segments):
         try:

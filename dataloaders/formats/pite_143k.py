@@ -1,6 +1,6 @@
 """PiTe-143k: clips of longer videos, answers with timed events, and tracks of the objects they mention.
 
-The authors never published their schema; ours extends the record of VTimeLLM's stage 2 by `trajectories`:
+The authors did not publish their schema. This one extends the record of VTimeLLM's stage 2 by `trajectories`:
 
     {"source": "internvid", "id": "v000001",
      "conversations": [{"from": "human", "value": "<video>\\nDescribe the video in detail."},
@@ -9,8 +9,8 @@ The authors never published their schema; ours extends the record of VTimeLLM's 
      "trajectories": [{"turn": 0, "phrase": "a red circle", "start": 19, "times": [0.0, 9.4],
                        "points": [[[0.31, 0.40], [0.33, 0.41], [-1, -1]]]}]}
 
-`turn` counts answers; `start` is the phrase's offset in that answer as written, marks included; all times are seconds
-within the clip.
+`turn` is the index of the answer, and `start` the phrase's offset in that answer as written, marks included. All times
+are seconds within the clip.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MARK = re.compile(r"\A(?:\s|</?s>)+|(?:\s|</?s>)+\Z|</?s>|(?P<time><[se]\d+>)")
 
 
 def pite_media(record: Record, where: Place, folder: Path) -> Media:
-    """The clip: `folder`/videos/{id}.mp4 between the two times of `meta.split`, or all of it where that is null."""
+    """The clip: `folder`/videos/{id}.mp4 between the two times of `meta.split`, or the whole file if that is null."""
     name = identifier(record, "id", where)
     meta = field(record, "meta", dict, where)
     clip = None
@@ -53,8 +53,8 @@ def pite_media(record: Record, where: Place, folder: Path) -> Media:
 def read_pite(record: Record, where: Place, folder: Path, *, num_frames: int, num_points: int) -> Sample:
     """All turns, with marks replaced by two-digit frame indices and tracks placed on `num_frames` frames.
 
-    Tracks beyond the first `num_points` are not used. Raises RecordError naming place and field for marks without a
-    time, times outside the clip, phrases that are not where `start` says, and points that are no tracks.
+    Tracks beyond the first `num_points` are not used. Raises RecordError with place and field for marks without a time,
+    times outside the clip, phrases that are not at their `start`, and points that are not tracks.
     """
     meta = field(record, "meta", dict, where)
     duration = duration_of(meta, where)
@@ -108,7 +108,7 @@ def _mention(
 
 
 class _Marked:
-    """An answer as written and as taught, and the way from an offset in the one to that in the other."""
+    """An answer as written, and its `text` for training without marks; maps offsets from one to the other."""
 
     def __init__(self, written: str, indices: dict[str, str], where: Place) -> None:
         self.written = written
@@ -128,6 +128,6 @@ class _Marked:
             raise RecordError(f"{where}: the answer is empty")
 
     def offset(self, written_offset: int) -> int:
-        """Offset in `text` of a character of `written`; what was cut away stands where it was cut."""
+        """Offset in `text` of a character of `written`. A removed character maps to the place where it was removed."""
         growth = max((edit for edit in self._edits if edit[0] <= written_offset), default=(0, 0))[1]
         return min(max(written_offset + growth, 0), len(self.text))

@@ -1,7 +1,7 @@
-"""JSON files of any size, one record at a time, and any record again by its bytes.
+"""Stream JSON files of any size, one record at a time; a record can be read again by its offset.
 
-A record is found by a regular expression over the mapped file that knows strings and brackets and nothing else, then
-parsed alone; so a gigabyte of JSON array costs the memory of one record, and processes read records by offset.
+A regular expression over the mapped file, which matches strings and brackets only, finds the records, and each is
+parsed alone. So a JSON array of a gigabyte needs the memory of one record, and processes read records by offset.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from dataloaders.records import RecordError
 Record = dict[str, Any]
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-"""The escape of half a character beyond the first 65,536, such as an emoji; in a pair it is harmless."""
+"""An escaped surrogate: half of a character beyond the first 65,536, such as an emoji. A pair of them is valid."""
 
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Where:
-    """Place of a record, printed as `file:line`, or `file:line:column` where it does not start its line.
+    """Place of a record, printed as `file:line`, or as `file:line:column` if it is not at the start of its line.
 
     Lines are counted only when a message needs them.
     """
@@ -43,7 +43,7 @@ class Where:
 
 
 def iter_json(path: Path) -> Iterator[tuple[int, int, Record]]:
-    """Yield (offset, length in bytes, record) of every object in a file, in order. As `iter_raw`, parsed."""
+    """Yield (offset, length in bytes, parsed record) of every object in a file, in order, as `iter_raw` finds them."""
     for offset, text in iter_raw(path):
         yield offset, len(text), parse_json(text, Where(path, offset))
 
@@ -51,9 +51,9 @@ def iter_json(path: Path) -> Iterator[tuple[int, int, Record]]:
 def iter_raw(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, text) of every object in a file, in order, for `parse_json`.
 
-    `.jsonl` holds one object per line; any other file one array of objects, or one object of objects
-    `{key: {...}, ...}`, whose records get their key as field `id`. Raises RecordError naming file and line where the
-    file is not that, and ValueError where there is no file.
+    A `.jsonl` file holds one object per line. Any other file holds one array of objects, or one object of objects
+    `{key: {...}, ...}`, whose records get their key as field `id`. Raises RecordError with file and line for any other
+    content, and ValueError if the file cannot be read.
     """
     try:
         file = path.open("rb")
@@ -113,10 +113,10 @@ def _find_records(path: Path, mapped: mmap.mmap) -> Iterator[tuple[int, int]]:
 
 
 def parse_json(text: bytes, where: object) -> Record:
-    """The record that `iter_raw` found. Raises RecordError, naming `where`, for what is no JSON object of Unicode texts."""
+    """Parse a record of `iter_raw`. Raises RecordError with `where` unless it is a JSON object of valid Unicode."""
     keyed = text.startswith(b'"')
     try:
-        # From bytes, json would take halves of surrogate pairs, which UTF-8 does not have.
+        # From bytes, json would accept half of a surrogate pair, which is not valid UTF-8.
         decoded = text.decode("utf-8-sig")
         value = json.loads(f"{{{decoded}}}" if keyed else decoded)
     except (ValueError, RecursionError) as error:
@@ -132,7 +132,7 @@ def parse_json(text: bytes, where: object) -> Record:
 
 
 def lone_surrogate(value: object) -> str | None:
-    """A sentence about a text in parsed JSON, keys included, that holds half of a surrogate pair; None without one.
+    """An error message if a string or key of parsed JSON holds half of a surrogate pair; None without one.
 
     Software that cuts a text between UTF-16 units leaves such an escape, half of an emoji. No tokenizer accepts it.
     """
@@ -145,7 +145,7 @@ def lone_surrogate(value: object) -> str | None:
             rest += [(f"{place}.{key}" if place else key, part) for key, part in item.items()]
             rest += [(f"{place} (a key)", key) for key in item]
         elif isinstance(item, str) and (half := _first_surrogate(item)):
-            return f"field {place!r}: {half} is half of a surrogate pair, which is no character"
+            return f"field {place!r}: {half} is half of a surrogate pair, which is not a character"
     return None
 
 

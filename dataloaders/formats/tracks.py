@@ -1,4 +1,4 @@
-"""Point tracks: validation, and from a clip's own clock to the N frames the model sees."""
+"""Point tracks: validation, and interpolation from a clip's clock to the N frames of the model."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from numpy.typing import ArrayLike
 from dataloaders.records import ABSENT
 
 TRACK_TOLERANCE = 0.01
-"""How far, in fractions of the frame, a tracked point may lie outside it and still be clipped to its edge."""
+"""How far outside the frame a tracked point may be, in fractions of the frame; it is clipped to the edge."""
 
 _TIME_RESOLUTION = 1e-6
-"""Seconds; records are written with rounded times, and a frame must not fall out of its event for that."""
+"""Tolerance in seconds: the times of records are rounded, which must not exclude a frame from its event."""
 
 
 class TrackError(ValueError):
-    """Points that are no tracks: the message names the track and the sample."""
+    """Points that are not tracks. The message contains the indices of track and sample."""
 
 
 def validate_tracks(points: Any, num_points: int, tolerance: float = TRACK_TOLERANCE) -> np.ndarray:
     """Nested lists of at least P tracks of K samples [x, y] -> (P, K, 2) float64, clipped to [0, 1].
 
-    A pair equal to (-1, -1) is absent. Raises TrackError naming the index of the first point that is NaN, lies
-    further than `tolerance` outside the frame, or is half absent, and where the lists are ragged or too few.
+    A pair equal to (-1, -1) is absent. Raises TrackError with the index of the first point that is NaN, further than
+    `tolerance` outside the frame, or half absent; and for lists that are ragged or too few.
     """
     try:
         tracks = np.asarray(points, dtype=np.float64)
@@ -55,9 +55,9 @@ def place_tracks(tracks: np.ndarray, times: tuple[float, float], duration: float
 
     tracks    (P, K, 2); the K samples are evenly spaced over [times[0], times[1]], both ends included
     times     seconds, on the video's clock
-    duration  of the video in seconds; frame n stands at n / (N - 1) * duration
-    Returns (P, N, 2) float32. Inside the event neighbouring samples are interpolated linearly where both are present,
-    else the nearer one counts, absent or not; outside the event all points are absent.
+    duration  of the video in seconds; frame n is at n / (N - 1) * duration
+    Returns (P, N, 2) float32. Inside the event, two neighbouring samples are interpolated linearly if both are present;
+    otherwise the nearer one is taken, absent or not. Outside the event all points are absent.
     """
     start, end = times
     frames = np.arange(num_frames) / max(num_frames - 1, 1) * duration

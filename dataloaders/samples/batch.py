@@ -1,7 +1,7 @@
 """The packed batch: the one representation between the collator and the loss.
 
-Everything an index can say is said here, on the CPU, once; the training step only gathers and scatters, so nothing in
-it waits for the device.
+The collator makes all index lists here, once, on the CPU. The training step only gathers and scatters with them, so it
+never waits for the device.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from dataloaders.records import ABSENT, TokenizedSample
 class PackedBatch:
     """T tokens of S samples in one row, without padding.
 
-    token_ids        (T,) int64, 0 where a frame sits
+    token_ids        (T,) int64, 0 at the frames
     position_ids     (T,) int32, restarts at 0 for each sample
     cu_seqlens       (S + 1,) int32 sample boundaries; max_seqlen, the longest sample
     features         (F, C) frame features; feature_rows (F,) int64, the rows they replace
     target_ids       (L,) int64 supervised tokens; target_rows (L,) int64, the hidden rows that predict them
     trajectory       (M, P, N, 2) float32, (-1, -1) where absent; trajectory_rows (M,) int64
     normalizers      (2,) float32: divisors of the summed cross-entropy and of the summed L1, of the whole global batch
-    sample_ids       for messages
+    sample_ids       for error messages
     """
 
     token_ids: Tensor
@@ -67,15 +67,16 @@ def collate(
 ) -> PackedBatch:
     """Pack samples and their frame features, (num_frames, C) each, into one row.
 
-    normalizers  (supervised tokens, coordinates) of the global batch; None when this batch is the global batch.
-    Raises ValueError when a feature record does not fit its sample.
+    normalizers  (supervised tokens, coordinates) of the global batch; None if this batch is the global batch
+    Raises ValueError if a feature record does not fit its sample.
     """
     assert len(samples) == len(features)
     assert samples, "an empty batch has no shape"
     for sample, record in zip(samples, features):
         if record.shape[0] != sample.num_frames:
             raise ValueError(
-                f"sample {sample.id}: {record.shape[0]} features of media {sample.media!r} for {sample.num_frames} frames"
+                f"sample {sample.id}: {record.shape[0]} features of media {sample.media!r} "
+                f"for {sample.num_frames} frames"
             )
     lengths = np.array([len(s.token_ids) for s in samples], dtype=np.int64)
     boundaries = np.concatenate([[0], np.cumsum(lengths)])

@@ -1,4 +1,4 @@
-"""A stage's training set: tokenized once, mapped from disk, and nothing left out of it without a line that says why."""
+"""A stage's training set: tokenized once, mapped from disk, with a log of every sample that is left out."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class StageDataset:
 
     data, stage   folder in the layout of `dataloaders.formats`; 1, 2 or 3
     num_frames, num_points  N and P of the trajectories (1 and 1 in stage 1)
-    max_length    tokens; longer samples are left out and counted in `over_length`, never cut
-    available     keys of encoded media; samples about others are left out, their keys in `not_encoded`. None for all
-    cache         folder that keeps the tokenized samples for further ranks and runs; None to make them for this one alone
-    failure_budget  share of the stage's records that may be malformed; they are left out, in `malformed`
+    max_length    tokens; longer samples are left out and listed in `over_length`, never truncated
+    available     keys of encoded media; samples of other media are left out, their keys in `not_encoded`. None for all
+    cache         folder that keeps the tokenized samples for other ranks and runs; None for no cache
+    failure_budget  share of the stage's records that may be malformed; they are left out and listed in `malformed`
     turn, narrative_timing  see `dataloaders.formats.Reading`
-    processes     that read annotations; None for what their size is worth
+    processes     worker processes that read annotations; None chooses by the size of the files
 
     tokens, targets, coordinates  (n,) int32 per sample: length, supervised tokens, present coordinates
     largest_tokens                (n,) int32 per sample: the largest token id
-    Raises ValueError for a folder without data, and when more records are malformed than the budget allows: one sentence
+    Raises ValueError for a folder without data, and if more records are malformed than the budget allows: one sentence
     for each of the first ten, with file, line and field.
     """
 
@@ -84,7 +84,7 @@ class StageDataset:
         return self._index[int(self._rows[index])]
 
     def groups(self) -> np.ndarray:
-        """A number (n,) per sample that samples about the same media share."""
+        """Group numbers (n,): samples of the same media have the same number."""
         numbers = {key: number for number, key in enumerate(sorted(set(self.media)))}
         return np.fromiter((numbers[key] for key in self.media), np.int64, len(self.media))
 
@@ -99,7 +99,7 @@ class StageDataset:
         return ", ".join(parts)
 
     def left_out(self) -> list[Failure]:
-        """Everything that is not trained on and why, in the files' order within each reason; the same on every rank."""
+        """All samples left out, with reasons, in the order of the files for each reason; the same on every rank."""
         length = f"the sample has more than {self.max_length} tokens"
         return [
             *(
@@ -117,18 +117,18 @@ class StageDataset:
         ]
 
     def exclusions(self) -> dict[str, int | str]:
-        """How many were left out at each stage, and a checksum of which ones: for checkpoints."""
+        """For checkpoints: the number of samples left out for each reason, and a checksum of which ones."""
         failures = self.left_out()
         counts = Counter(failure.stage for failure in failures)
         which = hashlib.sha256(json.dumps([[f.id, f.stage, f.reason] for f in failures]).encode()).hexdigest()[:16]
         return {**dict(sorted(counts.items())), "which": which} if failures else {}
 
     def write_left_out(self, path: Path) -> None:
-        """`left_out` as JSON lines, as the encoder's ledger is written."""
+        """Write `left_out` as JSON lines, in the format of the encoder's ledger."""
         path.write_text("".join(json.dumps(asdict(f), ensure_ascii=False) + "\n" for f in self.left_out()))
 
     def fingerprint(self) -> str:
-        """A short checksum of the samples, their annotations and lengths in tokens; equal data give equal training."""
+        """A short checksum of the samples: their annotations, and their lengths in tokens."""
         contents = hashlib.sha256(self._index.digests[self._rows].tobytes())
         for counts in (self.tokens, self.targets, self.coordinates):
             contents.update(counts.tobytes())
@@ -137,6 +137,6 @@ class StageDataset:
     def _check_budget(self, budget: float) -> None:
         count, total = len(self.malformed), len(self.malformed) + len(self._index)
         if count > budget * total:
-            told = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed[:_ERRORS_SHOWN]]
-            told.append(f"{count:,} of {total:,} records are malformed, more than the failure budget of {budget:.2%}")
-            raise RecordError("\n".join(told))
+            errors = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed[:_ERRORS_SHOWN]]
+            errors.append(f"{count:,} of {total:,} records are malformed, more than the failure budget of {budget:.2%}")
+            raise RecordError("\n".join(errors))

@@ -1,7 +1,8 @@
-"""Annotations to tokenized samples, once: by many processes, kept on disk under a name that says what they were made of.
+"""Tokenize annotations once, in many processes, and cache the result on disk.
 
-The name is a checksum of everything that decides the numbers: the annotation files, the tokenizer, the options and this
-package's own readers. Data that changed are read anew; ranks and later runs find what the first one made.
+The name of the cache file is a checksum of everything that the numbers depend on: the annotation files, the tokenizer,
+the options and the code of the readers. Changed data are read again; ranks and later runs use the file of the first
+one.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ from dataloaders.samples.prompts import tokenize
 from dataloaders.samples.tokenized import Columns, TokenizedFile
 
 _CHUNK = 256
-"""Records that a process takes at a time."""
+"""Records per task of a process."""
 
 _WORTH_PROCESSES = 32_000_000
-"""Bytes of annotations that take longer to read than further processes take to start."""
+"""Bytes of annotations above which starting more processes saves time."""
 
-_MOST_PROCESSES = 32
+_MAX_PROCESSES = 32
 
-_TAKES_NO_FILES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
 class Malformed:
-    """A record that could not be read: `line` of `file`, from 1, and one sentence without the place."""
+    """A record that could not be read: `line` of `file`, from 1, and a reason without the place."""
 
     file: str
     line: int
@@ -56,7 +57,7 @@ class Malformed:
 
 @dataclass(frozen=True)
 class _Task:
-    """Some records of an annotation file, by their bytes."""
+    """Some records of an annotation file; spans are (offset, length) in bytes."""
 
     path: Path
     kind: Format
@@ -66,20 +67,20 @@ class _Task:
 _Result = tuple[Columns | None, list[tuple[int, str]]]
 
 
-class Tokenizing:
-    """What every record of a stage goes through; sent to a process once."""
+class TokenizeRecords:
+    """Reads and tokenizes the records of a task. Sent to each process once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> None:
         self.tokenizer, self.reading = tokenizer, reading
 
     def __call__(self, task: _Task) -> _Result:
-        """Columns of the good records, and (offset, sentence) of the malformed ones."""
+        """Columns of the good records, and (offset, reason) of the malformed ones."""
         samples, texts, digests, errors = [], [], [], []
         with task.path.open("rb") as file:
             for offset, length in task.spans:
                 file.seek(offset)
                 raw = file.read(length)
-                # A line number would have to be counted; it is, later, if anybody has to be told.
+                # Lines are counted later, and only if a message needs them.
                 place = f"@{offset}"
                 try:
                     record = parse_json(raw, place)
@@ -90,7 +91,7 @@ class Tokenizing:
                 n, p = self.reading.num_frames, self.reading.num_points
                 samples.append(tokenize(sample, self.tokenizer, num_frames=n, num_points=p))
                 texts += [sample.id.encode(), sample.media.encode()]
-                # Of the record as written: an edited answer or trajectory may leave every length as it was.
+                # Of the record's bytes: an edited answer or trajectory may keep all lengths.
                 digests.append(hashlib.sha256(raw).digest()[:16])
         return (tokenized.pack(samples, texts, digests) if samples else None), errors
 
@@ -105,31 +106,31 @@ def open_index(
 ) -> tuple[TokenizedFile, list[Malformed]]:
     """All samples of a split's annotation files, in order, and its malformed records.
 
-    folder     the split, such as DATA/stage2
-    cache      folder that keeps what was made; None makes it for this call alone
-    processes  that read; 0 for this one alone, None for what the files' size is worth
-    Raises ValueError for an annotation file that ends too early or is no JSON at all, and where `cache` takes no files.
+    folder     of the split, such as DATA/stage2
+    cache      folder for the tokenized samples; None for no cache
+    processes  worker processes; 0 for none, None chooses by the size of the files
+    Raises ValueError for an annotation file that is truncated or not JSON, and if `cache` is not writable.
     """
     with tempfile.TemporaryDirectory() if cache is None else nullcontext(cache) as directory:
         path = Path(directory) / f"{folder.name}-{_identity(folder, formats, tokenizer, reading)}.safetensors"
-        # Of a cache that holds it nothing is written: it may be read-only.
+        # A cache that holds the file is not written to: it may be read-only.
         if not path.exists():
             with _writable(path.parent), _locked(path) as held:
                 if not path.exists():
                     remove_abandoned(path.parent, f".{escape(path.name)}.*.tmp", held)
-                    _build(path, folder, formats, Tokenizing(tokenizer, reading), processes)
+                    _build(path, folder, formats, TokenizeRecords(tokenizer, reading), processes)
         index = TokenizedFile(path)
     return index, [Malformed(*entry) for entry in json.loads(index.notes["malformed"])]
 
 
 @contextmanager
 def _writable(cache: Path) -> Iterator[None]:
-    """Make the folder; within the block, a cache that takes no files is one sentence."""
+    """Create the cache folder. Within the block, raises ValueError if the folder is not writable."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        if error.errno not in _TAKES_NO_FILES:
+        if error.errno not in _NOT_WRITABLE:
             raise
         raise ValueError(
             f"tokenized samples cannot be kept in {cache} ({error.strerror}); choose another folder with --cache"
@@ -138,9 +139,9 @@ def _writable(cache: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Held by the one process that builds while others wait.
+    """Hold the lock of the process that builds the file, while others wait.
 
-    False on a file system without locks: there each process builds, and the last one's file, the same, stays.
+    Yields False on a file system without locks: there each process builds the same file, and the last one remains.
     """
     file = path.with_name(f".{path.name}.lock")
     with lock(file, "runs that start together each tokenize the same samples", wait=True) as held:
@@ -151,8 +152,8 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _identity(folder: Path, formats: Sequence[Format], tokenizer: PreTrainedTokenizerBase, reading: Reading) -> str:
-    """16 hexadecimal digits that change with anything that decides a number of the index."""
-    decisive = [
+    """16 hexadecimal digits: a checksum of everything that the numbers of the index depend on."""
+    inputs = [
         folder.name,
         {kind.file: sha256(folder / kind.file) for kind in formats},
         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -160,24 +161,24 @@ def _identity(folder: Path, formats: Sequence[Format], tokenizer: PreTrainedToke
         repr(reading),
         _code(),
     ]
-    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
 @lru_cache(1)
 def _code() -> str:
-    """A checksum of what turns records into numbers: nobody has to remember to count up a version."""
+    """A checksum of the code that turns records into numbers, so that no version has to be increased by hand."""
     files = [file for module in (formats, records, prompts, tokenized) for file in _sources(module)]
     return hashlib.sha256("".join(sha256(file) for file in [*files, Path(__file__)]).encode()).hexdigest()
 
 
 def _sources(module: ModuleType) -> list[Path]:
-    """The files of a module, or of a package."""
+    """The source files of a module or package."""
     assert module.__file__ is not None
     file = Path(module.__file__)
     return sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]
 
 
-def _build(path: Path, folder: Path, formats: Sequence[Format], work: Tokenizing, processes: int | None) -> None:
+def _build(path: Path, folder: Path, formats: Sequence[Format], work: TokenizeRecords, processes: int | None) -> None:
     broken: list[str] = []
     tasks = [task for kind in formats for task in _tasks(folder / kind.file, kind, broken)]
     errors: dict[str, list[tuple[int, str]]] = {kind.file: [] for kind in formats}
@@ -201,15 +202,15 @@ def _build(path: Path, folder: Path, formats: Sequence[Format], work: Tokenizing
             for line, (_, reason) in zip(_lines(folder / file, [offset for offset, _ in found]), found)
         ]
         if broken:
-            told = [f"{folder / file}:{line}: {reason}" for file, line, reason in malformed[:10]]
-            raise RecordError("\n".join([*told, *broken]))
+            errors_shown = [f"{folder / file}:{line}: {reason}" for file, line, reason in malformed[:10]]
+            raise RecordError("\n".join([*errors_shown, *broken]))
         notes["malformed"] = json.dumps(malformed)
 
     tokenized.write(path, parts(), work.reading.num_frames, work.reading.num_points, notes)
 
 
 def _tasks(path: Path, kind: Format, broken: list[str]) -> Iterator[_Task]:
-    """An annotation file's records in groups; why the file could not be read to its end goes to `broken`."""
+    """Tasks for the records of an annotation file; if it cannot be read to its end, the reason goes to `broken`."""
     spans: list[tuple[int, int]] = []
     try:
         for offset, text in iter_raw(path):
@@ -224,7 +225,7 @@ def _tasks(path: Path, kind: Format, broken: list[str]) -> Iterator[_Task]:
 
 
 def _lines(path: Path, offsets: Sequence[int]) -> Iterator[int]:
-    """The line, from 1, of each of some ascending offsets, in one pass over the file."""
+    """The line numbers, from 1, of ascending offsets, in one pass over the file."""
     line, position = 1, 0
     with path.open("rb") as file:
         for offset in offsets:
@@ -239,24 +240,24 @@ def _processes(tasks: Sequence[_Task], processes: int | None) -> int:
     if processes is not None:
         return processes
     size = sum(length for task in tasks for _, length in task.spans)
-    return min(available_cores(), _MOST_PROCESSES) if size >= _WORTH_PROCESSES else 0
+    return min(available_cores(), _MAX_PROCESSES) if size >= _WORTH_PROCESSES else 0
 
 
 @contextmanager
-def _run(work: Tokenizing, tasks: Sequence[_Task], processes: int) -> Iterator[Iterable[_Result]]:
+def _run(work: TokenizeRecords, tasks: Sequence[_Task], processes: int) -> Iterator[Iterable[_Result]]:
     """The results of the tasks, in order."""
     if processes < 2:
         yield map(work, tasks)
         return
-    # A forked child of a process with threads may hang. A tokenizer takes a second to send, so it is sent once.
+    # A forked child of a process with threads may hang. Sending a tokenizer takes a second, so it is sent once.
     with ProcessPoolExecutor(processes, get_context("spawn"), _set_work, (work,)) as pool:
         yield pool.map(_do_work, tasks)
 
 
-_work: Tokenizing | None = None
+_work: TokenizeRecords | None = None
 
 
-def _set_work(work: Tokenizing) -> None:
+def _set_work(work: TokenizeRecords) -> None:
     global _work
     _work = work
 

@@ -21,8 +21,8 @@ class BatchPlan:
     global_batch  samples per optimizer step, over all ranks and micro-batches
     seed          of the shuffle
     groups        (n,) int or None; samples of one group stay next to each other in every epoch, so that, for
-                  instance, two questions about one video meet in one batch
-    Raises ValueError when the data set holds fewer samples than one batch.
+                  instance, two questions about one video are in one batch
+    Raises ValueError if the data set holds fewer samples than one batch.
     """
 
     def __init__(self, num_samples: int, global_batch: int, seed: int, groups: np.ndarray | None = None) -> None:
@@ -67,10 +67,10 @@ def split_batch(lengths: Sequence[int] | np.ndarray, ranks: int, token_budget: i
     """Split one global batch over ranks and micro-batches, balanced by token count (longest first).
 
     lengths       (B,) tokens of each sample
-    token_budget  most tokens that one micro-batch may hold
+    token_budget  most tokens of a micro-batch
     Returns bins[rank][micro_batch] = positions in `lengths`. Every rank has the same number of micro-batches, the
-    smallest that respects the budget; with fewer samples than bins some are empty. Raises ValueError when a single
-    sample exceeds the budget.
+    smallest that respects the budget. With fewer samples than bins some are empty. Raises ValueError if a single sample
+    exceeds the budget.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     longest = int(lengths.max(initial=0))

@@ -1,7 +1,7 @@
 """Prepare the next batches on threads while the device works on this one.
 
-Threads, not processes: what a batch is made of is mapped from disk and copied by NumPy and PyTorch, which let go of
-Python's lock, and pinned memory belongs to the process that asked for it.
+It uses threads instead of processes: batches are copied from mapped files by NumPy and PyTorch, which release Python's
+lock, and pinned memory belongs to the process that allocates it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ T = TypeVar("T")
 def prefetch(make: Callable[[S], T], items: Sequence[S], workers: int = 2, ahead: int = 2) -> Iterator[T]:
     """Yield make(item) for `items`, in order, computed by `workers` threads up to `workers + ahead` items before use.
 
-    With no workers each is made when it is asked for. An exception surfaces where its item would have come.
+    With 0 workers each is computed on demand. An exception is raised in the place of its item.
     """
     if workers == 0:
         yield from map(make, items)
         return
-    # A thread starts on device 0, and pinning memory there would open a context of hundreds of MB for every rank.
+    # A thread starts on device 0. Pinning memory there would create a context of hundreds of MB for every rank.
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     start = None if device is None else lambda: torch.cuda.set_device(device)
     pool = ThreadPoolExecutor(workers, "prefetch", start)

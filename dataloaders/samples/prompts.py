@@ -1,9 +1,9 @@
-"""Conversations to tokens: the Vicuna v1 prompt, what is supervised, and which tokens have a trajectory.
+"""Conversations to tokens: the Vicuna v1 prompt, the supervised tokens, and the tokens with a trajectory.
 
     A chat between ... questions. USER: <video>\\n{question} ASSISTANT: {answer}</s>USER: ...
 
-The text around the frames is tokenized piece by piece, as LLaVA and its descendants do at inference, so that a prompt
-is always a prefix of the sample that taught it. Each turn is one piece; where it ends, `</s>` is put by id.
+The text before and after the frames is tokenized separately, as LLaVA and its descendants do at inference. So a prompt
+is always a prefix of its training sample. Each turn is tokenized alone, and the id of `</s>` is appended to it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from dataloaders.records import Sample, TokenizedSample
 
 if TYPE_CHECKING:
-    # Decoding workers import the readers, which need an index rule from here and none of transformers' weight.
+    # Decoding workers import the readers, which need `time_to_index`, but not transformers.
     from transformers import PreTrainedTokenizerBase
 
 SYSTEM = (
@@ -29,15 +29,15 @@ _LATER_TURN = "USER: {question} ASSISTANT:"
 
 
 def time_to_index(seconds: float, duration: float, num_frames: int) -> int:
-    """Index of the frame that stands for a time: min(round(seconds / duration * N), N - 1)."""
+    """Frame index of a time: min(round(seconds / duration * N), N - 1)."""
     return min(round(seconds / duration * num_frames), num_frames - 1)
 
 
 def prompt_ids(question: str, tokenizer: PreTrainedTokenizerBase, num_frames: int) -> tuple[np.ndarray, int]:
-    """Prompt of a question about `num_frames` frames, ready for its answer to be generated.
+    """The prompt of a question about `num_frames` frames, to generate its answer.
 
-    Returns token ids (n,) int64, 0 where a frame sits, and the position of the first frame. Raises ValueError for a
-    question that is no Unicode text, as the bytes of another encoding on a command line are not.
+    Returns token ids (n,) int64, 0 at the frames, and the position of the first frame. Raises ValueError for a question
+    that is not valid Unicode, such as bytes of another encoding on a command line.
     """
     try:
         question.encode()
@@ -53,9 +53,9 @@ def tokenize(
 ) -> TokenizedSample:
     """Tokenize a sample about `num_frames` frames.
 
-    Supervised are the tokens after each `ASSISTANT:` and the `</s>` that ends the answer. A mention's trajectory, of
-    shape (num_points, num_frames, 2), belongs to every token that overlaps its characters; of two mentions that claim
-    one token the later wins. Raises ValueError for a tokenizer that cannot say which characters a token covers.
+    The tokens after each `ASSISTANT:` and the `</s>` at the end of the answer are supervised. A mention's trajectory
+    (num_points, num_frames, 2) belongs to every token that overlaps its characters; if two mentions overlap a token,
+    the later one wins. Raises ValueError for a tokenizer without character offsets.
     """
     head = _head(tokenizer)
     ids = [*head, *[0] * num_frames]
@@ -66,7 +66,7 @@ def tokenize(
         prompt = (_LATER_TURN if i else _FIRST_TURN).format(question=turn.question)
         tokens, offsets = _encode(tokenizer, f"{prompt} {turn.answer}")
         starts, ends = offsets.T
-        # The space before the answer is the model's to say: at inference the prompt ends with the colon.
+        # The model generates the space before the answer: at inference the prompt ends with the colon.
         first = int(np.searchsorted(ends, len(prompt), side="right"))
         if first < len(tokens) and starts[first] < len(prompt):
             raise ValueError(
@@ -101,10 +101,10 @@ def tokenize(
 
 @lru_cache(maxsize=4)
 def _head(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Everything before the frames, which no sample changes. Checks the tokenizer, once."""
+    """Token ids before the frames, the same for all samples. Checks the tokenizer, once."""
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{type(tokenizer).__name__} does not tell which characters a token covers; use a fast tokenizer"
+            f"{type(tokenizer).__name__} does not give the character offsets of its tokens; use a fast tokenizer"
         )
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{type(tokenizer).__name__} lacks a token for the beginning or the end of a text")

@@ -1,7 +1,7 @@
-"""Tokenized samples on disk: flat arrays in one safetensors file, mapped, a sample being a slice of each.
+"""Tokenized samples on disk: flat arrays in one mapped safetensors file. A sample is a slice of each array.
 
-To read an annotation and tokenize it costs 1 to 2 ms; to find it here some microseconds. A mention's trajectory stands
-once, however many tokens share it: a PiTe-143k sample takes about 20 kB.
+Reading and tokenizing an annotation takes 1 to 2 ms, reading it here some microseconds. A mention's trajectory is
+stored once, even if many tokens share it: a PiTe-143k sample takes about 20 kB.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _TYPES: dict[str, tuple[str, type[np.generic]]] = {
     "texts": ("U8", np.uint8),
     "digests": ("U8", np.uint8),
 }
-"""Columns and their types, as safetensors and NumPy name them; bytes come last, so that numbers are aligned.
+"""Columns and their types in safetensors and NumPy. Byte columns come last, so that the numbers are aligned.
 
-Flat over samples are token_ids, target_positions, trajectory_positions, trajectory_owners (which of the sample's
-trajectories a position has), trajectories (K, P, N, 2) and texts (id and media, UTF-8). One row per sample have lengths
-(n, 6): tokens, targets, positions, trajectories, bytes of the id, bytes of the media; frame_starts, coordinates and
-largest_tokens (n,); digests (n, 16).
+Concatenated over samples: token_ids, target_positions, trajectory_positions, trajectory_owners (index of the position's
+trajectory among those of the sample), trajectories (K, P, N, 2) and texts (id and media, UTF-8). With one row per
+sample: lengths (n, 6), which are tokens, targets, positions, trajectories, bytes of the id, bytes of the media;
+frame_starts, coordinates and largest_tokens (n,); digests (n, 16).
 """
 
 
 def pack(samples: Sequence[TokenizedSample], texts: Sequence[bytes], digests: Sequence[bytes]) -> Columns:
-    """The columns of some samples. texts are their ids and media, two per sample; digests 16 bytes each."""
+    """The columns of some samples. `texts` are their ids and media, two per sample; `digests` are 16 bytes each."""
     owners, trajectories = [], []
     for sample in samples:
-        # Tokens of one mention stand side by side and have the very same numbers.
+        # Tokens of one mention are next to each other and have equal trajectories.
         first = np.ones(len(sample.trajectory), dtype=bool)
         first[1:] = (sample.trajectory[1:] != sample.trajectory[:-1]).any((1, 2, 3))
         owners.append(np.cumsum(first) - 1)
@@ -74,9 +74,9 @@ def pack(samples: Sequence[TokenizedSample], texts: Sequence[bytes], digests: Se
 
 
 def write(path: Path, parts: Iterable[Columns], num_frames: int, num_points: int, notes: Mapping[str, str]) -> None:
-    """Write the columns of `parts`, in turn, as one file; memory is that of a part. A kill leaves no half of it.
+    """Write the columns of all `parts` as one file, atomically. Needs the memory of one part.
 
-    notes  texts to keep with the samples; they may be filled until the last part was taken
+    notes  texts to store with the samples; they may be filled until the last part was taken
     """
     with temporary_directory(path) as temporary, ExitStack() as stack:
         files = {name: stack.enter_context((temporary / name).open("w+b")) for name in _TYPES}
@@ -106,11 +106,11 @@ def write(path: Path, parts: Iterable[Columns], num_frames: int, num_points: int
 
 
 class TokenizedFile:
-    """What `write` wrote, mapped. Samples are made on demand; ids and media are read once. Raises ValueError if damaged.
+    """A file of `write`, mapped. Samples are read on demand, ids and media once. Raises ValueError if it is damaged.
 
     tokens, targets, coordinates  (n,) int32 of each sample: length, supervised tokens, present coordinates
     largest_tokens                (n,) int32, the largest token id of each sample
-    digests                       (n, 16) uint8, of each record as it was written
+    digests                       (n, 16) uint8, checksum of each record's bytes
     """
 
     def __init__(self, path: Path, content: bytes | None = None) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from dataloaders.failures import LEDGER, read_failures, report
 from dataloaders.store.features import MANIFEST, FeatureStore, Manifest
 from dataloaders.store.tools import (
-    AS_PITE,
+    PITE_SAMPLING,
     NpyFolder,
     Report,
     discard,
     import_npy,
+    log_missing,
     merge,
-    note_missing,
     stores_in,
     verify,
 )
@@ -56,9 +56,10 @@ def _verify(options: argparse.Namespace) -> int:
 def _lines(report: Report) -> Iterator[str]:
     yield from report.damage.values()
     if report.repeated:
-        yield f"{len(report.repeated):,} keys stand in more than one shard, {report.repeated[0]!r} among them"
+        yield f"{len(report.repeated):,} keys are in more than one shard, such as {report.repeated[0]!r}"
     if report.stray:
-        yield f"{len(report.stray):,} files of {report.stray_bytes / 1e6:.1f} MB, left by killed writers, belong to no shard"
+        size = f"{report.stray_bytes / 1e6:.1f} MB"
+        yield f"{len(report.stray):,} files of {size}, left by killed writers, belong to no shard"
 
 
 def _merge(options: argparse.Namespace) -> int:
@@ -78,7 +79,7 @@ def _import(options: argparse.Namespace) -> int:
     copied = import_npy(folder, options.output, manifest, options.shard_records)
     print(f"{copied:,} records copied; {options.output} holds {len(FeatureStore(options.output)):,}")
     if options.data is not None:
-        missing = note_missing(options.folder, options.output, options.data, options.split, options.failure_budget)
+        missing = log_missing(options.folder, options.output, options.data, options.split, options.failure_budget)
         where = (
             f"; training leaves them out, and `python -m dataloaders.store failures {options.output.parent}` lists them"
             if missing
@@ -98,11 +99,13 @@ def _failures(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status, 1 after damage or a one-sentence error."""
-    parser = argparse.ArgumentParser("python -m dataloaders.store", description="Look after feature stores.")
+    """Run the command line. Returns the exit status: 1 after damage or a one-sentence error."""
+    parser = argparse.ArgumentParser(
+        "python -m dataloaders.store", description="Inspect, verify, merge and import feature stores."
+    )
     commands = parser.add_subparsers(required=True, metavar="inspect|verify|merge|import|failures")
 
-    command = commands.add_parser("inspect", help="what a store was made of, and how much it holds")
+    command = commands.add_parser("inspect", help="the settings that a store was made with, and its size")
     command.add_argument("store", type=Path, help="a store, or a folder of stores such as engine.encode fills")
     command.set_defaults(run=_inspect)
 
@@ -111,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--discard",
         action="store_true",
-        help="remove damaged shards' indices and what killed writers left; refused while a process writes",
+        help="remove damaged shards' indices and files of killed writers; refused while a process writes",
     )
     command.set_defaults(run=_verify)
 
@@ -125,17 +128,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("import", parents=[shards], help="copy a folder of {id}.npy, each (N, channels)")
     command.add_argument("folder", type=Path)
     command.add_argument("output", type=Path, help="store, such as FEATURES/videos")
-    command.add_argument("--split", required=True, help="stage2, stage3, evaluation: where the ids belong")
+    command.add_argument("--split", required=True, help="split of the ids: stage2, stage3 or evaluation")
     origin = command.add_mutually_exclusive_group(required=True)
-    origin.add_argument("--encoder", help="what made the features, to be recorded")
-    origin.add_argument("--like", type=Path, metavar="STORE", help="they were made as the features of this store were")
-    command.add_argument("--sampling", default=AS_PITE, help=f"rule that picked the frames (default: {AS_PITE})")
+    origin.add_argument("--encoder", help="name of the encoder, for the manifest")
+    origin.add_argument("--like", type=Path, metavar="STORE", help="take the manifest of this store")
+    command.add_argument("--sampling", default=PITE_SAMPLING, help=f"frame sampling rule (default: {PITE_SAMPLING})")
     command.add_argument("--preprocess", default="imported", help="resize, crop and normalisation (default: imported)")
     command.add_argument(
         "--data",
         type=Path,
-        help="data folder whose media of this split are looked for; those without a file are written to the ledger beside "
-        "OUTPUT, so that training leaves them out",
+        help="data folder; media of this split without a file are logged in the ledger next to OUTPUT, "
+        "and training leaves them out",
     )
     command.add_argument(
         "--failure-budget",

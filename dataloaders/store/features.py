@@ -1,11 +1,12 @@
-"""Feature store: what a frozen encoder saw, once, in shards that are mapped rather than read.
+"""Feature store: the features of a frozen encoder, computed once, in shards that are mapped into memory.
 
-    STORE/manifest.json                  what made the features; a store made otherwise is refused
-    STORE/00000-000003.safetensors       one tensor `features` (n, tokens, channels) float16; rank and number in the name
-    STORE/00000-000003.parquet           its keys and checksums, row by row; written last: a shard without one does not exist
+    STORE/manifest.json                  how the features were made; a store with another manifest is refused
+    STORE/00000-000003.safetensors       one tensor `features` (n, tokens, channels) float16; rank and number in the
+                                         name
+    STORE/00000-000003.parquet           its keys and checksums, row by row; written last: a shard without it is ignored
 
-Files are written beside, flushed and renamed, and never changed afterwards. A killed writer loses the records of its
-unfinished shard, nothing else. One record of PiTe's is 153.6 kB, so a shard of 1024 is 157 MB.
+Files are written under a temporary name, flushed and renamed, and never changed afterwards. A killed writer loses only
+the records of its unfinished shard. A record of PiTe takes 153.6 kB, so a shard of 1024 records takes 157 MB.
 
 `python -m dataloaders.store --help` inspects, verifies, merges and imports stores.
 """
@@ -38,22 +39,22 @@ from dataloaders.files import write_atomically
 MANIFEST = "manifest.json"
 _TENSOR = "features"
 _MAPPED_SHARDS = 32
-"""Shards kept mapped per store. Each holds a file descriptor, and a stage has more shards than a process may open."""
+"""Shards that stay mapped per store. Each uses a file descriptor; a stage has more shards than a process may open."""
 
 _OPENING_THREADS = 8
-"""Indices read at a time: on a network each costs some round trips, and a million records have a thousand."""
+"""Indices read in parallel: over a network each takes some round trips, and a million records have a thousand."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What made a store's features; a store whose manifest differs from the one asked for is refused.
+    """How a store's features were made. A store whose manifest differs from the expected one is refused.
 
     encoder     checksum of the encoder's weights
     num_frames  frames encoded per video; 1 for still images
-    sampling    rule that picked them
+    sampling    frame sampling rule
     preprocess  resize, crop and normalisation
     tokens, channels  shape of a record
-    dtype, compute_dtype  of what is stored, and of the encoder's own arithmetic: bfloat16 and float32 features differ
+    dtype, compute_dtype  of the stored features, and of the encoder's arithmetic: bfloat16 and float32 features differ
     """
 
     encoder: str
@@ -76,27 +77,27 @@ class Manifest:
             ) from None
         except KeyError as error:
             raise ValueError(
-                f"{path / MANIFEST} says nothing of {error}: it is damaged, or of an earlier version; encode into another "
+                f"{path / MANIFEST} has no field {error}: it is damaged, or of an earlier version; encode into another "
                 "folder, or remove this one"
             ) from None
         except (json.JSONDecodeError, TypeError) as error:
             raise ValueError(f"{path / MANIFEST} is damaged: {error!r}") from None
 
     def check(self, wanted: Manifest, path: Path) -> None:
-        """Raise ValueError naming the first field in which a store at `path` differs from what is wanted."""
+        """Raise ValueError with the first field in which the manifest of the store at `path` differs from `wanted`."""
         for f in fields(Manifest):
-            stored, asked = getattr(self, f.name), getattr(wanted, f.name)
-            if stored != asked:
+            stored, expected = getattr(self, f.name), getattr(wanted, f.name)
+            if stored != expected:
                 raise ValueError(
-                    f"the feature store {path} was made with {f.name} {stored!r}, but {asked!r} is asked for; "
+                    f"the feature store {path} was made with {f.name} {stored!r}, but {expected!r} is expected; "
                     "encode into another folder, or remove this one"
                 )
 
 
 class FeatureStore:
-    """Features by key, read from mapped shards. Opening reads the indices only; a shard is mapped when it is read.
+    """Features by key, read from mapped shards. Opening reads only the indices; a shard is mapped on its first read.
 
-    Raises ValueError where `path` is no store, or holds a shard that is shorter than its index says.
+    Raises ValueError if `path` is no store, or if the size of a shard does not match its index.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,10 +118,10 @@ class FeatureStore:
 
     @staticmethod
     def create_or_open(path: Path, manifest: Manifest) -> FeatureStore:
-        """Open a store to extend it, or begin an empty one.
+        """Open a store to extend it, or create an empty one.
 
-        A damaged shard loses its index here, so that its records are made again. Raises ValueError where the store was
-        made by another encoder, sampling or preprocessing.
+        Removes the index of a damaged shard, so that its records are made again. Raises ValueError if the store was
+        made with another encoder, sampling or preprocessing.
         """
         if (path / MANIFEST).exists():
             Manifest.load(path).check(manifest, path)
@@ -129,7 +130,7 @@ class FeatureStore:
             write_atomically(path / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
         for index, (_, _, damage) in read_indices(path, manifest).items():
             if damage is not None:
-                # Another rank may have been here first.
+                # Another rank may have removed it already.
                 index.unlink(missing_ok=True)
         return FeatureStore(path)
 
@@ -150,7 +151,7 @@ class FeatureStore:
         return self._mapped(shard)[1][row]
 
     def fingerprint(self, keys: Iterable[str]) -> str:
-        """A short checksum of what some records hold, from the checksums beside them, however they lie in shards.
+        """A short checksum of the contents of records, from their stored checksums. It does not depend on the shards.
 
         Raises ValueError for a key that is absent.
         """
@@ -166,9 +167,9 @@ class FeatureStore:
         return cast("list[int]", pq.read_table(index, columns=["crc32"])["crc32"].to_pylist())
 
     def advise(self, keys: Iterable[str]) -> None:
-        """Have the disk fetch some records, all at once, that will be read next.
+        """Prefetch records that will be read next (madvise), all in parallel.
 
-        Unadvised, random records of a mapped file come in page by page: 0.13 GB/s where the disk gives 2.8.
+        Without it, random records of a mapped file are read page by page: 0.13 GB/s from a disk that reaches 2.8 GB/s.
         """
         for key in keys:
             self._advise(*self._place(key))
@@ -179,11 +180,13 @@ class FeatureStore:
         self._mapped(shard)[0].madvise(mmap.MADV_WILLNEED, page, begin + self._record_bytes - page)
 
     def _place(self, key: str) -> tuple[int, int]:
-        """The number of a record's shard, and its row there."""
+        """The index of a record's shard, and its row in it."""
         try:
             row = self._rows[key]
         except KeyError:
-            raise ValueError(f"the feature store {self.path} holds nothing for {key!r}; run engine.encode") from None
+            raise ValueError(
+                f"the feature store {self.path} holds no features for {key!r}; run engine.encode"
+            ) from None
         shard = bisect_right(self._ends, row)
         return shard, row - (self._ends[shard - 1] if shard else 0)
 
@@ -197,17 +200,17 @@ class FeatureStore:
 
 
 class NonFiniteError(ValueError):
-    """Features that half precision cannot hold; the message names the record."""
+    """Features that are not finite in half precision. The message contains the record."""
 
 
 class FeatureWriter:
-    """Appends records to a store under one rank's name; a context manager that writes the last shard at its end.
+    """Appends records to a store under a rank's name. Leaving the context writes the last shard.
 
-    A lock keeps two processes of one machine from doing the same rank's work twice. Where it does not reach, as on some
-    network file systems, two writers still get shards of their own: a shard's name is taken by creating it.
+    A lock prevents two processes from writing as the same rank. On network file systems without locks two writers still
+    get different shards, because a shard's name is reserved by creating the file.
 
-    shard_records  records per shard: what a kill can cost
-    Raises ValueError while another process writes under the same rank.
+    shard_records  records per shard: the most that a kill can lose
+    Raises ValueError while another process writes as the same rank.
     """
 
     def __init__(self, store: FeatureStore, rank: int = 0, shard_records: int = 1024) -> None:
@@ -218,7 +221,7 @@ class FeatureWriter:
         self._number = max(taken, default=-1) + 1
 
     def add(self, records: Mapping[str, np.ndarray]) -> None:
-        """Append records (tokens, channels), kept in memory until a shard is full. Raises NonFiniteError."""
+        """Append records (tokens, channels); they stay in memory until a shard is full. Raises NonFiniteError."""
         for key, record in records.items():
             assert record.shape == (self.manifest.tokens, self.manifest.channels)
             with np.errstate(over="ignore"):
@@ -230,21 +233,21 @@ class FeatureWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is in memory as a shard, then its index."""
+        """Write the records in memory as a shard, then its index."""
         if not self._records:
             return
-        shard = self._take_name()
+        shard = self._reserve_name()
         records = list(self._records.values())
         write_atomically(shard, save({_TENSOR: np.stack(records)}))
         checksums = pa.array([zlib.crc32(record.tobytes()) for record in records], pa.uint32())
         sink = pa.BufferOutputStream()
-        # Keys are all different: a dictionary would only slow the opening.
+        # All keys differ, so a dictionary would only make opening slower.
         pq.write_table(pa.table({"key": list(self._records), "crc32": checksums}), sink, use_dictionary=False)
         write_atomically(shard.with_suffix(".parquet"), sink.getvalue().to_pybytes())
         self._records.clear()
 
-    def _take_name(self) -> Path:
-        """A shard's name that no other writer has, now this one's: exclusive creation holds on network disks too."""
+    def _reserve_name(self) -> Path:
+        """Reserve a shard's name by exclusive creation, which works on network file systems too."""
         while True:
             shard = self.path / f"{self.rank:05d}-{self._number:06d}.safetensors"
             self._number += 1
@@ -267,9 +270,9 @@ class FeatureWriter:
 
 
 def lock(path: Path, rank: int) -> locks.Lock:
-    """The lock of whoever writes to a store under a rank's name, until it is closed.
+    """Acquire the lock for writing to a store as a rank, until it is closed.
 
-    Raises ValueError while another process holds it.
+    Raises ValueError if another process holds it.
     """
     try:
         return locks.lock(path / f".{rank:05d}.lock", "a second process that writes as the same rank is not refused")
@@ -278,7 +281,7 @@ def lock(path: Path, rank: int) -> locks.Lock:
 
 
 class Index(NamedTuple):
-    """A shard's keys and where its tensor begins; or why it cannot be used."""
+    """A shard's keys and the offset of its tensor; `damage` is the reason if it cannot be used."""
 
     keys: list[str]
     start: int
@@ -286,16 +289,16 @@ class Index(NamedTuple):
 
 
 def read_indices(path: Path, manifest: Manifest) -> dict[Path, Index]:
-    """The index files of a store, in order, each with what it says and whether its shard is as long as its records."""
+    """The index files of a store, in order, with their contents; checks that each shard has the right size."""
     files = sorted(path.glob("*.parquet"))
-    # Threads wait for the disk; what computes would only get in each other's way there.
+    # The threads only read files; parsing in them would be slower, since it holds Python's lock.
     with ThreadPoolExecutor(_OPENING_THREADS) as pool:
         contents = pool.map(_content, files)
         return {file: _parse_index(file, *content, manifest) for file, content in zip(files, contents)}
 
 
 def _content(index: Path) -> tuple[bytes | OSError, tuple[int, int] | None]:
-    """An index file's bytes, and its shard's size and where the tensor begins; None where there is no whole header."""
+    """An index file's bytes; its shard's size and the offset of the tensor, or None without a complete header."""
     shard = index.with_suffix(".safetensors")
     try:
         extent = shard.stat().st_size, _data_start(shard)
@@ -324,6 +327,6 @@ def _parse_index(index: Path, content: bytes | OSError, extent: tuple[int, int] 
 
 
 def _data_start(shard: Path) -> int:
-    """Where the one tensor begins: after the header's length (8 bytes, little-endian) and the header (safetensors)."""
+    """Offset of the tensor: after the header's length (8 bytes, little-endian) and the header (safetensors)."""
     with shard.open("rb") as file:
         return 8 + struct.unpack("<Q", file.read(8))[0]

@@ -1,7 +1,7 @@
-"""Feature stores from the outside: verifying, merging, importing.
+"""Tools for feature stores: verify, merge, import.
 
-Opening a store compares sizes only; `verify` reads every byte. A damaged shard costs its own records and no others:
-without its index it does not exist, and engine.encode makes what is missing.
+Opening a store compares sizes only; `verify` reads every byte. A damaged shard loses only its own records: without its
+index it is ignored, and engine.encode makes the missing records.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from dataloaders.files import abandoned
 from dataloaders.formats import SPLITS, Split, iter_media
 from dataloaders.store.features import MANIFEST, FeatureStore, FeatureWriter, Manifest, lock, read_indices
 
-AS_PITE = "linspace truncated"
+PITE_SAMPLING = "linspace truncated"
 _RANK = re.compile(r"\.?(\d{5})[-.]")
-"""How the files of a store begin that a rank writes: shards, their indices, what is not yet renamed, and locks."""
+"""Start of the name of a rank's files: shards, their indices, temporary files and locks."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found.
+    """The result of `verify`.
 
-    records, shards  that were read
+    records, shards  number read
     damage           a sentence for each damaged shard, by its index file
-    repeated         keys that more than one shard holds; readers take the last
-    stray            files without an index or a name, which killed writers left; together of `stray_bytes`
+    repeated         keys in more than one shard; readers take the last
+    stray            shards without an index and temporary files, left by killed writers; `stray_bytes` in total
     """
 
     records: int
@@ -49,7 +49,7 @@ class Report:
 
 
 def verify(path: Path, threads: int = 8) -> Report:
-    """Read every record of a store and compare it with its checksum. Raises ValueError where `path` is no store."""
+    """Read every record of a store and compare it with its checksum. Raises ValueError if `path` is no store."""
     manifest = Manifest.load(path)
     indices = read_indices(path, manifest)
     damage = {index: found.damage for index, found in indices.items() if found.damage is not None}
@@ -65,7 +65,7 @@ def verify(path: Path, threads: int = 8) -> Report:
 
 
 def _size(file: Path) -> int:
-    """Bytes, 0 for what a running writer has renamed meanwhile."""
+    """Bytes; 0 for a file that a running writer has renamed meanwhile."""
     try:
         return file.stat().st_size
     except FileNotFoundError:
@@ -73,11 +73,11 @@ def _size(file: Path) -> int:
 
 
 def discard(path: Path) -> Report:
-    """As `verify`, and remove what it found: the indices of damaged shards, and what killed writers left.
+    """Like `verify`, and remove the indices of damaged shards and the files of killed writers.
 
-    Raises ValueError, nothing removed, while a process writes to the store: of its unfinished shard the name is taken and
-    the index not yet written, as of one that a killed writer left. Of writers that begin meanwhile nothing is touched, nor,
-    where there are no locks, what any process wrote within a day, unless it is of this machine and has ended.
+    Raises ValueError and removes nothing while a process writes to the store, because its unfinished shard has no index
+    yet and looks like that of a killed writer. Files of writers that start meanwhile are kept. Without locks, files of
+    the last day are kept too, unless their process ran on this machine and has ended.
     """
     ranks = {int(found[1]) for file in path.iterdir() if (found := _RANK.match(file.name))}
     with ExitStack() as stack:
@@ -93,7 +93,7 @@ def discard(path: Path) -> Report:
 
 
 def _damaged_record(index: Path, start: int, manifest: Manifest) -> str | None:
-    """Why a shard cannot be trusted, naming the first record at fault."""
+    """Why a shard is damaged, with the first damaged record; None if it is good."""
     shard = index.with_suffix(".safetensors")
     table = pq.read_table(index)
     if "crc32" not in table.column_names:
@@ -103,7 +103,7 @@ def _damaged_record(index: Path, start: int, manifest: Manifest) -> str | None:
     with shard.open("rb") as file:
         header = json.loads(file.read(start)[8:])
     if header.get("features", {}).get("shape") != list(shape):
-        return f"the shard {shard} does not say that it holds {shape}"
+        return f"the header of the shard {shard} does not declare the shape {shape}"
     records = np.memmap(shard, np.uint8, "r", start).reshape(len(keys), -1)
     for key, checksum, record in zip(keys, checksums, records):
         if zlib.crc32(record.data) != checksum:
@@ -112,9 +112,9 @@ def _damaged_record(index: Path, start: int, manifest: Manifest) -> str | None:
 
 
 def merge(output: Path, sources: Sequence[Path], shard_records: int = 1024) -> int:
-    """Copy the records of stores that were made alike into one, each key once; returns how many were copied.
+    """Copy the records of stores with equal manifests into one store, each key once. Returns the number copied.
 
-    May be repeated after a kill. Raises ValueError where manifests differ, or two stores hold different bytes for one key.
+    May be repeated after a kill. Raises ValueError if the manifests differ, or if two stores differ in a record.
     """
     stores = [FeatureStore(source) for source in sources]
     for store in stores[1:]:
@@ -135,10 +135,11 @@ def merge(output: Path, sources: Sequence[Path], shard_records: int = 1024) -> i
 
 
 class NpyFolder:
-    """A folder of `{id}.npy`, each (N, channels) of floats, as VTimeLLM and its descendants keep features.
+    """A folder of `{id}.npy`, each (N, channels) of floats, the feature format of VTimeLLM and its descendants.
 
-    split  the part before the id in this engine's keys, such as `stage2`
-    Reads as a FeatureStore does. Raises ValueError where the folder holds none, and for a file of another shape.
+    split  prefix of the keys, such as `stage2`
+    It has the reading methods of a FeatureStore. Raises ValueError if the folder holds no .npy file, and for a file of
+    another shape.
     """
 
     def __init__(self, path: Path, split: str) -> None:
@@ -163,7 +164,7 @@ class NpyFolder:
         return key in self._files
 
     def read(self, key: str) -> np.ndarray:
-        """The record (tokens, channels), in the file's own floating-point type."""
+        """The record (tokens, channels), in the floating-point type of the file."""
         record = self._load(key)
         if record.shape != (self.tokens, self.channels):
             raise ValueError(
@@ -182,9 +183,9 @@ class NpyFolder:
 
 
 def import_npy(folder: NpyFolder, output: Path, manifest: Manifest, shard_records: int = 1024) -> int:
-    """Copy a folder of `.npy` files into a store; returns how many were new. May be repeated after a kill.
+    """Copy a folder of `.npy` files into a store. Returns the number of new records. May be repeated after a kill.
 
-    Raises ValueError for files of another shape than the manifest's, and for numbers that float16 cannot hold.
+    Raises ValueError for files of another shape than in the manifest, and for numbers that float16 cannot hold.
     """
     if (manifest.tokens, manifest.channels) != (folder.tokens, folder.channels):
         raise ValueError(
@@ -200,7 +201,7 @@ def import_npy(folder: NpyFolder, output: Path, manifest: Manifest, shard_record
 
 
 def stores_in(path: Path) -> list[Path]:
-    """The store at `path`, or those in it, as engine.encode fills a folder. Raises ValueError where there is none."""
+    """The store at `path`, or the stores in a folder that engine.encode filled. Raises ValueError without any."""
     if (path / MANIFEST).exists():
         return [path]
     stores = [manifest.parent for manifest in sorted(path.glob(f"*/{MANIFEST}"))]
@@ -209,20 +210,22 @@ def stores_in(path: Path) -> list[Path]:
     return stores
 
 
-def note_missing(folder: Path, output: Path, data: Path, split: str, budget: float) -> int:
-    """Write down, in the ledger beside a store, the media of a data folder's split that neither it nor `folder` holds.
+def log_missing(folder: Path, output: Path, data: Path, split: str, budget: float) -> int:
+    """Log the media of a split that the store `output` lacks, in the ledger next to it, so that training leaves them
+    out.
 
-    folder  of the `.npy` files that were imported; a line names the one that is missing
+    folder  of the imported `.npy` files; each line contains the missing file
+    split   a split, such as `stage2`, or a part of one, such as `stage1/coco`
     budget  share of the split's media that may be missing
-    Returns how many are; those that the ledger names already are not written again. Raises ValueError, nothing written,
-    for an unknown split and where more are missing than the budget allows.
+    Returns the number of missing media. Media in the ledger are not logged again. Raises ValueError, and logs nothing,
+    for an unknown split and if more media are missing than the budget allows.
     """
     if not 0 <= budget <= 1:
         raise ValueError(f"--failure-budget is a share between 0 and 1, not {budget}")
     name = split.partition("/")[0]
     if name not in SPLITS:
         raise ValueError(f"--split must begin with {', '.join(SPLITS)}, not {name!r}")
-    # Records that name no media are training's to count.
+    # Training counts records without media.
     named = iter_media(data, [cast(Split, name)], lambda _: None)
     media = [m for m in named if m.key.rpartition("/")[0] == split]
     if not media:
@@ -231,8 +234,8 @@ def note_missing(folder: Path, output: Path, data: Path, split: str, budget: flo
     missing = [m.key for m in media if m.key not in store]
     if len(missing) > budget * len(media):
         raise ValueError(
-            f"{len(missing):,} of {len(media):,} media of {split} have no file in {folder}, {missing[0]!r} among them, more "
-            f"than the failure budget of {budget:.2%}; raise --failure-budget to train without them"
+            f"{len(missing):,} of {len(media):,} media of {split} have no file in {folder}, such as {missing[0]!r}, "
+            f"more than the failure budget of {budget:.2%}; raise --failure-budget to train without them"
         )
     ledger = Ledger(output.parent / LEDGER, len(media), 1.0)
     known = {failure.id for failure in read_failures(ledger.path)}

@@ -1,6 +1,6 @@
-"""A small world of moving shapes in the form of the real data sets: for the demo, the tests and ablations.
+"""A synthetic world of moving shapes, in the formats of the real data sets: for the demo, tests and ablations.
 
-`scene` samples scenes, `render` draws them, `language` describes them, `world` writes the data folder. A drawn world does
-not show how a model performs on real video. In exchange every trajectory, time and answer is exact, and a data set takes
-a minute to make.
+Scenes are sampled (`scene`), drawn (`render`), described (`language`) and written (`world`). The advantage over
+collected data: every trajectory, time and answer is exact, and making a data set takes a minute. The drawback: results
+do not show how a model performs on real video.
 """

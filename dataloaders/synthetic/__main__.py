@@ -19,16 +19,19 @@ def _show(part: str, done: int, total: int) -> None:
 def main(arguments: list[str] | None = None) -> int:
     defaults = WorldConfig()
     parser = argparse.ArgumentParser(prog="python -m dataloaders.synthetic", description=__doc__, allow_abbrev=False)
-    parser.add_argument("output", type=Path, metavar="OUT", help="folder to make; repeating the command is harmless")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder to make; the command can be repeated")
     parser.add_argument("--videos", type=int, default=defaults.videos, help="training videos (%(default)s)")
     parser.add_argument("--evaluation", type=int, default=defaults.evaluation, help="held-out videos (%(default)s)")
     parser.add_argument("--images", type=int, help="narrated stills of stage 1 (as many as --videos)")
     parser.add_argument(
-        "--frames", type=int, default=defaults.frames, help="N that stage 3's indices count (%(default)s)"
+        "--frames",
+        type=int,
+        default=defaults.frames,
+        help="N frames for the indices in stage 3's answers (%(default)s)",
     )
-    parser.add_argument("--size", type=int, default=defaults.size, help="pixels (%(default)s)")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of everything (%(default)s)")
-    parser.add_argument("--processes", type=int, default=available_cores(), help="workers (%(default)s)")
+    parser.add_argument("--size", type=int, default=defaults.size, help="width and height in pixels (%(default)s)")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="random seed (%(default)s)")
+    parser.add_argument("--processes", type=int, default=available_cores(), help="worker processes (%(default)s)")
     flags = parser.parse_args(arguments)
     images = flags.videos if flags.images is None else flags.images
     started = time.monotonic()
@@ -38,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{flags.output}: {f'made in {time.monotonic() - started:.0f} s' if made else 'already whole'}")
+    print(f"{flags.output}: {f'made in {time.monotonic() - started:.0f} s' if made else 'already complete'}")
     return 0
 
 

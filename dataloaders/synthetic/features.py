@@ -1,4 +1,4 @@
-"""Random features for a world's media, where it does not matter what is seen: tests and throughput runs."""
+"""Random features for a world's media, for tests and throughput runs that do not depend on their contents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest
 
 
 def write_random_features(data: Path, output: Path, num_frames: int, channels: int, seed: int = 0) -> None:
-    """Fill OUTPUT/images and OUTPUT/videos with a (1, channels) or (num_frames, channels) record for each media item."""
+    """Fill OUTPUT/images and OUTPUT/videos with a (1, channels) or (num_frames, channels) record per media item."""
     rng = np.random.default_rng(seed)
     for folder, tokens, kind in (("images", 1, "image"), ("videos", num_frames, "video")):
         manifest = Manifest("none", tokens, "linspace", "none", tokens, channels)

@@ -1,4 +1,4 @@
-"""Tell a scene in the words and records of the real data sets (field names as their authors publish them)."""
+"""Describe a scene in records of the real data sets, with the published field names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataloaders.synthetic.scene import Scene, Thing, key_point_tracks
 Record = dict[str, Any]
 
 GROUNDING_QUESTION = "During which frames can we see {}?"
-"""Filled with a sentence in lower case without its full stop."""
+"""Template for a sentence in lower case without its full stop."""
 
 TIMES_FIRST = "Describe the video in detail, with the time of each event first."
 TIMES_LAST = "Describe the video in detail, with the time of each event last."
@@ -24,7 +24,7 @@ def sentence(thing: Thing) -> str:
 
 
 def place(x: float, y: float) -> str:
-    """Which ninth of the image a point is in, as in "at the top left"."""
+    """The ninth of the image that a point is in, such as "at the top left"."""
     row = ("top", "", "bottom")[min(int(y * 3), 2)]
     column = ("left", "", "right")[min(int(x * 3), 2)]
     return f"at the {f'{row} {column}'.strip()}" if row or column else "in the middle"
@@ -52,11 +52,11 @@ def pite_record(name: str, scene: Scene, rng: np.random.Generator) -> Record:
     marks: dict[str, float] = {}
     trajectories = []
     for i, thing in enumerate(scene.things):
-        told = sentence(thing)
-        told = f"From <s{i}> to <e{i}>, {told}." if times_first else f"{_capital(told)}, from <s{i}> to <e{i}>."
+        text = sentence(thing)
+        text = f"From <s{i}> to <e{i}>, {text}." if times_first else f"{_capital(text)}, from <s{i}> to <e{i}>."
         answer += " " * bool(answer)
-        start = len(answer) + told.lower().index(thing.phrase)
-        answer += told
+        start = len(answer) + text.lower().index(thing.phrase)
+        answer += text
         begin, end = times(scene, thing)
         marks |= {f"<s{i}>": begin, f"<e{i}>": end}
         points = [[[x, y] if x >= 0 else [-1, -1] for x, y in track.tolist()] for track in key_point_tracks(scene, i)]
@@ -82,11 +82,11 @@ def activitynet_record(scene: Scene) -> Record:
 
 
 def valley_records(name: str, scene: Scene, num_frames: int, rng: np.random.Generator) -> list[Record]:
-    """For each of two things at most (a video has up to three), when it is seen: the same question about other things.
+    """Questions about when a thing is visible: one for each of at most two things, though a video has up to three.
 
-    Valley has no time marks, so the answer carries indices on `num_frames` frames.
+    Valley has no time marks, so the answer contains indices of `num_frames` frames.
     """
-    asked = rng.permutation(len(scene.things))[:2]
+    chosen = rng.permutation(len(scene.things))[:2]
     return [
         {
             "source": "synthetic",
@@ -96,7 +96,7 @@ def valley_records(name: str, scene: Scene, num_frames: int, rng: np.random.Gene
                 {"from": "gpt", "value": f"From {interval(scene, scene.things[i], num_frames)}."},
             ],
         }
-        for i in asked
+        for i in chosen
     ]
 
 
@@ -122,14 +122,14 @@ def instruct_record(name: str, scene: Scene, rng: np.random.Generator) -> Record
 
 
 def narrative_record(name: str, scene: Scene, rng: np.random.Generator) -> Record:
-    """One line of Localized Narratives: a still told aloud from left to right, a mouse circling what is spoken of."""
+    """One line of Localized Narratives: a still described from left to right, with mouse circles around each thing."""
     words: list[str] = []
     traces = []
     for thing in sorted(scene.things, key=lambda thing: float(thing.path[0, 0])):
         x, y = thing.path[0]
-        told = f"{_capital(thing.phrase)} is {place(x, y)}.".split()
-        begin, end = len(words) * _WORD_SECONDS, (len(words) + len(told)) * _WORD_SECONDS
-        words += told
+        described = f"{_capital(thing.phrase)} is {place(x, y)}.".split()
+        begin, end = len(words) * _WORD_SECONDS, (len(words) + len(described)) * _WORD_SECONDS
+        words += described
         clock = np.arange(begin, end, 0.1)
         angle = 2 * np.pi * (clock + rng.random())
         wobble = rng.uniform(0.02, 0.05)

@@ -1,4 +1,4 @@
-"""Draw scenes and write them as H.264 MP4 or JPEG files, the same bytes on every run."""
+"""Draw scenes and write them as H.264 MP4 or JPEG files, with the same bytes in every run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw(scene: Scene, size: int) -> np.ndarray:
     centres = ((np.arange(size) + 0.5) / size).astype(np.float32)
     grid = np.stack(np.meshgrid(centres, centres), -1)
     for thing in scene.things:
-        # Only the part of the frame that the thing ever touches is worth computing.
+        # Compute only the part of the frame that the thing touches.
         left, top = np.floor((thing.path.min(0) - 1.2 * RADIUS) * size).astype(int).clip(0, size)
         right, bottom = np.ceil((thing.path.max(0) + 1.2 * RADIUS) * size).astype(int).clip(0, size)
         offset = grid[None, top:bottom, left:right] - thing.path[:, None, None].astype(np.float32)

@@ -1,6 +1,6 @@
-"""What happens in a synthetic video: shapes that appear, move and vanish, and where their key points are.
+"""Scenes of synthetic videos: shapes that appear, move and vanish, and the positions of their key points.
 
-Geometry is in fractions of the (square) frame, from the top left; time is the index of a source frame.
+Lengths are fractions of the (square) frame, from the top left. Times are indices of source frames.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FRAMES_PER_SECOND = 10
 OCCLUDED = 0.3
 """Share of scenes with an opaque grey block in them."""
 KEY_POINTS = np.array([(0.0, 0.0), (-0.45, 0.3), (0.45, 0.3), (0.0, -0.6), (0.0, 0.65)])
-"""(5, 2) offsets from a shape's centre in radii; all of them lie inside each shape. A model of P points takes the first P."""
+"""(5, 2) offsets from a shape's centre in radii; all are inside each shape. A model of P points uses the first P."""
 
 Box = tuple[float, float, float, float]
 
@@ -64,16 +64,16 @@ class Scene:
 
     @property
     def duration(self) -> float:
-        """Seconds, as the container reports them: every frame lasts as long as the next."""
+        """Seconds, as in the container: all frames have the same duration."""
         return self.num_frames / FRAMES_PER_SECOND
 
     def seconds(self, frame: int) -> float:
-        """Time of a source frame on the clock of the records: the last frame stands at `duration`."""
+        """Time of a source frame on the clock of the records: the last frame is at `duration`."""
         return round(frame / max(self.num_frames - 1, 1) * self.duration, 6)
 
 
 def signed_distance(shape: str, offset: np.ndarray) -> np.ndarray:
-    """How far inside a shape each offset (..., 2) from its centre lies; negative outside. In fractions of the frame."""
+    """Distance of offsets (..., 2) from the shape's edge, positive inside. In fractions of the frame."""
     x, y = offset[..., 0], offset[..., 1]
     if shape == "circle":
         return RADIUS - np.hypot(x, y)
@@ -85,10 +85,10 @@ def signed_distance(shape: str, offset: np.ndarray) -> np.ndarray:
 
 
 def key_point_tracks(scene: Scene, index: int) -> np.ndarray:
-    """Where the key points of thing `index` are while its event lasts.
+    """Positions of the key points of thing `index` during its event.
 
-    Returns (P, K, 2) float64, K = last - first + 1, rounded to 1e-4; (-1, -1) where a point is outside the frame, behind
-    the occluder, or under a thing drawn later.
+    Returns (P, K, 2) float64, K = last - first + 1, rounded to 1e-4; (-1, -1) where a point is outside the frame,
+    behind the occluder, or under a thing drawn later.
     """
     thing = scene.things[index]
     points = thing.path[None] + RADIUS * KEY_POINTS[:, None]
@@ -107,8 +107,8 @@ def key_point_tracks(scene: Scene, index: int) -> np.ndarray:
     return np.where(visible[..., None], points.round(4), -1.0)
 
 
-def _straight_or_bowed(rng: np.random.Generator, direction: str, length: int) -> np.ndarray:
-    """A path (length, 2) from anywhere in the frame; half of them bow sideways, one straight path in six leaves it."""
+def _sample_path(rng: np.random.Generator, direction: str, length: int) -> np.ndarray:
+    """A path (length, 2). Half of the paths are bowed sideways; one straight path in six leaves the frame."""
     progress = np.linspace(0, 1, length)
     bow = rng.choice([-1, 1]) * rng.uniform(0.1, 0.2) if rng.random() < 0.5 else 0.0
     leaves = bow == 0 and rng.random() < 1 / 6
@@ -127,7 +127,7 @@ def _distinct(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
 
 
 def _block(rng: np.random.Generator, centre: np.ndarray) -> Box:
-    """An occluder around a point, its edges on a grid of 1/32 so that they fall between pixels."""
+    """An occluder around a point. Its edges are on a grid of 1/32, so that they are between pixels."""
     half = rng.uniform(0.06, 0.11, 2)
     left, top, right, bottom = (
         float(edge) for edge in np.round(np.concatenate((centre - half, centre + half)) * 32) / 32
@@ -143,21 +143,21 @@ def sample_video(rng: np.random.Generator) -> Scene:
         length = max(2, int(rng.uniform(0.15, 0.45) * num_frames))
         first = int(rng.integers(0, num_frames - length + 1))
         direction = str(rng.choice(list(DIRECTIONS)))
-        path = _straight_or_bowed(rng, direction, length)
+        path = _sample_path(rng, direction, length)
         things.append(Thing(colour, shape, direction, first, first + length - 1, path))
     things.sort(key=lambda thing: thing.first)
     scene = Scene(num_frames, int(rng.integers(20, 60)), tuple(things))
     if rng.random() < OCCLUDED:
         behind = things[int(rng.integers(len(things)))].path
         hidden = replace(scene, occluder=_block(rng, behind[len(behind) // 2]))
-        # A thing that is mostly hidden would make its event invisible, and then nothing could be learned from it.
+        # No occluder that hides a thing most of the time: its event could not be learned.
         if all((key_point_tracks(hidden, i)[0, :, 0] >= 0).mean() > 0.5 for i in range(len(things))):
             return hidden
     return scene
 
 
 def sample_still(rng: np.random.Generator, things: list[tuple[str, str]] | None = None) -> Scene:
-    """A scene of one frame with 1 to 3 things, or the given (colour, shape) pairs, that do not cover each other's centre."""
+    """A scene of one frame with 1 to 3 things, or the given (colour, shape) pairs, whose centres are not covered."""
     pairs = _distinct(rng, int(rng.integers(1, 4))) if things is None else things
     centres: list[np.ndarray] = []
     while len(centres) < len(pairs):
@@ -174,5 +174,5 @@ def sample_still(rng: np.random.Generator, things: list[tuple[str, str]] | None 
 
 
 def sample_things(rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Up to three (colour, shape) pairs of distinct colours; none at all in one case of ten."""
+    """Up to three (colour, shape) pairs of distinct colours; none in one case of ten."""
     return _distinct(rng, int(rng.choice(4, p=[0.1, 0.25, 0.3, 0.35])))

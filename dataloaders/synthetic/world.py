@@ -1,7 +1,7 @@
-"""Write a whole data folder: four parts, each in the layout and formats that the readers expect of the real ones.
+"""Write a complete data folder: four splits in the layout and formats of the real data sets.
 
-Every video and still is a pure function of (seed, part, number), so the bytes do not depend on how many processes
-share the work, and a run that was killed only makes what is missing.
+Every video and still is a pure function of (seed, part, number). So the bytes do not depend on the number of processes,
+and a run after a kill makes only the missing files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataloaders.synthetic import language, scene
 from dataloaders.synthetic.render import draw, write_jpeg, write_mp4
 
 VERSION = 4
-"""Of the world's rules: a folder made by others is refused rather than mixed."""
+"""Version of the world's rules. A folder of another version is refused."""
 
 Progress = Callable[[str, int, int], None]
 _STILL, _TRAINING, _HELD_OUT = range(3)
@@ -32,14 +32,14 @@ _CHUNK = 16
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """What a world holds; the same configuration always gives the same bytes.
+    """Contents of a world. The same configuration always gives the same bytes.
 
     videos      training videos, shared by stages 2 and 3
     evaluation  held-out videos
     images      narrated stills of stage 1
-    frames      N, the frames that the two-digit indices of stage 3's answers count
+    frames      N, for the two-digit frame indices in stage 3's answers
     size        width and height in pixels
-    seed        of everything
+    seed        random seed
     """
 
     videos: int = 3400
@@ -95,7 +95,7 @@ def _mapper(processes: int) -> Iterator[Callable[..., Iterable[dict[str, Any]]]]
     if processes == 1:
         yield map
         return
-    # A forked child of a process with threads may hang; spawned ones cost half a second.
+    # A forked child of a process with threads may hang; spawned processes cost half a second.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield partial(pool.map, chunksize=_CHUNK)
 
@@ -109,10 +109,10 @@ def _array(records: list[dict[str, Any]]) -> str:
 
 
 def make_world(output: Path, config: WorldConfig, processes: int = 2, progress: Progress = lambda *_: None) -> bool:
-    """Write the data folder `output`; False when it was there already, whole.
+    """Write the data folder `output`. Returns False if it was already complete.
 
     progress  called with (part, done, total) as files are written
-    Raises ValueError when `output` holds a world of another configuration, or something else.
+    Raises ValueError if `output` holds a world of another configuration, or other files.
     """
     manifest_path = output / "world.json"
     wanted = {"version": VERSION, **asdict(config)}
@@ -134,7 +134,7 @@ def make_world(output: Path, config: WorldConfig, processes: int = 2, progress: 
     write_atomically(manifest_path, json.dumps(wanted | {"complete": False}, indent=1))
     shared = output / "stage3/videos"
     if not shared.is_symlink():
-        # Stages 2 and 3 learn from the same videos, which are then encoded once.
+        # Stages 2 and 3 train on the same videos, which are encoded once.
         shared.symlink_to("../stage2/videos")
 
     with _mapper(processes) as mapper:
@@ -146,11 +146,11 @@ def make_world(output: Path, config: WorldConfig, processes: int = 2, progress: 
                 progress(part, len(records), total)
             return records
 
-        told = run("narrated stills", partial(_write_still, images, config), config.images)
+        narratives = run("narrated stills", partial(_write_still, images, config), config.images)
         training = run("training videos", partial(_write_video, videos, config, _TRAINING), config.videos)
         test = run("held-out videos", partial(_write_video, held_out, config, _HELD_OUT), config.evaluation)
 
-    write_atomically(output / "stage1/localized_narratives.jsonl", _lines(told))
+    write_atomically(output / "stage1/localized_narratives.jsonl", _lines(narratives))
     write_atomically(output / "stage2/pite_143k.jsonl", _lines(video["pite"] for video in training))
     write_atomically(
         output / "stage3/valley.json", _array([record for video in training for record in video["valley"]])

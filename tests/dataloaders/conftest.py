@@ -1,4 +1,4 @@
-"""The tokenizers that every prompt test runs with."""
+"""The tokenizers for all prompt tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The failure ledger: written once, read after a kill, and strict about its budget."""
+"""The failure ledger: written once, readable after a kill, with a strict budget."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def test_budget(tmp_path: Path) -> None:
         BudgetExceeded, match=r"3 of 200 media failed, more than the failure budget of 1\.00%; the last"
     ):
         ledger.add(failure(2))
-    assert list(read_failures(ledger.path)) == [failure(i) for i in range(3)], "the last straw is written too"
+    assert list(read_failures(ledger.path)) == [failure(i) for i in range(3)], (
+        "the failure that exceeds the budget is logged too"
+    )
 
 
 def test_no_budget(tmp_path: Path) -> None:
@@ -74,7 +76,7 @@ def test_processes_share_the_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60])
-def test_a_torn_line_spoils_no_other(tmp_path: Path, cut: int) -> None:
+def test_a_torn_line_does_not_affect_others(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "f.jsonl"
     ledger = Ledger(path, 100, 0.5)
     ledger.add(failure(0))
@@ -89,19 +91,19 @@ def test_a_torn_line_spoils_no_other(tmp_path: Path, cut: int) -> None:
 def test_no_ledger(tmp_path: Path) -> None:
     assert list(read_failures(tmp_path / "f.jsonl")) == []
     Ledger(tmp_path / "f.jsonl", 100, 0.5)
-    assert not list(tmp_path.iterdir()), "a file is made with the first failure"
+    assert not list(tmp_path.iterdir()), "the file is created with the first failure"
 
 
-def as_before(failure: Failure) -> str:
-    """A line as earlier versions wrote it, all processes into one file."""
+def old_line(failure: Failure) -> str:
+    """A line in the format of earlier versions, whose processes all wrote to one file."""
     return json.dumps(asdict(failure), ensure_ascii=False) + "\n"
 
 
 def test_a_file_for_each_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where processes have the same id, and after earlier versions; in order of time, not of names."""
+    """Also for processes with the same id, and after earlier versions; read in order of time, not of names."""
     monkeypatch.setattr("os.getpid", lambda: 1)
     path = tmp_path / "f.jsonl"
-    path.write_text(as_before(failure(0)) + as_before(failure(1, "empty")))
+    path.write_text(old_line(failure(0)) + old_line(failure(1, "empty")))
     ledgers = [Ledger(path, 100, 0.5) for _ in range(4)]
     order = [2, 0, 3, 1, 0, 2, 1, 3]
     for number, which in enumerate(order):
@@ -116,7 +118,8 @@ def test_a_file_for_each_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_processes_write_at_the_same_time(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from tests.dataloaders.test_failures import failure; from dataloaders.failures import Ledger\n"
+        "import sys, pathlib; from tests.dataloaders.test_failures import failure\n"
+        "from dataloaders.failures import Ledger\n"
         "ledger, first = Ledger(pathlib.Path(sys.argv[1]), 1000, 1.0), int(sys.argv[2])\n"
         "for i in range(first, first + 50): ledger.add(failure(i))"
     )
@@ -126,21 +129,21 @@ def test_processes_write_at_the_same_time(tmp_path: Path) -> None:
     assert {f.id for f in read_failures(path)} == {failure(i).id for i in range(150)}
 
 
-def test_what_an_earlier_version_appends_counts(tmp_path: Path) -> None:
+def test_lines_of_an_earlier_version_count(tmp_path: Path) -> None:
     path = tmp_path / "f.jsonl"
-    path.write_text(as_before(failure(0)))
+    path.write_text(old_line(failure(0)))
     ledger = Ledger(path, 100, 0.02)
     with path.open("a") as file:
-        file.write(as_before(failure(1)))
+        file.write(old_line(failure(1)))
     ledger.add(failure(2))
     with path.open("a") as file:
-        file.write(as_before(failure(3)))
+        file.write(old_line(failure(3)))
     with pytest.raises(BudgetExceeded, match=r"3 of 100 media failed.*; all are in .*/f\*\.jsonl"):
         ledger.add(failure(2))
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002])
-def test_it_takes_the_umask(tmp_path: Path, umask: int) -> None:
+def test_the_file_has_the_umasks_permissions(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         Ledger(tmp_path / LEDGER, 100, 0.5).add(failure(0))
@@ -151,7 +154,7 @@ def test_it_takes_the_umask(tmp_path: Path, umask: int) -> None:
 
 
 def test_report_counts_by_reason(tmp_path: Path) -> None:
-    """Names and numbers apart, a reason is a reason; an id counts once, and not when it was encoded since."""
+    """Reasons that differ in names and numbers are one; an id counts once, and not if it was encoded since."""
     path = tmp_path / "videos/a 1.mp4"
     failures = [
         Failure("a1", str(path), "decode", f"{path}: it should hold 100 bytes and holds 50"),
@@ -184,7 +187,7 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_failure_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ledger of thousands read again with each failure would take minutes."""
+    """Reading a ledger of thousands again with each failure would take minutes."""
     ledger, other = (Ledger(tmp_path / LEDGER, 10**6, 1) for _ in range(2))
     seen: list[Failure] = []
     real = ledger_module.Failure

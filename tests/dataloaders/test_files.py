@@ -1,4 +1,4 @@
-"""Files whole or not there: temporary names, what killed processes leave, the umask, many writers of one path."""
+"""Atomic writes: temporary names, files left by killed processes, the umask, many writers of one path."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_what_is_written_takes_the_umask(tmp_path: Path, umask: int) -> None:
+def test_written_files_have_the_umasks_permissions(tmp_path: Path, umask: int) -> None:
     write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(3)})
     write_atomically(tmp_path / "b.json", "{}")
     with directory_written_atomically(tmp_path / "folder") as directory:
         write_tensors(directory / "c.safetensors", {"c": torch.ones(2)})
     for path in tmp_path.rglob("*"):
         assert mode(path) == (0o777 if path.is_dir() else 0o666) & ~umask, path
-    assert len(list(tmp_path.rglob("*"))) == 4, "nothing that looked up the umask stays"
+    assert len(list(tmp_path.rglob("*"))) == 4, "no file that probed the umask remains"
 
 
 def test_temporary_names_are_hidden_and_differ(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_any_name_that_can_be_written_can_be_written_atomically(tmp_path: Path, 
 
 
 def test_processes_with_the_same_id_write_the_same_path(tmp_path: Path) -> None:
-    """As in containers, each of which counts its processes from 1."""
+    """As in containers, where process ids start at 1."""
     code = (
         "import os, sys, pathlib; os.getpid = lambda: 1; from dataloaders import files\n"
         "for i in range(100):\n"
@@ -96,7 +96,7 @@ def ended_process() -> int:
 
 
 def named_as_of(path: Path, pid: int, monkeypatch: pytest.MonkeyPatch, machine: str | None = None) -> Path:
-    """A temporary file as another process would write it."""
+    """Write a temporary file with the name that another process would use."""
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: pid)
         if machine is not None:
@@ -106,7 +106,7 @@ def named_as_of(path: Path, pid: int, monkeypatch: pytest.MonkeyPatch, machine: 
     return temporary
 
 
-def test_only_what_has_no_writer_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_files_without_a_writer_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, dead = tmp_path / "data", ended_process()
     own, gone = (named_as_of(path, pid, monkeypatch) for pid in (os.getpid(), dead))
     elsewhere, long_ago = (named_as_of(path, dead, monkeypatch, "node7-0123abcd") for _ in range(2))
@@ -122,7 +122,9 @@ def test_only_what_has_no_writer_is_removed(tmp_path: Path, monkeypatch: pytest.
     assert set(tmp_path.iterdir()) == {own, elsewhere}
 
 
-def test_a_folder_is_as_young_as_its_youngest_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_change_of_a_folder_is_that_of_its_newest_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Writing to a file does not change the date of its folder."""
     folder = named_as_of(tmp_path / "data", 1, monkeypatch, "node7-0123abcd")
     folder.unlink()
@@ -136,10 +138,10 @@ def test_a_folder_is_as_young_as_its_youngest_file(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_the_next_attempt_removes_what_killed_ones_left(
+def test_the_next_attempt_removes_files_of_killed_attempts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: bool
 ) -> None:
-    """In a folder that a run has claimed everything, whoever wrote it."""
+    """In a folder that a run has claimed (`alone`), it removes the files of any process."""
     path = tmp_path / "final"
     gone = named_as_of(path, ended_process(), monkeypatch)
     elsewhere = named_as_of(path, 1, monkeypatch, "node7-0123abcd")

@@ -1,4 +1,4 @@
-"""Locks between processes, and file systems that have none."""
+"""Locks between processes, and file systems without locks."""
 
 from __future__ import annotations
 
@@ -41,17 +41,18 @@ def without_locks(monkeypatch: pytest.MonkeyPatch, number: int = errno.ENOSYS) -
     monkeypatch.setattr(locks, "_warned", set())
 
 
-def test_it_is_held_by_one(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_lock_is_held_by_one_process(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     with pytest.raises(BlockingIOError):
         lock(tmp_path / ".lock", "")
     holder.kill()
     with lock(tmp_path / ".lock", "", wait=True) as after_a_kill:
-        assert after_a_kill.held, "a kill leaves no lock behind"
+        assert after_a_kill.held, "a kill releases the lock"
 
 
-def test_who_waits_for_a_file_that_is_removed_locks_its_successor(tmp_path: Path) -> None:
+def test_a_process_that_waits_for_a_removed_file_locks_the_new_one(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from dataloaders.locks import lock; path = pathlib.Path(sys.argv[1]); print('begins', flush=True)\n"
+        "import sys, pathlib; from dataloaders.locks import lock\n"
+        "path = pathlib.Path(sys.argv[1]); print('begins', flush=True)\n"
         "with lock(path, '', wait=True): print(path.exists(), flush=True); sys.stdin.read()"
     )
     path = tmp_path / ".lock"

@@ -20,7 +20,7 @@ def test_more_bins_than_items_leave_empty_bins():
 
 @pytest.mark.parametrize("num_bins", [1, 3, 8])
 def test_loads_are_the_sums_of_their_items_and_nearly_equal(num_bins):
-    """Graham (1969): the largest load is at most 4/3 of the optimum, which is at least the mean and the largest weight."""
+    """Graham (1969): the largest load is at most 4/3 of the optimum, at least the mean and the largest weight."""
     weights = np.random.default_rng(num_bins).integers(1, 1000, 100)
     bins, loads = longest_first(weights, num_bins)
     assert sorted(i for items in bins for i in items) == list(range(100))

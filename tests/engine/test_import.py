@@ -49,7 +49,7 @@ def test_training_goes_on_without_the_missing_file(
 
     assert imported(folder, *data) == 1
     error = capsys.readouterr().err
-    assert f"1 of 24 media of stage2 have no file in {folder}, {gone!r} among them" in error
+    assert f"1 of 24 media of stage2 have no file in {folder}, such as {gone!r}" in error
     assert "more than the failure budget of 1.00%" in error
     assert not list(features.glob("failures*"))
 

@@ -1,4 +1,4 @@
-"""Readers of the five data sets: what a good record becomes, and what a bad one is told."""
+"""Readers of the five data sets: the sample of a good record, and the error of a malformed one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TestPiTe143k:
 
     @pytest.mark.parametrize("seed", range(10))
     def test_offsets_of_every_word(self, seed: int) -> None:
-        """Any word of any answer is found again after the marks have changed their length."""
+        """The offset of any word of any answer is right after the marks have changed their length."""
         rng = np.random.default_rng(seed)
         words = [f"w{i}" for i in range(12)]
         marks = {f"<{kind}{i}>": 54.2 * (kind == "e") for i in range(6) for kind in "se"}
@@ -74,10 +74,10 @@ class TestPiTe143k:
 
     def test_trajectory(self) -> None:
         red, cat = self.read(PITE, num_frames=5).turns[0].mentions
-        assert red.trajectory.shape == (2, 5, 2), "as many points as were asked for"
+        assert red.trajectory.shape == (2, 5, 2), "num_points points"
         np.testing.assert_allclose(red.trajectory[0], [[x, 0.5] for x in (0, 0.25, 0.5, 0.75, 1)])
         assert (red.trajectory[1, 3:] == ABSENT).all() and (red.trajectory[1, :3] == 0.25).all()
-        # Frames stand at 0, 13.55, ...: one of them is between 12 and 20 s.
+        # Frames are at 0, 13.55, ...: one of them is between 12 and 20 s.
         assert (cat.trajectory[0, :, 0] == [-1, 0.5, -1, -1, -1]).all()
 
     def test_indices_follow_the_number_of_frames(self) -> None:
@@ -119,7 +119,7 @@ class TestPiTe143k:
             ("conversations.1.from", "human", "'conversations[1].from' must be 'gpt', not 'human'"),
             ("conversations.1.value", None, "'conversations[1]' must hold"),
             ("conversations.1.value", " </s> ", "'conversations[1]': the answer is empty"),
-            ("conversations.0.value", "see <video> here", "'conversations[0]': a media tag may stand at"),
+            ("conversations.0.value", "see <video> here", "'conversations[0]': a media tag may be at"),
             ("trajectories.0", 3, "'trajectories[0]' must be an object"),
             ("trajectories.0.turn", 2, "'trajectories[0].turn' is 2, but there are 2 answers"),
             ("trajectories.0.turn", -1, "'trajectories[0].turn' is -1"),
@@ -174,7 +174,7 @@ class TestInstructions:
         with pytest.raises(RecordError, match=r"'conversations\[3\]': the answer is empty"):
             read_valley(dirty, WHERE, FOLDER, turn="last")
 
-    def test_videos_are_found_whatever_their_suffix(self, tmp_path: Path) -> None:
+    def test_videos_are_found_with_any_suffix(self, tmp_path: Path) -> None:
         (tmp_path / "videos").mkdir()
         for name in ("v_001.mkv", "v_k_ZXmr8pmrs.webm", "v_k_ZXmr8pmrs.mp4"):
             (tmp_path / "videos" / name).touch()
@@ -214,7 +214,7 @@ class TestInstructions:
         [
             ("a", "", "'a': the answer is empty"),
             ("q", " ", "'q': the question is empty"),
-            ("q", "is <video> it", "'q': a media tag may stand at"),
+            ("q", "is <video> it", "'q': a media tag may be at"),
             ("video_id", ..., "'video_id' is missing"),
             ("video_id", True, "'video_id' must be str or int, not bool"),
         ],
@@ -270,7 +270,7 @@ class TestDataFolder:
         assert keys == ["stage1/coco/137576", "stage2/v000001", "stage3/v_001", "evaluation/v_1"]
         assert all(m.path.is_relative_to(data) for m in iter_media(data, present_splits(data)))
 
-    def test_a_format_that_is_missing_is_not_used(self, data: Path) -> None:
+    def test_a_missing_format_is_skipped(self, data: Path) -> None:
         assert [f.file for f in present_formats(data, "stage3")] == ["valley.json"]
         (data / "stage2/pite_143k.jsonl").unlink()
         assert present_splits(data) == ("stage1", "stage3", "evaluation")
@@ -292,23 +292,23 @@ class TestDataFolder:
         assert len(files) == 3 and files[1] == "coco_train_localized_narratives-00001-of-00002.jsonl"
         assert [m.key for m in iter_media(data, ["stage1"])] == [f"stage1/coco/{i}" for i in (0, 1, 137576)]
 
-    def test_a_record_that_names_no_media(self, data: Path) -> None:
+    def test_a_record_without_media(self, data: Path) -> None:
         (data / "stage3/valley.json").write_text(json.dumps([VALLEY, *[changed(VALLEY, "v_id", "..")] * 2]))
         with pytest.raises(RecordError, match="cannot name a media file"):
             list(iter_media(data, ["stage3"]))
-        told: list[RecordError] = []
-        assert [m.key for m in iter_media(data, ["stage3"], told.append)] == ["stage3/v_001"]
-        assert len(told) == 2 and "valley.json:1:" in str(told[0]) and "valley.json, byte" in str(told[1])
+        errors: list[RecordError] = []
+        assert [m.key for m in iter_media(data, ["stage3"], errors.append)] == ["stage3/v_001"]
+        assert len(errors) == 2 and "valley.json:1:" in str(errors[0]) and "valley.json, byte" in str(errors[1])
 
     def test_one_key_for_two_clips_is_refused(self, data: Path) -> None:
         other = changed(PITE, "meta.split", [0.0, 54.2])
         (data / "stage2/pite_143k.jsonl").write_text(f"{json.dumps(PITE)}\n{json.dumps(other)}\n")
-        with pytest.raises(RecordError, match=r"pite_143k\.jsonl:2: 'stage2/v000001' names"):
+        with pytest.raises(RecordError, match=r"pite_143k\.jsonl:2: 'stage2/v000001' is Media"):
             list(iter_media(data, ["stage2"]))
 
 
 class Unprintable(Where):
-    """A place that must not be printed: counting its line would read the file up to it, for every record of it."""
+    """A place that must not be printed: counting lines for every record would read the file again each time."""
 
     def __str__(self) -> str:
         raise AssertionError("a good record's place was printed")
@@ -332,14 +332,14 @@ def test_places_are_printed_in_messages_only(read: Callable[..., Any], record: R
 
 
 def test_the_documented_record_is_read() -> None:
-    """docs/data.md's example: its offsets are right, and its marks, turns and points become what the text says."""
+    """The example in docs/data.md: its offsets are right, and its marks, turns and points are read as documented."""
     text = (Path(__file__).parents[3] / "docs/data.md").read_text()
     record = json.loads(text.partition("```json\n")[2].partition("```")[0])
     sample = read_pite(record, WHERE, FOLDER, num_frames=100, num_points=3)
     first, second = sample.turns
     assert first.answer == "From 00 to 17, a red circle moves right. From 22 to 56, a blue square moves up."
-    told = [[turn.answer[m.start : m.end] for m in turn.mentions] for turn in sample.turns]
-    assert told == [["a red circle", "a blue square"], ["The blue square"]]
+    phrases = [[turn.answer[m.start : m.end] for m in turn.mentions] for turn in sample.turns]
+    assert phrases == [["a red circle", "a blue square"], ["The blue square"]]
     red, blue = (m.trajectory for m in first.mentions)
     np.testing.assert_allclose(red[1, 0], [0.28, 0.44])
     assert (red[:, 18:] == ABSENT).all() and (blue[:, :21] == ABSENT).all() and (blue[:, 23:55] != ABSENT).all()

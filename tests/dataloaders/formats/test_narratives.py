@@ -1,4 +1,4 @@
-"""Localized Narratives: what is said meets where the mouse was, word by word, in all four sub-sets."""
+"""Localized Narratives: each word of the caption gets the position of the mouse, in all four subsets."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def test_sample() -> None:
     (turn,) = sample.turns
     assert (sample.id, sample.media) == ("coco/137576:93", "stage1/coco/137576")
     assert (turn.question, turn.answer) == (QUESTION, NARRATIVE["caption"])
-    told = {turn.answer[m.start : m.end]: m.trajectory for m in turn.mentions}
-    # "In this image" was said while the mouse stood still outside the trace.
-    assert list(told) == ["there are two cats,", "and", "a  sofa.", "A cat"]
-    assert all(t.shape == (1, 1, 2) and t.dtype == np.float32 for t in told.values())
-    np.testing.assert_allclose(told["there are two cats,"].ravel(), [0.2, 0.4])
-    # From 2.5 to 3 s the mouse went on to a corner, where a slip off the image is clipped, and came back.
+    points = {turn.answer[m.start : m.end]: m.trajectory for m in turn.mentions}
+    # "In this image" was spoken while no trace was drawn.
+    assert list(points) == ["there are two cats,", "and", "a  sofa.", "A cat"]
+    assert all(t.shape == (1, 1, 2) and t.dtype == np.float32 for t in points.values())
+    np.testing.assert_allclose(points["there are two cats,"].ravel(), [0.2, 0.4])
+    # From 2.5 to 3 s the mouse moved to a corner, was clipped there outside the image, and came back.
     instants = np.linspace(2.5, 3.0, 16)
     path = [np.interp(instants, [2.2, 2.7, 4.5], values).mean() for values in ([0.5, 0, 0.9], [0.5, 1, 0.9])]
-    np.testing.assert_allclose(told["a  sofa."].ravel(), path, rtol=1e-6)
+    np.testing.assert_allclose(points["a  sofa."].ravel(), path, rtol=1e-6)
 
 
 def test_media() -> None:
@@ -50,10 +50,10 @@ def test_media() -> None:
         assert media == Media(key, folder / "images" / file, kind="image")
 
 
-def test_words_that_were_transcribed_otherwise_point_nowhere() -> None:
+def test_unmatched_words_have_no_point() -> None:
     record = changed(NARRATIVE, "timed_caption.1.utterance", "There are, um, 2 cats")
-    told = {m.trajectory.tobytes(): m for m in read_narrative(record, WHERE, FOLDER).turns[0].mentions}
-    spans = [NARRATIVE["caption"][m.start : m.end] for m in told.values()]
+    distinct = {m.trajectory.tobytes(): m for m in read_narrative(record, WHERE, FOLDER).turns[0].mentions}
+    spans = [NARRATIVE["caption"][m.start : m.end] for m in distinct.values()]
     assert spans == ["there are two cats,", "and", "a  sofa.", "A cat"]
     record = changed(NARRATIVE, "timed_caption.1.utterance", "three dogs")
     spans = [NARRATIVE["caption"][m.start : m.end] for m in read_narrative(record, WHERE, FOLDER).turns[0].mentions]
@@ -66,18 +66,18 @@ def test_by_position() -> None:
     record = {**NARRATIVE, "caption": "0123456789abcdef" * 2, "timed_caption": timed}
     mentions = read_narrative(record, WHERE, FOLDER, narrative_timing="position").turns[0].mentions
     assert [(m.start, m.end) for m in mentions] == [(0, 8), (8, 24), (24, 32)]
-    with pytest.raises(RecordError, match="it is of another caption"):
+    with pytest.raises(RecordError, match="another caption's"):
         read_narrative(record, WHERE, FOLDER)
 
 
 def test_no_point_between_two_strokes() -> None:
-    """While the mouse was off the image nothing is interpolated."""
+    """Nothing is interpolated between two strokes, while the mouse was off the image."""
     timed = [{"utterance": "two cats", "start_time": 1.85, "end_time": 2.15}]
     record = {**NARRATIVE, "caption": "two cats", "timed_caption": timed}
     assert read_narrative(record, WHERE, FOLDER).turns[0].mentions == ()
 
 
-def test_a_word_shorter_than_the_mouse_is_sampled() -> None:
+def test_a_word_shorter_than_the_sampling_interval() -> None:
     timed = [{"utterance": "cats", "start_time": 1.5, "end_time": 1.5}]
     record = {**NARRATIVE, "caption": "cats", "timed_caption": timed}
     (mention,) = read_narrative(record, WHERE, FOLDER).turns[0].mentions

@@ -1,4 +1,4 @@
-"""JSON files read record by record: every record found, found again by its bytes, and broken files named by line."""
+"""JSON files read record by record: all records, records by their offset, and errors of broken files with lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tracks: what is refused and where it is, and placement on the frames against a plain loop."""
+"""Tracks: refusals with their place, and placement on frames against a plain loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GONE = [ABSENT, ABSENT]
 def plain_placement(
     tracks: np.ndarray, times: tuple[float, float], duration: float, num_frames: int
 ) -> list[list[list[float]]]:
-    """The contract of `place_tracks`, point by point."""
+    """The definition of `place_tracks`, point by point."""
     placed = []
     for track in tracks.tolist():
         row = []
@@ -38,7 +38,7 @@ def plain_placement(
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_placement_is_that_of_the_plain_loop(seed: int) -> None:
+def test_placement_equals_the_plain_loop(seed: int) -> None:
     rng = np.random.default_rng(seed)
     tracks = rng.random((3, int(rng.integers(1, 12)), 2))
     tracks[rng.random(tracks.shape[:2]) < 0.3] = ABSENT
@@ -49,7 +49,7 @@ def test_placement_is_that_of_the_plain_loop(seed: int) -> None:
     np.testing.assert_allclose(placed, plain_placement(tracks, times, duration, n), atol=1e-6)
 
 
-def test_samples_that_stand_on_frames_are_kept_exactly() -> None:
+def test_samples_at_frames_are_kept_exactly() -> None:
     tracks = np.random.default_rng(0).random((2, 10, 2))
     assert np.array_equal(place_tracks(tracks, (0.0, 9.0), 9.0, 10), tracks.astype(np.float32))
 

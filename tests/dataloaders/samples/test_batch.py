@@ -1,4 +1,4 @@
-"""The collator: every index list against a slow reading of its definition."""
+"""The collator: every index list against a slow implementation of its definition."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from dataloaders.samples.batch import collate
 from tests.samples import random_samples, tiny_config
 
 
-def test_every_index_says_what_it_says():
+def test_all_index_lists():
     config = tiny_config()
     samples, features = random_samples(5, config)
     batch = collate(samples, features)
@@ -45,7 +45,7 @@ def test_features_of_another_length_are_refused():
         collate(samples, [features[0], features[1][:3]])
 
 
-def test_moving_keeps_everything():
+def test_moving_to_a_device_keeps_all_fields():
     batch = collate(*random_samples(2, tiny_config()))
     moved = batch.to("cpu")
     assert moved.sample_ids == batch.sample_ids

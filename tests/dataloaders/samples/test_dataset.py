@@ -1,4 +1,4 @@
-"""A stage's training set: what is in it, what changes its fingerprint, and what malformed records are told."""
+"""A stage's training set: its samples, its fingerprint, and the errors of malformed records."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pite(number: int) -> dict[str, Any]:
 
 
 def write(data: Path, records: list[dict[str, Any] | str]) -> Path:
-    """A stage 2 of these records, or of these lines."""
+    """Write a stage 2 with these records or lines."""
     (data / "stage2").mkdir(parents=True, exist_ok=True)
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     (data / "stage2/pite_143k.jsonl").write_text("".join(line + "\n" for line in lines))
@@ -63,7 +63,7 @@ def test_the_largest_token_is_that_of_the_samples_in_use(tmp_path: Path, tokeniz
     assert some.largest_tokens.tolist() == [some[i].token_ids.max() for i in range(2)]
 
 
-def test_what_is_left_out_is_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_samples_left_out_are_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     long = changed(pite(1), "conversations.3.value", "The <b>circle</b> " + "is left " * 200)
     data = write(tmp_path, [pite(0), long, pite(2)])
     dataset = stage2(data, tokenizer, max_length=400, available={"stage2/v0", "stage2/v1"})
@@ -99,7 +99,7 @@ def test_fingerprint_is_that_of_the_samples_in_use(tmp_path: Path, tokenizer: Pr
 
 
 class TestIndex:
-    """The tokenized samples on disk: the same numbers, made once, and made again where anything changed."""
+    """The tokenized samples on disk: the same numbers, made once, and made again after any change."""
 
     def assert_same(self, one: StageDataset, other: StageDataset) -> None:
         assert one.ids == other.ids and one.fingerprint() == other.fingerprint()
@@ -108,7 +108,7 @@ class TestIndex:
                 assert np.array_equal(value, getattr(other[i], name)), name
                 assert type(value) is type(getattr(other[i], name))
 
-    def test_samples_are_what_the_tokenizer_made(self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def test_samples_equal_those_of_the_tokenizer(self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         records = [
             pite(0),
             changed(pite(1), "trajectories", None),
@@ -134,7 +134,7 @@ class TestIndex:
         (file,) = cache.iterdir()
         assert load_file(file)["token_ids"].dtype == np.int32, "plain safetensors"
 
-    def test_by_processes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_with_processes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("dataloaders.samples.index._CHUNK", 4)
         data = write(tmp_path, [pite(i) if i != 13 else changed(pite(i), "id", "") for i in range(30)])
         options = {"tokenizer": llama_like(), "failure_budget": 0.1}
@@ -170,14 +170,15 @@ class TestIndex:
         assert len(list(cache.iterdir())) == 1
 
     def test_ranks_build_it_once(self, tmp_path: Path) -> None:
-        """Two processes that start together: one builds, the other waits and maps what it made."""
+        """Of two processes that start together, one builds the file and the other waits and maps it."""
         data, cache = write(tmp_path, [pite(i) for i in range(200)]), tmp_path / "cache"
         code = (
-            "import sys, pathlib; from tests.text import llama_like; from tests.dataloaders.samples.test_dataset import stage2; "
-            "from dataloaders.samples import index; build = index._build; told = []; "
-            "index._build = lambda *rest: (told.append(1), build(*rest)); "
+            "import sys, pathlib; from tests.text import llama_like; "
+            "from tests.dataloaders.samples.test_dataset import stage2; "
+            "from dataloaders.samples import index; build = index._build; built = []; "
+            "index._build = lambda *rest: (built.append(1), build(*rest)); "
             "d = stage2(pathlib.Path(sys.argv[1]), llama_like(), cache=pathlib.Path(sys.argv[2])); "
-            "print(len(told), d.fingerprint())"
+            "print(len(built), d.fingerprint())"
         )
         processes = [
             subprocess.Popen([sys.executable, "-c", code, str(data), str(cache)], stdout=subprocess.PIPE, text=True)
@@ -188,14 +189,15 @@ class TestIndex:
         assert outputs[0][1] == outputs[1][1]
 
     def test_killed_while_it_was_made(self, tmp_path: Path) -> None:
-        """The next run makes it, and removes what the killed one left."""
+        """The next run makes the file and removes what the killed run left."""
         data, cache = write(tmp_path, [pite(i) for i in range(600)]), tmp_path / "cache"
         code = (
             "import sys, os, signal, pathlib; from tests.text import llama_like; "
             "from tests.dataloaders.samples.test_dataset import stage2; from dataloaders.samples import tokenized; "
-            "pack, told = tokenized.pack, []; "
-            "tokenized.pack = lambda *rest: (told.append(1), len(told) == 2 and os.kill(os.getpid(), signal.SIGKILL), "
-            "pack(*rest))[-1]; stage2(pathlib.Path(sys.argv[1]), llama_like(), cache=pathlib.Path(sys.argv[2]))"
+            "pack, calls = tokenized.pack, []; "
+            "tokenized.pack = lambda *rest: (calls.append(1), "
+            "len(calls) == 2 and os.kill(os.getpid(), signal.SIGKILL), pack(*rest))[-1]; "
+            "stage2(pathlib.Path(sys.argv[1]), llama_like(), cache=pathlib.Path(sys.argv[2]))"
         )
         killed = subprocess.run([sys.executable, "-c", code, str(data), str(cache)], capture_output=True)
         assert killed.returncode == -9, killed.stderr
@@ -248,7 +250,7 @@ class TestBudget:
         assert dataset.left_out() == [] and dataset.exclusions() == {}
 
     def test_dirty_instructions(self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """What Valley and VideoInstruct100K hold besides good records, of both files."""
+        """The kinds of malformed records in Valley and VideoInstruct100K, over both files."""
         stage = tmp_path / "stage3"
         stage.mkdir()
         valley = [changed(VALLEY, "v_id", f"a{i}") for i in range(6)]
@@ -288,7 +290,7 @@ class TestMalformedRecords:
 
     @pytest.mark.parametrize("path", ["conversations.0.value", "conversations.3.value", "id", "source"])
     def test_half_an_emoji(self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-        """As an escape, in whatever field: within the budget the record is left out, beyond it the place is named."""
+        """An escaped surrogate in any field: within the budget the record is left out; beyond it, it is an error."""
         data = write(tmp_path, [pite(0), changed(pite(1), path, "It is \ud83c"), pite(2)])
         line, _ = self.refused(data, tokenizer)
         assert line.startswith(f"{data / 'stage2/pite_143k.jsonl'}:2: field '")
@@ -303,7 +305,7 @@ class TestMalformedRecords:
         assert [int(line.partition("jsonl:")[2].partition(":")[0]) for line in lines] == list(range(2, 12))
 
     def test_over_all_files_of_a_stage(self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """A file that ends too early is one error, and the next file is read all the same."""
+        """A truncated file is one error, and the next file is still read."""
         stage = tmp_path / "stage3"
         stage.mkdir()
         (stage / "valley.json").write_text(json.dumps([changed(VALLEY, "v_id", ""), VALLEY])[:-1])

@@ -20,7 +20,7 @@ def test_an_epoch_visits_each_sample_once_and_epochs_differ():
     assert not np.array_equal(*epochs)
 
 
-def test_what_fills_no_batch_is_another_part_in_each_epoch():
+def test_the_dropped_samples_differ_in_each_epoch():
     plan = BatchPlan(103, 10, seed=3)
     assert (plan.steps_per_epoch, plan.left_over) == (10, 3)
     unseen = [set(range(103)).difference(*(plan.samples(e * 10 + s).tolist() for s in range(10))) for e in range(3)]
@@ -37,7 +37,7 @@ def test_samples_depend_on_seed_and_step_alone():
 
 
 def test_the_order_is_pinned():
-    """A change of this sequence changes every run that is resumed across it."""
+    """If this sequence changes, a run that resumes after the change trains on other batches."""
     assert BatchPlan(10, 5, seed=0).samples(0).tolist() == [0, 2, 9, 1, 8]
 
 
@@ -100,7 +100,7 @@ def test_balance_on_answers_with_a_long_tail(stage: int, mean: float):
 
 @pytest.mark.parametrize("groups", [None, np.arange(10**6) // 2], ids=["alone", "in groups"])
 def test_a_million_samples_take_seconds_and_megabytes(groups: np.ndarray | None):
-    """To begin an epoch of 3,906 batches; what stays in memory is the order, 8 MB, and as much for the groups."""
+    """Start an epoch of 3,906 batches. Its order stays in memory (8 MB), and the groups need as much."""
     tracemalloc.start()
     start = time.process_time()
     plan = BatchPlan(10**6, 256, seed=0, groups=groups)
@@ -115,8 +115,8 @@ def test_a_million_samples_take_seconds_and_megabytes(groups: np.ndarray | None)
     assert begun < 5 and kept < (10e6 if groups is None else 20e6) and peak < 80e6
 
 
-def test_other_processes_come_to_the_same_plan():
-    """Ranks never talk about it: processes with other hash seeds name the same samples."""
+def test_all_processes_compute_the_same_plan():
+    """Ranks do not exchange the plan: processes with different hash seeds compute the same samples."""
     code = (
         "import numpy as np, hashlib; from dataloaders.samples.plan import BatchPlan, split_batch; "
         "lengths = np.random.default_rng(0).integers(100, 2000, 5000); h = hashlib.sha256(); "

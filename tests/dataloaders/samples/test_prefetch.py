@@ -1,4 +1,4 @@
-"""Batches made ahead: in order, as many as asked for, failures where they belong, and nothing left running."""
+"""Prefetch: order, bounded number, exceptions in the place of their item, and no threads left running."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_order(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_no_more_are_made_than_asked_for(workers: int) -> None:
+def test_prefetch_is_bounded(workers: int) -> None:
     made: list[int] = []
     batches = prefetch(lambda i: made.append(i) or i, range(100), workers, ahead=3)
     assert [next(batches) for _ in range(4)] == [0, 1, 2, 3]
@@ -35,13 +35,13 @@ def test_no_more_are_made_than_asked_for(workers: int) -> None:
 
 
 def test_two_are_made_at_a_time() -> None:
-    """Each of two steps waits for the other to begin."""
+    """Each of two items waits until the other has started."""
     barrier = threading.Barrier(2, timeout=10)
     assert list(prefetch(lambda i: barrier.wait() >= 0, range(4), workers=2)) == [True] * 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_exception_surfaces_in_its_place(workers: int) -> None:
+def test_an_exception_is_raised_in_the_place_of_its_item(workers: int) -> None:
     def make(i: int) -> int:
         if i == 2:
             raise ValueError("step 2 is bad")
@@ -53,7 +53,7 @@ def test_an_exception_surfaces_in_its_place(workers: int) -> None:
         next(batches)
 
 
-def test_leaving_ends_the_threads() -> None:
+def test_closing_ends_the_threads() -> None:
     before = threading.active_count()
     batches = prefetch(lambda i: i, range(1000), workers=2)
     next(batches)

@@ -1,4 +1,4 @@
-"""Prompts and tokens: what is supervised, which tokens move with an object, and that inference sees what training saw."""
+"""Prompts and tokens: supervised tokens, tokens with trajectories, and equal prompts in training and inference."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_prompt_is_a_prefix_of_the_sample(tokenizer: PreTrainedTokenizerBase, qu
     result = tokenize(sample(answer, question=question), tokenizer, num_frames=N, num_points=P)
     assert ids.dtype == np.int64 and frame_start == result.frame_start
     assert result.token_ids[: len(ids)].tolist() == ids.tolist()
-    assert result.target_positions[0] == len(ids), "the model speaks from the first token after the prompt"
+    assert result.target_positions[0] == len(ids), "the first token after the prompt is supervised"
 
 
 def test_chunks_are_tokenized_as_llava_does(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -108,7 +108,7 @@ def test_turns(tokenizer: PreTrainedTokenizerBase) -> None:
     assert result.token_ids.tolist().count(tokenizer.eos_token_id) == 2
     both = tokenizer.decode(result.token_ids[result.frame_start + N :])
     assert both == "\nWhat? ASSISTANT: A circle.</s> USER: Where? ASSISTANT: Left.</s>"
-    # What precedes the second answer is all that training could have conditioned on.
+    # The second turn does not change the tokens of the first.
     first = tokenize(Sample("s", "m", turns[:1]), tokenizer, num_frames=N, num_points=P)
     assert result.token_ids[: len(first.token_ids)].tolist() == first.token_ids.tolist()
 
@@ -133,7 +133,7 @@ def test_slow_tokenizers_are_refused() -> None:
     class Slow:
         is_fast = False
 
-    with pytest.raises(ValueError, match="Slow does not tell which characters a token covers"):
+    with pytest.raises(ValueError, match="Slow does not give the character offsets"):
         prompt_ids("Q", Slow(), N)  # type: ignore[arg-type]
 
 
@@ -144,7 +144,7 @@ def test_tokenizer_without_an_end_is_refused() -> None:
 
 
 def test_tokenizer_that_merges_over_the_colon_is_refused() -> None:
-    """No prompt could end where such a token begins."""
+    """A prompt could not end before such a token."""
     words = {"<s>": 0, "</s>": 1, "\nQ ASSISTANT: yes": 2, f"{SYSTEM} USER: ": 3}
     whole = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     whole.pre_tokenizer = pre_tokenizers.Split("never present", "isolated")

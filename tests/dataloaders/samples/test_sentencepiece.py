@@ -1,4 +1,4 @@
-"""A tokenizer as Vicuna v1.5 ships it: `tokenizer.model` of sentencepiece, and no `tokenizer.json`."""
+"""A tokenizer in the form of Vicuna v1.5: `tokenizer.model` of sentencepiece, and no `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ANSWERS = ["From 00 to 09, a red circle moves right.", "7", "🎈 é", "  two  s
 
 @pytest.fixture(scope="module", params=[False, True], ids=["v1.5", "legacy"])
 def vicuna(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small model of Llama's kind: byte-pair encoding, byte fallback, a space put before the text."""
+    """A folder with a small model like Llama's: byte-pair encoding, byte fallback, a space before the text."""
     directory = tmp_path_factory.mktemp("vicuna")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -55,7 +55,7 @@ def tokenizer(vicuna: Path) -> PreTrainedTokenizerBase:
 def test_pieces_are_sentencepiece_s(vicuna: Path, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     assert tokenizer.is_fast
     model = sentencepiece.SentencePieceProcessor(model_file=str(vicuna / "tokenizer.model"))
-    # Whether a text that starts with spaces gets one more is what the two ages of Llama's tokenizer disagree on.
+    # The two versions of Llama's tokenizer differ in whether a text that starts with spaces gets one more.
     text = text.strip()
     assert tokenizer(text, add_special_tokens=False).input_ids == model.encode(text)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (model.bos_id(), model.eos_id())
@@ -69,8 +69,8 @@ def test_prompt_is_a_prefix_of_the_sample(tokenizer: PreTrainedTokenizerBase, qu
     assert result.token_ids[: len(ids)].tolist() == ids.tolist() and result.frame_start == frame_start
     assert ids[0] == tokenizer.bos_token_id and ids[frame_start : frame_start + N].tolist() == [0] * N
     assert result.target_positions.tolist() == list(range(len(ids), len(result.token_ids)))
-    *said, end = result.token_ids[result.target_positions].tolist()
-    assert end == tokenizer.eos_token_id and tokenizer.decode([*ids, *said]).endswith(f"ASSISTANT: {answer}")
+    *answer_ids, end = result.token_ids[result.target_positions].tolist()
+    assert end == tokenizer.eos_token_id and tokenizer.decode([*ids, *answer_ids]).endswith(f"ASSISTANT: {answer}")
 
 
 @pytest.mark.parametrize("phrase", ["a red circle", "red", "right", "🎈"])

@@ -1,4 +1,4 @@
-"""The feature store: what is written is read, other encoders are refused, kills and torn shards cost no good record."""
+"""The feature store: round trips, refused manifests, and no loss of good records after kills and torn shards."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_reading_maps_the_file(tmp_path: Path) -> None:
 
 
 def test_shards_are_not_limited_by_open_files(tmp_path: Path) -> None:
-    """All of 2,000 shards can be read, twice and with records kept, where a process may open 256 files."""
+    """2,000 shards can be read, twice and with records kept, by a process that may open 256 files."""
     keys = [f"k{i}" for i in range(2000)]
     write(tmp_path, keys[:1])
     shard, index = tmp_path / "00000-000000.safetensors", pq.ParquetFile(tmp_path / "00000-000000.parquet")
@@ -99,7 +99,7 @@ def test_appending_and_many_ranks(tmp_path: Path) -> None:
     assert {p.name[:5] for p in tmp_path.glob("*.parquet")} == {"00000", "00001"}
 
 
-def test_the_fingerprint_is_of_contents_however_they_lie(tmp_path: Path) -> None:
+def test_the_fingerprint_does_not_depend_on_the_shards(tmp_path: Path) -> None:
     write(tmp_path / "a", KEYS)
     write(tmp_path / "b", KEYS[6:], rank=1, shard_records=2)
     write(tmp_path / "b", [*KEYS[:6], "another"], shard_records=3)
@@ -108,7 +108,7 @@ def test_the_fingerprint_is_of_contents_however_they_lie(tmp_path: Path) -> None
     with FeatureWriter(FeatureStore.create_or_open(tmp_path / "c", MANIFEST)) as writer:
         writer.add({key: record("another" if key == KEYS[3] else key) for key in KEYS})
     assert FeatureStore(tmp_path / "c").fingerprint(KEYS) != one.fingerprint(KEYS)
-    with pytest.raises(ValueError, match="holds nothing for 'another'"):
+    with pytest.raises(ValueError, match="holds no features for 'another'"):
         one.fingerprint(["another"])
 
 
@@ -119,8 +119,8 @@ def test_empty_store(tmp_path: Path) -> None:
 
 def test_absent_key(tmp_path: Path) -> None:
     write(tmp_path, KEYS[:1])
-    with pytest.raises(ValueError, match=r"holds nothing for 'stage2/nobody'; run engine\.encode"):
-        FeatureStore(tmp_path).read("stage2/nobody")
+    with pytest.raises(ValueError, match=r"holds no features for 'stage2/absent'; run engine\.encode"):
+        FeatureStore(tmp_path).read("stage2/absent")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_absent_key(tmp_path: Path) -> None:
 def test_another_manifest_is_refused(tmp_path: Path, field: str) -> None:
     write(tmp_path, KEYS)
     other = replace(MANIFEST, **{field: "other" if isinstance(getattr(MANIFEST, field), str) else 99})
-    with pytest.raises(ValueError, match=f"was made with {field} .* but .* is asked for"):
+    with pytest.raises(ValueError, match=f"was made with {field} .* but .* is expected"):
         FeatureStore.create_or_open(tmp_path, other)
     check(tmp_path, KEYS)
 
@@ -138,7 +138,7 @@ def test_not_a_store(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no feature store: it holds no manifest\.json"):
         FeatureStore(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"manifest\.json says nothing of 'encoder'"):
+    with pytest.raises(ValueError, match=r"manifest\.json has no field 'encoder'"):
         FeatureStore(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
@@ -146,7 +146,7 @@ def test_not_a_store(tmp_path: Path) -> None:
 
 
 def test_unindexed_shard_is_written_again(tmp_path: Path) -> None:
-    """A kill between a shard and its index."""
+    """After a kill between writing a shard and its index."""
     write(tmp_path, KEYS[:8])
     (tmp_path / "00000-000001.parquet").unlink()
     check(tmp_path, KEYS[:4])
@@ -164,7 +164,7 @@ def test_half_written_files_are_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["shorter", "empty", "missing", "longer"])
 def test_torn_shard(tmp_path: Path, damage: str) -> None:
-    """Readers refuse it by name; a writer makes its records, and only its, anew."""
+    """Readers refuse it and name it; a writer makes its records again, and no others."""
     write(tmp_path, KEYS)
     shard = tmp_path / "00000-000001.safetensors"
     content = shard.read_bytes()
@@ -198,7 +198,7 @@ def test_one_writer_per_rank(tmp_path: Path) -> None:
 
 
 def test_writers_of_one_rank_do_not_collide_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a file system whose locks do not reach other machines every shard is still whole, and in one writer's hands."""
+    """On a file system whose locks do not reach other machines, each shard is still written by one writer only."""
 
     def refuse(*_: object) -> None:
         raise OSError(95, "Operation not supported")
@@ -226,7 +226,7 @@ def test_processes_write_at_the_same_time(tmp_path: Path) -> None:
 
 
 def test_a_million_records_open_in_a_second(tmp_path: Path) -> None:
-    """Of processor time: 977 shards as engine.encode writes them, their features left out as holes in the files."""
+    """A second of CPU time. 977 shards in the form of engine.encode; their features are holes in the files."""
     manifest = replace(MANIFEST, tokens=100, channels=768)
     FeatureStore.create_or_open(tmp_path, manifest)
     for number, first in enumerate(range(0, 10**6, 1024)):
@@ -246,7 +246,7 @@ def test_a_million_records_open_in_a_second(tmp_path: Path) -> None:
     assert seconds < 1.0
 
 
-def test_what_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_values_beyond_half_precision_are_refused(tmp_path: Path) -> None:
     with FeatureWriter(FeatureStore.create_or_open(tmp_path, MANIFEST)) as writer:
         for bad in (np.nan, np.inf, 1e5):
             with pytest.raises(NonFiniteError, match="'k' are not finite in half precision"):
@@ -255,7 +255,7 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
     check(tmp_path, ["good"])
 
 
-def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
+def test_an_interrupted_run_keeps_its_records(tmp_path: Path) -> None:
     writer = FeatureWriter(FeatureStore.create_or_open(tmp_path, MANIFEST), shard_records=100)
     with pytest.raises(KeyboardInterrupt), writer:
         writer.add({k: record(k) for k in KEYS})
@@ -265,7 +265,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05])
 def test_killed_writer(tmp_path: Path, seconds: float) -> None:
-    """Whenever it dies, the store opens, holds whole records only, and its rank can be taken again."""
+    """After a kill at any time the store opens, holds complete records only, and its rank can be used again."""
     code = (
         "import sys, pathlib; from tests.dataloaders.store.test_store import write; "
         "write(pathlib.Path(sys.argv[1]), [f'k{i}' for i in range(10**6)], shard_records=2)"

@@ -1,4 +1,4 @@
-"""Stores from the outside: damage is found by its record and costs its shard alone; stores and .npy folders are joined."""
+"""Store tools: verify finds damaged records and discards their shard only; merge and import."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_good_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("byte", [-1, -24 * 4, -24 * 2])
-def test_one_changed_bit_is_found_and_costs_one_shard(
+def test_one_changed_bit_is_found_and_discards_one_shard(
     tmp_path: Path, byte: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, KEYS)
@@ -57,11 +57,11 @@ def test_a_changed_header_is_found(tmp_path: Path) -> None:
     write(tmp_path, KEYS[:4])
     shard = tmp_path / "00000-000000.safetensors"
     shard.write_bytes(shard.read_bytes().replace(b"[4,3,4]", b"[4,4,3]"))
-    assert "does not say that it holds (4, 3, 4)" in next(iter(verify(tmp_path).damage.values()))
+    assert "does not declare the shape (4, 3, 4)" in next(iter(verify(tmp_path).damage.values()))
 
 
 @pytest.mark.parametrize("damage", ["shorter", "missing"])
-def test_a_torn_shard_is_found_beside_good_ones(tmp_path: Path, damage: str) -> None:
+def test_a_torn_shard_is_found_among_good_ones(tmp_path: Path, damage: str) -> None:
     write(tmp_path, KEYS)
     shard = tmp_path / "00000-000002.safetensors"
     content = shard.read_bytes()
@@ -72,7 +72,7 @@ def test_a_torn_shard_is_found_beside_good_ones(tmp_path: Path, damage: str) -> 
     assert [index.name for index in report.damage] == ["00000-000002.parquet"] and report.records == 8
 
 
-def test_what_killed_writers_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_killed_writers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, KEYS)
     (tmp_path / "00000-000001.parquet").unlink()
     (tmp_path / ".00000-000003.safetensors.9.tmp").write_bytes(b"half")
@@ -85,10 +85,10 @@ def test_what_killed_writers_left(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_nothing_is_discarded_while_a_process_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Between a shard's name and its index, a running writer's files look like those of a killed one."""
+    """Until its index is written, a running writer's shard looks like that of a killed one."""
     write(tmp_path, KEYS[:4])
     with FeatureWriter(FeatureStore(tmp_path), rank=1, shard_records=1) as writer:
-        unfinished = writer._take_name()
+        unfinished = writer._reserve_name()
         assert verify(tmp_path).stray == [unfinished]
         assert main(["verify", str(tmp_path), "--discard"]) == 1
         sentence = f"dataloaders.store: another process is writing to {tmp_path} as rank 1; wait for it or stop it\n"
@@ -99,24 +99,24 @@ def test_nothing_is_discarded_while_a_process_writes(tmp_path: Path, capsys: pyt
     check(tmp_path, KEYS[:5])
 
 
-def test_a_writer_that_begins_during_a_discard_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a rank that discarding locked it is refused; of another it is left alone."""
+def test_a_writer_that_starts_during_a_discard_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer of a rank that `discard` locked is refused; the files of another rank are kept."""
     write(tmp_path, KEYS[:4])
-    begun: list[Path] = []
+    started: list[Path] = []
     real = store_tools.verify
 
     def slow(path: Path) -> store_tools.Report:
         with pytest.raises(ValueError, match=r"another process is writing to .* as rank 0"):
             FeatureWriter(FeatureStore(path))
         with FeatureWriter(FeatureStore(path), rank=7) as writer:
-            begun.append(writer._take_name())
+            started.append(writer._reserve_name())
         return real(path)
 
     monkeypatch.setattr(store_tools, "verify", slow)
-    assert discard(tmp_path).stray == begun and begun[0].exists()
+    assert discard(tmp_path).stray == started and started[0].exists()
 
 
-def test_without_locks_only_what_certainly_has_no_writer_is_discarded(
+def test_without_locks_only_files_that_certainly_have_no_writer_are_discarded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -127,7 +127,7 @@ def test_without_locks_only_what_certainly_has_no_writer_is_discarded(
     (tmp_path / "00000-000001.safetensors").unlink()
     live = temporary_sibling(tmp_path / "00000-000007.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr("os.getpid", lambda: 2**22 + 1)  # more than the kernel gives
+        patch.setattr("os.getpid", lambda: 2**22 + 1)  # higher than any process id
         ended = temporary_sibling(tmp_path / "00000-000008.safetensors")
     recent, old = (tmp_path / f"00000-00000{i}.safetensors" for i in (5, 6))
     for file in (live, ended, recent, old):
@@ -139,8 +139,8 @@ def test_without_locks_only_what_certainly_has_no_writer_is_discarded(
     check(tmp_path, KEYS[:4] + KEYS[8:])
 
 
-def test_a_folder_of_stores_is_looked_at_as_a_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As engine.encode fills it, with a ledger and samples beside the stores."""
+def test_commands_on_a_folder_of_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder in the form of engine.encode, with a ledger and samples next to the stores."""
     write(tmp_path / "videos", KEYS[:8])
     write(tmp_path / "images", KEYS[8:])
     (tmp_path / "samples").mkdir()
@@ -172,14 +172,14 @@ def test_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert merge(tmp_path / "out", [tmp_path / "a", tmp_path / "b"]) == 0
 
 
-def test_merge_refuses_what_differs(tmp_path: Path) -> None:
+def test_merge_refuses_stores_that_differ(tmp_path: Path) -> None:
     write(tmp_path / "a", KEYS[:2])
     with FeatureWriter(FeatureStore.create_or_open(tmp_path / "b", MANIFEST)) as writer:
         writer.add({KEYS[1]: record("other")})
     with pytest.raises(ValueError, match=f"hold different features for '{KEYS[1]}'"):
         merge(tmp_path / "out", [tmp_path / "a", tmp_path / "b"])
     FeatureStore.create_or_open(tmp_path / "c", replace(MANIFEST, encoder="other"))
-    with pytest.raises(ValueError, match="c was made with encoder 'other', but 'abc' is asked for"):
+    with pytest.raises(ValueError, match="c was made with encoder 'other', but 'abc' is expected"):
         merge(tmp_path / "out", [tmp_path / "a", tmp_path / "c"])
 
 
@@ -201,7 +201,7 @@ def test_a_folder_of_npy_files(tmp_path: Path, dtype: type) -> None:
     check(store, [f"stage2/v{i}" for i in range(6)])
 
 
-def test_npy_folder_reads_as_a_store_does(tmp_path: Path) -> None:
+def test_npy_folder_has_the_methods_of_a_store(tmp_path: Path) -> None:
     folder = NpyFolder(npy_folder(tmp_path / "npy"), "stage2")
     assert len(folder) == 5 and "stage2/v3" in folder and "v3" not in folder
     assert np.array_equal(folder.read("stage2/v3"), record("stage2/v3").astype(np.float16))

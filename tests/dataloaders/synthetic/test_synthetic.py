@@ -1,4 +1,4 @@
-"""The synthetic world says what it shows: its records against its pixels, its bytes against themselves."""
+"""The synthetic world: its records agree with its pixels, and its bytes are the same in every run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_another_configuration_in_the_same_folder_is_refused(world, tmp_path, ca
     assert "--videos must be at least 1" in capsys.readouterr().err
 
 
-def test_videos_are_h264_and_last_as_long_as_the_records_say(world):
+def test_videos_are_h264_with_the_duration_of_their_records(world):
     for record in lines(world / "stage2/pite_143k.jsonl")[:6]:
         with av.open(str(world / f"stage2/videos/{record['id']}.mp4")) as container:
             stream = container.streams.video[0]
@@ -94,7 +94,7 @@ def test_stage_3_shares_the_videos_of_stage_2(world):
     assert {path.stem for path in link.glob("*.mp4")} == {r["id"] for r in lines(world / "stage2/pite_143k.jsonl")}
 
 
-def test_a_point_is_present_exactly_where_its_thing_is_on_top():
+def test_a_point_is_present_exactly_where_its_thing_is_visible():
     for seed in range(40):
         video = scene.sample_video(np.random.default_rng(seed))
         frames = draw(video, 256).astype(int)
@@ -110,8 +110,8 @@ def test_a_point_is_present_exactly_where_its_thing_is_on_top():
                         assert track[k].tolist() == [-1, -1]
 
 
-def test_further_key_points_change_nothing_of_a_world(monkeypatch):
-    """A model of three points learns the same from a world of five as from one of three."""
+def test_more_key_points_do_not_change_a_world(monkeypatch):
+    """A model of three points trains on the same data in a world of five points as of three."""
     five = [scene.sample_video(np.random.default_rng(seed)) for seed in range(40)]
     tracks = [[scene.key_point_tracks(video, i) for i in range(len(video.things))] for video in five]
     assert all(len(track) == 5 for each in tracks for track in each)
@@ -128,7 +128,7 @@ def test_further_key_points_change_nothing_of_a_world(monkeypatch):
             assert np.array_equal(scene.key_point_tracks(three, i), track[:3])
 
 
-def test_decoded_videos_show_each_thing_along_its_trajectory_and_at_no_other_time(world):
+def test_decoded_videos_show_each_thing_on_its_trajectory_and_only_during_its_event(world):
     agree, hidden = [], 0
     for record in lines(world / "stage2/pite_143k.jsonl"):
         frames = decode(world / f"stage2/videos/{record['id']}.mp4").astype(int)
@@ -150,7 +150,7 @@ def test_decoded_videos_show_each_thing_along_its_trajectory_and_at_no_other_tim
     assert hidden > 10
 
 
-def test_occluded_and_leaving_points_are_absent_at_their_very_frames():
+def test_occluded_and_leaving_points_are_absent_in_exactly_these_frames():
     path = np.stack((np.linspace(0.21, 1.11, 10), np.full(10, 0.5)), -1)
     thing = scene.Thing("red", "circle", "right", 0, 9, path)
     cover = scene.Thing("blue", "square", "up", 3, 3, path[3:4])
@@ -163,7 +163,7 @@ def test_occluded_and_leaving_points_are_absent_at_their_very_frames():
     assert (scene.key_point_tracks(video, 1) >= 0).all()
 
 
-def test_every_phrase_stands_where_it_says_and_every_mark_is_told(world):
+def test_every_phrase_is_at_its_offset_and_every_mark_is_in_the_answer(world):
     for record in lines(world / "stage2/pite_143k.jsonl") + lines(world / "evaluation/pite_143k.jsonl"):
         answer, marks = record["conversations"][1]["value"], record["meta"]["token"]
         for trajectory in record["trajectories"]:
@@ -175,27 +175,27 @@ def test_every_phrase_stands_where_it_says_and_every_mark_is_told(world):
         assert all(0.1 < length < 0.46 for length in lengths)
 
 
-def test_questions_about_one_video_differ_by_their_object_alone(world):
-    asked: dict[str, list[tuple[str, str]]] = {}
+def test_questions_about_one_video_differ_only_in_their_object(world):
+    questions: dict[str, list[tuple[str, str]]] = {}
     for record in json.loads((world / "stage3/valley.json").read_text()):
         question, answer = (turn["value"] for turn in record["conversations"])
-        asked.setdefault(record["v_id"], []).append((question, answer))
+        questions.setdefault(record["v_id"], []).append((question, answer))
     before, after = GROUNDING_QUESTION.split("{}")
     truth = {record["id"]: record["meta"] for record in lines(world / "stage2/pite_143k.jsonl")}
-    for video, pairs in asked.items():
+    for video, pairs in questions.items():
         assert len({question for question, _ in pairs}) == len(pairs) <= 2
         seconds = list(truth[video]["token"].values())
-        told = {round(seconds[i] / truth[video]["duration"] * 32) for i in range(0, len(seconds), 2)}
+        starts = {round(seconds[i] / truth[video]["duration"] * 32) for i in range(0, len(seconds), 2)}
         for question, answer in pairs:
             assert question.startswith(f"<video>\n{before}a ")
             assert question.endswith(after)
-            assert int(answer.removeprefix("From ")[:2]) in told
-    assert any(len(pairs) == 2 for pairs in asked.values())
+            assert int(answer.removeprefix("From ")[:2]) in starts
+    assert any(len(pairs) == 2 for pairs in questions.values())
     instruct = json.loads((world / "stage3/video_instruct.json").read_text())
     assert {record["video_id"] for record in instruct} == set(truth)
 
 
-def test_mouse_traces_circle_what_is_being_said(world):
+def test_mouse_traces_circle_the_thing_of_the_current_words(world):
     for record in lines(world / "stage1/localized_narratives.jsonl"):
         words = [timed["utterance"] for timed in record["timed_caption"]]
         assert " ".join(words) == record["caption"]

@@ -193,7 +193,7 @@ def test_another_encoder_or_frame_count_is_refused(config: EncodeConfig, tmp_pat
     save_clip(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match="was made with encoder '"):
         encode(replace(config, clip=str(tmp_path / "other")))
-    with pytest.raises(ValueError, match="was made with num_frames 5, but 6 is asked for"):
+    with pytest.raises(ValueError, match="was made with num_frames 5, but 6 is expected"):
         encode(replace(config, num_frames=6))
     assert records(config.store) == before
 
