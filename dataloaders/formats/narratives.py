@@ -93,19 +93,20 @@ _Span = tuple[int, int]
 def _spans_by_words(caption: str, utterances: list[str], where: Place) -> list[_Span | None]:
     """The span from an utterance's first matched word in the caption to its last; None without a match."""
     words = [(match.span(), _plain(match[0])) for match in re.finditer(r"\S+", caption)]
-    spoken = [(number, _plain(word)) for number, utterance in enumerate(utterances) for word in utterance.split()]
-    matcher = SequenceMatcher(None, [word for _, word in words], [word for _, word in spoken], autojunk=False)
+    transcript = [(number, _plain(word)) for number, utterance in enumerate(utterances) for word in utterance.split()]
+    matcher = SequenceMatcher(None, [word for _, word in words], [word for _, word in transcript], autojunk=False)
     spans: list[_Span | None] = [None] * len(utterances)
     common = 0
-    for in_caption, in_spoken, size in matcher.get_matching_blocks():
+    for in_caption, in_transcript, size in matcher.get_matching_blocks():
         common += size
         for k in range(size):
-            (begin, end), number = words[in_caption + k][0], spoken[in_spoken + k][0]
+            (begin, end), number = words[in_caption + k][0], transcript[in_transcript + k][0]
             known = spans[number]
             spans[number] = (begin, end) if known is None else (known[0], end)
-    if spoken and common < MIN_COMMON * len(words):
+    if transcript and common < MIN_COMMON * len(words):
         raise RecordError(
-            f"{where}: field 'timed_caption' has {common} of the caption's {len(words)} words: another caption's?"
+            f"{where}: field 'timed_caption' has {common} of the caption's {len(words)} words: "
+            "it belongs to another caption"
         )
     return spans
 

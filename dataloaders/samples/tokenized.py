@@ -87,7 +87,7 @@ def write(path: Path, parts: Iterable[Columns], num_frames: int, num_points: int
         header: dict[str, object] = {"__metadata__": dict(notes)}
         end = 0
         for name, file in files.items():
-            size, row = file.tell(), rows.get(name, ())
+            size, row = file.seek(0, os.SEEK_END), rows.get(name, ())
             count = size // (int(np.prod(row)) * np.dtype(_TYPES[name][1]).itemsize)
             header[name] = {"dtype": _TYPES[name][0], "shape": [count, *row], "data_offsets": [end, end + size]}
             end += size

@@ -24,7 +24,7 @@ def test_sample() -> None:
     assert (sample.id, sample.media) == ("coco/137576:93", "stage1/coco/137576")
     assert (turn.question, turn.answer) == (QUESTION, NARRATIVE["caption"])
     points = {turn.answer[m.start : m.end]: m.trajectory for m in turn.mentions}
-    # "In this image" was spoken while no trace was drawn.
+    # No trace was drawn during "In this image".
     assert list(points) == ["there are two cats,", "and", "a  sofa.", "A cat"]
     assert all(t.shape == (1, 1, 2) and t.dtype == np.float32 for t in points.values())
     np.testing.assert_allclose(points["there are two cats,"].ravel(), [0.2, 0.4])
@@ -66,7 +66,7 @@ def test_by_position() -> None:
     record = {**NARRATIVE, "caption": "0123456789abcdef" * 2, "timed_caption": timed}
     mentions = read_narrative(record, WHERE, FOLDER, narrative_timing="position").turns[0].mentions
     assert [(m.start, m.end) for m in mentions] == [(0, 8), (8, 24), (24, 32)]
-    with pytest.raises(RecordError, match="another caption's"):
+    with pytest.raises(RecordError, match="it belongs to another caption"):
         read_narrative(record, WHERE, FOLDER)
 
 
