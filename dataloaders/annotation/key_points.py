@@ -24,36 +24,36 @@ def key_points(tracks: np.ndarray, num_points: int, seed: int = 0) -> np.ndarray
     tracks, present = tracks[present.any(1)].astype(np.float64), present[present.any(1)]
     if len(tracks) < num_points:
         return None
-    whole = _extrapolate(tracks, present)
+    filled = _extrapolate(tracks, present)
     chosen = np.arange(len(tracks))
     for rule in (_moves_with_object, _is_long):
-        kept = chosen[rule(whole[chosen], present[chosen])]
+        kept = chosen[rule(filled[chosen], present[chosen])]
         chosen = kept if len(kept) >= num_points else chosen
-    tracks, whole = tracks[chosen], whole[chosen]
-    flat = whole.reshape(len(whole), -1)
+    tracks, filled = tracks[chosen], filled[chosen]
+    flat = filled.reshape(len(filled), -1)
     nearest: list[int] = []
     for centre in _k_means(flat, num_points, np.random.default_rng(seed)):
         distance = ((flat - centre) ** 2).sum(-1)
         distance[nearest] = np.inf
         nearest.append(int(distance.argmin()))
-    order = np.lexsort((whole[nearest, 0, 1], whole[nearest, 0, 0]))
+    order = np.lexsort((filled[nearest, 0, 1], filled[nearest, 0, 0]))
     return tracks[np.array(nearest)[order]]
 
 
-def _moves_with_object(whole: np.ndarray, present: np.ndarray) -> np.ndarray:
+def _moves_with_object(filled: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Which tracks move like the median one. Outliers are tracks that stuck to the background or moved to another
     object.
 
     A track may depart by a quarter of the object's extent, or by four times the median departure, whichever is more.
     For all tracks depart when parts of the object move by themselves or the object comes nearer.
     """
-    moved = whole - whole[:, :1]
+    moved = filled - filled[:, :1]
     departure = np.linalg.norm(moved - np.median(moved, 0), axis=-1).max(1)
-    extent = np.linalg.norm(np.ptp(whole[:, 0], axis=0))
+    extent = np.linalg.norm(np.ptp(filled[:, 0], axis=0))
     return np.asarray(departure <= max(extent / 4, 4 * np.median(departure)))
 
 
-def _is_long(whole: np.ndarray, present: np.ndarray) -> np.ndarray:
+def _is_long(filled: np.ndarray, present: np.ndarray) -> np.ndarray:
     seen = present.sum(1)
     return np.asarray(seen >= seen.max() / 2)
 
@@ -63,16 +63,16 @@ def _extrapolate(tracks: np.ndarray, present: np.ndarray) -> np.ndarray:
     step = np.diff(tracks, axis=1)
     both = present[:, 1:] & present[:, :-1]
     moved = np.where(both[..., None], step, 0).sum(0) / np.maximum(both.sum(0), 1)[:, None]
-    whole, known = tracks.copy(), present.copy()
+    filled, known = tracks.copy(), present.copy()
     for k in range(1, tracks.shape[1]):
         fill = known[:, k - 1] & ~known[:, k]
-        whole[fill, k] = whole[fill, k - 1] + moved[k - 1]
+        filled[fill, k] = filled[fill, k - 1] + moved[k - 1]
         known[fill, k] = True
     for k in range(tracks.shape[1] - 2, -1, -1):
         fill = known[:, k + 1] & ~known[:, k]
-        whole[fill, k] = whole[fill, k + 1] - moved[k]
+        filled[fill, k] = filled[fill, k + 1] - moved[k]
         known[fill, k] = True
-    return whole
+    return filled
 
 
 def _k_means(points: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -28,14 +28,14 @@ def decode_video(path: Path, num_frames: int, clip: Clip = None, transform: Tran
     """The same frames as `dataloaders.decode.video.decode_video`, (N, H, W, 3) uint8. Raises DecodeError."""
     from torchcodec.decoders import VideoDecoder
 
-    known = probe(path, clip)
-    if not known.regular:
+    probed = probe(path, clip)
+    if not probed.regular:
         return decode_with_pyav(path, num_frames, clip, transform)
     try:
         decoder = VideoDecoder(path, num_ffmpeg_threads=1, seek_mode="exact")
-        if (decoder.metadata.num_frames or 0) < known.first + known.total:
+        if (decoder.metadata.num_frames or 0) < probed.first + probed.total:
             return decode_with_pyav(path, num_frames, clip, transform)
-        indices = known.first + frame_indices(known.total, num_frames)
+        indices = probed.first + frame_indices(probed.total, num_frames)
         distinct, places = np.unique(indices, return_inverse=True)
         # One frame at a time, to keep no whole frames in memory. Ascending indices need no seeking back.
         frames = (decoder.get_frame_at(i).data.permute(1, 2, 0).contiguous().numpy() for i in distinct.tolist())

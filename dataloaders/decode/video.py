@@ -219,9 +219,7 @@ def _read_packets(path: Path, clip: Clip) -> _Packets:
     if announced is not None and float(max(last, last - origin) * unit) < announced - CLIP_TOLERANCE:
         raise DecodeError(f"{path}: its frames end at {seconds[-1]:.2f} s of {announced:.2f} s; the file is damaged")
     if clip is not None and clip[1] > seconds[-1] + CLIP_TOLERANCE:
-        raise DecodeError(
-            f"{path}: its last frame stands at {seconds[-1]:.2f} s, before the clip's end at {clip[1]:g} s"
-        )
+        raise DecodeError(f"{path}: its last frame is at {seconds[-1]:.2f} s, before the clip's end at {clip[1]:g} s")
     before = 0 if clip is None else sum(t < clip[0] for t in seconds)
     return _Packets(before, sum(_inside(t, clip) for t in seconds), origin, len(shown) == len(packets))
 

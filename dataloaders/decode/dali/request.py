@@ -63,21 +63,21 @@ def prepare(media: Media, num_frames: int, preprocess: Preprocess, device: str) 
 
 def _video(media: Media, num_frames: int, device: str) -> DecodeRequest | str:
     """A request for a video, or the reason why DALI cannot decode it."""
-    known = probe(media.path, media.clip)
-    indices, places = np.unique(known.first + frame_indices(known.total, num_frames), return_inverse=True)
-    memory = len(indices) * known.height * known.width * 3
+    probed = probe(media.path, media.clip)
+    indices, places = np.unique(probed.first + frame_indices(probed.total, num_frames), return_inverse=True)
+    memory = len(indices) * probed.height * probed.width * 3
     problems = {
-        f"{known.codec} is not for DALI on {device}": known.codec not in CODECS[device],
-        f"{known.pixel_format} pixels": known.pixel_format not in PIXEL_FORMATS,
-        "rotated": known.rotation % 360 != 0,
-        f"colour matrix {known.matrix}": known.matrix not in BT709 + BT601,
-        "full range": known.full_range != (known.codec == "mjpeg"),
-        "packets that are no frames": not known.regular,
+        f"DALI has no {probed.codec} on {device}": probed.codec not in CODECS[device],
+        f"{probed.pixel_format} pixels": probed.pixel_format not in PIXEL_FORMATS,
+        "rotated": probed.rotation % 360 != 0,
+        f"colour matrix {probed.matrix}": probed.matrix not in BT709 + BT601,
+        "full range": probed.full_range != (probed.codec == "mjpeg"),
+        "packets without a frame": not probed.regular,
         "a long file": media.path.stat().st_size > MAX_FILE,
         "large frames": memory > FRAME_MEMORY[device],
     }
     why = next((name for name, is_so in problems.items() if is_so), None)
-    return why or DecodeRequest(media, known.codec, indices, places, memory, known.matrix)
+    return why or DecodeRequest(media, probed.codec, indices, places, memory, probed.matrix)
 
 
 def _still(media: Media) -> DecodeRequest | str:

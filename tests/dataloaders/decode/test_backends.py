@@ -213,8 +213,8 @@ class TestDali:
             *(name for name in results if name.startswith("VP9") and name != "VP9, rotated"),
         }
         assert decoders["VP9, rotated"] == "PyAV (rotated)"
-        assert decoders["VP8 with hidden frames"] == "PyAV (packets that are no frames)"
-        assert decoders["HEVC"] == "PyAV (hevc is not for DALI on cpu)"
+        assert decoders["VP8 with hidden frames"] == "PyAV (packets without a frame)"
+        assert decoders["HEVC"] == "PyAV (DALI has no hevc on cpu)"
         assert decoders["VP9"] == "DALI (vp9)"
 
     def test_same_frames(self, results: dict[str, Decoded], videos: dict[str, Media]) -> None:

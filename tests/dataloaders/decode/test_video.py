@@ -210,7 +210,7 @@ class TestBadFiles:
     def test_empty_and_late_clips(self, clip: Path) -> None:
         with pytest.raises(DecodeError, match=r"no frame between 1\.01 and 1\.05 s"):
             decode_video(clip, 8, (1.01, 1.05))
-        with pytest.raises(DecodeError, match=r"last frame stands at 4\.90 s, before the clip's end at 9 s"):
+        with pytest.raises(DecodeError, match=r"last frame is at 4\.90 s, before the clip's end at 9 s"):
             decode_video(clip, 8, (3.0, 9.0))
 
     def test_frames_that_change_size(self, clip: Path) -> None:
