@@ -91,7 +91,7 @@ def write(
 
 
 def hide_frames(path: Path, which: list[int]) -> Path:
-    """Mark some frames of a VP8 file as hidden, as encoders do with frames that only serve as references."""
+    """Mark some frames of a VP8 file as hidden, as encoders do with frames that are references only."""
     content = path.read_bytes()
     with av.open(str(path)) as container:
         packets = [bytes(p) for p in container.demux(video=0) if p.size]

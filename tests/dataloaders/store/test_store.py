@@ -225,8 +225,8 @@ def test_processes_write_at_the_same_time(tmp_path: Path) -> None:
     check(tmp_path, [f"r{r}k{i}" for r in range(3) for i in range(50)])
 
 
-def test_a_million_records_open_in_a_second(tmp_path: Path) -> None:
-    """A second of CPU time. 977 shards in the form of engine.encode; their features are holes in the files."""
+def test_a_million_records_open_faster_than_pyarrow_lists_their_keys(tmp_path: Path) -> None:
+    """977 shards in the form of engine.encode; their features are holes in the files. CPU time, as a ratio in one run."""
     manifest = replace(MANIFEST, tokens=100, channels=768)
     FeatureStore.create_or_open(tmp_path, manifest)
     for number, first in enumerate(range(0, 10**6, 1024)):
@@ -241,9 +241,11 @@ def test_a_million_records_open_in_a_second(tmp_path: Path) -> None:
         pq.write_table(pa.table({"key": keys}), tmp_path / f"00000-{number:06d}.parquet", use_dictionary=False)
     start = time.process_time()
     store = FeatureStore(tmp_path)
-    seconds = time.process_time() - start
-    assert len(store) == 10**6 and "stage2/v0999999" in store and store.read("stage2/v0500000").shape == (100, 768)
-    assert seconds < 1.0
+    opened = time.process_time()
+    keys = [key for file in tmp_path.glob("*.parquet") for key in pq.read_table(file).column("key").to_pylist()]
+    listed = time.process_time()
+    assert len(store) == len(keys) == 10**6 and "stage2/v0999999" in store and store.read("stage2/v0500000").shape == (100, 768)
+    assert opened - start < 1.5 * (listed - opened)  # 0.4 to 0.6 of it when measured
 
 
 def test_values_beyond_half_precision_are_refused(tmp_path: Path) -> None:
