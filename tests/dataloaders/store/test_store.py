@@ -244,7 +244,11 @@ def test_a_million_records_open_faster_than_pyarrow_lists_their_keys(tmp_path: P
     opened = time.process_time()
     keys = [key for file in tmp_path.glob("*.parquet") for key in pq.read_table(file).column("key").to_pylist()]
     listed = time.process_time()
-    assert len(store) == len(keys) == 10**6 and "stage2/v0999999" in store and store.read("stage2/v0500000").shape == (100, 768)
+    assert (
+        len(store) == len(keys) == 10**6
+        and "stage2/v0999999" in store
+        and store.read("stage2/v0500000").shape == (100, 768)
+    )
     assert opened - start < 1.5 * (listed - opened)  # 0.4 to 0.6 of it when measured
 
 
