@@ -4,7 +4,7 @@ Times the demo's stage 1 (engine.train, the tiny model with random weights and f
 the same cores, for each wait policy of OpenMP threads. The variants run in turn, so that other work affects all
 equally.
 
-  ours      what all our commands set: 5,000 spins, then sleep
+  ours      what all our commands set: 1,000 spins, then sleep
   sleep     OMP_WAIT_POLICY=PASSIVE: no spins
   spin      libgomp's default: 300,000 spins, then sleep
   1 thread  no other thread to wait for
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from bench.measure import environment
+from bench.report import fill
 from dataloaders.cpu import WAIT_POLICY, available_cores
 from dataloaders.files import write_atomically
 from dataloaders.synthetic.features import write_random_features
@@ -39,6 +40,7 @@ POLICIES = {
     "spin": {"GOMP_SPINCOUNT": "300000"},
     "1 thread": {"OMP_NUM_THREADS": "1"},
 }
+MARK = "<!-- measured: python -m bench.load -->"
 LEAST_SHARE = 0.25
 """The required fraction of the idle machine's tokens/s. Under load, half of the cores' time is available."""
 
@@ -104,13 +106,19 @@ def measure(
     return rows
 
 
-def show(rows: Sequence[dict[str, Any]], loops: int) -> str:
-    lines = [f"{'threads':<10} {'tokens/s alone':>28} {f'with {loops} busy loops':>28} {'share':>7}"]
-    for row in rows:
+def table(content: dict[str, Any]) -> str:
+    """The Markdown table of a result file."""
+    about = content["environment"]
+    lines = [
+        f"| {about['device'].partition(',')[0]}, {about['cores']} cores, commit {about['commit']} | tokens/s alone | "
+        f"with {about['busy loops']} busy loops | share |",
+        "|---|---|---|---|",
+    ]
+    for row in content["rows"]:
         spans = [
             f"{row[n]:,.0f} ({row[f'{n}_range'][0]:,.0f} to {row[f'{n}_range'][1]:,.0f})" for n in ("alone", "loaded")
         ]
-        lines.append(f"{row['policy']:<10} {spans[0]:>28} {spans[1]:>28} {row['share']:7.2f}")
+        lines.append(f"| {row['policy']} | {spans[0]} | {spans[1]} | {row['share']:.2f} |")
     return "\n".join(lines)
 
 
@@ -121,14 +129,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=30, help="timed steps of a run (%(default)s)")
     parser.add_argument("--loops", type=int, default=2, help="busy loops (%(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--page", type=Path, help="Markdown file whose table is replaced")
     flags = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder))
         rows = measure(Path(folder), flags.rounds, flags.steps, flags.loops)
-    print(show(rows, flags.loops))
+    about = environment(torch.device("cpu")) | {"cores": available_cores(), "busy loops": flags.loops}
+    content = {"environment": about, "rows": rows}
+    print(table(content))
     if flags.output is not None:
-        about = environment(torch.device("cpu")) | {"cores": available_cores(), "busy loops": flags.loops}
-        write_atomically(flags.output, json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+        write_atomically(flags.output, json.dumps(content, indent=1) + "\n")
+    if flags.page is not None:
+        write_atomically(flags.page, fill(flags.page.read_text(), table(content), MARK))
     slow = rows[0]["share"] < LEAST_SHARE
     if slow:
         print(

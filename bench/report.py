@@ -173,13 +173,13 @@ def step_table(environment: Mapping[str, str], rows: Iterable[Mapping[str, Any]]
     return "\n".join(lines)
 
 
-def fill(text: str, tables: str) -> str:
-    """`text` with `tables` between the two marks. Raises ValueError if a mark is missing."""
-    before, begin, rest = text.partition(BEGIN)
+def fill(text: str, tables: str, mark: str = BEGIN) -> str:
+    """`text` with `tables` between two marks. Raises ValueError if a mark is missing."""
+    before, begin, rest = text.partition(mark)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the file has no marks for the tables: {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
+        raise ValueError(f"the file has no marks for the tables: {mark} ... {END}")
+    return f"{before}{mark}\n{tables}\n{END}{after}"
 
 
 def plot(environment: Mapping[str, str], rows: Sequence[Row], path: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
-"""OpenMP threads spin for 5,000 rounds, which bridges the gaps between the operations of a small step, then sleep."""
+WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""OpenMP threads spin for 1,000 rounds, which covers most gaps between the operations of a small step, then sleep."""
 
 _WAIT_VARIABLES = (*WAIT_POLICY, "KMP_BLOCKTIME")
 
