@@ -2,7 +2,7 @@
 #   docker build -t pite-engine .
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 -v DATA:/data -v RUNS:/runs pite-engine python -m engine.train --help
 # --ipc=host gives NCCL and the data loader the host's shared memory. NCCL and cuDNN come with torch's wheels.
-# The CUDA toolkit is there for flash-attn, which is compiled on request: --build-arg FLASH_ATTN=2.8.4
+# The CUDA toolkit is there for flash-attn, which is compiled on request: --build-arg FLASH_ATTN=2.8.3.post2
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
@@ -22,7 +22,7 @@ RUN apt-get update \
 WORKDIR /opt/pite-engine
 COPY constraints.txt ./
 RUN python3 -m venv "$VIRTUAL_ENV" \
-    && pip install -c constraints.txt torch setuptools wheel cmake ninja
+    && pip install -c constraints.txt torch 'setuptools>=77' wheel cmake ninja
 
 ARG FLASH_ATTN=
 RUN if [ -n "$FLASH_ATTN" ]; then pip install -c constraints.txt packaging psutil && pip install --no-build-isolation "flash-attn==$FLASH_ATTN"; fi

@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt $(SOURCES)
 		{ echo "PiTe Engine needs Python 3.11 to 3.13; $$($(PYTHON) --version) was found. Set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(PIP) setuptools wheel cmake ninja
+	$(PIP) 'setuptools>=77' wheel cmake ninja
 	$(PIP) --no-build-isolation -e ./kernels -e '.[dev]'
 	@test -e kernels/pite_kernels/_C.so || echo "No C++20 compiler: the CPU operators were not built, and PyTorch computes the same."
 	touch $(STAMP)

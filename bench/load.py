@@ -124,7 +124,12 @@ def table(content: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 1 if under load less than a quarter of the speed is left with our policy."""
-    parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.load",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--rounds", type=int, default=5, help="runs of each variant (%(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of a run (%(default)s)")
     parser.add_argument("--loops", type=int, default=2, help="busy loops (%(default)s)")

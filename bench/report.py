@@ -44,6 +44,12 @@ def read(path: Path) -> tuple[Mapping[str, str], list[Row]]:
     raise ValueError(f"{path}: has neither rows of bench.gpu nor kernel benchmarks of pytest-benchmark")
 
 
+def of_load(path: Path) -> bool:
+    """Whether a result file is one of `bench.load`, whose table is in docs/install.md."""
+    content = json.loads(path.read_text())
+    return isinstance(content, dict) and any("share" in row and "policy" in row for row in content.get("rows", ()))
+
+
 def _environment(info: Mapping[str, Any]) -> Mapping[str, str]:
     known = ("device", "commit", "python", "torch", "triton")
     return {**{k: v for k, v in info.items() if k in known}, "spread": "quartiles"}
@@ -219,7 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         steps = [found for path in files if (found := read_steps(path))]
         encodings = [content for path in files if (content := encoding(path))]
-        results = [read(path) for path in files if not read_steps(path) and not encoding(path)]
+        files = [path for path in files if not read_steps(path) and not encoding(path) and not of_load(path)]
+        results = [read(path) for path in files]
     except (ValueError, OSError) as error:
         parser.error(str(error))
     step_tables = [step_table(*found) for found in steps] + [encoding_table(content) for content in encodings]

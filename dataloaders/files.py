@@ -75,7 +75,7 @@ def remove_abandoned(folder: Path, pattern: str, locked: bool = False) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it exists."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -112,10 +112,13 @@ def _last_change(path: Path) -> float:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's contents, or a directory's entries, to disk."""
+    """Flush a file's contents, or a directory's entries, to disk; some file systems cannot flush a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -220,7 +223,10 @@ def give_default_mode(path: Path) -> None:
     probe = temporary_sibling(path)
     try:
         probe.touch()
-        path.chmod(probe.stat().st_mode & 0o777)
+        mode = probe.stat().st_mode & 0o777
+        with suppress(PermissionError, NotImplementedError):  # FAT and CIFS give every file one mode
+            if path.stat().st_mode & 0o777 != mode:
+                path.chmod(mode)
     finally:
         probe.unlink(missing_ok=True)
 

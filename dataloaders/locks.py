@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import IO
 
+from dataloaders.ranks import Ranks
+
 _LOG = logging.getLogger(__name__)
 _warned: set[Path] = set()
 
@@ -71,6 +73,6 @@ def _is_at(file: IO[str], path: Path) -> bool:
 def _warn(path: Path, error: OSError, consequence: str) -> None:
     """Print a warning, once for each folder, on one rank of each machine."""
     folder = path.parent.absolute()
-    if folder not in _warned and os.environ.get("LOCAL_RANK", "0") == "0":
+    if folder not in _warned and Ranks.read().local == 0:
         _LOG.warning("%s is on a file system without locks (%s): %s", folder, error.strerror, consequence)
     _warned.add(folder)

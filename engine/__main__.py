@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from engine.distributed.errors import exit_process
+
 COMMANDS = {
     "demo": ("engine.demo.__main__", "end-to-end demo: every step with tiny models"),
     "annotate": ("dataloaders.annotation.__main__", "make trajectories from videos and captions"),
@@ -42,5 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
+def console() -> None:
+    """The console command `pite`."""
+    status = main()
+    exit_process(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -12,6 +12,7 @@ deleted. The data need no state: the batch plan is a function of the step.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import warnings
@@ -40,6 +41,9 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 STATE_FILE = "state.json"
 FILE_BYTES = 25 * 2**20
 """About the size of a file. safetensors holds Python's lock while it serializes one: about 0.03 s (480 MB: 0.65 s)."""
+
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+"""Errors of reading a checkpoint that mean a missing or unreadable part of it."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -168,9 +172,9 @@ def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, dict[Path, st
     for path in reversed(_directories(directory)):
         try:
             return Checkpoint(path, _verify(path)), damaged
-        except PermissionError:
-            raise  # the checkpoint is not damaged
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, OSError) and error.errno not in _DAMAGE:
+                raise  # such as a lost connection to the disk, which damages nothing
             damaged[path] = str(error)
     return None, damaged
 

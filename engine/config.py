@@ -95,7 +95,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     """optimizer steps between checkpoints"""
     keep_checkpoints: int = 2
-    """number of the newest checkpoints to keep on disk"""
+    """number of the newest whole checkpoints to keep on disk"""
     start_over_if_damaged: bool = False
     """restart a stage at step 0 if all its checkpoints are damaged; without it that is an error"""
     parallel: Parallel = "auto"

@@ -60,12 +60,12 @@ def measured_mfu(size: str, device: str, results: Path, implementation: str = "p
 
     implementation  its name in `bench.step`; for "pite", the whole loop's MFU goes before the bare step's
     """
-    kind, _, room = device.partition("-")
+    kind, _, memory = device.partition("-")
     found: dict[str, list[float]] = {}
     for file in sorted(results.glob("step_*.json")):
         content = json.loads(file.read_text())
         name = content["environment"]["device"]
-        if f" {kind}" not in name or room not in name or _peak(name) != DEVICES[device].peak:
+        if f" {kind}" not in name or memory not in name or _peak(name) != DEVICES[device].peak:
             continue
         for row in content["rows"]:
             if row["model"] == size and row.get("mfu"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from dataloaders.files import write_atomically
 
 MARKER = "preempted.json"
-"""Name of the file. It holds {"stage": the stage that the same command continues, "step": its saved steps}."""
+"""Name of the file. It holds {"stage": the last stage that saved, "step": its optimizer steps}."""
 
 
 def write_marker(output: Path, stage: int, step: int) -> None:

@@ -6,7 +6,6 @@ same command resumes an interrupted run, and reports a finished one as done.
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dataloaders.files import directory_written_atomically, sha256
+from dataloaders.ranks import Ranks
 from dataloaders.samples.dataset import StageDataset
 from dataloaders.samples.plan import BatchPlan
 from dataloaders.store.features import FeatureStore, Manifest
@@ -33,7 +33,7 @@ from engine.build import (
 from engine.checkpoint import check_fingerprint, check_resumable
 from engine.cli import parse
 from engine.config import TrainConfig
-from engine.distributed.errors import print_error
+from engine.distributed.errors import exit_process, print_error
 from engine.distributed.watchdog import print_end
 from engine.distributed.world import World
 from engine.hardware import capacity_of
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if config.wandb is not None:
             require_wandb()
-        if int(os.environ.get("RANK", "0")) == 0:
+        if Ranks.read().rank == 0:
             remove_marker(config.output)
         world = World.join(config.device, config.stall_timeout)
         agree(world, lambda: check_given(config))
@@ -288,8 +288,4 @@ def _model_config(config: TrainConfig, llm: Path | None) -> PiTeConfig:
 
 
 if __name__ == "__main__":
-    status = main()
-    if status:
-        # The interpreter would not end while a collective that never finishes is still running.
-        sys.stderr.flush()
-        os._exit(status)
+    exit_process(main())

@@ -56,17 +56,23 @@ def build_operators(folder: Path) -> Path:
     cmake = shutil.which("cmake", path=path)
     if cmake is None:
         raise BuildError("cmake is not installed.")
+    ninja = shutil.which("ninja", path=path)
     configure = [
         cmake,
+        *(("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}") if ninja else ()),
         *("-S", str(SOURCES), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"),
         f"-DTORCH_INCLUDE_DIR={torch / 'include'}",
         f"-DTORCH_LIBRARY_DIR={torch / 'lib'}",
     ]
     folder.mkdir(parents=True, exist_ok=True)
+    # A cache of another checkout, copied along, names that one's folders.
+    (folder / "CMakeCache.txt").unlink(missing_ok=True)
     for command in (configure, [cmake, "--build", str(folder), "--parallel"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            log = folder / "build.log"
+            # `folder` may be temporary: pip removes it after an editable build.
+            log = SOURCES.parent / "build" / "build.log"
+            log.parent.mkdir(exist_ok=True)
             log.write_text(done.stdout + done.stderr)
             step = "build" if "--build" in command else "configuration"
             raise BuildError(f"the CMake {step} failed; its output is in {log}.")

@@ -124,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--model", type=Path, metavar="DIR", required=True, help="a stage's output")
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", required=True, help="a stage's output, an export, or OWNER/NAME on the hub"
+    )
     parser.add_argument("--video", type=Path, metavar="V", required=True, help="any file that FFmpeg decodes")
     parser.add_argument("--query", metavar="Q", required=True, help="the question")
     parser.add_argument(

@@ -33,13 +33,12 @@ from dataloaders.files import (
 from pite import hub, names
 from pite.adapters import plain_lora
 from pite.config import PiTeConfig
+from pite.export import RECORD
 from pite.model import PiTe
 from pite.shards import sharded, write_index
 
 SHARD_BYTES = 5 * 2**30
 LINEAGE, HEADS_FILE, ADAPTER_FILE = "lineage.json", "pite.safetensors", "adapter_model.safetensors"
-EXPORT = "export.json"
-"""The record that `pite.export` writes into its folder: the format, and a summary of each stage."""
 
 
 def resolve(path_or_name: str | Path) -> Path:
@@ -149,7 +148,7 @@ class WeightLoader:
         if not updates:
             return self._weights[name]
         # Moved before the conversion, which would otherwise run on the host.
-        total = self._weights[name].to(self._device).float()
+        total = self._weights[name].to(self._device).to(torch.float32, copy=True)
         for adapter in updates:
             total += adapter.update(name, self._device)
         return total
@@ -181,7 +180,7 @@ def save_pretrained(model: PiTe, directory: Path | str) -> None:
     for file, shard in shards.items():
         write_tensors(written[file], shard)
     index = hub.index_file(directory)
-    others = [directory / name for name in ("config.json", HEADS_FILE, EXPORT)]
+    others = [directory / name for name in ("config.json", HEADS_FILE, RECORD)]
     for stale in (*others, index, *hub.standard_files(directory)):
         stale.unlink(missing_ok=True)
     for file, temporary in written.items():
@@ -263,8 +262,8 @@ def history(directory: Path) -> list[dict[str, Any]]:
 
     Each record has at least its number, "stage", and the checksums of its "files".
     """
-    if (directory / EXPORT).exists():
-        return list(read_json_object(directory / EXPORT).get("stages", ()))
+    if (directory / RECORD).exists():
+        return list(read_json_object(directory / RECORD).get("stages", ()))
     if not (directory / LINEAGE).exists():
         return []
     directory = directory.resolve()

@@ -13,15 +13,15 @@ WORDS = re.compile(
 )
 ALLOWED = {
     "dataloaders/annotation/record.py": {"tell", "told"},  # question templates, which are training data
-    "tests/test_language.py": {match.lower() for match in re.findall(r"[a-z]+", WORDS.pattern)},
 }
 """File -> words that may stand in it."""
+THIS = "tests/test_language.py"
 SUFFIXES = (".py", ".md", ".cpp", ".h", ".toml", ".yml")
 
 
 def test_odd_words_are_gone() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    files = [file for file in listed.splitlines() if file.endswith(SUFFIXES) and (ROOT / file).exists()]
+    files = [file for file in listed.splitlines() if file.endswith(SUFFIXES) and file != THIS]
     assert files
     found = {
         f"{file}: {match.group()}"

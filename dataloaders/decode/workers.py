@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as TimedOut
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -35,9 +36,8 @@ class Workers:
     def __init__(self, count: int, time_limit: float | None = None) -> None:
         assert count > 0
         self.count, self.time_limit = count, time_limit
-        # A forked process would copy locks and device contexts in an undefined state.
-        spawn = multiprocessing.get_context("spawn")
-        self._pool = ProcessPool(count, initializer=_set_up, context=spawn)
+        self._lock, self._closed, self._may_restart = threading.Lock(), False, True
+        self._pool = _start(count)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Run `function`, which can be pickled, in a process; its result or exception is that of the Future.
@@ -46,18 +46,49 @@ class Workers:
         closed or its processes cannot be started.
         """
         answer: Future[Any] = Future()
-        try:
-            task = self._pool.schedule(function, args=list(arguments), timeout=self.time_limit)
-        except RuntimeError:
-            answer.set_exception(RuntimeError(_NO_PROCESSES))
-        else:
-            task.add_done_callback(lambda done: self._finish(done, answer))
+        self._schedule(answer, function, arguments, attempts=2)
         return answer
 
     def close(self) -> None:
         """End the processes; unfinished tasks have no result."""
+        with self._lock:
+            self._closed = True
         self._pool.stop()
         self._pool.join()
+
+    def _schedule(
+        self, answer: Future[Any], function: Callable[..., Any], arguments: tuple[Any, ...], attempts: int
+    ) -> None:
+        if not attempts:
+            answer.set_exception(RuntimeError(_NO_PROCESSES))
+            return
+        try:
+            with self._lock:
+                # Pebble closes the pool when an idle process dies. Processes that cannot start at all would die again,
+                # so it is started once until there is a result.
+                if not self._pool.active and self._may_restart and not self._closed:
+                    self._pool, self._may_restart = _start(self.count), False
+                task = self._pool.schedule(function, args=list(arguments), timeout=self.time_limit)
+        except RuntimeError:
+            answer.set_exception(RuntimeError(_NO_PROCESSES))
+        else:
+            again = partial(self._schedule, answer, function, arguments, attempts - 1)
+            task.add_done_callback(lambda done: self._finish(done, answer, again))
+
+    def _finish(self, task: Future[Any], answer: Future[Any], again: Callable[[], None]) -> None:
+        try:
+            answer.set_result(task.result())
+            self._may_restart = True
+        except BrokenProcessPool:
+            again()
+        except CancelledError:
+            answer.set_exception(RuntimeError(_NO_PROCESSES))
+        except ProcessExpired:
+            answer.set_exception(TaskLost("the process that decoded it died"))
+        except Exception as error:
+            if isinstance(error, TimedOut) and error.args[:1] == ("Task timeout",):  # not one that the task raised
+                error = TaskLost(f"it took more than {self.time_limit:g} s and was stopped")
+            answer.set_exception(error)
 
     def __enter__(self) -> Workers:
         return self
@@ -67,17 +98,10 @@ class Workers:
     ) -> None:
         self.close()
 
-    def _finish(self, task: Future[Any], answer: Future[Any]) -> None:
-        try:
-            answer.set_result(task.result())
-        except (CancelledError, BrokenProcessPool):
-            answer.set_exception(RuntimeError(_NO_PROCESSES))
-        except TimedOut:
-            answer.set_exception(TaskLost(f"it took more than {self.time_limit:g} s and was stopped"))
-        except ProcessExpired:
-            answer.set_exception(TaskLost("the process that decoded it died"))
-        except Exception as error:
-            answer.set_exception(error)
+
+def _start(count: int) -> ProcessPool:
+    # A forked process would copy locks and device contexts in an undefined state.
+    return ProcessPool(count, initializer=_set_up, context=multiprocessing.get_context("spawn"))
 
 
 def _set_up() -> None:

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = WorldConfig(flags.videos, flags.evaluation, images, flags.frames, flags.size, flags.seed)
         made = make_world(flags.output, config, max(flags.processes, 1), _show)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"dataloaders.synthetic: {error}", file=sys.stderr)
         return 2
     print(f"{flags.output}: {f'made in {time.monotonic() - started:.0f} s' if made else 'already complete'}")
     return 0

@@ -29,6 +29,7 @@ from dataloaders.formats import iter_media, present_splits
 from dataloaders.ranks import ALONE, Ranks
 from dataloaders.records import RecordError
 from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest, NonFiniteError
+from dataloaders.store.tools import PITE_SAMPLING
 from engine.cli import parse
 from engine.encode.check import predict, verify
 from engine.encode.config import EncodeConfig
@@ -78,7 +79,7 @@ def make_jobs(config: EncodeConfig, ranks: Ranks = ALONE) -> tuple[int, list[Job
     encoder = ClipEncoder(config.clip, device, compiled=device != "cpu")
     manifests = {
         "image": _manifest(encoder, 1, "still"),
-        "video": _manifest(encoder, config.num_frames, "linspace truncated"),
+        "video": _manifest(encoder, config.num_frames, PITE_SAMPLING),
     }
     jobs = []
     for kind, manifest in manifests.items():
@@ -99,7 +100,7 @@ def _device(config: EncodeConfig, ranks: Ranks) -> str:
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here")
     if device == "cpu":
-        # Waiting threads spin, and would use up the decoders' cores.
+        # Each thread needs a core, and the decoders need theirs.
         free = available_cores() // ranks.local_size - _workers(config, device, ranks)
         torch.set_num_threads(max(1, min(torch.get_num_threads(), free)))
         return device

@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = TinyConfig(flags.clip_steps, flags.list_steps, flags.vicuna_steps, flags.frames, flags.seed)
         lines = make_tiny(flags.output, config)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"engine.tiny: {error}", file=sys.stderr)
         return 2
     for line in lines:
         print(line)

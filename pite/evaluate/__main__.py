@@ -157,7 +157,13 @@ def _parser() -> argparse.ArgumentParser:
     trajectories = tasks.add_parser("trajectories", help="where are the mentioned objects?", allow_abbrev=False)
     trajectories.set_defaults(run=_trajectories)
     for task in (grounding, trajectories):
-        task.add_argument("--model", type=Path, metavar="DIR", required=task is trajectories, help="a stage's output")
+        task.add_argument(
+            "--model",
+            type=Path,
+            metavar="DIR",
+            required=task is trajectories,
+            help="a stage's output, an export, or OWNER/NAME on the hub",
+        )
         task.add_argument("--data", type=Path, metavar="DIR", help="data folder with evaluation/")
         task.add_argument("--store", type=Path, metavar="DIR", help="features that engine.encode made from it")
         task.add_argument(

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pite.export import RECORD
 from pite.export.card import Scores, model_card, read_scores
 
 if TYPE_CHECKING:
     from pite.export.formats import TrainedModel
 
 DTYPES = ("bfloat16", "float16", "float32")
-RECORD = "export.json"
 _WRITTEN = (
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "generation_config.json"),
     *("adapter_model.safetensors", "adapter_config.json", "lineage.json"),
@@ -58,6 +58,10 @@ def _check(arguments: argparse.Namespace) -> list[Scores]:
         raise ValueError(
             f"--output {output} is not empty and is not an earlier export: give another folder, or empty it"
         )
+    if output.is_mount():
+        raise ValueError(f"--output {output} is a mount point, which cannot be replaced: give a folder inside it")
+    if (output / ".git").exists():
+        raise ValueError(f"--output {output} is a clone, whose history would be lost: give another folder")
     if output.resolve() == Path(arguments.model).resolve():
         raise ValueError(f"--output {output} is the same folder as --model: give another folder")
     return [read_scores(path) for path in arguments.scores]

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dataloaders.files import read_json_object, write_atomically, write_tensors
 from pite import checkpoint, hub, names
 from pite.config import PiTeConfig
+from pite.export import RECORD
 from pite.shards import sharded, write_index
 from pite.tokenizers import load_tokenizer
 
@@ -57,7 +58,7 @@ class TrainedModel:
             adapters = (*(Path(entry["path"]) for entry in lineage["merged"]), directory)
             base = lineage["language_model"]
             return TrainedModel(directory, config, base, adapters, tuple(checkpoint.history(directory)), base)
-        export = directory / checkpoint.EXPORT
+        export = directory / RECORD
         language_model = read_json_object(export).get("language_model") if export.exists() else None
         return TrainedModel(directory, config, str(directory), (), tuple(checkpoint.history(directory)), language_model)
 
@@ -100,6 +101,8 @@ def write_full(trained: TrainedModel, directory: Path, dtype: torch.dtype) -> No
     name = str(dtype).removeprefix("torch.")
     # Both fields for the dtype: transformers 5 renamed torch_dtype to dtype.
     config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": name, "torch_dtype": name}
+    if (config.get("pad_token_id") or 0) >= config["vocab_size"]:
+        config["pad_token_id"] = None  # transformers refuses one without an embedding, and nothing is padded with it
     write_atomically(directory / "config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
     if (base / "generation_config.json").exists():
         shutil.copyfile(base / "generation_config.json", directory / "generation_config.json")
@@ -153,4 +156,4 @@ def write_record(trained: TrainedModel, directory: Path, kind: str, dtype: str) 
     recorded = ("stage", "steps", "files", "made_of")
     stages = [{name: stage[name] for name in recorded if name in stage} for stage in trained.stages]
     content = {"format": kind, "dtype": dtype, "language_model": trained.hub_base, "stages": stages}
-    write_atomically(directory / checkpoint.EXPORT, json.dumps(content, indent=1) + "\n")
+    write_atomically(directory / RECORD, json.dumps(content, indent=1) + "\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, report
+from bench import gpu, load, report
 from bench.kernels import cases as kernel_cases
 from bench.kernels import rows as kernel_rows
 from bench.kernels.cases import BARE, IMPLEMENTATIONS, OURS, PLAIN
@@ -146,5 +146,8 @@ def test_the_readme_has_the_results_of_all_files():
     for path in sorted((readme.parent / "bench" / "results").glob("*.json")):
         if steps := report.read_steps(path):
             assert report.step_table(*steps) in text
+        elif report.of_load(path):
+            page = (readme.parent / "docs" / "install.md").read_text()
+            assert load.table(json.loads(path.read_text())) in page
         elif not path.name.startswith("encode_"):
             assert report.summary(*report.read(path)) in text

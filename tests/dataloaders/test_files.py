@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -149,3 +150,33 @@ def test_the_next_attempt_removes_files_of_killed_attempts(
         write_tensors(directory / "a.safetensors", {"a": torch.ones(2)})
     assert not gone.exists() and elsewhere.exists() != alone
     assert load_file(path / "a.safetensors")["a"].tolist() == [1, 1]
+
+
+def test_a_file_system_that_cannot_flush_folders_or_change_modes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some network and FUSE file systems are."""
+    flush = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(2)})
+    with directory_written_atomically(tmp_path / "folder") as folder:
+        (folder / "a").write_text("whole")
+    assert (tmp_path / "folder" / "a").read_text() == "whole"
+    assert load_file(tmp_path / "t.safetensors")["a"].sum() == 2
+
+
+def test_removing_a_link_leaves_its_target(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    files.remove(tmp_path / "link")
+    assert (tmp_path / "target").is_dir() and not (tmp_path / "link").is_symlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -278,14 +279,15 @@ def test_a_start_at_step_0_after_damage_to_all_checkpoints_needs_a_flag(tmp_path
     assert steps_in(tmp_path) == ["damaged-step-00000010", "damaged-step-00000020", "step-00000010"]
 
 
-def test_a_checkpoint_without_read_permission_is_not_damaged(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_checkpoint_that_cannot_be_reached_is_not_damaged(tmp_path: Path, monkeypatch, number: int):
     save_steps(tmp_path, 10)
 
     def refuse(path: Path) -> str:
-        raise PermissionError(13, "Permission denied", str(path))
+        raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr("engine.checkpoint.sha256", refuse)
-    with pytest.raises(PermissionError):
+    with pytest.raises(OSError, match=os.strerror(number)):
         resume_point(tmp_path)
     assert steps_in(tmp_path) == ["step-00000010"]
 

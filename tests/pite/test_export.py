@@ -20,6 +20,7 @@ from engine.tiny.tokenizer import build_tokenizer
 from engine.train import main as train
 from pite import chat, checkpoint, names
 from pite.checkpoint import from_pretrained, save_pretrained
+from pite.config import PiTeConfig
 from pite.evaluate.trajectories import trajectory_head_warning
 from pite.export import __main__ as export
 from pite.generate import Generator
@@ -346,3 +347,35 @@ def test_a_missing_language_model_is_named(run: Path, tmp_path: Path, capsys) ->
     for kind in ("full", "peft"):
         assert export.main([*arguments, "--format", kind]) == 2
         assert f"builds on the language model {tmp_path}/a/b/llm, which is missing" in capsys.readouterr().err
+
+
+def test_a_padding_token_without_an_embedding_is_left_out(run: Path, tmp_path: Path) -> None:
+    """transformers would refuse the folder."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = copy / "stage3" / "final" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"pad_token_id": values["vocab_size"]}))
+    folder = exported(copy, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(folder).config.pad_token_id is None
+
+
+def test_a_clone_and_a_mount_point_are_not_replaced(run: Path, full: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    clone = tmp_path / "clone"
+    shutil.copytree(full, clone)
+    (clone / ".git").mkdir()
+    model = f"{run}/stage3/final"
+    assert export.main(["--model", model, "--output", str(clone)]) == 2
+    assert "is a clone, whose history would be lost" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "is_mount", lambda self: True)
+    assert export.main(["--model", model, "--output", str(tmp_path / "mounted")]) == 2
+    assert "is a mount point" in capsys.readouterr().err
+
+
+def test_reading_a_weight_twice_gives_the_same(run: Path) -> None:
+    """The sum of the updates does not change the mapped file's memory."""
+    adapters = [run / stage / "final" for stage in STAGES]
+    loader = checkpoint.WeightLoader(PiTeConfig.load(adapters[-1]), run / "llm", adapters, dtype=torch.float32)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    first = loader.weight(name).clone()
+    assert torch.equal(loader.weight(name), first)

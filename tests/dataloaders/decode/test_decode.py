@@ -18,6 +18,7 @@ from PIL import Image
 from dataloaders.decode.decoder import DecodePool, decode_cropped
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.video import DecodeError
+from dataloaders.decode.workers import Workers
 from dataloaders.records import Media
 from tests import SOURCE_PATH
 from tests.media import write_video
@@ -81,6 +82,25 @@ def test_a_file_that_hangs_is_stopped_after_the_time_limit_and_fails_alone() -> 
     assert [r.media.key for r in results] == [str(i) for i in range(len(names))]
     assert [r.frames is not None for r in results] == [name == "good" for name in names]
     assert results[1].reason == "hang.mp4: it took more than 0.5 s and was stopped"
+
+
+def test_an_idle_process_that_dies_is_replaced() -> None:
+    with DecodePool(pretend, 2) as pool:
+        for _ in range(2):
+            assert next(pool.map(media(["good"]))).frames is not None
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
+        assert next(pool.map(media(["good"]))).frames is not None
+
+
+def test_a_timeout_error_of_a_task_is_its_own() -> None:
+    with Workers(1, time_limit=60) as pool, pytest.raises(TimeoutError, match="the server did not answer"):
+        pool.submit(raise_timeout).result()
+
+
+def raise_timeout() -> None:
+    raise TimeoutError("the server did not answer")
 
 
 def test_leaving_the_pool_kills_processes_that_hang() -> None:
