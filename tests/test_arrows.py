@@ -115,6 +115,22 @@ def test_no_package_reads_files_outside_its_own(package: str) -> None:
     assert not [str(file) for file in FOLDERS[package].rglob("*.py") if leaves.search(file.read_text())]
 
 
+def test_commands_hand_no_functions_of_their_own_to_processes() -> None:
+    """A spawned process does not import PACKAGE.__main__, so it would not find them."""
+    broken = []
+    for name, file in modules().items():
+        tree = ast.parse(file.read_text())
+        own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        for node in ast.walk(tree) if name.endswith(".__main__") else ():
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in ("submit", "map")
+            ):
+                broken += [f"{name}: {n.id}" for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in own]
+    assert not broken
+
+
 def test_files_are_short() -> None:
     files = [file for folder in FOLDERS.values() for file in folder.rglob("*.py")]
     lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in files}

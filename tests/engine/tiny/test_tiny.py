@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +23,14 @@ from transformers import (
 from dataloaders.records import Turn
 from dataloaders.samples.prompts import SYSTEM
 from dataloaders.synthetic.scene import COLOURS, DIRECTIONS, SHAPES, Scene, Thing
-from engine.tiny.__main__ import TinyConfig, main, make_tiny
+from engine.tiny.__main__ import main
 from engine.tiny.clip import CHANNELS, PREPROCESSOR, SIZE, code, code_weights, pixel_values
+from engine.tiny.models import TinyConfig, make_tiny
 from engine.tiny.tokenizer import build_tokenizer
 from engine.tiny.vicuna import Dialogue, build, frame_log, hidden_states, make_batch, sample_dialogue
 
 CONFIG = TinyConfig(clip_steps=2, list_steps=1, vicuna_steps=1, frames=8, seed=1)
+from tests import SOURCE_PATH
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +188,17 @@ def test_code_of_a_still():
     assert codes[0, 30:36].tolist() == [1, 2, 1, 0.5, 0, 0]
     assert codes[0].count_nonzero() == 3 + 4
     assert codes[1].count_nonzero() == 0
+
+
+def test_the_command_trains_in_processes_of_its_own(tmp_path: Path) -> None:
+    steps = [f"--{name}-steps=1" for name in ("clip", "list", "vicuna")]
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.tiny", str(tmp_path / "models"), *steps, "--frames=8"],
+        env={**os.environ, "PYTHONPATH": SOURCE_PATH},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {"clip", "vicuna"}

@@ -1,0 +1,97 @@
+"""The training of the demo's two initial models.
+
+The two are trained in parallel, each on one thread. On two cores this is twice as fast as one after the other, and one
+thread always sums in the same order, so the same seed gives the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from dataloaders.files import directory_written_atomically
+from engine.tiny import clip, vicuna
+from engine.tiny.tokenizer import build_tokenizer
+
+VERSION = 4
+"""Version of the recipe: weights of another version are refused."""
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Settings of the tiny models' training; the same configuration always gives the same weights.
+
+    clip_steps    CLIP's steps, of 128 stills each
+    list_steps    the Vicuna's first steps, of 32 dialogues each that are mostly lists
+    vicuna_steps  the Vicuna's further steps, of 32 dialogues of every kind each
+    frames        N, entries of a log, and so frames of a video later
+    seed          of weights and data
+    """
+
+    clip_steps: int = 1200
+    list_steps: int = 350
+    vicuna_steps: int = 750
+    frames: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("clip_steps", "list_steps", "vicuna_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if not 2 <= self.frames <= 100:
+            raise ValueError(f"--frames must be 2 to 100 (indices have two digits), not {self.frames}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, not {self.seed}")
+
+
+def make_clip(directory: Path, config: TinyConfig) -> str:
+    """Train, probe and write the tiny CLIP; return one line with the probe's result."""
+    torch.set_num_threads(1)
+    model = clip.train(config.clip_steps, config.seed)
+    alone, among = clip.probe(model)
+    with directory_written_atomically(directory) as unfinished:
+        clip.save(model, unfinished)
+        _write_manifest(unfinished, config)
+    return f"clip: R2 of position from features {alone:.2f} alone, {among:.2f} among three"
+
+
+def make_vicuna(directory: Path, config: TinyConfig) -> str:
+    """Train, probe and write the tiny Vicuna; return one line with the probe's result."""
+    torch.set_num_threads(1)
+    tokenizer = build_tokenizer()
+    model = vicuna.train(tokenizer, config.list_steps, config.vicuna_steps, config.frames, config.seed)
+    right = vicuna.probe(model, tokenizer, config.frames)
+    with directory_written_atomically(directory) as unfinished:
+        vicuna.save(model, tokenizer, unfinished)
+        _write_manifest(unfinished, config)
+    return f"vicuna: {right:.0%} of questions about logs of several things answered to within one frame"
+
+
+def _write_manifest(directory: Path, config: TinyConfig) -> None:
+    (directory / "tiny.json").write_text(json.dumps({"version": VERSION, **asdict(config)}, indent=1))
+
+
+def _missing(directory: Path, config: TinyConfig) -> bool:
+    """Whether `directory` does not exist yet. Raises ValueError if it holds anything but the model of `config`."""
+    if not directory.exists():
+        return True
+    manifest = directory / "tiny.json"
+    wanted = {"version": VERSION, **asdict(config)}
+    if not manifest.exists() or json.loads(manifest.read_text()) != wanted:
+        raise ValueError(f"{directory} does not hold the tiny model of {wanted}; choose another folder")
+    return False
+
+
+def make_tiny(output: Path, config: TinyConfig) -> list[str]:
+    """Make `output`/clip and `output`/vicuna if they are missing; return one line for each model made."""
+    makers = {output / "clip": make_clip, output / "vicuna": make_vicuna}
+    missing = {directory: make for directory, make in makers.items() if _missing(directory, config)}
+    if not missing:
+        return []
+    with ProcessPoolExecutor(len(missing), mp_context=get_context("spawn")) as pool:
+        return [future.result() for future in [pool.submit(make, path, config) for path, make in missing.items()]]
