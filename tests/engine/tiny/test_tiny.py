@@ -28,9 +28,9 @@ from engine.tiny.clip import CHANNELS, PREPROCESSOR, SIZE, code, code_weights, p
 from engine.tiny.models import TinyConfig, make_tiny
 from engine.tiny.tokenizer import build_tokenizer
 from engine.tiny.vicuna import Dialogue, build, frame_log, hidden_states, make_batch, sample_dialogue
+from tests import SOURCE_PATH
 
 CONFIG = TinyConfig(clip_steps=2, list_steps=1, vicuna_steps=1, frames=8, seed=1)
-from tests import SOURCE_PATH
 
 
 @pytest.fixture(scope="module")
