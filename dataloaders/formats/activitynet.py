@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +36,11 @@ def activitynet_media(record: Record, where: Place, folder: Path) -> Media:
     return Media(f"{folder.name}/{name}", find_media(folder / "videos", name, ".mp4"))
 
 
-def read_activitynet(record: Record, where: Place, folder: Path) -> EventVideo:
-    """A record {duration, timestamps: [[start, end], ...], sentences} under its `id`."""
+def read_events(record: Record, where: Place) -> tuple[float, tuple[Event, ...]]:
+    """A record {duration, timestamps: [[start, end], ...], sentences}: the video's seconds, and the events as written.
+
+    Times may be reversed or outside the video. Raises RecordError for what is no number or text.
+    """
     duration = duration_of(record, where)
     timestamps = field(record, "timestamps", list, where)
     sentences = field(record, "sentences", list, where)
@@ -44,8 +48,26 @@ def read_activitynet(record: Record, where: Place, folder: Path) -> EventVideo:
         raise RecordError(f"{where}: {len(timestamps)} 'timestamps' for {len(sentences)} 'sentences'")
     events = []
     for i, (times, sentence) in enumerate(zip(timestamps, sentences)):
-        if not isinstance(sentence, str) or not sentence.strip():
+        if not isinstance(sentence, str):
             raise RecordError(f"{where}: field 'sentences[{i}]' must be a sentence, not {sentence!r}")
-        events.append(Event(*interval(times, f"timestamps[{i}]", where, duration), sentence.strip()))
+        if not isinstance(times, list) or len(times) != 2 or not all(map(_is_number, times)):
+            raise RecordError(f"{where}: field 'timestamps[{i}]' must be [start, end] in seconds, not {times!r}")
+        events.append(Event(*times, sentence))
+    return duration, tuple(events)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_activitynet(record: Record, where: Place, folder: Path) -> EventVideo:
+    """A record of `read_events` under its `id`; every event has a sentence and lies in the video."""
+    duration, written = read_events(record, where)
+    events = []
+    for i, event in enumerate(written):
+        if not event.sentence.strip():
+            raise RecordError(f"{where}: field 'sentences[{i}]' must be a sentence, not {event.sentence!r}")
+        times = interval([event.start, event.end], f"timestamps[{i}]", where, duration)
+        events.append(Event(*times, event.sentence.strip()))
     media = activitynet_media(record, where, folder)
     return EventVideo(media.path.stem, media.key, duration, tuple(events))

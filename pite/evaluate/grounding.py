@@ -4,15 +4,12 @@ Predictions are one JSON object per line: {"video_id", "task": "grounding", "que
 {"sentence_id"}}. This is the format of the predecessor's evaluation, so each program can score the other's files. Lines
 of other tasks are skipped. Ground truth is ActivityNet Captions: {video_id: {"duration", "timestamps", "sentences"}}.
 
-`read_ground_truth` does not use `dataloaders.formats.read_activitynet`. That reader, for making trajectories, refuses
-empty sentences, reversed times and times more than 0.1 s outside the video, and clips the rest to the video. Here every
-event counts, with its times as written.
+The ground truth is read by `dataloaders.formats.activitynet.read_events`. Every event counts, with its times as written.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dataloaders.formats import lone_surrogate
+from dataloaders.formats.activitynet import read_events
 from pite.evaluate.metrics import Interval, interval_iou, parse_interval
 from pite.generate import Generator
 
@@ -56,17 +54,10 @@ def read_ground_truth(path: Path) -> dict[str, Events]:
 def _events(record: Any, where: str) -> Events:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with duration, timestamps and sentences")
-    duration, timestamps, sentences = (_field(record, name, where) for name in ("duration", "timestamps", "sentences"))
-    if not _is_number(duration) or duration <= 0:
-        raise ValueError(f"{where}: field 'duration' must be a positive number of seconds, not {duration!r}")
-    if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
-        raise ValueError(f"{where}: field 'sentences' must be a list of strings")
-    if not isinstance(timestamps, list) or len(timestamps) != len(sentences):
-        raise ValueError(f"{where}: field 'timestamps' must be a list of {len(sentences)} pairs, one per sentence")
-    for pair in timestamps:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(_is_number(second) for second in pair):
-            raise ValueError(f"{where}: field 'timestamps' holds {pair!r}, which is not a pair of seconds")
-    return Events(tuple((start / duration, end / duration) for start, end in timestamps), tuple(sentences))
+    # Scores count every event with its times as written.
+    duration, events = read_events(record, where)
+    times = tuple((event.start / duration, event.end / duration) for event in events)
+    return Events(times, tuple(event.sentence for event in events))
 
 
 def read_predictions(path: Path, truth: dict[str, Events]) -> list[Prediction]:
@@ -188,7 +179,3 @@ def _field(record: dict[str, Any], name: str, where: str) -> Any:
     if name not in record:
         raise ValueError(f"{where}: field {name!r} is missing")
     return record[name]
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)

@@ -144,11 +144,14 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         ('{"v": {"duration": 1.0, "sentences": []}}', r"video 'v': field 'timestamps' is missing"),
         (
             '{"v": {"duration": 0, "timestamps": [], "sentences": []}}',
-            r"video 'v': field 'duration' must be a positive",
+            r"video 'v': field 'duration' must be positive",
         ),
-        ('{"v": {"duration": NaN, "timestamps": [], "sentences": []}}', r"'duration' must be a positive .* not nan"),
-        ('{"v": {"duration": 9, "timestamps": [[1, 2]], "sentences": []}}', r"field 'timestamps' must be a list of 0"),
-        ('{"v": {"duration": 9, "timestamps": [[1]], "sentences": ["a"]}}', r"field 'timestamps' holds \[1\]"),
+        ('{"v": {"duration": NaN, "timestamps": [], "sentences": []}}', r"'duration' .* nan"),
+        ('{"v": {"duration": 9, "timestamps": [[1, 2]], "sentences": []}}', r"1 'timestamps' for 0 'sentences'"),
+        (
+            '{"v": {"duration": 9, "timestamps": [[1]], "sentences": ["a"]}}',
+            r"field 'timestamps\[0\]' must be \[start, end\] in seconds, not \[1\]",
+        ),
     ],
 )
 def test_malformed_ground_truth_is_named(tmp_path: Path, truth: str, message: str) -> None:
