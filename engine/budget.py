@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPVisionConfig
 
+from dataloaders.formats import split_of
 from dataloaders.ranks import Ranks
 from dataloaders.samples.plan import BatchPlan, split_batch
 from engine.cli import parse
@@ -244,7 +245,7 @@ def _corpus(config: TrainConfig, stage: Stage, pite_config: PiTeConfig) -> Corpu
 
     if not config.data.is_dir() and config.data != TrainConfig.data:
         raise ValueError(f"{config.data}: no such data folder")
-    if not (config.data / f"stage{stage}").is_dir():
+    if not (config.data / split_of(stage)).is_dir():
         return ASSUMED_CORPORA[stage]
     try:
         tokenizer = load_tokenizer(config.llm or LANGUAGE_MODELS[config.model])

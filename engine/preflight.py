@@ -10,13 +10,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dataloaders.failures import LEDGER, read_failures
-from dataloaders.formats import Split, present_formats
+from dataloaders.formats import present_formats, split_of
 from dataloaders.locks import lock
 from dataloaders.samples.dataset import StageDataset
 from dataloaders.store.features import Manifest
 from engine.config import TrainConfig
 from engine.distributed.world import World
-from engine.recipes import Stage
 from pite.config import PiTeConfig
 from pite.tokenizers import check_vocabulary
 from pite_kernels.fp8 import why_unsupported
@@ -47,9 +46,8 @@ def _failure(check: Callable[[], None]) -> str | None:
 
 def check_given(config: TrainConfig) -> None:
     """Raise ValueError or OSError if the data or features of any stage of the run are missing."""
-    splits: dict[Stage, Split] = {1: "stage1", 2: "stage2", 3: "stage3"}
     for stage in config.stages:
-        present_formats(config.data, splits[stage])
+        present_formats(config.data, split_of(stage))
         Manifest.load(config.features(stage))
 
 

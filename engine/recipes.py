@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from dataloaders.formats import Stage
 from pite.model import Head
 
-Stage = Literal[1, 2, 3]
 Size = Literal["tiny", "7b", "13b"]
 
 LANGUAGE_MODELS: dict[str, str] = {"7b": "lmsys/vicuna-7b-v1.5", "13b": "lmsys/vicuna-13b-v1.5"}

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from dataloaders.formats.activitynet import Event, EventVideo, activitynet_media, read_activitynet
 from dataloaders.formats.fields import Place
@@ -41,6 +41,7 @@ __all__ = [
     "Reading",
     "Record",
     "Split",
+    "Stage",
     "TurnChoice",
     "Where",
     "iter_json",
@@ -55,9 +56,16 @@ __all__ = [
     "read_pite",
     "read_valley",
     "read_video_instruct",
+    "split_of",
 ]
 
+Stage = Literal[1, 2, 3]
 Split = Literal["stage1", "stage2", "stage3", "evaluation"]
+
+
+def split_of(stage: Stage) -> Split:
+    """The split that a training stage reads."""
+    return cast(Split, f"stage{stage}")
 
 
 @dataclass(frozen=True)

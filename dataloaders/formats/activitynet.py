@@ -52,7 +52,7 @@ def read_events(record: Record, where: Place) -> tuple[float, tuple[Event, ...]]
             raise RecordError(f"{where}: field 'sentences[{i}]' must be a sentence, not {sentence!r}")
         if not isinstance(times, list) or len(times) != 2 or not all(map(_is_number, times)):
             raise RecordError(f"{where}: field 'timestamps[{i}]' must be [start, end] in seconds, not {times!r}")
-        events.append(Event(*times, sentence))
+        events.append(Event(times[0], times[1], sentence))
     return duration, tuple(events)
 
 

@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Container
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dataloaders.failures import Failure
-from dataloaders.formats import NarrativeTiming, Reading, Split, TurnChoice, present_formats
+from dataloaders.formats import NarrativeTiming, Reading, TurnChoice, present_formats, split_of
 from dataloaders.records import RecordError, TokenizedSample
 from dataloaders.samples.index import open_index
 
@@ -42,7 +41,7 @@ class StageDataset:
     def __init__(
         self,
         data: Path,
-        stage: Literal[1, 2, 3],
+        stage: Stage,
         tokenizer: PreTrainedTokenizerBase,
         *,
         num_frames: int,
@@ -56,8 +55,8 @@ class StageDataset:
         processes: int | None = None,
     ) -> None:
         self.num_frames, self.num_points, self.max_length = num_frames, num_points, max_length
-        self._folder = data / f"stage{stage}"
-        formats = present_formats(data, cast(Split, f"stage{stage}"))
+        self._folder = data / split_of(stage)
+        formats = present_formats(data, split_of(stage))
         reading = Reading(num_frames, num_points, turn, narrative_timing)
         self._index, self.malformed = open_index(self._folder, formats, tokenizer, reading, cache, processes)
         self._check_budget(failure_budget)
