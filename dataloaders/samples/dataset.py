@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dataloaders.failures import Failure
-from dataloaders.formats import NarrativeTiming, Reading, TurnChoice, present_formats, split_of
+from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, present_formats, split_of
 from dataloaders.records import RecordError, TokenizedSample
 from dataloaders.samples.index import open_index
 
