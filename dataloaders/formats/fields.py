@@ -106,6 +106,11 @@ def duration_of(record: Record, where: Place, name: str = "duration") -> float:
     return value
 
 
+def time_to_index(seconds: float, duration: float, num_frames: int) -> int:
+    """Frame index of a time: min(round(seconds / duration * N), N - 1)."""
+    return min(round(seconds / duration * num_frames), num_frames - 1)
+
+
 def question_of(text: str, name: str, where: Place) -> str:
     """A question without its media tag, which may be at the start or at the end, and without `</s>`."""
     text = SENTENCE_MARK.sub("", _TAG_AT_END.sub("", _TAG_AT_START.sub("", text))).strip()

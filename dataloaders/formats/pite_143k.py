@@ -29,11 +29,11 @@ from dataloaders.formats.fields import (
     interval,
     question_of,
     seconds,
+    time_to_index,
 )
 from dataloaders.formats.stream import Record
 from dataloaders.formats.tracks import TrackError, place_tracks, validate_tracks
 from dataloaders.records import Media, Mention, RecordError, Sample, Turn
-from dataloaders.samples.prompts import time_to_index
 
 _MARK = re.compile(r"\A(?:\s|</?s>)+|(?:\s|</?s>)+\Z|</?s>|(?P<time><[se]\d+>)")
 

@@ -9,15 +9,11 @@ is always a prefix of its training sample. Each turn is tokenized alone, and the
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from dataloaders.records import Sample, TokenizedSample
-
-if TYPE_CHECKING:
-    # Decoding workers import the readers, which need `time_to_index`, but not transformers.
-    from transformers import PreTrainedTokenizerBase
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -26,11 +22,6 @@ SYSTEM = (
 _BEFORE_FRAMES = f"{SYSTEM} USER: "
 _FIRST_TURN = "\n{question} ASSISTANT:"
 _LATER_TURN = "USER: {question} ASSISTANT:"
-
-
-def time_to_index(seconds: float, duration: float, num_frames: int) -> int:
-    """Frame index of a time: min(round(seconds / duration * N), N - 1)."""
-    return min(round(seconds / duration * num_frames), num_frames - 1)
 
 
 def prompt_ids(question: str, tokenizer: PreTrainedTokenizerBase, num_frames: int) -> tuple[np.ndarray, int]:

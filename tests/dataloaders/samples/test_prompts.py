@@ -9,8 +9,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dataloaders.formats.fields import time_to_index
 from dataloaders.records import Mention, Sample, TokenizedSample, Turn
-from dataloaders.samples.prompts import SYSTEM, prompt_ids, time_to_index, tokenize
+from dataloaders.samples.prompts import SYSTEM, prompt_ids, tokenize
 from tests.text import llama_like
 
 N, P = 6, 2
