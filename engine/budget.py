@@ -21,7 +21,7 @@ from transformers import CLIPVisionConfig
 from dataloaders.formats import split_of
 from dataloaders.ranks import Ranks
 from dataloaders.samples.plan import BatchPlan, split_batch
-from engine.cli import parse
+from dataloaders.cli import parse
 from engine.config import TrainConfig
 from engine.hardware import ASSUMED_FP8_GAIN, ASSUMED_MFU, CLIP_MFU, DEVICES, measured_mfu
 from engine.layout import Memory, ParameterCount, choose_layout, count_parameters, memory

@@ -31,7 +31,7 @@ from engine.build import (
     random_shape,
 )
 from engine.checkpoint import check_fingerprint, check_resumable
-from engine.cli import parse
+from dataloaders.cli import parse
 from engine.config import TrainConfig
 from engine.distributed.errors import exit_process, print_error
 from engine.distributed.watchdog import print_end

@@ -19,7 +19,7 @@ from typing import Any
 
 from dataloaders.files import write_atomically
 from dataloaders.synthetic.language import TIMES_FIRST
-from engine.cli import parse
+from dataloaders.cli import parse
 from engine.demo.held_out import example_event, summarize
 from engine.plots import plot_losses
 from pite.evaluate.grounding import question_for

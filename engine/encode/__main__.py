@@ -30,7 +30,7 @@ from dataloaders.ranks import ALONE, Ranks
 from dataloaders.records import RecordError
 from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest, NonFiniteError
 from dataloaders.store.tools import PITE_SAMPLING
-from engine.cli import parse
+from dataloaders.cli import parse
 from engine.encode.check import predict, verify
 from engine.encode.config import EncodeConfig
 from engine.encode.job import Job

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from engine.cli import field_docs, parse
+from dataloaders.cli import field_docs, parse
 
 
 @dataclass(frozen=True)
