@@ -74,7 +74,16 @@ def parse_command(
     if name in ("-h", "--help"):
         print("\n".join([f"usage: {prog} COMMAND ...; COMMAND --help describes its flags", "", about, "", *lines]))
         raise SystemExit(0)
-    exit_with_error(prog, f"there is no command {name!r}; give {', '.join(commands)}")
+    exit_with_error(_name(prog), f"there is no command {name!r}; give {', '.join(commands)}")
+
+
+def run(program: str, command: Callable[[], int | None], status: int = 2) -> int:
+    """Call `command` and return its exit status, or `status` after one sentence for an error that a user can mend."""
+    try:
+        return command() or 0
+    except (ValueError, OSError, MemoryError) as error:
+        print_once(program, str(error) or type(error).__name__)
+        return status
 
 
 def print_once(program: str, error: str) -> None:
@@ -143,7 +152,7 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        exit_with_error(self.prog, message)
+        exit_with_error(_name(self.prog), message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +184,9 @@ class _Setting:
 def _settings(cls: type) -> Iterator[tuple[str | None, type, _Setting]]:
     """(Name of the group, its class, setting) for each leaf field; the group is None for a field of `cls` itself."""
     hints, docs = get_type_hints(cls), field_docs(cls)
-    for f in dataclasses.fields(cls):
+    # The flags of a base class, which several commands share, come after the command's own.
+    depth = {name: i for i, base in reversed([*enumerate(cls.__mro__)]) for name in inspect.get_annotations(base)}
+    for f in sorted(dataclasses.fields(cls), key=lambda f: depth[f.name]):
         if dataclasses.is_dataclass(hints[f.name]):
             yield from ((f.name, hints[f.name], setting) for _, _, setting in _settings(hints[f.name]))
         elif f.init:
@@ -350,6 +361,11 @@ def _text(value: Any) -> str:
 
 def _first_line(doc: str | None) -> str:
     return inspect.cleandoc(doc or "").partition("\n")[0]
+
+
+def _name(prog: str) -> str:
+    """The program's name in error messages: `engine.train` for `python -m engine.train`."""
+    return prog.removeprefix("python -m ")
 
 
 def _module_name() -> str:

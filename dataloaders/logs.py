@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import dataclass
 from typing import Literal
 
 from dataloaders.ranks import Ranks
@@ -11,6 +12,14 @@ from dataloaders.ranks import Ranks
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 PACKAGES = ("engine", "pite", "dataloaders", "pite_kernels", "bench")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogFlags:
+    """The flag that each command has; base class of its flags."""
+
+    log_level: LogLevel = "info"
+    """lowest level of the log messages on stderr"""
 
 
 def configure(level: LogLevel = "info") -> None:

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dataloaders.decode import TIME_LIMIT
 from dataloaders.decode.dali.pipeline import Pipeline, require, root_cause
 from dataloaders.decode.dali.request import FRAME_MEMORY, DecodeRequest, prepare
-from dataloaders.decode.decoder import TIME_LIMIT, Decoded, decode_cropped, guarded, result_of
+from dataloaders.decode.decoder import Decoded, decode_cropped, guarded, result_of
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.workers import Workers
 from dataloaders.records import Media

@@ -42,7 +42,7 @@ def test_a_wrong_flag_is_printed_once(tmp_path: Path):
     ranks = launch(2, tmp_path, mistype, store.port, (0, 1))
     assert ranks.wait(END_WITHIN) == [2, 2]
     (line,) = printed_lines(ranks, "there is no flag --learning-rat")
-    assert line.startswith("python -m engine.train: there is no flag")
+    assert line.startswith("engine.train: there is no flag")
     # torchrun would end rank 0 as soon as rank 1 ends, so rank 1, the first, prints.
     assert line in ranks.stderr(1)
 
@@ -54,7 +54,7 @@ def test_a_flag_that_is_wrong_on_one_node_is_printed_there(tmp_path: Path, torch
     ranks = launch(2, tmp_path, mistype, store and store.port, (1,))
     assert ranks.wait(END_WITHIN) == [0, 2]
     (line,) = printed_lines(ranks, "there is no flag --learning-rat")
-    assert line.startswith("python -m engine.train: rank 1 (")
+    assert line.startswith("engine.train: rank 1 (")
 
 
 @pytest.mark.parametrize(
