@@ -204,7 +204,8 @@ def _build(cls: type[T], parser: _Parser, argv: Sequence[str] | None) -> T:
     assert len({s.name for _, _, s in settings}) == len(settings), "two groups have a flag of one name"
     about = "YAML or TOML file of flags, by name; flags of the command line override it"
     parser.add_argument("--config", type=Path, metavar="FILE", help=about)
-    known, unknown = parser.parse_known_args(argv)
+    # Intermixed: flags may stand between positional arguments.
+    known, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         parser.error(_unknown(unknown, list(parser._option_string_actions)))
     values = {name: value for name, value in vars(known).items() if value is not _MISSING}

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from dataloaders.cli import field_docs, parse, run
+from dataloaders.cli import field_docs, flag, parse, run
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,28 @@ def test_run_returns_the_status_and_raises_faults_of_ours() -> None:
     assert (run("p", lambda: 1), run("p", lambda: None)) == (1, 0)
     with pytest.raises(KeyError):
         run("p", lambda: {}["x"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Merge stores."""
+
+    output: Path = flag(positional=True)
+    stores: tuple[Path, ...] = flag(positional=True)
+    shards: int = 1
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_flags_stand_anywhere_between_positional_arguments(at: int) -> None:
+    argv = ["o", "a", "b"]
+    argv[at:at] = ["--shards", "2"]
+    assert parse(Merge, argv, prog="merge") == Merge(output=Path("o"), stores=(Path("a"), Path("b")), shards=2)
+
+
+def test_missing_positional_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Merge, ["o", "--shards", "2"], prog="merge")
+    assert capsys.readouterr().err == "merge: STORES must be given; see --help\n"
 
 
 def test_field_docs() -> None:
