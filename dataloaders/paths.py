@@ -5,7 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dataloaders.files import temporary_sibling
+from dataloaders.files import check_model_name, temporary_sibling
+
+
+def model(flag: str, path_or_name: Path | str | None) -> None:
+    """Raise ValueError unless it is a folder or can be a name on Hugging Face's hub; None is accepted."""
+    try:
+        if path_or_name is not None:
+            check_model_name(str(path_or_name))
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from None
 
 
 def input_file(flag: str, path: Path | None) -> None:
@@ -21,11 +30,11 @@ def input_folder(flag: str, path: Path | None) -> None:
 
 
 def output_file(flag: str, path: Path | None) -> None:
-    """Make the folder of a file that will be written, and raise ValueError if the file could not be; None is accepted.
+    """Make the folder of a file that will be written, and raise ValueError if the file could not be.
 
-    A file that exists is left as it is.
+    None and a device are accepted. A file that exists is left as it is.
     """
-    if path is None:
+    if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
         return
     if path.is_dir():
         raise ValueError(f"{flag} {path}: this is a folder, not a file")
@@ -42,6 +51,6 @@ def output_folder(flag: str, path: Path) -> None:
     """Raise ValueError if the folder `path` does not exist and cannot be made; nothing is made."""
     existing = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not existing.is_dir():
-        raise ValueError(f"{flag} {path}: {existing} is a file, not a folder")
+        raise ValueError(f"{flag} {path}: {'this' if existing == path else existing} is a file, not a folder")
     if not os.access(existing, os.W_OK):
         raise ValueError(f"{flag} {path} cannot be written: no permission to write in {existing}")

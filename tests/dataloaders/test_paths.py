@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dataloaders.paths import input_file, input_folder, output_file, output_folder
+from dataloaders.paths import input_file, input_folder, model, output_file, output_folder
 
 
 @pytest.fixture
@@ -22,6 +22,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("check", "path", "sentence"),
     [
+        (model, "none", "--x none is neither a directory nor a Hugging Face model name (owner/name)"),
         (input_file, "none", "--x none: no such file"),
         (input_file, "d", "--x d: this is a folder, not a file"),
         (input_folder, "none", "--x none: no such folder"),
@@ -30,7 +31,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (output_file, "f/new/p.jsonl", "--x f/new/p.jsonl cannot be written: Not a directory"),
         (output_file, "/proc/none/p.jsonl", "--x /proc/none/p.jsonl cannot be written: "),
         (output_folder, "f/new", "--x f/new: {here}/f is a file, not a folder"),
-        (output_folder, "f", "--x f: f is a file, not a folder"),
+        (output_folder, "f", "--x f: this is a file, not a folder"),
     ],
 )
 def test_unusable_paths(here: Path, check: Callable[[str, Path], None], path: str, sentence: str) -> None:
@@ -40,8 +41,11 @@ def test_unusable_paths(here: Path, check: Callable[[str, Path], None], path: st
 
 
 def test_usable_paths(here: Path) -> None:
-    for check in (input_file, input_folder, output_file):
+    for check in (model, input_file, input_folder, output_file):
         check("--x", None)
+    model("--x", "owner/name")
+    model("--x", Path("d"))
+    output_file("--x", Path("/dev/null"))
     input_file("--x", Path("f"))
     input_folder("--x", Path("d"))
     output_folder("--x", Path("d/new/folder"))
