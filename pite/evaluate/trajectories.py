@@ -13,7 +13,7 @@ from dataloaders.formats import Where, iter_json, read_pite
 from dataloaders.records import TokenizedSample
 from dataloaders.samples.batch import collate
 from dataloaders.samples.prompts import tokenize
-from pite import checkpoint
+from pite import checkpoint, lineage
 from pite.model import PiTe
 from pite.tokenizers import check_vocabulary
 
@@ -36,7 +36,7 @@ def trajectory_head_warning(directory: Path) -> str | None:
 
     The published layout does not record its stages.
     """
-    stages = checkpoint.stages(checkpoint.resolve(directory))
+    stages = lineage.stages(checkpoint.resolve(directory))
     if not stages or stages[-1] == 2:
         return None
     if 2 not in stages:

@@ -82,7 +82,7 @@ def model_card(
     name      the name that loads the model: the repository's or the folder's
     kind      "full" or "peft"
     hub_base  Hugging Face name of the language model; None leaves it out
-    stages    lineages in order, as `pite.checkpoint.history` returns them
+    stages    lineages in order, as `pite.lineage.history` returns them
     """
     parts = [
         _front_matter(kind, hub_base),

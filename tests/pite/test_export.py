@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.tiny.tokenizer import build_tokenizer
 from engine.train import main as train
-from pite import chat, checkpoint, names
+from pite import chat, checkpoint, lineage, names
 from pite.checkpoint import from_pretrained, save_pretrained
 from pite.config import PiTeConfig
 from pite.evaluate.trajectories import trajectory_head_warning
@@ -110,7 +110,7 @@ def test_every_export_loads_here(kind: str, run: Path, request: pytest.FixtureRe
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
     for name, tensor in names.head_tensors(ours).items():
         assert torch.equal(names.head_tensors(loaded)[name], tensor), name
-    assert checkpoint.stages(folder) == (1, 2, 3)
+    assert lineage.stages(folder) == (1, 2, 3)
     assert "is of stage 3, which changed the hidden states" in trajectory_head_warning(folder)
     generators = Generator.from_pretrained(run / "stage3" / "final"), Generator.from_pretrained(folder)
     record = batch.features[: ours.config.num_frames].numpy()
@@ -150,7 +150,7 @@ def test_memory_is_that_of_a_shard(run: Path, tmp_path: Path, monkeypatch) -> No
 def test_an_exported_adapter_can_be_exported_merged(run: Path, peft: Path, tmp_path: Path) -> None:
     assert export.main(["--model", str(peft), "--output", f"{tmp_path}/again", "--dtype", "float32"]) == 0
     assert_computes_the_same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), run)
-    assert checkpoint.stages(tmp_path / "again") == (1, 2, 3)
+    assert lineage.stages(tmp_path / "again") == (1, 2, 3)
     assert export.main(["--model", f"{tmp_path}/again", "--output", f"{tmp_path}/peft", "--format", "peft"]) == 2
 
 
@@ -160,7 +160,7 @@ def test_a_whole_model_saved_over_an_export_leaves_none_of_it(full: Path, tmp_pa
     save_pretrained(model, tmp_path / "folder")
     loaded = from_pretrained(tmp_path / "folder")
     assert torch.equal(loaded.vision_adapter.weight, model.vision_adapter.weight)
-    assert checkpoint.stages(tmp_path / "folder") == ()
+    assert lineage.stages(tmp_path / "folder") == ()
 
 
 # -- the card ---------------------------------------------------------------------------------------------------------
