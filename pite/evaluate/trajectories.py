@@ -19,7 +19,10 @@ from pite.tokenizers import check_vocabulary
 
 
 def read_samples(path: Path, model: PiTe, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedSample]:
-    """PiTe-143k records that have a trajectory, tokenized for `model`. Raises ValueError if the file does not exist."""
+    """PiTe-143k records that have a trajectory, tokenized for `model`.
+
+    Raises ValueError if the file does not exist, and for a sample that the language model or its context cannot hold.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     shape = {"num_frames": model.config.num_frames, "num_points": model.config.num_points}
@@ -27,6 +30,8 @@ def read_samples(path: Path, model: PiTe, tokenizer: PreTrainedTokenizerBase) ->
         where = Where(path, offset)
         sample = tokenize(read_pite(record, where, path.parent, **shape), tokenizer, **shape)
         check_vocabulary(int(sample.token_ids.max()), tokenizer, model.config.llm.vocab_size, f"{path}: {sample.id!r}")
+        if reason := model.config.beyond_context(len(sample.token_ids)):
+            raise ValueError(f"{path}: {sample.id!r}: {reason}; leave it out, or give a model with a longer context")
         if len(sample.trajectory):
             yield sample
 

@@ -18,13 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.tiny.tokenizer import build_tokenizer
 from engine.train import main as train
-from pite import chat, checkpoint, lineage, names
+from pite import checkpoint, lineage, names
+from pite.chat.__main__ import main as chat
 from pite.checkpoint import from_pretrained, save_pretrained
 from pite.config import PiTeConfig
 from pite.evaluate.trajectories import trajectory_head_warning
 from pite.export import __main__ as export
 from pite.generate import Generator
+from tests.clips import save_clip
+from tests.commands import status_of
 from tests.engine.workspace import make_workspace, train_arguments
+from tests.media import write_video
 from tests.peak_memory import PeakMemory
 from tests.pite.test_model import hf_logits
 from tests.samples import random_batch, tiny_model
@@ -280,7 +284,7 @@ def test_a_pushed_export_is_loaded_by_name(kind: str, request: pytest.FixtureReq
         (["--push", "name"], "--push takes OWNER/NAME"),
         (["--push", "owner/pite", "--format", "peft"], "use --format full"),
         (["--format", "peft", "--dtype", "float16"], "--dtype applies to --format full"),
-        (["--scores", "none.json"], "none.json is missing"),
+        (["--scores", "none.json"], "--scores none.json: no such file"),
         (["--scores", "list.json"], "list.json: mIoU is"),
         (["--output", "taken"], "is not empty and is not an earlier export"),
         (["--output", "taken/file"], "is a file"),
@@ -301,7 +305,7 @@ def test_wrong_exports_are_refused_in_one_sentence(
     save_file(
         {n: t for n, t in headless.items() if "vision_adapter" not in n}, "llm/model.safetensors", {"format": "pt"}
     )
-    assert export.main(["--model", f"{run}/stage3/final", "--output", "folder", *flags]) == 2
+    assert status_of(export.main, ["--model", f"{run}/stage3/final", "--output", "folder", *flags]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pite.export")]
     assert message in line
     assert not Path("folder").exists() and list(Path("taken").iterdir()) == [Path("taken/file")]
@@ -334,9 +338,11 @@ def test_a_stage_copied_alone_names_what_it_lacks(run: Path, tmp_path: Path, cap
         from_pretrained(final)
     assert "stage1/final" in str(raised.value) and ("stage2/final" in str(raised.value)) is not bool(copied)
     assert export.main(["--model", str(final), "--output", f"{tmp_path}/folder"]) == 2
-    flags = ["--video", "v.mp4", "--query", "What?", "--device", "cpu"]
-    assert chat.main(["--model", str(final), *flags]) == 2
-    lines = capsys.readouterr().err.splitlines()
+    save_clip(tmp_path / "clip")
+    video = write_video(tmp_path / "v.mp4", 8)
+    flags = ["--video", str(video), "--clip", f"{tmp_path}/clip", "--query", "What?", "--device", "cpu"]
+    assert chat(["--model", str(final), *flags]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pite.")]
     assert [line.partition(": ")[2] for line in lines] == [str(raised.value)] * 2
 
 
