@@ -24,7 +24,7 @@ def _train(flags: TinyFlags) -> None:
     from engine.tiny.models import make_tiny
 
     started = time.monotonic()
-    lines = make_tiny(flags.output, flags.training)
+    lines = make_tiny(flags.output, flags.training, flags.log_level)
     for line in lines:
         print(line)
     print(f"{flags.output}: {f'made in {time.monotonic() - started:.0f} s' if lines else 'already complete'}")

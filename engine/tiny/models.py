@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
+from dataloaders import logs
 from dataloaders.files import directory_written_atomically
+from dataloaders.logs import LogLevel
 from engine.tiny import clip, vicuna
 from engine.tiny.config import TinyConfig
 from engine.tiny.tokenizer import build_tokenizer
@@ -61,11 +63,15 @@ def _missing(directory: Path, config: TinyConfig) -> bool:
     return False
 
 
-def make_tiny(output: Path, config: TinyConfig) -> list[str]:
-    """Make `output`/clip and `output`/vicuna if they are missing; return one line for each model made."""
+def make_tiny(output: Path, config: TinyConfig, log_level: LogLevel = "info") -> list[str]:
+    """Make `output`/clip and `output`/vicuna if they are missing; return one line for each model made.
+
+    log_level  of the processes that train them
+    """
     makers = {output / "clip": make_clip, output / "vicuna": make_vicuna}
     missing = {directory: make for directory, make in makers.items() if _missing(directory, config)}
     if not missing:
         return []
-    with ProcessPoolExecutor(len(missing), mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(len(missing), spawn, initializer=logs.configure, initargs=(log_level,)) as pool:
         return [future.result() for future in [pool.submit(make, path, config) for path, make in missing.items()]]

@@ -203,3 +203,5 @@ def test_the_command_trains_in_processes_of_its_own(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "models").iterdir()} == {"clip", "vicuna"}
+    assert "INFO    clip step 1/1: loss " in done.stderr and "INFO    vicuna step 2/2: loss " in done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["clip", "vicuna", f"{tmp_path}/models"]
