@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dataloaders.cli import parse
 from dataloaders.files import write_atomically
 from dataloaders.synthetic.language import TIMES_FIRST
-from dataloaders.cli import parse
 from engine.demo.held_out import example_event, summarize
 from engine.plots import plot_losses
 from pite.evaluate.grounding import question_for

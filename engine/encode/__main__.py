@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from dataloaders.cli import parse
 from dataloaders.cpu import available_cores
 from dataloaders.decode import torchcodec
 from dataloaders.decode.dali import decoder as dali
@@ -30,7 +31,6 @@ from dataloaders.ranks import ALONE, Ranks
 from dataloaders.records import RecordError
 from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest, NonFiniteError
 from dataloaders.store.tools import PITE_SAMPLING
-from dataloaders.cli import parse
 from engine.encode.check import predict, verify
 from engine.encode.config import EncodeConfig
 from engine.encode.job import Job
