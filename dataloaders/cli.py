@@ -91,10 +91,15 @@ def print_on_rank0(program: str, error: str) -> bool:
     return True
 
 
-def exit_with_error(program: str, error: str, status: int = 2) -> NoReturn:
-    """End the process after one sentence; with the rank's name if rank 0 does not have the error."""
+def print_once(program: str, error: str) -> None:
+    """Print an error on stderr once per job; with the rank's name if rank 0 does not have the error."""
     if not print_on_rank0(program, error):
         print(f"{program}: rank {Ranks.read().rank} ({socket.gethostname()}): {error}", file=sys.stderr, flush=True)
+
+
+def exit_with_error(program: str, error: str, status: int = 2) -> NoReturn:
+    """End the process after one sentence, printed once per job."""
+    print_once(program, error)
     raise SystemExit(status)
 
 
