@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dataloaders.failures import Failure
+from dataloaders.failures import Failure, over_budget
 from dataloaders.files import write_if_changed
 from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, present_formats, split_of
 from dataloaders.records import RecordError, TokenizedSample
@@ -167,7 +167,7 @@ class StageDataset:
         count, total = len(self.malformed), len(self.malformed) + len(self._index)
         if count > budget * total:
             errors = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed[:_ERRORS_SHOWN]]
-            errors.append(f"{count:,} of {total:,} records are malformed, more than the failure budget of {budget:.2%}")
+            errors.append(f"{count:,} of {total:,} records are malformed, {over_budget(count, total, budget)}")
             raise RecordError("\n".join(errors))
 
 
