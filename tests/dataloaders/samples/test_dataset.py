@@ -135,7 +135,7 @@ class TestIndex:
         assert load_file(file)["token_ids"].dtype == np.int32, "plain safetensors"
 
     def test_with_processes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("dataloaders.samples.index._CHUNK", 4)
+        monkeypatch.setattr("dataloaders.derived._CHUNK", 4)
         data = write(tmp_path, [pite(i) if i != 13 else changed(pite(i), "id", "") for i in range(30)])
         options = {"tokenizer": llama_like(), "failure_budget": 0.1}
         together = stage2(data, **options, processes=2)
