@@ -20,7 +20,7 @@ from dataloaders.annotation.pipeline import Settings, Video, attempt, load_model
 from dataloaders.annotation.steps import STEPS, join_records, step_path
 from dataloaders.annotation.tracking import opencv
 from dataloaders.cpu import available_cores
-from dataloaders.decode.decoder import TIME_LIMIT
+from dataloaders.decode import TIME_LIMIT
 from dataloaders.decode.workers import TaskLost, Workers
 from dataloaders.failures import LEDGER, Failure, Ledger
 from dataloaders.files import write_atomically
@@ -42,7 +42,9 @@ def read_captions(captions: Path, videos: Path) -> Iterator[Video | Failure]:
             if name in seen:
                 raise RecordError(f"{where}: duplicate id {name!r}")
             seen.add(name)
-            yield Video(name, find_media(videos, name, ".mp4"), captions.stem, read_activitynet(record, where, videos))
+            yield Video(
+                name, find_media(videos / f"{name}.mp4"), captions.stem, read_activitynet(record, where, videos)
+            )
         except RecordError as error:
             yield Failure(str(record.get("id")), str(captions), "read", str(error))
 

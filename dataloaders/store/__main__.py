@@ -15,6 +15,7 @@ from dataloaders.store.tools import (
     PITE_SAMPLING,
     NpyFolder,
     Report,
+    check_import,
     discard,
     import_npy,
     log_missing,
@@ -69,6 +70,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
+    check_import(options.data, options.split, options.failure_budget)
     folder = NpyFolder(options.folder, options.split)
     if options.like is not None:
         manifest = Manifest.load(options.like)

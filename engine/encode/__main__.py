@@ -26,7 +26,8 @@ from dataloaders.cpu import available_cores
 from dataloaders.decode import torchcodec
 from dataloaders.decode.dali import decoder as dali
 from dataloaders.failures import LEDGER, Failure, Ledger, read_failures, report
-from dataloaders.formats import iter_media, present_splits
+from dataloaders.formats import present_splits
+from dataloaders.media import list_media
 from dataloaders.ranks import ALONE, Ranks
 from dataloaders.records import RecordError
 from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest, NonFiniteError
@@ -68,10 +69,10 @@ def make_jobs(config: EncodeConfig, ranks: Ranks = ALONE) -> tuple[int, list[Job
     # Imported here: the decoding processes import this module, and need neither torch nor transformers.
     from pite.clip import ClipEncoder
 
-    nameless: list[RecordError] = []
-    media = list(iter_media(config.data, present_splits(config.data), nameless.append))
+    found = list_media(config.data, present_splits(config.data))
+    media, nameless = found.media, found.malformed
     if len(nameless) > config.failure_budget * (len(nameless) + len(media)):
-        raise nameless[0]
+        raise RecordError(nameless[0])
     if nameless and ranks.rank == 0:
         print(f"{len(nameless):,} records name no media, the first: {nameless[0]}", file=sys.stderr)
     device = _device(config, ranks)
