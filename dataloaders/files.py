@@ -261,6 +261,14 @@ def require_file(path: Path) -> None:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def check_model_name(path_or_name: str) -> None:
+    """Raise ValueError unless it is a folder or has the form of a name on Hugging Face's hub, `owner/name`."""
+    if Path(path_or_name).expanduser().is_dir():
+        return
+    if path_or_name.count("/") != 1 or path_or_name.startswith((".", "/", "~")):
+        raise ValueError(f"{path_or_name} is neither a directory nor a Hugging Face model name (owner/name)")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError, naming the file, for anything else."""
     require_file(path)
