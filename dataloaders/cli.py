@@ -28,8 +28,8 @@ T = TypeVar("T")
 
 _MISSING = object()
 
-TURN_SECONDS = 5.0
-"""Seconds that each process waits for the one before it to print an error and end the job; see `print_once`."""
+WAIT_SECONDS = 5.0
+"""Seconds that other ranks wait for rank 0 to print an error and end the job."""
 
 
 def flag(default: Any = dataclasses.MISSING, *, name: str | None = None, positional: bool = False) -> Any:
@@ -86,21 +86,28 @@ def run(program: str, command: Callable[[], int | None], status: int = 2) -> int
         return status
 
 
-def print_once(program: str, error: str) -> None:
-    """Print an error on stderr once per job, before the ranks can talk to each other.
+def print_on_rank0(program: str, error: str) -> bool:
+    """Print an error on stderr if this is rank 0, once per job, before the ranks can talk to each other.
 
-    Rank 0 prints at once. When it ends, torchrun ends the others. A process that is still alive has an error that
-    rank 0 does not have, and prints it with its name: the first one of each machine, then the others.
+    When rank 0 ends, torchrun ends the others, so they wait for that. Returns False where this process has waited in
+    vain: then rank 0 does not have the error.
     """
     ranks = Ranks.read()
     if ranks.rank:
-        time.sleep(TURN_SECONDS * (1 + bool(ranks.local)))
-        error = f"rank {ranks.rank} ({socket.gethostname()}): {error}"
+        time.sleep(WAIT_SECONDS)
+        return False
     print(f"{program}: {error}", file=sys.stderr, flush=True)
+    return True
+
+
+def print_once(program: str, error: str) -> None:
+    """Print an error on stderr once per job; with the rank's name if rank 0 does not have the error."""
+    if not print_on_rank0(program, error):
+        print(f"{program}: rank {Ranks.read().rank} ({socket.gethostname()}): {error}", file=sys.stderr, flush=True)
 
 
 def exit_with_error(program: str, error: str, status: int = 2) -> NoReturn:
-    """End the process after one sentence."""
+    """End the process after one sentence, printed once per job."""
     print_once(program, error)
     raise SystemExit(status)
 

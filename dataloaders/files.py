@@ -149,6 +149,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_if_changed(path: Path, content: str) -> None:
+    """`write_atomically`, unless the file has this content already."""
+    if not path.is_file() or path.read_bytes() != content.encode():
+        write_atomically(path, content)
+
+
 @contextmanager
 def temporary_directory(path: Path) -> Iterator[Path]:
     """Yield an empty directory next to `path`, under a temporary name; removed at the end if it still exists."""

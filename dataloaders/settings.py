@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataloaders.files import write_atomically
+from dataloaders.files import write_if_changed
 
 
 def read_settings(path: Path, groups: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
@@ -23,10 +23,10 @@ def read_settings(path: Path, groups: Collection[str] = ()) -> Iterator[tuple[st
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write settings, in groups or not, as YAML."""
+    """Write settings, in groups or not, as YAML, unless the file holds them already."""
     import yaml
 
-    write_atomically(path, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    write_if_changed(path, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
 
 
 def _load(path: Path) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ COMMANDS = {
     "annotate": ("dataloaders.annotation.__main__", "make trajectories from videos and captions"),
     "encode": ("engine.encode.__main__", "decode and encode videos once, into a feature store"),
     "store": ("dataloaders.store.__main__", "inspect, verify, merge or import feature stores"),
-    "budget": ("engine.budget", "estimate parameters, memory and hours of a run"),
+    "budget": ("engine.budget.__main__", "estimate parameters, memory and hours of a run"),
     "train": ("engine.train", "train stages 1, 2 and 3"),
     "evaluate": ("pite.evaluate.__main__", "score a model or a file of predictions"),
     "chat": ("pite.chat.__main__", "chat with a trained model about a video"),

@@ -7,15 +7,13 @@ The estimate is arithmetic, not a measurement. It counts activations tensor by t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from engine.config import Parallel
 from engine.recipes import Recipe
 from pite import checkpoint
 from pite.config import PiTeConfig
-
-Parallel = Literal["auto", "ddp", "fsdp"]
 
 RESERVED_SHARE = 0.1
 """Share of a device's memory reserved for the allocator, the communication library and errors of the estimate."""

@@ -53,6 +53,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def plot_losses(stages: dict[str, Path], output: Path) -> None:
     """Write a PNG with one column per stage and one row per curve: raw values pale, their running mean strong.
 
+    Losses of held-out samples are drawn as dots.
+
     stages  title -> metrics.jsonl with the fields step, loss, ce, l1, tokens_per_second
     """
     # Matplotlib is imported here, because training imports this module; it draws without a window: training machines
@@ -74,14 +76,15 @@ def plot_losses(stages: dict[str, Path], output: Path) -> None:
         axes[-1, column].set_xlabel("optimizer step")
         for row, (name, label) in enumerate(curves):
             axes[row, 0].set_ylabel(label)
-            _draw(axes[row, column], values["step"], values.get(name), f"C{row}")
+            held_out = values.get(f"validation_{name}")
+            _draw(axes[row, column], values["step"], values.get(name), held_out, f"C{row}")
     figure.tight_layout()
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=130, format="png")
     plt.close(figure)
 
 
-def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray | None, color: str) -> None:
+def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray | None, held_out: np.ndarray | None, color: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     # A stage without the loss logs zeros.
@@ -92,6 +95,9 @@ def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray | None, color: str) 
     mean = smooth(values, max(len(values) // 30, 1))
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
     axes.plot(steps, mean, color=color, linewidth=1.8)
+    if held_out is not None and (known := np.isfinite(held_out)).any():
+        axes.plot(steps[known], held_out[known], "o--", color="0.25", linewidth=1, markersize=3, label="validation")
+        axes.legend(loc="lower left", frameon=False, fontsize=8)
     axes.annotate(f"{mean[np.isfinite(mean)][-1]:.4g}", (1, 0.94), xycoords="axes fraction", ha="right", color=color)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 
 import torch
 
@@ -18,10 +20,12 @@ def resolve(name: str) -> torch.device:
     """
     check_device_name(name)
     if name == "auto":
+        if reason := unusable_gpu():
+            log.warning("%s; using the CPU", reason)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} cannot be used: torch finds no GPU here; give cpu")
+        raise ValueError(f"device {name!r} cannot be used: {unusable_gpu() or 'torch finds no GPU here'}; give cpu")
     if index and int(index) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} cannot be used: the last GPU here is cuda:{torch.cuda.device_count() - 1}")
     return torch.device(name)
@@ -40,3 +44,41 @@ def select(name: str) -> str:
 def dtype(device: torch.device) -> torch.dtype:
     """The dtype in which models are loaded: bfloat16 on a GPU, float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def unusable_gpu() -> str | None:
+    """Why torch cannot use the NVIDIA GPU of this machine; None if it can, or if there is no GPU."""
+    if torch.cuda.is_available():
+        return None
+    driver = _driver()
+    if driver is None:
+        return None
+    if torch.version.cuda is None:
+        return (
+            f"this machine has an NVIDIA GPU, but torch {torch.__version__} is a build without CUDA (docs/install.md)"
+        )
+    return (
+        f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it: it is built for CUDA "
+        f"{torch.version.cuda}, and the driver is {driver} (docs/install.md has the driver that each build needs)"
+    )
+
+
+def check_computes(device: torch.device) -> None:
+    """Raise ValueError if a GPU cannot run torch's kernels, such as one that is newer or older than the build."""
+    try:
+        (torch.zeros(1, device=device) + 1).item()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{device} cannot be used by torch {torch.__version__}: {reason} (docs/install.md lists the builds)"
+        ) from None
+
+
+def _driver() -> str | None:
+    """Version of the loaded NVIDIA driver, or None."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
+    return found[0] if found else "unknown"

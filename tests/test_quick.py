@@ -22,6 +22,7 @@ TRAJECTORIES = GROUNDING.replace("grounding", "trajectories")
 IMPORT = "import {d} {new} --split stage2"
 ANNOTATION = "--captions {f} --videos {d} --output {new}/out.jsonl"
 ENCODE = "--data {data} --store {new} --clip {d}"
+TRAIN = "--data {data} --store {store} --llm {d} --output {new}"
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "pite.chat": (
@@ -80,16 +81,20 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"{ENCODE} --store {{f}}",
         f"{ENCODE} --clip {{none}}",
     ),
-    "engine.budget": ("--config {none}.yaml",),
-    "engine.train": ("--data {none}",),
+    "engine.budget": ("--data {none}", "--config {none}.yaml"),
+    "engine.train": (
+        f"{TRAIN} --data {{none}}",
+        f"{TRAIN} --store {{none}}",
+        f"{TRAIN} --llm {{none}}",
+        f"{TRAIN} --stage 2 --init {{none}}",
+        f"{TRAIN} --stage 2",
+        f"{TRAIN} --held-out {{none}}",
+        f"{TRAIN} --output {{f}}/new",
+    ),
 }
 """Command -> argument lists with one path that does not exist or cannot be made. {none} does not exist, {new} can be
 made, {f} is a file, {d} a folder."""
 
-SLOW = frozenset({"engine.encode", "engine.budget", "engine.train"})
-"""Commands whose modules import torch."""
-
-QUICK = [name for name in COMMANDS if name not in SLOW]
 SUBCOMMANDS = {"pite.evaluate": "trajectories", "dataloaders.store": "merge", "engine": "chat"}
 
 RUN = """
@@ -110,11 +115,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     places = {name: root / name for name in ("none", "new", "f", "d", "data", "store")}
     places["f"].touch()
     places["d"].mkdir()
-    (root / "data/evaluation").mkdir(parents=True)
-    for name in ("activitynet_captions.json", "pite_143k.jsonl"):
-        (root / "data/evaluation" / name).touch()
-    (root / "store/videos").mkdir(parents=True)
-    (root / "store/videos/manifest.json").write_text(json.dumps(asdict(Manifest("e", 8, "s", "p", 8, 16))))
+    files = ("stage1/localized_narratives.jsonl", "stage2/pite_143k.jsonl", "stage3/valley.json")
+    for name in (*files, "evaluation/pite_143k.jsonl", "evaluation/activitynet_captions.json"):
+        (root / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "data" / name).touch()
+    for kind in ("images", "videos"):
+        (root / "store" / kind).mkdir(parents=True)
+        (root / "store" / kind / "manifest.json").write_text(json.dumps(asdict(Manifest("e", 8, "s", "p", 8, 16))))
     return places
 
 
@@ -134,7 +141,7 @@ def answer(command: str, argv: list[str]) -> tuple[int, str, str]:
     return done.returncode, "\n".join(out), done.stderr
 
 
-@pytest.mark.parametrize("command", QUICK)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help(command: str) -> None:
     status, out, err = answer(command, ["--help"])
     assert (status, err) == (0, "") and out.startswith("usage: ")
@@ -145,7 +152,7 @@ def test_help(command: str) -> None:
         assert "--log-level" in out
 
 
-@pytest.mark.parametrize("command", QUICK)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_typo(command: str) -> None:
     subcommand = [SUBCOMMANDS[command]] if command in SUBCOMMANDS else []
     status, out, err = answer(command, [*subcommand, "--log-levl", "info"])
@@ -153,7 +160,7 @@ def test_a_typo(command: str) -> None:
     assert err.endswith(": there is no flag --log-levl; did you mean --log-level?\n") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("command", "line"), [(name, line) for name in QUICK for line in COMMANDS[name]])
+@pytest.mark.parametrize(("command", "line"), [(name, line) for name in COMMANDS for line in COMMANDS[name]])
 def test_a_path_that_does_not_exist(command: str, line: str, places: dict[str, Path]) -> None:
     argv = [word.format_map(places) for word in line.split()]
     status, out, err = answer(command, argv)
@@ -164,6 +171,20 @@ def test_a_path_that_does_not_exist(command: str, line: str, places: dict[str, P
     wrong = next((word for word in given if word.startswith(str(places["none"]))), given[-1])
     assert wrong in err, "the message names the path"
     assert not places["new"].exists() or not any(places["new"].iterdir()), "nothing was written"
+
+
+def test_a_typo_is_printed_once_under_torchrun() -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "dataloaders.annotation", "--captoins", "x"],
+        env={**os.environ, "PYTHONPATH": SOURCE_PATH},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    lines = [line for line in done.stderr.splitlines() if "there is no flag" in line]
+    assert lines == ["dataloaders.annotation: there is no flag --captoins; did you mean --captions?"]
 
 
 def test_every_command_of_pite_is_in_the_table() -> None:

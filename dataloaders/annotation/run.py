@@ -41,7 +41,9 @@ def read_captions(captions: Path, videos: Path) -> Iterator[Video | Failure]:
             if name in seen:
                 raise RecordError(f"{where}: duplicate id {name!r}")
             seen.add(name)
-            yield Video(name, find_media(videos, name, ".mp4"), captions.stem, read_activitynet(record, where, videos))
+            yield Video(
+                name, find_media(videos / f"{name}.mp4"), captions.stem, read_activitynet(record, where, videos)
+            )
         except RecordError as error:
             yield Failure(str(record.get("id")), str(captions), "read", str(error))
 

@@ -39,6 +39,11 @@ class Decoded:
     by: str = "PyAV"
 
 
+def is_fallback(by: str) -> bool:
+    """Whether the `by` of a Decoded names the reason of a fallback to PyAV, as in "PyAV (rotated)"."""
+    return by.startswith("PyAV (")
+
+
 class Decoder(Protocol):
     """Interface of decoders: `with decoder: for decoded in decoder.map(media)`. In order; a bad file fails alone."""
 

@@ -63,6 +63,21 @@ class BatchPlan:
         return np.lexsort((within, self._groups, between))
 
 
+class InOrder:
+    """The plan of a validation: one pass over all samples, in order; the last batch may be smaller."""
+
+    def __init__(self, num_samples: int, batch: int) -> None:
+        self.num_samples, self.batch = num_samples, batch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_samples // self.batch)
+
+    def samples(self, step: int) -> np.ndarray:
+        """Indices of the samples of a batch, which counts from 0."""
+        return np.arange(step * self.batch, min((step + 1) * self.batch, self.num_samples))
+
+
 def split_batch(lengths: Sequence[int] | np.ndarray, ranks: int, token_budget: int) -> list[list[list[int]]]:
     """Split one global batch over ranks and micro-batches, balanced by token count (longest first).
 

@@ -18,6 +18,7 @@ from dataloaders.store.tools import (
     PITE_SAMPLING,
     NpyFolder,
     Report,
+    check_import,
     discard,
     import_npy,
     log_missing,
@@ -150,7 +151,7 @@ def _merge(flags: MergeFlags) -> int:
 
 def _import(flags: ImportFlags) -> int:
     paths.input_folder("FOLDER", flags.folder)
-    paths.input_folder("--data", flags.data)
+    check_import(flags.data, flags.split, flags.failure_budget)
     manifest = None if flags.like is None else Manifest.load(flags.like)
     folder = NpyFolder(flags.folder, flags.split)
     if manifest is None:

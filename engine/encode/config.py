@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.decode.decoder import TIME_LIMIT
+from dataloaders.decode import TIME_LIMIT
+from dataloaders.files import check_model_name
+from dataloaders.formats import present_splits
+from dataloaders.logs import LogLevel
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class EncodeConfig:
     """decoding processes of each rank; 0 decodes in the rank's own process. By default one per core, or per two cores
     if CLIP runs on the CPU, divided among the ranks of a machine"""
     failure_budget: float = 0.01
-    """share of media that may fail before the run stops"""
+    """share of media that may fail before the run stops; absent files are counted before anything is decoded"""
     time_limit: float = TIME_LIMIT
     """timeout in seconds: a file that takes longer fails and its process is killed (no timeout with 0 workers); a DALI
     batch that takes longer falls back to PyAV"""
@@ -45,7 +48,21 @@ class EncodeConfig:
     verify: int = 0
     """instead of encoding, decode and encode this many random records of the store again, and compare"""
     dry_run: bool = False
-    """instead of encoding, print the store's size and the time to encode; creates empty stores at most"""
+    """instead of encoding, print the store's size, the time to encode and the number of absent files; creates empty stores
+    and the lists of media at most"""
+
+    log_level: LogLevel = "info"
+    """least level of log messages to print; of several ranks, only rank 0 prints those below warnings"""
+
+    def check_paths(self) -> None:
+        """Raise ValueError for a data folder without annotations, a store that is no folder, or a CLIP that cannot exist.
+
+        Imports neither torch nor a decoder.
+        """
+        present_splits(self.data)
+        if self.store.exists() and not self.store.is_dir():
+            raise ValueError(f"--store {self.store} is a file, not a folder")
+        check_model_name(self.clip)
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "batch_size", "shard_records"):

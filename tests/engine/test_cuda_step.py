@@ -69,7 +69,7 @@ def training_step(size: str, tokens: int, *, stage: Stage = 2, recompute: int = 
         optimizer.step()
         batch = packed_batch(config, tokens, stage)
         before = peak.now
-        compute_losses(model, batch, recipe_, "skip").total.backward()
+        compute_losses(model, batch, recipe_).total.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in model.trainable()], 1.0)
         optimizer.step()
         gradients.zero()

@@ -212,7 +212,7 @@ class DaliDecoder:
         """A request's frames, or PyAV's future result."""
         why = self._fallback_reason(request, frames)
         if isinstance(frames, str) or why:
-            _LOG.info("%s: %s; falling back to PyAV", request.media.path, why)
+            _LOG.debug("%s: %s; falling back to PyAV", request.media.path, why)
             return self.workers.submit(self._decode, request.media, f"PyAV ({why})")
         repeated = request.media.kind == "video" and len(request.places) != len(request.indices)
         return Decoded(request.media, frames[request.places] if repeated else frames, by=f"DALI ({request.codec})")
