@@ -345,3 +345,9 @@ def test_predictions_that_cannot_be_written_are_refused_before_the_weights_are_r
     for path in (tmp_path, tmp_path / "file" / "p.jsonl"):
         assert evaluated(broken, "grounding", "--predictions", str(path)) == 2
         assert capsys.readouterr().err.startswith(f"pite.evaluate: --predictions {path}")
+
+
+def test_the_log_level_is_a_flag(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for level, logged in (("info", True), ("warning", False)):
+        assert run_chat(made, "--log-level", level) == 0
+        assert (" INFO    device " in capsys.readouterr().err) == logged
