@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.train import main
-from pite import checkpoint
+from pite import lineage
 from pite.checkpoint import from_pretrained, save_pretrained
 from tests.engine.workspace import train_arguments
 
@@ -43,9 +43,9 @@ def test_a_run_behind_symbolic_links(workspace: Path, tmp_path: Path, capsys):
     (tmp_path / "newest").symlink_to(output / "stage3" / "final")
     for stage in (1, 2, 3):
         for path in (output / f"stage{stage}" / "final", (output / f"stage{stage}" / "final").resolve()):
-            assert checkpoint.stages(path) == tuple(range(1, stage + 1))
+            assert lineage.stages(path) == tuple(range(1, stage + 1))
             from_pretrained(path)
-    assert checkpoint.stages(tmp_path / "newest") == (1, 2, 3)
+    assert lineage.stages(tmp_path / "newest") == (1, 2, 3)
     from_pretrained(tmp_path / "newest")
 
 
@@ -59,7 +59,7 @@ def test_a_run_is_moved_out_of_symbolic_links(workspace: Path, tmp_path: Path):
         assert main(arguments) == 0
     (tmp_path / "link").unlink()
     (tmp_path / "a" / "disk").rename(tmp_path / "moved")
-    assert checkpoint.stages(tmp_path / "moved" / "out" / "stage2" / "final") == (1, 2)
+    assert lineage.stages(tmp_path / "moved" / "out" / "stage2" / "final") == (1, 2)
     from_pretrained(tmp_path / "moved" / "out" / "stage2" / "final")
 
 
