@@ -77,8 +77,11 @@ def check_computes(device: torch.device) -> None:
 def _driver() -> str | None:
     """Version of the loaded NVIDIA driver, or None."""
     try:
-        text = Path("/proc/driver/nvidia/version").read_text()
+        return _driver_of(Path("/proc/driver/nvidia/version").read_text())
     except OSError:
         return None
+
+
+def _driver_of(text: str) -> str:
     found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
     return found[0] if found else "unknown"

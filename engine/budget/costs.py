@@ -19,6 +19,7 @@ from transformers import CLIPVisionConfig
 from dataloaders.formats import split_of
 from dataloaders.samples.dataset import StageDataset
 from dataloaders.samples.plan import BatchPlan, split_batch
+from dataloaders.store.features import MANIFEST, FeatureStore
 from engine.build import load_tokenizer, model_config, random_shape
 from engine.config import TrainConfig
 from engine.hardware import ASSUMED_FP8_GAIN, ASSUMED_MFU, DEVICES, measured_mfu
@@ -260,6 +261,16 @@ def _corpus(config: TrainConfig, stage: Stage, model: PiTeConfig) -> Corpus:
         float(data.tokens.mean()),
         float(data.targets.mean()),
         len(set(data.media)),
-        f"counted: {data.summary()}{over}",
+        f"counted: {data.summary()}{over}{_not_encoded(config, stage, data)}",
         tuple(data.tokens[plan.samples(step)] for step in range(min(COUNTED_STEPS, plan.steps_per_epoch))),
     )
+
+
+def _not_encoded(config: TrainConfig, stage: Stage, data: StageDataset) -> str:
+    """A note on media without features, if the features of others are there."""
+    path = config.data.features(stage)
+    missing = set(data.media) - FeatureStore.stored_keys(path)
+    if not missing or not (path / MANIFEST).exists():
+        return ""
+    media = f"{len(missing):,} of its media {'is' if len(missing) == 1 else 'are'}"
+    return f", {media} not in {path}, such as {min(missing)}: run engine.encode"
