@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 from dataloaders.cli import at_least, flag
 from dataloaders.formats import NarrativeTiming, Stage, TurnChoice
-from dataloaders.logs import LogLevel
+from dataloaders.logs import LogFlags
 from engine.recipes import RANDOM, Absent, Normalizer, Recipe, Size, recipe
 
 Parallel = Literal["auto", "ddp", "fsdp"]
@@ -146,7 +146,7 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(LogFlags):
     """what to run, where to write, what to log"""
 
     stage: Literal["1", "2", "3", "all"] = "all"
@@ -171,8 +171,6 @@ class RunConfig:
     """first and last step to profile, from 1: a trace, and on CUDA a memory history, in OUTPUT/stageN/profile"""
     wandb: str | None = None
     """log the metrics to this project on Weights & Biases too"""
-    log_level: LogLevel = "info"
-    """least level of the messages on stderr"""
     dry_run: bool = False
     """print parameters, tokens, steps, memory and hours without training"""
     devices: tuple[int, ...] = (1, 8)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dataloaders import paths
 from dataloaders.formats import present_formats, split_of
 from dataloaders.locks import lock
 from dataloaders.store.features import Manifest
@@ -36,27 +37,19 @@ def check_paths(config: TrainConfig) -> None:
             f"{first} and {second} hold features of two encoders, {one[:12]} and {two[:12]}: encode both with one CLIP, "
             "or import features of the same one with dataloaders.store import --like"
         )
-    llm = config.model.llm
-    if llm not in (None, RANDOM) and (llm.count("/") != 1 or llm.startswith((".", "/", "~"))):
-        _require(Path(llm).expanduser(), "--llm", "language model")
-    start = config.start(config.run.stages[0])
-    if config.run.init is not None:
-        _require(config.run.init, "--init", "output of an earlier stage")
-    elif start is not None and not start.is_dir():
+    if config.model.llm != RANDOM:
+        paths.model("--llm", config.model.llm)
+    paths.input_folder("--init", config.run.init)
+    beginning = config.run.stages[0]
+    start = config.start(beginning)
+    if start is not None and not start.is_dir():
         raise ValueError(
-            f"stage {config.run.stages[0]} starts from an earlier stage's output, and {start} does not exist: train that "
-            "stage first, or give another output with --init"
+            f"stage {beginning} starts from an earlier stage's output, and {start} does not exist: train that stage first, or "
+            "give another output with --init"
         )
     if isinstance(config.held_out, Path) and not config.held_out.is_file():
         raise ValueError(f"--held-out {config.held_out}: neither a share nor a file")
-    existing = next(path for path in (config.run.output, *config.run.output.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ValueError(f"--output {config.run.output}: {existing} is not a folder")
-
-
-def _require(folder: Path, flag: str, what: str) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"{flag} {folder}: no such folder with a {what}")
+    paths.output_folder("--output", config.run.output)
 
 
 @contextmanager

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dataloaders import paths
+from dataloaders.cli import at_least
 from dataloaders.decode import TIME_LIMIT
-from dataloaders.files import check_model_name
 from dataloaders.formats import present_splits
-from dataloaders.logs import LogLevel
+from dataloaders.logs import LogFlags
 
 
-@dataclass(frozen=True)
-class EncodeConfig:
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(LogFlags):
     """Decode and encode all media in the annotations of a data folder.
 
     A run resumes where the last one stopped. Files that cannot be decoded are listed in STORE/failures.*.jsonl, and the
@@ -51,25 +52,18 @@ class EncodeConfig:
     """instead of encoding, print the store's size, the time to encode and the number of absent files; creates empty stores
     and the lists of media at most"""
 
-    log_level: LogLevel = "info"
-    """least level of log messages to print; of several ranks, only rank 0 prints those below warnings"""
-
     def check_paths(self) -> None:
         """Raise ValueError for a data folder without annotations, a store that is no folder, or a CLIP that cannot exist.
 
         Imports neither torch nor a decoder.
         """
         present_splits(self.data)
-        if self.store.exists() and not self.store.is_dir():
-            raise ValueError(f"--store {self.store} is a file, not a folder")
-        check_model_name(self.clip)
+        paths.output_folder("--store", self.store)
+        paths.model("--clip", self.clip)
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "batch_size", "shard_records"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"--workers must be 0 or more, not {self.workers}")
+        at_least(self, 1, "num_frames", "batch_size", "shard_records")
+        at_least(self, 0, "workers")
         if self.verify < 0 or self.time_limit <= 0:
             raise ValueError("--verify must be 0 or more, and --time-limit more than 0")
         if not 0 <= self.failure_budget <= 1:

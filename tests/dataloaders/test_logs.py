@@ -4,19 +4,7 @@ from __future__ import annotations
 
 import logging
 
-import pytest
-
 from dataloaders import logs
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    root = logging.getLogger()
-    handlers, levels = list(root.handlers), {name: logging.getLogger(name).level for name in logs.PACKAGES}
-    yield
-    root.handlers = handlers
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
 
 
 def printed(capsys) -> list[str]:

@@ -125,10 +125,10 @@ def test_a_finished_stage_is_compared_with_its_data(workspace: Path, data: Path,
 
 
 @pytest.mark.parametrize("flags, words", [
-    ({"llm": "./nowhere"}, "--llm nowhere: no such folder"),
+    ({"llm": "./nowhere"}, "--llm ./nowhere is neither a directory nor a Hugging Face model name"),
     ({"init": "nowhere"}, "--init nowhere: no such folder"),
     ({"stage": "2"}, "stage 2 starts from an earlier stage's output, and"),
-    ({"output": "/dev/null/run"}, "--output /dev/null/run: /dev/null is not a folder"),
+    ({"output": "/dev/null/run"}, "--output /dev/null/run: /dev/null is a file, not a folder"),
 ])  # fmt: skip
 def test_missing_paths_are_named_before_anything_is_read(workspace: Path, tmp_path: Path, capsys, flags, words: str):
     arguments = {"stage": "1", **flags}

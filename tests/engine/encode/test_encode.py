@@ -230,7 +230,7 @@ class TestCommand:
             reason = f"{broken / 'pite_143k.jsonl'}:2: field 'id' must be str or int, not float"
         else:
             config = replace(config, **{what: tmp_path / "nothing"})
-            reason = str(tmp_path / "nothing")
+            reason = f"--clip {tmp_path / 'nothing'}" if what == "clip" else str(tmp_path / "nothing")
         status, out, err = self.run(capsys, config, "--log-level", "error")
         assert status == 1 and not out
         assert err.startswith(f"engine.encode: {reason}") and err.count("\n") == 1
