@@ -18,13 +18,14 @@ from pite_kernels.gpu.shared import FUSION, finish_loss, multiprocessors, zero_r
 _INVALID = "linear_cross_entropy: a target id is not in the vocabulary, or a row is out of range"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_rows", "ignore_index"])
 def cross_entropy_softmax_kernel(
     logits_ptr,
     ids_ptr,
     partial_ptr,
     total_rows,
     vocabulary,
+    stride,
     smoothing,
     ignore_index,
     GRADIENT: tl.constexpr,
@@ -32,7 +33,8 @@ def cross_entropy_softmax_kernel(
 ):
     """One program: one row of a chunk; its loss and, with GRADIENT, in place p - (1 - smoothing) [target].
 
-    logits (rows, vocabulary), ids (rows,) int64
+    logits (rows, vocabulary) with row stride `stride`, ids (rows,) int64. Loads and stores cover the whole stride, so that
+    each takes 16 bytes for any vocabulary; what is between the rows is overwritten.
     partial (3, total_rows) float32, offset to this chunk's first row: loss, 1 if counted, 1 if the id is invalid
     """
     row = tl.program_id(0)
@@ -40,7 +42,7 @@ def cross_entropy_softmax_kernel(
     counted = target != ignore_index
     invalid = counted & ((target < 0) | (target >= vocabulary))
     counted = counted & (invalid == 0)
-    logits_ptr += row.to(tl.int64) * vocabulary
+    logits_ptr += row.to(tl.int64) * stride
     column = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
@@ -48,7 +50,8 @@ def cross_entropy_softmax_kernel(
     # Online softmax: each lane keeps its own running maximum; the lanes are combined once, after the last block.
     for start in range(0, vocabulary, BLOCK):
         keep = start + column < vocabulary
-        x = tl.load(logits_ptr + start + column, mask=keep, other=float("-inf")).to(tl.float32)  # (BLOCK,)
+        x = tl.load(logits_ptr + start + column, mask=start + column < stride, other=0.0).to(tl.float32)  # (BLOCK,)
+        x = tl.where(keep, x, float("-inf"))
         higher = tl.maximum(top, x)
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         mass = mass * tl.exp(top - safe) + tl.exp(x - safe)
@@ -63,14 +66,14 @@ def cross_entropy_softmax_kernel(
     tl.store(partial_ptr + 2 * total_rows + row, invalid.to(tl.float32))
     if GRADIENT:
         for start in range(0, vocabulary, BLOCK):
-            keep = start + column < vocabulary
+            keep = start + column < stride
             x = tl.load(logits_ptr + start + column, mask=keep, other=0.0).to(tl.float32)  # (BLOCK,)
             p = tl.exp(x - lse) - tl.where(start + column == target, 1.0 - smoothing, 0.0)
             p = tl.where(counted, p, 0.0)
             tl.store(logits_ptr + start + column, p.to(logits_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "num_rows"])
 def cross_entropy_bwd_scatter_rows_kernel(
     out_ptr, source_ptr, sorted_ptr, order_ptr, coefficient_ptr, count, num_rows, depth, BLOCK: tl.constexpr
 ):
@@ -149,7 +152,8 @@ def forward(
     if label_smoothing and need_hidden:
         centre = (head.mean(0, dtype=torch.float32) * -label_smoothing).to(hidden.dtype)
     chunk = chunk_rows(vocabulary, depth, multiprocessors(hidden.device))
-    logits = hidden.new_empty((min(chunk, count), vocabulary))
+    # Rows at multiples of 16 numbers, for vocabularies such as LLaVA's 32003 too.
+    logits = hidden.new_empty((min(chunk, count), triton.cdiv(vocabulary, 16) * 16)).narrow(1, 0, vocabulary)
     gathered = hidden.new_empty((0 if rows is None else min(chunk, count), depth))
     for start in range(0, count, chunk):
         size = min(chunk, count - start)
@@ -169,6 +173,7 @@ def forward(
             partial.narrow(1, start, size),
             count,
             vocabulary,
+            out.stride(0),
             label_smoothing,
             ignore_index,
             GRADIENT=gradient,
