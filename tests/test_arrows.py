@@ -28,7 +28,7 @@ KERNELS_REQUIRE = {"torch", "triton"}
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 LONG_FUNCTIONS = {
-    "pite_kernels.gpu.trajectory.trajectory_l1_fwd_kernel": "one tile from load to store; JIT functions inline",
+    "pite_kernels.gpu.trajectory_kernels.trajectory_l1_fwd_kernel": "one tile from load to store; JIT functions inline",
     "pite_kernels.gpu.cross_entropy.forward": "the chunk loop: each buffer is allocated, filled and reused in sequence",
     "pite_kernels.cross_entropy.cross_entropy_forward": "the same loop without Triton, in the same order",
 }

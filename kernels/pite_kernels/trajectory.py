@@ -1,7 +1,8 @@
 """Masked L1 loss between projected hidden states and trajectories, without storing all predictions.
 
-The gradient of |p - t| is -1, 0 or 1. So the forward pass keeps one signed byte per coordinate (S), and the backward
-pass is two GEMMs on it, scaled by a scalar: dX = S W and dW = S' X. Rows without a trajectory are never read. The
+The gradient of |p - t| is -1, 0 or 1. So the forward pass keeps only the sign of each coordinate (S), and the backward
+pass is two GEMMs on the signs, scaled by a scalar: dX = S W and dW = S' X. On the CPU a sign takes a byte. On CUDA it
+has the dtype of hidden, because tensor cores multiply it without a conversion. Rows without a trajectory are never read. The
 price: the loss can be differentiated only once, which is enough to train with it.
 """
 
@@ -125,7 +126,7 @@ def trajectory_forward(
     normalizer: Tensor | None,
     skip_absent: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (loss, sign (M, P * N * 2) int8, scale = 1 / normalizer)."""
+    """Returns (loss, sign, scale = 1 / normalizer); `empty_signs` has the shape and dtype of sign."""
     if uses_triton(hidden):
         from pite_kernels.gpu import trajectory as gpu
 
@@ -164,8 +165,19 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @trajectory_forward.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Any, targets: Any, rows: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulator(hidden.dtype)
-    sign = hidden.new_empty((rows.shape[0], weight.shape[0]), dtype=torch.int8)
-    return hidden.new_empty((), dtype=dtype), sign, hidden.new_empty((), dtype=dtype)
+    return hidden.new_empty((), dtype=dtype), empty_signs(hidden, weight, rows), hidden.new_empty((), dtype=dtype)
+
+
+def empty_signs(hidden: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    """Uninitialized signs of all coordinates, for fake kernels.
+
+    (M, P * N * 2) int8; on CUDA hidden's dtype, with more columns: zeros that fill the last K-step
+    """
+    if uses_triton(hidden):
+        from pite_kernels.gpu import trajectory as gpu
+
+        return gpu.empty_signs(hidden, rows.shape[0], weight.shape[0])
+    return hidden.new_empty((rows.shape[0], weight.shape[0]), dtype=torch.int8)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::trajectory_l1_backward", mutates_args=())
@@ -244,7 +256,7 @@ def trajectory_parameter_grads(
     grad_weight, grad_bias = weight.new_empty(0), hidden.new_empty(0, dtype=dtype)
     if need_bias:
         # Float32 counts exactly up to 2^24 rows, and it is the fastest dtype of a sum on CUDA.
-        grad_bias = sign.sum(0, dtype=dtype) * coefficient
+        grad_bias = sign.sum(0, dtype=dtype)[: weight.shape[0]] * coefficient
     if need_weight and uses_triton(hidden):
         from pite_kernels.gpu import trajectory as gpu
 

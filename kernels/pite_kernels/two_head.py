@@ -17,6 +17,7 @@ from pite_kernels.reference import accumulator
 from pite_kernels.trajectory import (
     NAMESPACE,
     check_trajectory,
+    empty_signs,
     fake_trajectory_grads,
     trajectory_forward,
     trajectory_parameter_grads,
@@ -118,7 +119,7 @@ def _(
     loss, ce, l1, ce_scale, l1_scale = (hidden.new_empty((), dtype=dtype) for _ in range(5))
     dx = hidden.new_empty((target_ids.shape[0], hidden.shape[1]) if need_hidden else 0)
     dw = hidden.new_empty(lm_weight.shape if need_lm_weight else 0, dtype=dtype)
-    sign = hidden.new_empty((trajectory_rows.shape[0], head_weight.shape[0]), dtype=torch.int8)
+    sign = empty_signs(hidden, head_weight, trajectory_rows)
     return loss, ce, l1, ce_scale, l1_scale, dx, dw, sign
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for A100, H100/H200 and B200 without register spills. No GPU is needed."""
+"""The elementwise kernels compile without register spills; `test_specialisations.py` has the others. No GPU is needed."""
 
 import re
 import subprocess
@@ -13,51 +13,10 @@ from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from pite_kernels.fp8 import LARGEST  # noqa: E402
-from pite_kernels.gpu import cross_entropy, fp8, lora, rope, shared, trajectory  # noqa: E402
+from pite_kernels.gpu import fp8, rope, shared  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one program may use
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-
-
-def forward(dtype, count, outputs, skip_absent=True, even=True):
-    x = TYPES[dtype]
-    tiles = trajectory.forward_tiles(dtype, count, outputs, 132)
-    pointers = [x, x, x, "*fp32", "*i64", "*i8", "*fp32"]
-    options = {"SKIP_ABSENT": skip_absent, "EVEN_K": even}
-    return trajectory.trajectory_l1_fwd_kernel, [*pointers, "i32", "i32", "i32", "i32", "i32"], options | tiles
-
-
-def grad_hidden(dtype, accumulate):
-    x = TYPES[dtype]
-    signature = [x, "*fp32", x, "*i8", "*i64", "*i32", "*i32", "i32", "i32", "i32", "i32"]
-    return (
-        trajectory.trajectory_l1_bwd_dx_kernel,
-        signature,
-        {"ACCUMULATE": accumulate} | trajectory.hidden_tiles(dtype),
-    )
-
-
-def grad_weight(dtype):
-    signature = ["*fp32", TYPES[dtype], "*i8", "*i64", "i32", "i32", "i32", "i32", "i32", "i32"]
-    return trajectory.trajectory_l1_bwd_dw_kernel, signature, trajectory.weight_tiles(dtype)
-
-
-def softmax(dtype):
-    signature = [TYPES[dtype], "*i64", "*fp32", "i32", "i32", "fp32", "i32"]
-    return cross_entropy.cross_entropy_softmax_kernel, signature, {"GRADIENT": True, "BLOCK": 4096, "num_warps": 8}
-
-
-def scatter(dtype, rows):
-    pointer = "*i64" if rows else None
-    signature = [TYPES[dtype], TYPES[dtype], pointer, pointer, "*fp32", "i32", "i32", "i32"]
-    return cross_entropy.cross_entropy_bwd_scatter_rows_kernel, signature, {"BLOCK": 1024, "num_warps": 4}
-
-
-def thin_products(dtype, rank):
-    x = TYPES[dtype]
-    signature = [x, x, x, x, "*fp32", "fp32", *["i32"] * 6]
-    return lora.lora_bwd_thin_products_kernel, signature, lora.tiles(rank)
 
 
 def quantize_rows(dtype, width):
@@ -70,44 +29,11 @@ def rotate(dtype, width, back):
     return rope.rope_rotate_kernel, [x, x, x, x, *["i32"] * 8], {"BACK": back} | rope.tiles(width // 2)
 
 
-GEMMS = {
-    lora.lora_bwd_thin_products_kernel,
-    trajectory.trajectory_l1_fwd_kernel,
-    trajectory.trajectory_l1_bwd_dx_kernel,
-    trajectory.trajectory_l1_bwd_dw_kernel,
-}
 VARIANTS = {
-    **{f"trajectory forward {d} 600 outputs": forward(d, 16384, 600) for d in TYPES},
-    "trajectory forward bfloat16, few rows": forward(torch.bfloat16, 1638, 600),
-    "trajectory forward bfloat16, one point": forward(torch.bfloat16, 16384, 2),
-    "trajectory forward bfloat16, ragged width, regress": forward(torch.bfloat16, 16384, 600, False, False),
-    **{f"trajectory dX {d}, accumulating": grad_hidden(d, True) for d in TYPES},
-    "trajectory dX bfloat16, from zero": grad_hidden(torch.bfloat16, False),
-    **{f"trajectory dW {d}": grad_weight(d) for d in TYPES},
-    **{f"lora thin products {d}": thin_products(d, 64) for d in (torch.bfloat16, torch.float16)},
-    **{f"lora thin products bfloat16, rank {r}": thin_products(torch.bfloat16, r) for r in (16, 128)},
     **{f"quantize rows {d}": quantize_rows(d, 4096) for d in TYPES},
     **{f"rotate {d}": rotate(d, 128, False) for d in TYPES},
     "rotate bfloat16, back": rotate(torch.bfloat16, 128, True),
     "rotate bfloat16, heads of 64": rotate(torch.bfloat16, 64, False),
-    "trajectory link": (
-        trajectory.trajectory_l1_bwd_link_rows_kernel,
-        ["*i64", "*i32", "*i32", "i32", "i32"],
-        {"BLOCK": 256, "num_warps": 4},
-    ),
-    "trajectory sum of dW": (
-        trajectory.trajectory_l1_bwd_dw_sum_kernel,
-        ["*fp32", "*fp32", "*bf16", "i32", "i32"],
-        {"BLOCK": 2048, "num_warps": 4},
-    ),
-    **{f"softmax {d}": softmax(d) for d in TYPES},
-    **{f"scatter bfloat16, rows {rows}": scatter(torch.bfloat16, rows) for rows in (True, False)},
-    "finish loss": (
-        shared.finish_loss_kernel,
-        ["*fp32", "*fp32", "*fp32", "*fp32", "*i32", "i32"],
-        {"BLOCK": 1024, "num_warps": 4},
-    ),
-    "zero rows": (shared.zero_rows_kernel, ["*bf16", "*i32", "i32", "i32"], {"BLOCK": 2048, "num_warps": 4}),
 }
 
 
@@ -143,9 +69,5 @@ def test_no_spills(capability, tmp_path, capsys):
         )
         assert spilled == 0, lines[-1]
         assert compiled.metadata.shared <= SHARED_MEMORY[capability], lines[-1]
-        if "bfloat16" in name and kernel in GEMMS:
-            assert TENSOR_CORES[capability] in compiled.asm["ptx"], (
-                f"sm_{capability} {name} does not reach tensor cores"
-            )
     with capsys.disabled():
         print("", *lines, sep="\n")

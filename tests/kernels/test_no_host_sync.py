@@ -60,10 +60,17 @@ def test_trajectory(heads, launches, accumulate):
     gradient = torch.empty_like(heads.hidden)
     trajectory.write_grad_hidden(gradient, scale, heads.weight, sign, heads.rows, accumulate)
     trajectory.grad_weight(scale, heads.hidden, heads.weight, sign, heads.rows)
-    assert loss.shape == () and sign.dtype == torch.int8
-    forward = ["trajectory_l1_fwd_kernel", "finish_loss_kernel", "trajectory_l1_bwd_link_rows_kernel"]
-    backward = ["trajectory_l1_bwd_dx_kernel", "trajectory_l1_bwd_dw_kernel", "trajectory_l1_bwd_dw_sum_kernel"]
-    assert launches == forward + ([] if accumulate else ["zero_rows_kernel"]) + backward
+    assert loss.shape == () and sign.dtype == torch.bfloat16 and sign.shape == (900, 32), "30 outputs are one K-step"
+    assert launches == [
+        "trajectory_l1_fwd_kernel",
+        "finish_loss_kernel",
+        "trajectory_l1_bwd_link_rows_kernel",
+        *([] if accumulate else ["zero_rows_kernel"]),
+        "trajectory_l1_bwd_merge_signs_kernel",
+        "trajectory_l1_bwd_dx_kernel",
+        "trajectory_l1_bwd_dw_kernel",
+        "trajectory_l1_bwd_dw_sum_kernel",
+    ]
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -1,5 +1,7 @@
 """The Triton kernels against float64, on a GPU or in Triton's interpreter; `test_triton.py` runs this file.
 
+`triton_lora_checks.py` has those of LoRA.
+
 bfloat16 is tested on a GPU only: the interpreter multiplies its raw bits.
 """
 
@@ -10,13 +12,12 @@ import torch
 
 import pite_kernels.cross_entropy
 import pite_kernels.fp8
-import pite_kernels.lora
 import pite_kernels.rope
 import pite_kernels.trajectory
 from bench.kernels import tiles
 from bench.kernels.inputs import Case
-from pite_kernels import lora_linear, reference, rope_qkv, rope_tables, two_head_loss
-from pite_kernels.gpu import cross_entropy, fp8, lora, rope, shared, trajectory
+from pite_kernels import reference, rope_qkv, rope_tables, two_head_loss
+from pite_kernels.gpu import cross_entropy, fp8, rope, shared, trajectory
 from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,6 +77,8 @@ def compare_trajectory(heads: Heads, absent: str = "skip") -> list[torch.Tensor]
         {"points": 1, "frames": 1, "count": 30},
         {"points": 5, "frames": 17, "count": 7, "depth": 80},
         {"points": 3, "frames": 100, "count": 3, "depth": 64},
+        {"points": 1, "frames": 100, "count": 37, "depth": 52},
+        {"points": 5, "frames": 100, "count": 21, "depth": 136},
         {"points": 5, "frames": 256, "count": 2, "depth": 16},
         {"absent": 1.0},
         {"absent": 0.0, "count": 1},
@@ -87,12 +90,23 @@ def test_trajectory(dtype, absent, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_trajectory_repeated_rows(dtype):
-    heads = make_heads(dtype, count=40, device=DEVICE)
+@pytest.mark.parametrize("frames", [5, 100])
+def test_trajectory_repeated_rows(dtype, frames):
+    """Rows repeat inside a tile and in several tiles; 600 outputs are more than one block of columns."""
+    heads = make_heads(dtype, count=150, frames=frames, device=DEVICE)
     heads.rows[:25] = 3
-    heads.rows[30:] = 4
+    heads.rows[30:60] = 4
+    heads.rows[140:] = 3
     results = compare_trajectory(heads)
     assert_bitwise(results, trajectory_results(heads))
+
+
+def test_signs_are_padded_with_zeros():
+    """The last K-step of dX reads the columns from the last output on."""
+    heads = make_heads(torch.float16, points=3, frames=100, count=7, device=DEVICE)
+    _, sign, _ = trajectory.forward(heads.hidden, heads.weight, heads.bias, heads.targets, heads.rows, None, True)
+    assert sign.shape == (7, 640) and sign.dtype == torch.float16
+    assert not sign[:, 600:].any() and sign[:, :600].abs().max() == 1
 
 
 def test_trajectory_accumulates_into_a_gradient():
@@ -151,7 +165,7 @@ def compare_cross_entropy(heads: Heads, smoothing: float, with_rows: bool = True
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("shape", [{}, {"supervised": 40, "tokens": 9}, {"supervised": 5, "vocabulary": 9000}])
+@pytest.mark.parametrize("shape", [{}, {"supervised": 40, "tokens": 9}, {"supervised": 5, "vocabulary": 9003}])
 def test_cross_entropy(dtype, smoothing, shape):
     heads = make_heads(dtype, device=DEVICE, **shape)
     heads.target_ids[2] = -100
@@ -194,43 +208,6 @@ def test_far_rows_are_addressed_in_64_bits():
     assert_bitwise(near, got)
     weights = [trajectory.grad_weight(near[2], h.hidden, h.weight, near[1], h.rows) for h in (heads, moved)]
     assert torch.equal(*weights)
-
-
-def lora_results(function, x, weight, a, b, splits, upstream):
-    with torch.enable_grad():
-        y = function(x, weight, a, b, scale=0.5, splits=splits)
-        return [y.detach(), *torch.autograd.grad(y, (x, a, b), upstream.to(y.dtype))]
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize(
-    ("tokens", "splits", "rank"), [(37, [48], 4), (300, [130, 24, 24], 16), (1, [24, 24], 64), (0, [24, 24], 4)]
-)
-def test_lora(dtype, tokens, splits, rank, monkeypatch):
-    """300 rows of 24 columns make three groups of rows; 130 columns make two column programs."""
-    monkeypatch.setattr(pite_kernels.lora, "uses_triton", lambda tensor: tensor.dtype != torch.float64)
-    g = torch.Generator().manual_seed(2)
-    shapes = (tokens, 40), (sum(splits), 40), (len(splits) * rank, 40), (sum(splits), rank), (tokens, sum(splits))
-    exact = [(torch.randn(s, generator=g) * s[-1] ** -0.5).to(dtype).double().to(DEVICE) for s in shapes]
-    *inputs, upstream = (t.to(dtype) for t in exact)
-    for tensors in (inputs, exact):
-        for index in (0, 2, 3):
-            tensors[index].requires_grad_()
-    ours, again = (lora_results(lora_linear, *inputs, splits, upstream) for _ in range(2))
-    assert_bitwise(ours, again)
-    plain = lora_results(reference.lora_linear, *inputs, splits, upstream)
-    truth = lora_results(reference.lora_linear, *exact[:4], splits, exact[4])
-    assert_as_accurate(ours, plain, truth)
-
-
-def test_lora_far_rows_are_addressed_in_64_bits():
-    torch.use_deterministic_algorithms(False)
-    stride = 2**30 + 5
-    far = torch.empty(2 * stride + 32, device=DEVICE, dtype=torch.float16).as_strided((3, 32), (stride, 1))
-    near = torch.randn(3, 32, device=DEVICE).half()
-    far.copy_(near)
-    b, low = torch.randn(32, 8, device=DEVICE).half(), torch.randn(3, 8, device=DEVICE).half()
-    assert_bitwise(*(lora.thin_products(grad, b, low, 0.5, [32]) for grad in (near, far)))
 
 
 def rope_results(qkv, cos, sin, width, key_heads, upstream) -> list[torch.Tensor]:
@@ -324,24 +301,6 @@ def test_rows_are_quantized_as_in_pytorch(dtype, count, width):
     assert torch.equal(ours[1][finite], expected[1][finite])
     assert torch.equal(ours[0].view(torch.uint8)[finite], expected[0].view(torch.uint8)[finite])
     assert ours[1][~finite].isnan().all(), "the whole row becomes NaN"
-
-
-@pytest.mark.skipif(DEVICE == "cpu", reason="float8 GEMMs need a GPU; test_fp8.py tests the emulation")
-def test_float8_products_equal_the_emulation_on_the_cpu():
-    g = torch.Generator().manual_seed(4)
-    shapes = (300, 256), (96, 256), (8, 256), (96, 4), (300, 96)
-    x, w, a, b, upstream = ((torch.randn(s, generator=g) * s[-1] ** -0.5).bfloat16() for s in shapes)
-
-    def on(device: str) -> list[torch.Tensor]:
-        inputs = [t.to(device) for t in (x, a, b)]
-        weight = pite_kernels.quantize_weight(w.to(device))
-        for t in inputs:
-            t.requires_grad_()
-        return lora_results(lora_linear, inputs[0], weight, *inputs[1:], [64, 32], upstream.to(device))
-
-    for ours, emulated in zip(on("cuda"), on("cpu")):
-        # The tolerance covers two roundings to bfloat16 and the shorter accumulators of the tensor cores.
-        torch.testing.assert_close(ours.cpu(), emulated, rtol=2e-2, atol=2e-2 * emulated.abs().max().item())
 
 
 def test_zero_rows_leaves_the_others():

@@ -21,7 +21,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def finish_loss_kernel(partial_ptr, normalizer_ptr, loss_ptr, scale_ptr, ok_ptr, count, BLOCK: tl.constexpr):
     """One program in all: sums the three rows of `partial` in a fixed order.
 
@@ -58,7 +58,7 @@ def finish_loss(partial: Tensor, normalizer: Tensor | None, message: str) -> tup
     return loss, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key"])
 def zero_rows_kernel(out_ptr, key_ptr, key, depth, BLOCK: tl.constexpr):
     """One program: BLOCK columns of one row of out (rows, depth), zeroed where keys (rows,) equals `key`."""
     row = tl.program_id(0).to(tl.int64)
