@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pite_kernels.dispatch import cpp, uses_triton, with_unit_stride
+from pite_kernels.dispatch import autocast, cpp, uses_triton, with_unit_stride, without_autocast
 from pite_kernels.reference import accumulator, reciprocal
 from pite_kernels.trajectory import NAMESPACE, check_devices, check_hidden, check_normalizer, validate_rows
 
@@ -33,7 +33,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """sum CE(hidden[rows] W' + b, target_ids) / normalizer, smoothed as `torch.nn.functional.cross_entropy` does.
 
-    hidden           (T, d)       bf16, fp16, fp32 or fp64; any row stride, unit stride last
+    hidden           (T, d)       bf16, fp16, fp32 or fp64; any row stride, unit stride last. Under `torch.autocast` it
+                                  is cast to that dtype
     weight           (V, d)       any of those dtypes;  bias (V,) or None. A third less work when both are frozen
     target_ids       (L,) int64   in [0, V), or `ignore_index`
     rows             (L,) int64   the row of `hidden` that predicts each target, may repeat; None: target i is row i.
@@ -46,7 +47,7 @@ def linear_cross_entropy(
     CUDA ids or rows out of range trigger a device-side assert.
     """
     check_cross_entropy(hidden, weight, target_ids, rows, bias, label_smoothing, normalizer)
-    hidden = with_unit_stride(hidden)
+    hidden = with_unit_stride(autocast(hidden))
     track = torch.is_grad_enabled()
     needs = [track and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     outputs = cross_entropy_forward(
@@ -114,6 +115,7 @@ def check_cross_entropy(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", mutates_args=())
+@without_autocast
 def cross_entropy_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -217,6 +219,7 @@ def _(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::scatter_rows", mutates_args=())
+@without_autocast
 def scatter_rows(source: Tensor, rows: Tensor | None, coefficient: Tensor, count: int) -> Tensor:
     """(count, d) with coefficient * source[i] added into row rows[i]; bitwise reproducible."""
     if uses_triton(source):

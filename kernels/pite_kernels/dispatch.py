@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 OPERATORS = ("trajectory_forward", "trajectory_grad_hidden", "trajectory_grad_weight", "softmax_rows")
 
@@ -57,3 +61,28 @@ def backend_name(device: torch.device, dtype: torch.dtype) -> str:
 def with_unit_stride(hidden: Tensor) -> Tensor:
     """`hidden` itself if its last dimension has stride 1, else a contiguous copy."""
     return hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """`tensor` in the dtype of `torch.autocast` where that is on for its device; float64 stays, as in PyTorch."""
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor
+
+
+def without_autocast(function: F) -> F:
+    """The body of an operator, run with `torch.autocast` off: it chooses its dtypes itself, in backward too.
+
+    Autocast would cast the factors of `torch.mm`, but not those of `addmm_` or of `out=`.
+    """
+
+    @functools.wraps(function)
+    def body(first: Tensor, *rest: Any, **options: Any) -> Any:
+        kind = first.device.type
+        if not torch.is_autocast_enabled(kind):
+            return function(first, *rest, **options)
+        with torch.autocast(kind, enabled=False):
+            return function(first, *rest, **options)
+
+    return body  # type: ignore[return-value]

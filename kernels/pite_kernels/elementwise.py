@@ -48,6 +48,7 @@ def _liger() -> ModuleType | None:
 
 
 def _liger_for(x: Tensor) -> ModuleType | None:
+    # Its launches go to the current device, so callers make x's device current. Autograd does so for backward passes.
     # torch.compile fuses the plain version with the ops around it.
     if torch.compiler.is_compiling():
         return None
@@ -68,9 +69,10 @@ def rms_norm(
     """
     liger = _liger_for(x)
     if liger is not None:
-        if residual is not None:
-            return liger.LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, 0.0, "llama", False)
-        return liger.LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
+        with torch.cuda.device_of(x):
+            if residual is not None:
+                return liger.LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, 0.0, "llama", False)
+            return liger.LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
     if x.dtype not in (torch.float32, torch.float64):
         return reference.rms_norm(x, weight, eps=eps, residual=residual)
     total = x if residual is None else x + residual
@@ -101,7 +103,8 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
     if liger is not None:
         # liger rotates in place, in the layout (1, heads, T, D); the copies leave the caller's tensors unchanged.
         q4, k4 = (t.clone(memory_format=torch.contiguous_format).transpose(0, 1)[None] for t in (q, k))
-        q4, k4 = liger.LigerRopeFunction.apply(q4, k4, cos[None], sin[None])
+        with torch.cuda.device_of(q):
+            q4, k4 = liger.LigerRopeFunction.apply(q4, k4, cos[None], sin[None])
         return q4[0].transpose(0, 1), k4[0].transpose(0, 1)
     return reference.apply_rope(q, k, cos, sin)
 
@@ -114,8 +117,10 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     liger = _liger_for(gate)
     if up is None:
         if liger is not None:
-            return liger.LigerFusedGateUpSiLUMulFunction.apply(gate)
+            with torch.cuda.device_of(gate):
+                return liger.LigerFusedGateUpSiLUMulFunction.apply(gate)
         gate, up = gate.chunk(2, -1)
     elif liger is not None:
-        return liger.LigerSiLUMulFunction.apply(gate, up)
+        with torch.cuda.device_of(gate):
+            return liger.LigerSiLUMulFunction.apply(gate, up)
     return reference.swiglu(gate, up)

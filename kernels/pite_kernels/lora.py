@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pite_kernels.dispatch import uses_triton, with_unit_stride
+from pite_kernels.dispatch import autocast, uses_triton, with_unit_stride, without_autocast
 from pite_kernels.fp8 import Fp8Weight, product
 from pite_kernels.trajectory import NAMESPACE
 
@@ -36,7 +36,7 @@ def lora_linear(
 ) -> Tensor:
     """Frozen linear layers with LoRA (Hu et al. 2021), fused along their outputs.
 
-    x       (..., d_in)
+    x       (..., d_in)             under `torch.autocast` it is cast to that dtype
     weight  (sum(splits), d_in)     frozen: q, k, v stacked, or gate, up stacked, or one layer; float8 if it comes from
                                     `quantize_weight`
     lora_a  (len(splits) * r, d_in) the A of all parts, stacked; None (with lora_b None) for a plain linear layer
@@ -44,7 +44,7 @@ def lora_linear(
     scale   alpha / r
     splits  number of outputs of each part; None: one part
     Returns (..., sum(splits)): part i is x W_i' + scale (x A_i') B_i', in x's dtype. A and B may be float32 with a
-    half-precision x. Raises ValueError on shapes that do not fit, on a weight with requires_grad, and on a float8
+    half-precision x; so may the weight, but it is then cast in each call. Raises ValueError on shapes that do not fit, on a weight with requires_grad, and on a float8
     weight without A and B or, on CUDA, with an x that is not bfloat16.
     """
     if lora_a is None or lora_b is None:
@@ -53,6 +53,7 @@ def lora_linear(
         if isinstance(weight, Fp8Weight):
             raise ValueError("lora_linear: a float8 weight is for training; give lora_a and lora_b with it")
         return F.linear(x, weight)
+    x = autocast(x)
     frozen = list(weight) if isinstance(weight, Fp8Weight) else [weight]
     outputs = frozen[0].shape[0]
     sizes = [outputs] if splits is None else list(splits)
@@ -78,6 +79,7 @@ def lora_linear(
     return y.view(*x.shape[:-1], outputs)
 
 
+@without_autocast
 def _forward(
     x: Tensor, weight: list[Tensor], lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,7 @@ def _forward(
     parts = zip(y.split(splits, 1), low.split(b.shape[1], 1), b.split(splits)) if several else ((y, low, b),)
     for part, low_i, b_i in parts:
         part.addmm_(low_i, b_i.t(), beta=0 if fp8 is None else 1, alpha=scale)
-    return y if fp8 is not None else y.addmm_(x, weight[0].t()), low
+    return y if fp8 is not None else y.addmm_(x, weight[0].to(x.dtype).t()), low
 
 
 lora_forward = torch.library.custom_op(f"{NAMESPACE}::lora_linear", _forward, mutates_args=())
@@ -101,6 +103,7 @@ def _(x: Tensor, weight: list[Tensor], lora_a: Tensor, *_: Any) -> tuple[Tensor,
     return x.new_empty(x.shape[0], weight[0].shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
 
 
+@without_autocast
 def _gradients(
     grad: Tensor,
     x: Tensor,
@@ -135,7 +138,7 @@ def _gradients(
         fp8 = Fp8Weight(*weight)
         grad_x = product(grad, fp8.columns, fp8.column_scales).addmm_(grad_low, a)
     elif need_x:
-        grad_x = torch.mm(grad_low, a).addmm_(grad, weight[0])
+        grad_x = torch.mm(grad_low, a).addmm_(grad, weight[0].to(x.dtype))
     if need_a:
         grad_a = torch.mm(grad_low.t(), x).to(lora_a.dtype)
     return grad_x, grad_a, grad_b

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pite_kernels.dispatch import cpp, uses_triton, with_unit_stride
+from pite_kernels.dispatch import autocast, cpp, uses_triton, with_unit_stride, without_autocast
 from pite_kernels.reference import accumulator, reciprocal
 
 NAMESPACE = "pite_kernels"
@@ -31,7 +31,8 @@ def trajectory_l1(
 ) -> Tensor:
     """sum |hidden[rows] W' + b - targets| / normalizer, over the present coordinates (PiTe eq. 8).
 
-    hidden      (T, d)          bf16, fp16, fp32 or fp64; any row stride, unit stride last
+    hidden      (T, d)          bf16, fp16, fp32 or fp64; any row stride, unit stride last. Under `torch.autocast` it
+                                is cast to that dtype
     weight      (P * N * 2, d)  any of those dtypes;  bias (P * N * 2,) or None
     targets     (M, P, N, 2)    coordinates in [0, 1]; a pair equal to (-1, -1) is absent
     rows        (M,) int64      the row of `hidden` that predicts each target; may repeat
@@ -43,7 +44,7 @@ def trajectory_l1(
     device-side assert, because reading them would synchronize with the GPU.
     """
     check_trajectory(hidden, weight, bias, targets, rows, normalizer, absent)
-    hidden = with_unit_stride(hidden)
+    hidden = with_unit_stride(autocast(hidden))
     loss, _, _ = trajectory_forward(hidden, weight, bias, targets, rows, normalizer, absent == "skip")
     return loss
 
@@ -117,6 +118,7 @@ def check_devices(op: str, hidden: Tensor, *others: Tensor | None) -> None:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::trajectory_l1", mutates_args=())
+@without_autocast
 def trajectory_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -181,6 +183,7 @@ def empty_signs(hidden: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::trajectory_l1_backward", mutates_args=())
+@without_autocast
 def trajectory_backward(
     coefficient: Tensor,
     hidden: Tensor,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pite_kernels.cross_entropy import check_cross_entropy, cross_entropy_forward, scatter_rows
-from pite_kernels.dispatch import with_unit_stride
+from pite_kernels.dispatch import autocast, with_unit_stride, without_autocast
 from pite_kernels.reference import accumulator
 from pite_kernels.trajectory import (
     NAMESPACE,
@@ -50,7 +50,7 @@ def two_head_loss(
     """
     check_cross_entropy(hidden, lm_weight, target_ids, target_rows, None, label_smoothing, normalizers[0])
     check_trajectory(hidden, head_weight, head_bias, targets, trajectory_rows, normalizers[1], absent)
-    hidden = with_unit_stride(hidden)
+    hidden = with_unit_stride(autocast(hidden))
     track = torch.is_grad_enabled()
     outputs = two_head_forward(
         hidden,
@@ -73,6 +73,7 @@ def two_head_loss(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::two_head_loss", mutates_args=())
+@without_autocast
 def two_head_forward(
     hidden: Tensor,
     lm_weight: Tensor,
@@ -124,6 +125,7 @@ def _(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::two_head_backward", mutates_args=())
+@without_autocast
 def two_head_backward(
     ce_coefficient: Tensor,
     l1_coefficient: Tensor,

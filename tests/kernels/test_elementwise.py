@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
@@ -92,3 +93,42 @@ def test_a_missing_liger_kernel_is_a_warning(monkeypatch, caplog):
 def test_every_liger_function_in_use_is_checked_for():
     source = inspect.getsource(elementwise)
     assert set(re.findall(r"liger\.(Liger\w+)", source)) == set(elementwise._LIGER)
+
+
+LIGER_CALLS = {
+    "rms_norm": lambda x: rms_norm(x, x[0]),
+    "rms_norm with a residual": lambda x: rms_norm(x, x[0], residual=x),
+    "swiglu": swiglu,
+    "swiglu of two": lambda x: swiglu(x, x),
+    "apply_rope": lambda x: apply_rope(x.unflatten(1, (2, 16)), x.unflatten(1, (2, 16)), x[:, :16], x[:, :16]),
+}
+
+
+@pytest.mark.parametrize("name", LIGER_CALLS)
+def test_liger_is_launched_on_the_device_of_its_input(name, monkeypatch):
+    """With tensors on cuda:1 and cuda:0 current, as under device_map="auto", Triton would launch on cuda:0."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel exists for Linux only")
+    from triton.runtime.jit import JITFunction
+
+    from bench.machine_code.launches import recorded_launches
+
+    current: list[torch.Tensor] = []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    with recorded_launches() as launches:
+        record = JITFunction.run
+        guarded = []
+
+        def run(kernel, *arguments, **options):
+            guarded.append(bool(current))
+            record(kernel, *arguments, **options)
+
+        monkeypatch.setattr(JITFunction, "run", run)
+        monkeypatch.setattr(torch.cuda, "device_of", device_of)
+        LIGER_CALLS[name](torch.empty(6, 32))
+    assert launches and guarded and all(guarded)
