@@ -29,6 +29,7 @@ LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 LONG_FUNCTIONS = {
     "pite_kernels.gpu.trajectory_kernels.trajectory_l1_fwd_kernel": "one tile from load to store; JIT functions inline",
+    "pite_kernels.gpu.lora.lora_bwd_thin_products_kernel": "its row programs and column programs run at the same time",
     "pite_kernels.gpu.cross_entropy.forward": "the chunk loop: each buffer is allocated, filled and reused in sequence",
     "pite_kernels.cross_entropy.cross_entropy_forward": "the same loop without Triton, in the same order",
 }

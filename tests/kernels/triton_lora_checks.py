@@ -22,10 +22,11 @@ def lora_results(function, x, weight, a, b, splits, upstream):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "splits", "rank"), [(37, [48], 4), (300, [130, 24, 24], 16), (1, [24, 24], 64), (0, [24, 24], 4)]
+    ("tokens", "splits", "rank"),
+    [(37, [48], 4), (300, [130, 24, 24], 16), (1, [24, 24], 64), (0, [24, 24], 4), (40, [24, 8, 40, 16, 130], 8)],
 )
 def test_lora(dtype, tokens, splits, rank, monkeypatch):
-    """300 rows of 24 columns make three groups of rows; 130 columns make two column programs."""
+    """300 rows make several groups; 130 columns make two column programs; five parts make two launches."""
     monkeypatch.setattr(pite_kernels.lora, "uses_triton", lambda tensor: tensor.dtype != torch.float64)
     g = torch.Generator().manual_seed(2)
     shapes = (tokens, 40), (sum(splits), 40), (len(splits) * rank, 40), (sum(splits), rank), (tokens, sum(splits))
@@ -39,6 +40,21 @@ def test_lora(dtype, tokens, splits, rank, monkeypatch):
     plain = lora_results(reference.lora_linear, *inputs, splits, upstream)
     truth = lora_results(reference.lora_linear, *exact[:4], splits, exact[4])
     assert_as_accurate(ours, plain, truth)
+
+
+@pytest.mark.parametrize(
+    ("count", "widths", "groups"), [(16384, (4096,) * 3, 4), (16384, (11008,) * 2, 3), (3680, (4096,) * 3, 1)]
+)
+def test_groups_keep_the_multiprocessors_busy(count, widths, groups):
+    """264 programs run at a time on an H100."""
+    group = lora.group_rows(count, widths, 264)
+    assert -(-count // group) == groups
+
+
+def test_programs_start_on_the_first_free_slot():
+    assert lora._last_end([(2, 3.0), (1, 5.0)], 2) == 6
+    assert lora._last_end([(5, 2.0)], 2) == 6
+    assert lora._last_end([(1, 1.0), (1, 7.0)], 4) == 7
 
 
 def test_lora_far_rows_are_addressed_in_64_bits():
