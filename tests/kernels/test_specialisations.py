@@ -14,14 +14,14 @@ triton = pytest.importorskip("triton", reason="Triton has no build for this plat
 from bench.machine_code import programs  # noqa: E402
 from bench.machine_code.launches import Launch, recorded_launches  # noqa: E402
 from bench.machine_code.programs import SHARED_KB, Program, fma_per_step, measure, tensor_share  # noqa: E402
-from bench.machine_code.shapes import CALLS, all_launches, call_trajectory, is_float8  # noqa: E402
+from bench.machine_code.shapes import CALLS, TESTED, all_launches, call_trajectory, is_float8  # noqa: E402
 from pite_kernels.gpu import trajectory_kernels  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def launches() -> dict[Launch, str]:
     assert not triton.knobs.runtime.interpret, "the interpreter does not compile"
-    return all_launches()
+    return all_launches(TESTED)
 
 
 def of_call(name: str, kernel: str) -> Launch:
@@ -55,7 +55,7 @@ def test_trajectory_kernels_keep_hoppers_tensor_cores_busy(outputs, kernel, bloc
     launch = of_call(f"bfloat16, {outputs} outputs", f"trajectory_l1_{kernel}")
     program = measure(launch, 90)
     assert tensor_share(launch, program) == 1, program
-    assert program.other_loads == 0 and program.asynchronous_loads > 0, program
+    assert program.other_loads < 1 and program.asynchronous_loads > 0, program
     assert program.blocks >= blocks, program
 
 

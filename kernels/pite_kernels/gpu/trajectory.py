@@ -39,12 +39,12 @@ def empty_signs(hidden: Tensor, count: int, outputs: int) -> Tensor:
     return hidden.new_empty((count, triton.cdiv(outputs, step) * step))
 
 
-def hidden_tiles(dtype: torch.dtype, outputs: int) -> Launch:
-    """Tile sizes of the dX kernel."""
+def hidden_tiles(dtype: torch.dtype, outputs: int, depth: int) -> Launch:
+    """Tile sizes of the dX kernel; narrower for a width whose rows are not aligned, which would spill registers."""
     step = sign_step(dtype, outputs)
     if dtype == torch.float32:
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=step, num_warps=4, num_stages=2)
-    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=step, num_warps=8, num_stages=3)
+    return dict(BLOCK_M=128, BLOCK_N=64 if depth % 16 else 128, BLOCK_K=step, num_warps=8, num_stages=3)
 
 
 def weight_tiles(dtype: torch.dtype) -> Launch:
@@ -125,7 +125,7 @@ def write_grad_hidden(
     trajectory_l1_bwd_merge_signs_kernel[grid](
         sign, merged, link, count, width, ROWS=64, BLOCK=tile_of(width, 128), num_warps=4, **FUSION
     )
-    tiles = hidden_tiles(grad_hidden.dtype, outputs)
+    tiles = hidden_tiles(grad_hidden.dtype, outputs, depth)
     trajectory_l1_bwd_dx_kernel[(triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(depth, tiles["BLOCK_N"]),)](
         grad_hidden,
         coefficient,

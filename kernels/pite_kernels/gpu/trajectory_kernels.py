@@ -214,7 +214,8 @@ def trajectory_l1_bwd_dx_kernel(
     # Targets from `count` on load the last one's signs and write nothing, so that loads of signs need no mask.
     link = tl.load(next_ptr + m, mask=m < count, other=-1)  # (BLOCK_M,)
     own = tl.minimum(m, count - 1).to(tl.int64) * WIDTH
-    s_ptr = tl.where(link >= 0, merged_ptr + own, sign_ptr + own)[:, None] + k[None, :]
+    # Triton 3.9 does not see that both pointers are aligned, and would load signs one by one.
+    s_ptr = tl.multiple_of(tl.where(link >= 0, merged_ptr + own, sign_ptr + own), 16)[:, None] + k[None, :]
     w_ptr = weight_ptr + k[:, None].to(tl.int64) * depth + n[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, outputs, BLOCK_K):
