@@ -52,6 +52,12 @@ def of_load(path: Path) -> bool:
     return isinstance(content, dict) and any("share" in row and "policy" in row for row in content.get("rows", ()))
 
 
+def of_machine_code(path: Path) -> bool:
+    """Whether a result file is that of `bench.machine_code`, which writes its own table."""
+    content = json.loads(path.read_text())
+    return isinstance(content, dict) and any("registers" in row for row in content.get("rows", ()))
+
+
 def _environment(info: Mapping[str, Any]) -> Mapping[str, str]:
     known = ("device", "commit", "python", "torch", "triton")
     return {**{k: v for k, v in info.items() if k in known}, "spread": "quartiles"}
@@ -230,7 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         steps = [found for path in files if (found := read_steps(path))]
         encodings = [content for path in files if (content := encoding(path))]
-        files = [path for path in files if not read_steps(path) and not encoding(path) and not of_load(path)]
+        others = (read_steps, encoding, of_load, of_machine_code)
+        files = [path for path in files if not any(other(path) for other in others)]
         results = [read(path) for path in files]
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -15,6 +15,7 @@ from bench.kernels import rows as kernel_rows
 from bench.kernels.cases import BARE, IMPLEMENTATIONS, OURS, PLAIN
 from bench.kernels.inputs import Case, Inputs
 from bench.kernels.rows import Row
+from bench.machine_code.__main__ import markdown
 from bench.measure import Roofline, gate
 from bench.step import __main__ as step
 
@@ -162,6 +163,8 @@ def test_the_committed_tables_are_those_of_the_files():
         elif report.of_load(path):
             page = (root / "docs" / "install.md").read_text()
             assert load.table(json.loads(path.read_text())) in page
+        elif report.of_machine_code(path):
+            assert path.with_suffix(".md").read_text() == markdown(json.loads(path.read_text())["rows"])
         elif not path.name.startswith("encode_"):
             assert report.summary(*report.read(path)) in results
     assert report.cost_table(root / "bench" / "results") in (root / "README.md").read_text()
