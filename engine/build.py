@@ -75,7 +75,8 @@ def merged_stages(stage: Stage, start: Path | None, model: ModelIdentity) -> lis
     lineage = checkpoint.read_lineage(start)
     difference = first_difference((lineage.get("made_of") or {}).get("model") or {}, asdict(model))
     if difference is not None:
-        raise ValueError(f"stage {stage} cannot start from {start}: its {difference}")
+        name, was, now = difference
+        raise ValueError(f"stage {stage} cannot start from {start}: its {name} was {was} there and is {now} now")
     return [entry["path"] for entry in lineage["merged"]] + [str(start.resolve())]
 
 

@@ -13,6 +13,7 @@ import torch
 from dataloaders.cli import dump
 from dataloaders.files import directory_written_atomically
 from dataloaders.settings import write_settings
+from engine.agreement import check_same_run
 from engine.build import build_model
 from engine.checkpoint import check_identity, check_resumable
 from engine.config import TrainConfig
@@ -103,6 +104,7 @@ def train_stage(config: TrainConfig, inputs: StageInputs, world: World) -> Progr
     if steps is not None:
         log.info("stage %s is done: %s", stage, directory / "final")
         return Progress(steps, done=True, stop_requested=False)
+    check_same_run(world, config, identity, inputs.layout, inputs.total)
     world.agree(lambda: check_resumable(directory / "checkpoints", identity.as_dict()))
     world.set_status(f"building the model of stage {stage}")
     model = build_model(

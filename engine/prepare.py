@@ -130,7 +130,7 @@ def identify(config: TrainConfig, inputs: StageInputs, world: World) -> tuple[Id
     checksum = (
         f"random {config.model.size}, seed {config.optimization.seed}"
         if llm.directory is None
-        else world.from_main(lambda: language_model_checksum(llm.directory))
+        else world.from_host_main(lambda: language_model_checksum(llm.directory))
     )
     model = ModelIdentity.of(inputs.model, checksum, inputs.store.manifest.encoder)
     merged = merged_stages(stage, config.start(stage), model)
@@ -143,7 +143,7 @@ def identify(config: TrainConfig, inputs: StageInputs, world: World) -> tuple[Id
         seed=config.optimization.seed,
         features=asdict(inputs.store.manifest),
         data=dataset.fingerprint(),
-        feature_records=world.from_main(lambda: inputs.store.fingerprint(dataset.media)),
+        feature_records=world.from_host_main(lambda: inputs.store.fingerprint(dataset.media)),
         left_out=dataset.exclusions() or None,
         held_out=None if inputs.held_out is None else inputs.held_out.fingerprint(),
     )
