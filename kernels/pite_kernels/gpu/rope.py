@@ -2,7 +2,7 @@
 
 One program holds the cosines and sines of some tokens and rotates one head after another. Forward rotates the fused
 q, k, v projection in place; backward writes the rotated gradients straight into the fused gradient. Neither makes a
-copy first.
+copy first. Keys that several documents share are rotated into the place of each copy.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -21,6 +21,7 @@ def rope_rotate_kernel(
     out_ptr,
     cos_ptr,
     sin_ptr,
+    index_ptr,
     count,
     heads,
     half,
@@ -38,10 +39,14 @@ def rope_rotate_kernel(
 
     x, out (count, heads, 2 * half) with strides (x_row, x_head, 1) and (out_row, out_head, 1); they may be one memory
     cos, sin (count, 2 * half) with row stride table_row; only their first `half` columns are read
+    index    (count,) or None: the row of x, cos and sin that each row of out is made from
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = tl.arange(0, HALF)[None, :]
     keep = (rows < count) & (columns < half)
+    out_rows = rows
+    if index_ptr is not None:
+        rows = tl.load(index_ptr + rows, mask=rows < count, other=0)  # (ROWS, 1)
     cos = tl.load(cos_ptr + rows * table_row + columns, mask=keep, other=0.0).to(tl.float32)  # (ROWS, HALF)
     sin = tl.load(sin_ptr + rows * table_row + columns, mask=keep, other=0.0).to(tl.float32)  # (ROWS, HALF)
     if BACK:
@@ -51,7 +56,7 @@ def rope_rotate_kernel(
         x = x_ptr + rows * x_row + head * x_head + columns
         left = tl.load(x, mask=keep, other=0.0).to(tl.float32)  # (ROWS, HALF)
         right = tl.load(x + half, mask=keep, other=0.0).to(tl.float32)  # (ROWS, HALF)
-        out = out_ptr + rows * out_row + head * out_head + columns
+        out = out_ptr + out_rows * out_row + head * out_head + columns
         tl.store(out, (left * cos - right * sin).to(out_ptr.dtype.element_ty), mask=keep)
         tl.store(out + half, (right * cos + left * sin).to(out_ptr.dtype.element_ty), mask=keep)
 
@@ -62,20 +67,21 @@ def tiles(half: int) -> Launch:
     return dict(GROUP=8, ROWS=max(1, 2048 // width), HALF=width, num_warps=8)
 
 
-def rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> None:
+def rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, *, back: bool, rows: Tensor | None = None) -> None:
     """Write x (T, H, D), rotated by the tables cos and sin (T, D), to out (T, H, D); `back` inverts the rotation.
 
-    x and out need unit last strides.
+    x and out need unit last strides. With `rows` (K,) int64, row i of out (K, H, D) is row rows[i] of x, rotated.
     """
-    count, heads, width = x.shape
+    count, heads, width = out.shape
     launch = tiles(width // 2)
     grid = (triton.cdiv(count, launch["ROWS"]), triton.cdiv(heads, launch["GROUP"]))
-    if count:
+    if count and heads:
         rope_rotate_kernel[grid](
             x,
             out,
             cos,
             sin,
+            rows,
             count,
             heads,
             width // 2,
