@@ -114,14 +114,20 @@ def memory(
     fp8: bool = False,
     recompute: int = 0,
     shards: int = 1,
+    read: float = 1.0,
+    copied: float = 0.0,
 ) -> Memory:
     """Estimate the peak in bytes per device; `width` is the bytes of the frozen dtype.
 
+    read    rows that a head reads, as a share of the computed rows
+    copied  copies of keys of shared rows, as a share of the computed rows: kv_rows / rows - 1 of a `PackedBatch`
+
     Trainable parameters take 16 bytes each: float32 value, gradient and AdamW's two moments.
 
-    A layer without activation checkpointing holds, per token: both norms' inputs and outputs, q, k, v in their
+    A layer without activation checkpointing holds, per row: both norms' inputs and outputs, q, k, v in their
     projection's output, the attention output, gate, up and their product, and the LoRA's x A'. A layer with it holds
-    its input only, and all of these while its backward runs. Working memory is the MLP's gradients.
+    its input only, and all of these while its backward runs, when the layers above have freed theirs. Working memory is
+    the MLP's gradients. The last layer holds norms, q, k, v and attention of all rows, and the rest of the read ones.
 
     Sharded weights are whole for two layers at a time, the one that computes and the prefetched one, and for the
     embeddings and the vocabulary head. float8 weights are held in two orientations, one byte each; quantized
@@ -132,10 +138,16 @@ def memory(
     queries = llm.num_attention_heads * config.head_dim
     keys = llm.num_key_value_heads * config.head_dim
     rank = count.lora // max(1, _lora_rows(config))
-    kept = 4 * hidden + 2 * queries + 2 * keys + 3 * inner + 7 * rank
+    kept = 4 * hidden + 2 * queries + 2 * keys * (1 + copied) + 3 * inner + 7 * rank
+    last = 2 * hidden + 2 * queries + 2 * keys * (1 + copied) + 2 * rank
+    last += read * (3 * hidden + queries + 3 * inner + 5 * rank)
     layers = llm.num_hidden_layers
-    held = kept * (layers - recompute) + hidden * recompute + (kept if recompute else 0)
     working = width * (3 * inner + 3 * hidden) + 2 * inner * fp8
+    top = bottom = 0.0
+    if recompute < layers:
+        top = width * kept * (layers - recompute - 1) + max(width * last + read * working, working)
+    if recompute:
+        bottom = width * kept + working
     frozen = width * (count.total - count.heads)
     layer = width * count.layer
     if fp8:
@@ -147,7 +159,7 @@ def memory(
     return Memory(
         weights=frozen,
         trained=16 * (count.lora + count.heads),
-        activations=token_budget * (width * (held + 4 * hidden) + working),
+        activations=token_budget * (width * hidden * (recompute + 4) + max(top, bottom)),
         losses=LOSS_BYTES,
     )
 

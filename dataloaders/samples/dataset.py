@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Container
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from dataloaders.failures import Failure
 from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, present_formats, split_of
 from dataloaders.records import RecordError, TokenizedSample
 from dataloaders.samples.index import open_index
+from dataloaders.samples.plan import Prefixes
 
 _ERRORS_SHOWN = 10
 
@@ -84,8 +86,18 @@ class StageDataset:
 
     def groups(self) -> np.ndarray:
         """Group numbers (n,): samples of the same media have the same number."""
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> np.ndarray:
         numbers = {key: number for number, key in enumerate(sorted(set(self.media)))}
         return np.fromiter((numbers[key] for key in self.media), np.int64, len(self.media))
+
+    def prefixes(self, chosen: np.ndarray) -> Prefixes:
+        """What the chosen samples (B,) share: the prompt's head, and the frames of the same media."""
+        # One prompt layout and one tokenizer: the head is the same for all.
+        head = int(self._index.frame_starts[0])
+        return Prefixes(head, head + self.num_frames, self._groups[chosen])
 
     def summary(self) -> str:
         parts = [f"{len(self.ids):,} samples"]

@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dataloaders.samples.plan import BatchPlan, split_batch
+from dataloaders.samples.plan import BatchPlan, Prefixes, computed_rows, nothing_shared, split_batch
 
 
 def test_an_epoch_visits_each_sample_once_and_epochs_differ():
@@ -74,6 +74,38 @@ def test_the_heaviest_of_eight_ranks_is_within_two_percent():
         lengths = 110 + rng.gamma(2.0, 60.0, 256).astype(int)
         loads = [sum(lengths[i] for micro in rank for i in micro) for rank in split_batch(lengths, 8, 16384)]
         assert max(loads) <= 1.02 * np.mean(loads)
+
+
+GROUPS = np.random.default_rng(0).integers(0, 35, 256)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("budget", [2048, 4096, 16384])
+def test_samples_of_a_group_are_computed_together(ranks, budget):
+    """As in stage 3 with 7.5 questions a video: a tenth of the prefixes at most is computed on several ranks."""
+    lengths = np.random.default_rng(ranks).integers(180, 340, 256)
+    prefixes = Prefixes(35, 135, GROUPS)
+    bins = split_batch(lengths, ranks, budget, prefixes)
+    assert sorted(i for rank in bins for micro in rank for i in micro) == list(range(256))
+    rows = [[computed_rows(lengths, micro, prefixes) for micro in rank] for rank in bins]
+    assert max(map(max, rows)) <= budget
+    separate = int((lengths - 1).sum())
+    assert sum(map(sum, rows)) <= 0.75 * separate
+    loads = [sum(rank) for rank in rows]
+    assert max(loads) <= 1.06 * np.mean(loads)
+
+
+def test_computed_rows_counts_what_is_shared_once():
+    prefixes = Prefixes(3, 8, np.array([0, 1, 0]))
+    assert computed_rows([10, 12, 14], [0, 1, 2], prefixes) == 3 + 2 * 5 + (1 + 3 + 5)
+    assert computed_rows([10, 12, 14], [0], prefixes) == 9
+    assert computed_rows([10, 12, 14], [], prefixes) == 0
+    assert computed_rows([10, 12, 14], [0, 1, 2], nothing_shared(3)) == 33
+
+
+def test_a_group_larger_than_the_budget_is_divided():
+    bins = split_batch([50] * 8, 1, 64, Prefixes(5, 20, np.zeros(8, dtype=int)))
+    assert sorted(len(micro) for micro in bins[0]) == [1] * 8
 
 
 def test_a_sample_over_the_budget_is_refused():
