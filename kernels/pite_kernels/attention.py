@@ -303,23 +303,32 @@ def _sdpa(
 
 
 class _Group(NamedTuple):
-    """Documents that share an SDPA call: their number, the gathered rows of q and of k, the real queries' positions."""
+    """Documents that share an SDPA call.
+
+    documents      their number B
+    queries, keys  (B * M,) and (B * N,) gathered rows of q and of k, v
+    mask           (B, 1, M, N) bool where documents have more keys than queries, else None
+    real           positions of the real queries among the B * M, None if all are
+    """
 
     documents: int
     queries: Tensor
     keys: Tensor
+    mask: Tensor | None
     real: Tensor | None
 
 
 def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: _Group, causal: bool, scale: float) -> Tensor:
     queries = group.queries.to(q.device)
     keys = queries if group.keys is group.queries else group.keys.to(q.device)
+    mask = None if group.mask is None else group.mask.to(q.device)
     qs, ks, vs = (
         t.index_select(0, rows).view(group.documents, -1, *t.shape[1:]).transpose(1, 2)
         for t, rows in ((q, queries), (k, keys), (v, keys))
     )
-    # The padding repeats a row of the document: all scores stay finite, and the padding's gradients are zero.
-    out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale).transpose(1, 2).flatten(0, 1)
+    # The padding of a document repeats its last token: all scores stay finite, and the padding's gradients are zero.
+    out = F.scaled_dot_product_attention(qs, ks, vs, mask, is_causal=causal and mask is None, scale=scale)
+    out = out.transpose(1, 2).flatten(0, 1)
     return out if group.real is None else out.index_select(0, group.real.to(q.device))
 
 
@@ -329,41 +338,44 @@ def _plan(
 ) -> tuple[list[_Group], Tensor | None]:
     """Batches of documents, those with most keys first.
 
-    With a causal mask a document's queries are padded at the start to as many as it has keys, because SDPA's mask is
-    aligned at the start. The second result is the index that undoes the sorting (None if the order has not changed).
+    The second result is the index that undoes the sorting (None if the order has not changed).
     """
-    starts, key_starts, queries, keys = (
-        [*bounds[:-1]],
-        [*key_bounds[:-1]],
-        *([b - a for a, b in itertools.pairwise(ends)] for ends in (bounds, key_bounds)),
-    )
+    starts, key_starts = bounds[:-1], key_bounds[:-1]
+    queries, keys = ([b - a for a, b in itertools.pairwise(ends)] for ends in (bounds, key_bounds))
     documents = sorted((d for d, n in enumerate(queries) if n), key=lambda d: (-keys[d], -queries[d], d))
     if any((queries[d] if causal else 1) > keys[d] for d in documents):
         raise ValueError("packed_attention: a document has fewer keys than queries, or none")
-    batches: list[list[int]] = []
-    for d in documents:
-        first = batches[-1][0] if batches else d
-        waste = width * (keys[first] ** 2 - keys[d] ** 2)
-        # Without a causal mask queries would attend to the padding, so only documents of equal length share a call.
-        equal = keys[first] == keys[d] and (causal or queries[first] == queries[d])
-        if batches and (equal or (causal and waste < _CALL_COST)):
-            batches[-1].append(d)
-        else:
-            batches.append([d])
     groups: list[_Group] = []
-    for batch in batches:
-        longest, most = keys[batch[0]], keys[batch[0]] if causal else queries[batch[0]]
-        first_key, n, first_query, m = (
-            torch.tensor([values[d] for d in batch])[:, None] for values in (key_starts, keys, starts, queries)
+    for batch in _batches(documents, queries, keys, width, causal):
+        first_query, m, first_key, n = (
+            torch.tensor([values[d] for d in batch])[:, None] for values in (starts, queries, key_starts, keys)
         )
-        key_rows = (first_key + torch.arange(longest).minimum(n - 1)).flatten()
-        # The place of each query among its document's; negative in the padding at the start.
-        place = torch.arange(most) - (n - m if causal else 0)
-        rows = (first_query + place.clamp_min(0).minimum(m - 1)).flatten()
-        real = ((place >= 0) & (place < m)).flatten()
-        if bounds == key_bounds:
-            key_rows = rows
-        groups.append(_Group(len(batch), rows, key_rows, None if bool(real.all()) else real.nonzero().flatten()))
+        query, key = torch.arange(int(m.max())), torch.arange(int(n.max()))
+        rows = (first_query + query.minimum(m - 1)).flatten()
+        key_rows = rows if bounds == key_bounds else (first_key + key.minimum(n - 1)).flatten()
+        mask = None
+        if causal and not torch.equal(m, n):
+            last_key = (n - m + query).minimum(n - 1)  # (B, M), of each query
+            mask = (key <= last_key[..., None])[:, None]
+        real = (query < m).flatten()
+        groups.append(_Group(len(batch), rows, key_rows, mask, None if bool(real.all()) else real.nonzero().flatten()))
     visited = torch.cat([torch.arange(starts[d], starts[d] + queries[d]) for d in documents])
     order = visited.argsort()
     return groups, None if torch.equal(order, torch.arange(len(order))) else order
+
+
+def _batches(documents: list[int], queries: list[int], keys: list[int], width: int, causal: bool) -> list[list[int]]:
+    """Documents that are padded to one shape, where padding takes less time than one more call."""
+    batches: list[list[int]] = []
+    for d in documents:
+        last = batches[-1] if batches else []
+        most, longest = max((queries[i] for i in last), default=0), keys[last[0]] if last else 0
+        area = longest * max(most, queries[d]) * (len(last) + 1)
+        waste = width * (area - longest * most * len(last) - queries[d] * keys[d])
+        # Without a causal mask queries would attend to the padding, so only documents of equal length share a call.
+        equal = keys[d] == longest and queries[d] == most
+        if last and (equal or (causal and waste < _CALL_COST)):
+            last.append(d)
+        else:
+            batches.append([d])
+    return batches
