@@ -100,8 +100,7 @@ def split_batch(
     if longest - 1 > token_budget:
         raise ValueError(f"a sample of {longest} tokens does not fit a micro-batch of {token_budget}")
     prefixes = prefixes or nothing_shared(len(lengths))
-    pieces = _pieces(lengths, prefixes, token_budget)
-    weights = [computed_rows(lengths, piece, prefixes) - prefixes.head for piece in pieces]
+    pieces, weights = _pieces(lengths, prefixes, token_budget)
     micro_batches = max(1, -(-sum(weights) // ((token_budget - prefixes.head) * ranks)))
     while True:
         bins, loads = longest_first(weights, ranks * micro_batches)
@@ -127,21 +126,23 @@ def computed_rows(lengths: Sequence[int] | np.ndarray, members: Sequence[int], p
     return prefixes.head + groups * (prefixes.media - prefixes.head) + int(own.sum())
 
 
-def _pieces(lengths: np.ndarray, prefixes: Prefixes, token_budget: int) -> list[list[int]]:
-    """The samples of each group, in several pieces where they exceed the budget together."""
-    order = np.argsort(prefixes.groups, kind="stable").tolist()
+def _pieces(lengths: np.ndarray, prefixes: Prefixes, token_budget: int) -> tuple[list[list[int]], list[int]]:
+    """The samples of each group, in several pieces where they exceed the budget, and each piece's rows below the head."""
+    order = np.argsort(prefixes.groups, kind="stable")
     pieces: list[list[int]] = []
-    rows = 0
-    for previous, i in zip([-1, *order], order):
-        own = int(lengths[i]) - 1 - prefixes.media
-        same = previous >= 0 and prefixes.groups[previous] == prefixes.groups[i]
-        if same and rows + own <= token_budget:
+    weights: list[int] = []
+    last = None
+    for i, group, own in zip(
+        order.tolist(), prefixes.groups[order].tolist(), (lengths[order] - 1 - prefixes.media).tolist()
+    ):
+        if group == last and prefixes.head + weights[-1] + own <= token_budget:
             pieces[-1].append(i)
-            rows += own
+            weights[-1] += own
         else:
             pieces.append([i])
-            rows = prefixes.media + own
-    return pieces
+            weights.append(prefixes.media - prefixes.head + own)
+        last = group
+    return pieces, weights
 
 
 def _level(plan: list[list[list[int]]], lengths: np.ndarray, token_budget: int, prefixes: Prefixes) -> None:
