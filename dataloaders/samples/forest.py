@@ -3,7 +3,7 @@
 Under a causal mask the hidden states of a prefix do not depend on what follows, so a prefix that several samples share
 is computed once. Its gradient is the sum over the samples. A segment is a run of rows; a sample is the path from a root
 to one segment. Samples are split where they first differ, up to the end of the frames: the head of the prompt becomes a
-root, and a video that is asked about twice a segment below it. Further down, a shared word or two would cost more in
+root, and a video with several questions a segment below it. Further down, a shared word or two would cost more in
 short segments than it saves.
 """
 
