@@ -122,16 +122,14 @@ class _RopeAndGather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from pite_kernels.gpu.rope import rotate
+        from pite_kernels.gpu.rope import rotate, sum_and_rotate_back
 
         cos, sin, inverse, offsets = ctx.saved_tensors
         whole, (q, k, v) = _fused_like(grads, len(cos))
         with torch.cuda.device_of(whole):
             rotate(with_unit_stride(grads[0]), q, cos, sin, back=True)
-            for grad, out in zip(grads[1:], (k, v)):
-                sum_rows(grad, inverse, offsets, out)
-            # All copies of a row have its position, so their sum is rotated.
-            rotate(k, k, cos, sin, back=True)
+            sum_and_rotate_back(grads[1].contiguous(), inverse, offsets, cos, sin, k)
+            sum_rows(grads[2], inverse, offsets, v)
         return whole.flatten(1), *[None] * 7
 
 

@@ -139,6 +139,7 @@ def test_shared_keys_are_kept_once(monkeypatch):
             {
                 "rope_rotate_kernel",
                 "gather_rows_bwd_kernel",
+                "rope_sum_bwd_kernel",
                 "trajectory_l1_fwd_kernel",
                 "lora_bwd_thin_products_kernel",
             },

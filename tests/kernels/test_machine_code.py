@@ -76,6 +76,12 @@ def sum_rows(dtype, width):
     return rows.gather_rows_bwd_kernel, [x, "*i64", "*i64", x, "i32", "i32"], rows.tiles(width)
 
 
+def sum_and_rotate(dtype, heads, width):
+    x, pairs = TYPES[dtype], heads * width // 2
+    signature = [x, "*i64", "*i64", x, x, x, "i32", "i32", "i32"]
+    return rope.rope_sum_bwd_kernel, signature, {"HALF": width // 2} | rope.sum_tiles(pairs)
+
+
 GEMMS = {
     lora.lora_bwd_thin_products_kernel,
     trajectory.trajectory_l1_fwd_kernel,
@@ -99,6 +105,8 @@ VARIANTS = {
     "rotate bfloat16, into copies": rotate(torch.bfloat16, 128, False, True),
     **{f"sum of copies {d}": sum_rows(d, 4096) for d in TYPES},
     "sum of copies bfloat16, one key head": sum_rows(torch.bfloat16, 128),
+    **{f"sum and rotate {d}": sum_and_rotate(d, 32, 128) for d in TYPES},
+    "sum and rotate bfloat16, one head of 64": sum_and_rotate(torch.bfloat16, 1, 64),
     "trajectory link": (
         trajectory.trajectory_l1_bwd_link_rows_kernel,
         ["*i64", "*i32", "*i32", "i32", "i32"],

@@ -2,7 +2,8 @@
 
 One program holds the cosines and sines of some tokens and rotates one head after another. Forward rotates the fused
 q, k, v projection in place; backward writes the rotated gradients straight into the fused gradient. Neither makes a
-copy first. Keys that several documents share are rotated into the place of each copy.
+copy first. Keys that several documents share are rotated into the place of each copy, and their gradients are summed and
+rotated back in one pass.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pite_kernels.gpu.shared import FUSION, Launch
+from pite_kernels.gpu.shared import FUSION, Launch, tile_of
 
 
 @triton.jit
@@ -59,6 +60,81 @@ def rope_rotate_kernel(
         out = out_ptr + out_rows * out_row + head * out_head + columns
         tl.store(out, (left * cos - right * sin).to(out_ptr.dtype.element_ty), mask=keep)
         tl.store(out + half, (right * cos + left * sin).to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def rope_sum_bwd_kernel(
+    grad_ptr,
+    inverse_ptr,
+    offset_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    pairs,
+    table_row,
+    out_row,
+    HALF: tl.constexpr,
+    COPIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK of the `pairs` of columns of one row of out: the sum of the row's copies, rotated back.
+
+    grad (K, 2 * pairs) contiguous, inverse (K,), offsets (T + 1,) as in `gather_rows_bwd_kernel`
+    cos, sin (T, 2 * HALF) with row stride table_row;  out (T, 2 * pairs) with strides (out_row, 1)
+    A head has HALF pairs: column j is paired with column j + HALF.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    keep = pair < pairs
+    column = pair // HALF * (2 * HALF) + pair % HALF
+    first = tl.load(offset_ptr + row)
+    last = tl.load(offset_ptr + row + 1)
+    at = grad_ptr + tl.load(inverse_ptr + first, mask=first < last, other=0) * 2 * pairs + column
+    left = tl.load(at, mask=keep & (first < last), other=0.0).to(tl.float32)  # (BLOCK,)
+    right = tl.load(at + HALF, mask=keep & (first < last), other=0.0).to(tl.float32)  # (BLOCK,)
+    for start in range(first + 1, last, COPIES):
+        places = start + tl.arange(0, COPIES)
+        copies = tl.load(inverse_ptr + places, mask=places < last, other=0)[:, None]  # (COPIES, 1)
+        mask = (places < last)[:, None] & keep[None, :]
+        several = grad_ptr + copies * 2 * pairs + column[None, :]  # (COPIES, BLOCK)
+        left += tl.sum(tl.load(several, mask=mask, other=0.0).to(tl.float32), 0)
+        right += tl.sum(tl.load(several + HALF, mask=mask, other=0.0).to(tl.float32), 0)
+    cos = tl.load(cos_ptr + row * table_row + pair % HALF, mask=keep, other=0.0).to(tl.float32)  # (BLOCK,)
+    sin = tl.load(sin_ptr + row * table_row + pair % HALF, mask=keep, other=0.0).to(tl.float32)  # (BLOCK,)
+    out = out_ptr + row * out_row + column
+    tl.store(out, (left * cos + right * sin).to(out_ptr.dtype.element_ty), mask=keep)
+    tl.store(out + HALF, (right * cos - left * sin).to(out_ptr.dtype.element_ty), mask=keep)
+
+
+def sum_tiles(pairs: int) -> Launch:
+    """Copies and pairs of columns per program, and warps."""
+    return dict(COPIES=8, BLOCK=tile_of(pairs, 512), num_warps=4)
+
+
+def sum_and_rotate_back(grad: Tensor, inverse: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Row t of out (T, H, D) = sum of grad[inverse[offsets[t]:offsets[t + 1]]], rotated back by row t of cos and sin.
+
+    grad (K, H, D) contiguous; all copies of a row have its position
+    """
+    count, heads, width = out.shape
+    pairs = heads * width // 2
+    launch = sum_tiles(pairs)
+    if count and pairs:
+        grid = (count, triton.cdiv(pairs, launch["BLOCK"]))
+        rope_sum_bwd_kernel[grid](
+            grad,
+            inverse,
+            offsets,
+            cos,
+            sin,
+            out,
+            pairs,
+            cos.stride(0),
+            out.stride(0),
+            HALF=width // 2,
+            **launch,
+            **FUSION,
+        )
 
 
 def tiles(half: int) -> Launch:
