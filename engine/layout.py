@@ -186,6 +186,8 @@ def choose_layout(
     recompute: int | None = None,
     token_budget: int | None = None,
     longest: int = 0,
+    read: float = 1.0,
+    copied: float = 0.0,
 ) -> Layout:
     """The cheapest layout that fits.
 
@@ -194,6 +196,7 @@ def choose_layout(
     capacity      bytes of the device; None for a CPU: neither checkpointing nor sharding unless a flag sets it
     parallel, recompute, token_budget  values of the flags; None or "auto" means that this function chooses
     longest       tokens of the longest sample; a CPU's micro-batch holds at least these
+    read, copied  of the training data, as in `memory`
     Raises ValueError if nothing fits, with the reason and what to change.
     """
     layers = config.llm.num_hidden_layers
@@ -201,7 +204,8 @@ def choose_layout(
         raise ValueError(f"--recompute must be 0 to {layers}, the model's layers, not {recompute}")
 
     def needed(tokens: int, shards: int, checkpointed: int) -> Memory:
-        return memory(config, count, tokens, width, fp8=fp8, recompute=checkpointed, shards=shards)
+        shares = {"read": read, "copied": copied}
+        return memory(config, count, tokens, width, fp8=fp8, recompute=checkpointed, shards=shards, **shares)
 
     kinds = {"ddp": (1,), "fsdp": (ranks,), "auto": (1,) if ranks == 1 else (1, ranks)}[parallel]
     if capacity is None:

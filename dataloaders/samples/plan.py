@@ -126,6 +126,17 @@ def computed_rows(lengths: Sequence[int] | np.ndarray, members: Sequence[int], p
     return prefixes.head + groups * (prefixes.media - prefixes.head) + int(own.sum())
 
 
+def attended_rows(lengths: Sequence[int] | np.ndarray, members: Sequence[int], prefixes: Prefixes) -> int:
+    """Rows of keys and values that attention reads for such a micro-batch: the length of its `kv_rows`.
+
+    Divided by `computed_rows`, less one, it is the share of copies, which the memory estimate needs.
+    """
+    own = int((np.asarray(lengths)[members] - 1).sum())
+    counts = np.unique(prefixes.groups[members], return_counts=True)[1]
+    # A prefix is a segment of its own if several samples follow it.
+    return own + prefixes.head * (len(counts) > 1) + prefixes.media * int((counts > 1).sum())
+
+
 def _pieces(lengths: np.ndarray, prefixes: Prefixes, token_budget: int) -> tuple[list[list[int]], list[int]]:
     """The samples of each group, in several pieces where they exceed the budget, and each piece's rows below the head."""
     order = np.argsort(prefixes.groups, kind="stable")

@@ -9,7 +9,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dataloaders.samples.plan import BatchPlan, Prefixes, computed_rows, nothing_shared, split_batch
+from dataloaders.samples.batch import collate
+from dataloaders.samples.plan import BatchPlan, Prefixes, attended_rows, computed_rows, nothing_shared, split_batch
+from tests.samples import related_samples, tiny_config
 
 
 def test_an_epoch_visits_each_sample_once_and_epochs_differ():
@@ -101,6 +103,19 @@ def test_computed_rows_counts_what_is_shared_once():
     assert computed_rows([10, 12, 14], [0], prefixes) == 9
     assert computed_rows([10, 12, 14], [], prefixes) == 0
     assert computed_rows([10, 12, 14], [0, 1, 2], nothing_shared(3)) == 33
+
+
+@pytest.mark.parametrize(("videos", "questions"), [(1, 1), (6, 1), (1, 4), (3, 4)])
+def test_the_counted_rows_are_those_of_the_packed_batch(videos, questions):
+    """Where questions follow two equal tokens, the collator finds those too."""
+    samples, features = related_samples(videos, questions, tiny_config())
+    batch = collate(samples, features)
+    lengths = [len(s.token_ids) for s in samples]
+    prefixes = Prefixes(9, 9 + 8 + (2 if questions > 1 else 0), np.arange(videos).repeat(questions))
+    everything = range(len(samples))
+    assert computed_rows(lengths, everything, prefixes) == batch.num_rows
+    keys = batch.num_rows if batch.kv_rows is None else len(batch.kv_rows)
+    assert attended_rows(lengths, everything, prefixes) == keys
 
 
 def test_a_group_larger_than_the_budget_is_divided():
