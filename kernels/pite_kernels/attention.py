@@ -307,25 +307,28 @@ class _Group(NamedTuple):
 
     documents      their number B
     queries, keys  (B * M,) and (B * N,) gathered rows of q and of k, v
-    mask           (B, 1, M, N) bool where documents have more keys than queries, else None
+    last_key       (B, 1, M, 1) the last of the N keys that a query attends to, where a document has more keys than
+                   queries and attention is causal; else None. The mask would be N times as large, and plans are kept
     real           positions of the real queries among the B * M, None if all are
     """
 
     documents: int
     queries: Tensor
     keys: Tensor
-    mask: Tensor | None
+    last_key: Tensor | None
     real: Tensor | None
 
 
 def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: _Group, causal: bool, scale: float) -> Tensor:
     queries = group.queries.to(q.device)
     keys = queries if group.keys is group.queries else group.keys.to(q.device)
-    mask = None if group.mask is None else group.mask.to(q.device)
     qs, ks, vs = (
         t.index_select(0, rows).view(group.documents, -1, *t.shape[1:]).transpose(1, 2)
         for t, rows in ((q, queries), (k, keys), (v, keys))
     )
+    mask = None
+    if group.last_key is not None:
+        mask = torch.arange(ks.shape[2], device=q.device) <= group.last_key.to(q.device)  # (B, 1, M, N)
     # The padding of a document repeats its last token: all scores stay finite, and the padding's gradients are zero.
     out = F.scaled_dot_product_attention(qs, ks, vs, mask, is_causal=causal and mask is None, scale=scale)
     out = out.transpose(1, 2).flatten(0, 1)
@@ -353,12 +356,13 @@ def _plan(
         query, key = torch.arange(int(m.max())), torch.arange(int(n.max()))
         rows = (first_query + query.minimum(m - 1)).flatten()
         key_rows = rows if bounds == key_bounds else (first_key + key.minimum(n - 1)).flatten()
-        mask = None
+        last_key = None
         if causal and not torch.equal(m, n):
-            last_key = (n - m + query).minimum(n - 1)  # (B, M), of each query
-            mask = (key <= last_key[..., None])[:, None]
+            last_key = (n - m + query).minimum(n - 1)[:, None, :, None]
         real = (query < m).flatten()
-        groups.append(_Group(len(batch), rows, key_rows, mask, None if bool(real.all()) else real.nonzero().flatten()))
+        groups.append(
+            _Group(len(batch), rows, key_rows, last_key, None if bool(real.all()) else real.nonzero().flatten())
+        )
     visited = torch.cat([torch.arange(starts[d], starts[d] + queries[d]) for d in documents])
     order = visited.argsort()
     return groups, None if torch.equal(order, torch.arange(len(order))) else order
