@@ -3,8 +3,8 @@
 Under a causal mask the hidden states of a prefix do not depend on what follows, so a prefix that several samples share
 is computed once. Its gradient is the sum over the samples. A segment is a run of rows; a sample is the path from a root
 to one segment. Samples are split where they first differ, up to the end of the frames: the head of the prompt becomes a
-root, and a video with several questions a segment below it. Further down, a shared word or two would cost more in
-short segments than it saves.
+root, and a video with several questions a segment below it. Further down, shared words would cost more in short segments
+than they save.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataloaders.records import TokenizedSample
+
+SHORTEST = 8
+"""Rows of the shortest part of a head that is shared. A shorter beginning of unequal heads is computed for each sample."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def find_prefixes(samples: Sequence[TokenizedSample], features: Sequence[np.ndar
         # A frame is equal to the same frame of an equal record, and to no token.
         frames = slice(sample.frame_start, sample.frame_start + sample.num_frames)
         key[frames] = -1 - number - len(samples) * np.arange(sample.num_frames)
-    tree = _Tree(keys, [sample.frame_start + sample.num_frames for sample in samples])
+    starts = [sample.frame_start for sample in samples]
+    tree = _Tree(keys, starts, [sample.frame_start + sample.num_frames for sample in samples])
     tree.grow(list(range(len(samples))), 0, ())
     return Forest(np.array(tree.lengths, dtype=np.int64), tree.paths, tree.last)
 
@@ -66,8 +70,8 @@ def find_prefixes(samples: Sequence[TokenizedSample], features: Sequence[np.ndar
 class _Tree:
     """Segments in the order of their rows, parents first."""
 
-    def __init__(self, keys: list[np.ndarray], frame_ends: list[int]) -> None:
-        self._keys, self._frame_ends = keys, frame_ends
+    def __init__(self, keys: list[np.ndarray], frame_starts: list[int], frame_ends: list[int]) -> None:
+        self._keys, self._frame_starts, self._frame_ends = keys, frame_starts, frame_ends
         self.lengths: list[int] = []
         self.paths: list[tuple[int, ...]] = []
         self.last = [0] * len(keys)
@@ -75,19 +79,21 @@ class _Tree:
     def grow(self, members: list[int], begin: int, path: tuple[int, ...]) -> None:
         """Add the segments of samples that are equal up to position `begin`, which the path leads to."""
         end = begin + self._common(members, begin)
-        if end > begin:
+        # A head, or frames, or one sample to its end; or a long beginning of unequal heads.
+        if end >= min(self._frame_starts[m] for m in members) or end - begin >= SHORTEST:
             path = (*path, len(self.paths))
-            self.lengths.append(end - begin)
             self.paths.append(path)
+            self.lengths.append(end - begin)
+            begin = end
         parts: dict[tuple[int, int], list[int]] = {}
         for m in members:
-            if len(self._keys[m]) == end:
+            if len(self._keys[m]) == begin:
                 self.last[m] = path[-1]
             else:
-                alone = m if self._frame_ends[m] <= end else -1
-                parts.setdefault((int(self._keys[m][end]), alone), []).append(m)
+                alone = len(self._keys[m]) == end or self._frame_ends[m] <= end
+                parts.setdefault((m, -1) if alone else (-1, int(self._keys[m][end])), []).append(m)
         for part in parts.values():
-            self.grow(part, end, path)
+            self.grow(part, begin, path)
 
     def _common(self, members: list[int], begin: int) -> int:
         """The number of equal keys from `begin` on."""

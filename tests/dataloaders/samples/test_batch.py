@@ -115,14 +115,16 @@ def of(token_ids: list[int], frames: slice, targets: list[int], media: str = "m"
 
 
 RECORD = np.arange(6, dtype=np.float32).reshape(2, 3)
+HEAD = [*range(11, 19)]
 PAIRS = {
-    "equal samples": ([1, 2, 0, 0, 3, 4, 5], [1, 2, 0, 0, 3, 4, 5], 6),
-    "equal but for the last token": ([1, 2, 0, 0, 3, 4, 5], [1, 2, 0, 0, 3, 4, 6], 6),
-    "one begins with the other": ([1, 2, 0, 0, 3, 4, 5], [1, 2, 0, 0, 3, 4, 5, 6], 7),
-    "one begins with the other, but for its last token": ([1, 2, 0, 0, 3, 4], [1, 2, 0, 0, 3, 7, 8], 6),
-    "the first supervised token follows a shared row": ([1, 2, 0, 0, 3, 4, 5], [1, 2, 0, 0, 3, 6, 7], 7),
-    "nothing in common": ([1, 2, 0, 0, 3, 4], [5, 2, 0, 0, 3, 4], 10),
-    "equal frames at other positions": ([1, 2, 0, 0, 3, 4], [1, 0, 0, 2, 3, 4], 9),
+    "equal samples": ([*HEAD, 0, 0, 3, 4, 5], [*HEAD, 0, 0, 3, 4, 5], 12),
+    "equal but for the last token": ([*HEAD, 0, 0, 3, 4, 5], [*HEAD, 0, 0, 3, 4, 6], 12),
+    "one begins with the other": ([*HEAD, 0, 0, 3, 4, 5], [*HEAD, 0, 0, 3, 4, 5, 6], 13),
+    "one begins with the other, but for its last token": ([*HEAD, 0, 0, 3, 4], [*HEAD, 0, 0, 3, 7, 8], 12),
+    "the first supervised token follows a shared row": ([*HEAD, 0, 0, 3, 4, 5], [*HEAD, 0, 0, 3, 6, 7], 13),
+    "nothing in common": ([*HEAD, 0, 0, 3, 4], [5, *HEAD[1:], 0, 0, 3, 4], 22),
+    "too little in common": ([*HEAD[:6], 0, 0, 3, 4], [*HEAD[:5], 9, 0, 0, 3, 4], 18),
+    "equal frames at other positions": ([*HEAD, 0, 0, 3, 4], [*HEAD, 7, 0, 0, 3, 4], 15),
 }
 
 
@@ -138,19 +140,23 @@ def test_pairs(name):
 
 
 def test_frames_are_shared_only_where_media_and_features_are_equal():
-    samples = [of([1, 2, 0, 0, 3, 4, 5], slice(2, 4), [5, 6], media) for media in ("a", "a", "b", "a")]
+    samples = [of([*HEAD, 0, 0, 3, 4, 5], slice(8, 10), [11, 12], media) for media in ("a", "a", "b", "a")]
     other = RECORD + np.float32([[0, 0, 0], [0, 0, 1]])
     batch = check(samples, [RECORD, RECORD, RECORD, other])
-    assert batch.num_rows == 2 + 3 * 4
+    assert batch.num_rows == 8 + 3 * 4
     assert len(batch.features) == 6
 
 
-def test_prompts_with_other_heads_share_what_they_have_in_common():
-    samples, features = related_samples(2, 2, tiny_config())
-    others, more = related_samples(2, 2, tiny_config(), head=5, seed=7)
-    others = [replace(s, token_ids=np.concatenate([samples[0].token_ids[:3], s.token_ids[3:]])) for s in others]
-    batch = check(samples + others, features + more)
-    assert batch.cu_seqlens.diff()[0] == 3
+@pytest.mark.parametrize(("common", "segments"), [(8, 1 + 2 * 3), (5, 2 * (1 + 3))])
+def test_prompts_with_two_heads(common, segments):
+    """They share what they have in common if it is long enough, else each has a root of its own."""
+    groups = [related_samples(3, 1, tiny_config(), head=20, seed=seed) for seed in (0, 7)]
+    start = groups[0][0][0].token_ids[:common]
+    samples = [replace(s, token_ids=np.concatenate([start, s.token_ids[common:]])) for of, _ in groups for s in of]
+    batch = check(samples, [record for _, records in groups for record in records])
+    lengths = batch.cu_seqlens.diff().tolist()
+    assert len(lengths) == segments + (2 if common == 8 else 0)
+    assert lengths[0] == (8 if common == 8 else 20)
 
 
 def test_a_prompt_alone_has_no_targets():
