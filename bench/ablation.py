@@ -18,12 +18,17 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import matplotlib
 import numpy as np
+
+# Draw without a window.
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 from dataloaders.files import write_atomically
 from dataloaders.store.features import FeatureStore
 from engine.demo.held_out import measure_grounding, measure_trajectories
-from engine.plots import plt, read_curves, smooth
+from engine.plots import read_curves, smooth
 from pite.evaluate.grounding import read_ground_truth, read_predictions
 from pite.generate import Generator
 

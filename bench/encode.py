@@ -38,7 +38,8 @@ from dataloaders.decode.dali.decoder import DaliDecoder
 from dataloaders.decode.decoder import DecodePool, Decoder, decode_cropped
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.records import Media
-from engine.encode.__main__ import EncodeConfig, encode
+from engine.encode.config import EncodeConfig
+from engine.encode.run import encode
 from engine.hardware import DEVICES
 from pite.clip import ClipEncoder
 

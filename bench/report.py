@@ -1,7 +1,7 @@
 """`python -m bench.report FILE...`: result files of `bench.gpu` or pytest-benchmark as Markdown and one PNG.
 
-If our results fail the correctness check, the case shows the problem and no speed-up. `--readme README.md` rewrites the
-tables in that file.
+If our results fail the correctness check, the case shows the problem and no speed-up. `--output bench/results/report`
+writes the committed tables; `--readme README.md` rewrites the table of costs in that file.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from bench.costs import cost_table
 from bench.encode import table as encoding_table
 from bench.kernels.cases import BARE, CANDIDATES, OURS, PLAIN
 from bench.kernels.rows import Row
 
-BEGIN, END = "<!-- measured: python -m bench.report --readme README.md -->", "<!-- measured: end -->"
+BEGIN, END = "<!-- costs: python -m bench.report --readme README.md -->", "<!-- table: end -->"
+RESULTS = Path(__file__).parent / "results"
 
 # Target milliseconds on an H200, for one packed row of 16,384 tokens; docs/kernels.md derives them.
 TARGETS_MS = {
@@ -179,13 +181,13 @@ def step_table(environment: Mapping[str, str], rows: Iterable[Mapping[str, Any]]
     return "\n".join(lines)
 
 
-def fill(text: str, tables: str, mark: str = BEGIN) -> str:
-    """`text` with `tables` between two marks. Raises ValueError if a mark is missing."""
+def fill(text: str, table: str, mark: str = BEGIN) -> str:
+    """`text` with `table` between two marks. Raises ValueError if a mark is missing."""
     before, begin, rest = text.partition(mark)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the file has no marks for the tables: {mark} ... {END}")
-    return f"{before}{mark}\n{tables}\n{END}{after}"
+        raise ValueError(f"the file has no marks for the table: {mark} ... {END}")
+    return f"{before}{mark}\n{table}\n{END}{after}"
 
 
 def plot(environment: Mapping[str, str], rows: Sequence[Row], path: Path) -> None:
@@ -217,9 +219,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="result files; default: all in bench/results")
     parser.add_argument("--output", type=Path, help="write OUTPUT.md and OUTPUT.png instead of printing")
-    parser.add_argument("--readme", type=Path, help="rewrite the tables in this file instead of printing")
+    parser.add_argument("--readme", type=Path, help="rewrite the table of costs in this file instead of printing")
     options = parser.parse_args(arguments)
-    files = options.files or sorted((Path(__file__).parent / "results").glob("*.json"))
+    if options.readme is not None:
+        options.readme.write_text(fill(options.readme.read_text(), cost_table(RESULTS)))
+        return 0
+    files = options.files or sorted(RESULTS.glob("*.json"))
     if not files:
         parser.error("no result files: run python -m bench.gpu, or pytest bench --benchmark-json=FILE")
     try:
@@ -230,11 +235,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     step_tables = [step_table(*found) for found in steps] + [encoding_table(content) for content in encodings]
-    if options.readme is not None:
-        tables = "\n\n".join([*(summary(*result) for result in results), *step_tables])
-        options.readme.write_text(fill(options.readme.read_text(), tables))
-        return 0
-    text = "\n".join([*(markdown(*result) for result in results), *(f"{table}\n" for table in step_tables)])
+    summaries = [*(summary(*result) for result in results), *step_tables]
+    text = "\n".join([*(f"{table}\n" for table in summaries), *(markdown(*result) for result in results)])
     if options.output is None:
         print(text)
         return 0

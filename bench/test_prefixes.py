@@ -74,7 +74,7 @@ def make_step(model: PiTe, batch: PackedBatch, stage: Stage) -> Callable[[], Non
     optimizer, gradients = make_optimizer(model, PAPER[stage]), Gradients(backward_order(model), 1)
 
     def step() -> None:
-        compute_losses(model, batch, PAPER[stage], "skip").total.backward()
+        compute_losses(model, batch, PAPER[stage]).total.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in model.trainable()], 1.0)
         optimizer.step()
         gradients.zero()

@@ -11,6 +11,7 @@ Each process appends to its own file, because a network file system may mix or l
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -32,7 +33,8 @@ class Failure:
 
     id      its key
     path    its file
-    stage   "decode", "encode", or "import" of features made by another program
+    stage   "find" for a file that does not exist or is empty, "decode", "encode", or "import" of features made by another
+            program
     reason  one sentence
     """
 
@@ -44,6 +46,24 @@ class Failure:
 
 class BudgetExceeded(ValueError):
     """More media failed than the failure budget allows."""
+
+
+def over_budget(failed: int, total: int, budget: float) -> str:
+    """The part of a message that gives the budget and a remedy, for `failed` of `total` that exceed it."""
+    share = failed / total
+    digits = max(2, 1 - math.floor(math.log10(share)))
+    enough = math.ceil(share * 10**digits) / 10**digits
+    if failed > enough * total:
+        enough += 10**-digits
+    flag = f"{min(enough, 1.0):.{digits}f}".rstrip("0").rstrip(".")
+    return f"more than the failure budget of {budget:.2%}; add --failure-budget {flag} or more to leave them out"
+
+
+def reason_kind(reason: str, path: str, key: str = "") -> str:
+    """A reason without its file and numbers, to count failures that differ only in these as one."""
+    # The reason may name the file in another folder, since two splits can link to one.
+    reason = reason.rpartition(f"{Path(path).name}: ")[2]
+    return re.sub(r"\d+(\.\d+)?", "#", reason.replace(key, "...") if key else reason)
 
 
 class Ledger:
@@ -76,11 +96,20 @@ class Ledger:
         """Media that failed in this process."""
         return len(self._failed)
 
+    def log(self, failures: Iterable[Failure]) -> None:
+        """Write failures to disk, each id once, without a look at the budget."""
+        new = {failure.id: failure for failure in failures if failure.id not in self._failed}
+        if new:
+            self._append([{**asdict(failure), "time": time.time()} for failure in new.values()])
+            self._failed.update(new)
+
+    def count_elsewhere(self, ids: Iterable[str]) -> None:
+        """Count failures that another process logs, also if it does so before this ledger was opened."""
+        self._failed_elsewhere.update(ids)
+
     def add(self, failure: Failure) -> None:
         """Write a failure to disk, once. Raises BudgetExceeded if it is one too many."""
-        if failure.id not in self._failed:
-            self._append({**asdict(failure), "time": time.time()})
-            self._failed.add(failure.id)
+        self.log([failure])
         for file in _files(self.path):
             if file != self._own:
                 entries, self._read_to[file] = _read(file, self._read_to.get(file, 0))
@@ -88,13 +117,13 @@ class Ledger:
         failed = len(self._failed | self._failed_elsewhere)
         if failed > self.budget * self.total:
             raise BudgetExceeded(
-                f"{failed} of {self.total} media failed, more than the failure budget of {self.budget:.2%}; the last: "
+                f"{failed:,} of {self.total:,} media failed, {over_budget(failed, self.total, self.budget)}; the last: "
                 f"{failure.reason}; all are in {self.files}"
             )
 
-    def _append(self, entry: dict[str, object]) -> None:
+    def _append(self, entries: Iterable[dict[str, object]]) -> None:
         with self._own.open("ab") as file:
-            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode())
             file.flush()
             os.fsync(file.fileno())
 
@@ -142,9 +171,7 @@ def report(failures: Iterable[Failure], encoded: Collection[str] = ()) -> str:
     open_cases = [failure for failure in last.values() if failure.id not in encoded]
     groups: dict[tuple[str, str], list[Failure]] = defaultdict(list)
     for failure in open_cases:
-        # The reason may name the file in another folder, since two splits can link to one.
-        reason = failure.reason.rpartition(f"{Path(failure.path).name}: ")[2].replace(failure.id, "...")
-        groups[failure.stage, re.sub(r"\d+(\.\d+)?", "#", reason)].append(failure)
+        groups[failure.stage, reason_kind(failure.reason, failure.path, failure.id)].append(failure)
     lines = [f"{len(open_cases):,} media failed, {len(last) - len(open_cases):,} more were encoded since"]
     for (stage, reason), members in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
         lines.append(f"{len(members):8,}  {stage}  {reason}  (such as {members[0].id}: {members[0].path})")

@@ -149,6 +149,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_if_changed(path: Path, content: str) -> None:
+    """`write_atomically`, unless the file has this content already."""
+    if not path.is_file() or path.read_bytes() != content.encode():
+        write_atomically(path, content)
+
+
 @contextmanager
 def temporary_directory(path: Path) -> Iterator[Path]:
     """Yield an empty directory next to `path`, under a temporary name; removed at the end if it still exists."""
@@ -253,6 +259,14 @@ def require_file(path: Path) -> None:
                 raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in its folder")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def check_model_name(path_or_name: str) -> None:
+    """Raise ValueError unless it is a folder or has the form of a name on Hugging Face's hub, `owner/name`."""
+    if Path(path_or_name).expanduser().is_dir():
+        return
+    if path_or_name.count("/") != 1 or path_or_name.startswith((".", "/", "~")):
+        raise ValueError(f"{path_or_name} is neither a directory nor a Hugging Face model name (owner/name)")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

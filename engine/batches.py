@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dataloaders.records import ABSENT, TokenizedSample
 from dataloaders.samples.batch import PackedBatch, collate
-from dataloaders.samples.plan import BatchPlan, computed_rows, nothing_shared, split_batch
+from dataloaders.samples.plan import BatchPlan, InOrder, computed_rows, nothing_shared, split_batch
+from engine.recipes import Absent, Normalizer
 
 if TYPE_CHECKING:
     from dataloaders.samples.dataset import StageDataset
     from dataloaders.store.features import FeatureStore
-
-Absent = Literal["skip", "regress"]
-Normalizer = Literal["present", "paper"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class StepSource:
     def __init__(
         self,
         dataset: StageDataset,
-        plan: BatchPlan,
+        plan: BatchPlan | InOrder,
         store: FeatureStore,
         *,
         token_budget: int,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -15,16 +16,14 @@ from dataloaders.files import sha256
 from dataloaders.samples.dataset import StageDataset
 from dataloaders.store.features import FeatureStore, Manifest
 from engine.distributed.world import World, shard_frozen
+from engine.identity import ModelIdentity, first_difference
 from engine.layout import Layout
-from engine.recipes import Recipe, Size, Stage
+from engine.recipes import RANDOM, Recipe, Size, Stage
 from engine.tiny.tokenizer import build_tokenizer
 from pite import checkpoint, names, tokenizers
 from pite.config import PiTeConfig
 from pite.hub import weight_files
 from pite.model import PiTe
-
-RANDOM = "random"
-"""In place of a language model's name: random weights of the size's shape, for throughput runs."""
 
 
 def random_shape(size: Size, num_points: int, num_frames: int = 100, vision_feature_size: int = 768) -> PiTeConfig:
@@ -61,11 +60,11 @@ def model_config(llm: Path, store: Path, num_points: int) -> PiTeConfig:
     )
 
 
-def merged_stages(stage: Stage, start: Path | None, same: Mapping[str, object]) -> list[str]:
+def merged_stages(stage: Stage, start: Path | None, model: ModelIdentity) -> list[str]:
     """Directories whose LoRA is merged, in order, when a stage starts from `start` (an earlier stage's output).
 
-    same  settings that must be equal in both stages, such as the language model's checksum
-    Raises ValueError if `start` is not a stage's output, or one of the settings differs.
+    model  must be the same in both stages
+    Raises ValueError if `start` is not a stage's output, or if something in `model` differs.
     """
     if start is None:
         return []
@@ -74,10 +73,9 @@ def merged_stages(stage: Stage, start: Path | None, same: Mapping[str, object]) 
             f"stage {stage} starts from an earlier stage's output and {start} is not one: train that first"
         )
     lineage = checkpoint.read_lineage(start)
-    for name, value in same.items():
-        before = (lineage.get("made_of") or {}).get(name)
-        if before != value:
-            raise ValueError(f"stage {stage} cannot start from {start}: its {name} was {before} and is {value} now")
+    difference = first_difference((lineage.get("made_of") or {}).get("model") or {}, asdict(model))
+    if difference is not None:
+        raise ValueError(f"stage {stage} cannot start from {start}: its {difference}")
     return [entry["path"] for entry in lineage["merged"]] + [str(start.resolve())]
 
 
@@ -91,7 +89,6 @@ def build_model(
     dataset: StageDataset,
     store: FeatureStore,
     seed: int,
-    head_init: bool,
     dtype: torch.dtype,
     fp8: bool,
     world: World,
@@ -112,7 +109,7 @@ def build_model(
         checkpoint.load_heads(model, Path(merged[-1]))
     elif recipe.align_adapter:
         align_adapter(model, dataset, store)
-    if stage == 2 and head_init:
+    if stage == 2 and recipe.head_init:
         model.initialize_trajectory_head()
     mesh = init_device_mesh(world.device.type, (world.size,)) if layout.shards > 1 else None
     draws = torch.Generator().manual_seed(seed + stage)

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dataloaders.files import put_in_place, remove, sha256, temporary_sibling
+from engine.identity import first_difference
 
 # On purpose, a single process saves, and each process loads for itself.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -102,9 +103,9 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, directory: Path, fingerprint: dict[str, Any], keep: int, continued: Checkpoint | None = None
+        self, directory: Path, identity: dict[str, Any], keep: int, continued: Checkpoint | None = None
     ) -> None:
-        self._directory, self._fingerprint, self._keep = directory, fingerprint, keep
+        self._directory, self._identity, self._keep = directory, identity, keep
         self._whole = [continued.path] if continued else []
         self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
         self._saving: tuple[int, Future[Metadata]] | None = None
@@ -119,7 +120,7 @@ class CheckpointWriter:
             self._stager.state_dict_cache = {
                 n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for n, t in tensors.items()
             }
-        content = {"step": step, "fingerprint": self._fingerprint}
+        content = {"step": step, "identity": self._identity}
         storage = _Storage(self._directory / _name(step), tensors, content, self._delete_old)
         saving = dcp.async_save(tensors, storage_writer=storage, async_stager=self._stager, no_dist=True)
         self._saving = step, cast("Future[Metadata]", saving)
@@ -186,7 +187,7 @@ def _verify(path: Path) -> int:
         if sha256(path / name) != checksum:
             raise ValueError(f"{name} does not match its checksum")
     step: int = content["step"]
-    if path.name != _name(step) or not content["sha256"] or "fingerprint" not in content:
+    if path.name != _name(step) or not content["sha256"] or "identity" not in content:
         raise ValueError(f"{STATE_FILE} is another checkpoint's, or incomplete")
     return step
 
@@ -223,44 +224,42 @@ def _set_aside(path: Path) -> Path:
     return path.rename(target)
 
 
-def check_fingerprint(saved: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> None:
-    """Raise ResumeError naming the first difference between the fingerprint saved in `path` and this run's."""
-    for key in sorted({*saved, *fingerprint}):
-        if saved.get(key) != fingerprint.get(key):
-            raise ResumeError(
-                f"cannot resume from {path}: {key} was {saved.get(key)} there and is {fingerprint.get(key)} now; "
-                "change it back, or start afresh in another --output"
-            )
+def check_identity(saved: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
+    """Raise ResumeError naming the first difference between the identity saved in `path` and this run's."""
+    difference = first_difference(saved, identity)
+    if difference is not None:
+        raise ResumeError(
+            f"cannot continue from {path}: {difference}; change it back, or start afresh in another --output"
+        )
 
 
-def check_resumable(directory: Path, fingerprint: dict[str, Any]) -> None:
+def check_resumable(directory: Path, identity: dict[str, Any]) -> None:
     """Raise ResumeError if the newest checkpoint belongs to another run or version; called before models load."""
     for path in reversed(_directories(directory)):
-        if (path / "state.safetensors").exists():
+        try:
+            content = json.loads((path / STATE_FILE).read_text())
+        except (OSError, ValueError):
+            continue  # damaged; `newest_checkpoint` reports it
+        if isinstance(content, dict) and "fingerprint" in content:
             raise ResumeError(
                 f"checkpoint {path} was written by an earlier version: finish the run with that one, "
                 "or start afresh in another --output"
             )
-        try:
-            saved = json.loads((path / STATE_FILE).read_text())["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged; `newest_checkpoint` reports it
-        return check_fingerprint(saved, fingerprint, path)
+        if isinstance(content, dict) and isinstance(content.get("identity"), dict):
+            return check_identity(content["identity"], identity, path)
 
 
 def restore_checkpoint(
     checkpoint: Checkpoint,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    fingerprint: dict[str, Any],
+    identity: dict[str, Any],
 ) -> None:
     """Load a checkpoint into the parameters and the optimizer.
 
-    Raises ResumeError naming the first difference if a run with another fingerprint wrote it.
+    Raises ResumeError naming the first difference if a run with another identity wrote it.
     """
-    check_fingerprint(
-        json.loads((checkpoint.path / STATE_FILE).read_text())["fingerprint"], fingerprint, checkpoint.path
-    )
+    check_identity(json.loads((checkpoint.path / STATE_FILE).read_text())["identity"], identity, checkpoint.path)
     for parameter in parameters.values():
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),

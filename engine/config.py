@@ -1,4 +1,4 @@
-"""The flags of engine.train."""
+"""The flags of engine.train, in groups. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -6,40 +6,43 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, cast
 
-import torch
+from dataloaders.cli import at_least, flag
+from dataloaders.formats import NarrativeTiming, Stage, TurnChoice
+from dataloaders.logs import LogFlags
+from engine.recipes import RANDOM, Absent, Normalizer, Recipe, Size, recipe
 
-from dataloaders.formats import NarrativeTiming, TurnChoice
-from engine.batches import Absent, Normalizer
-from engine.build import RANDOM
-from engine.layout import Parallel
-from engine.recipes import Recipe, Size, Stage, recipe
+Parallel = Literal["auto", "ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Train PiTe's three stages. A flag that is not given has the value of the stage's recipe (engine/recipes.py)."""
+class ModelConfig:
+    """the language model, and its numbers"""
 
-    data: Path = Path("data")
+    size: Size = flag("7b", name="model")
+    """size of the language model: Vicuna v1.5 7b or 13b, or the demo's tiny model"""
+    llm: str | None = None
+    """directory or Hugging Face name of the language model, any of the Llama architecture; the size's Vicuna v1.5
+    unless given. `random` takes random weights of the size's shape, for throughput runs: it needs no earlier stage and
+    exports nothing"""
+    num_points: int = 3
+    """P, key points per object"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """dtype of the frozen weights and activations; auto is bfloat16 on CUDA and float32 elsewhere"""
+    frozen_dtype: Literal["fp8"] | None = None
+    """fp8 multiplies the layers' frozen weights in float8, forward and backward, and needs sm_89 or newer (H100, H200);
+    a CPU emulates it. LoRA, heads and everything else stay bfloat16; what is saved does not change"""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """the training data, their features, and the held-out samples"""
+
+    folder: Path = flag(Path("data"), name="data")
     """folder with stage1/, stage2/, stage3/ in the layout of docs/data.md"""
     store: Path = Path("features")
     """feature store that engine.encode made from that folder"""
     cache: Path | None = None
     """folder of tokenized samples, reused by further runs; STORE/samples unless given. Needed if STORE is read-only"""
-    output: Path = Path("runs/pite")
-    """folder to write stage1/, stage2/, stage3/ to; an interrupted run in it is resumed"""
-    stage: Literal["1", "2", "3", "all"] = "all"
-    """which stage to train"""
-    trajectory_stage: bool = True
-    """if no, stage 3 starts from stage 1 and `all` leaves stage 2 out (the paper's ablation)"""
-    model: Size = "7b"
-    """size of the language model: Vicuna v1.5 7b or 13b, or the demo's tiny model"""
-    llm: str | None = None
-    """directory or Hugging Face name of the language model; the size's Vicuna v1.5 unless given. `random` takes random
-    weights of the size's shape, for throughput runs: it needs no earlier stage and exports nothing"""
-    init: Path | None = None
-    """output of an earlier stage to start from, instead of the previous stage in OUTPUT"""
-    num_points: int = 3
-    """P, key points per object"""
     max_length: int = 2048
     """maximum tokens of a sample; longer samples are left out, counted and reported"""
     failure_budget: float = 0.01
@@ -48,13 +51,43 @@ class TrainConfig:
     """turn of a Valley conversation to train on; `any` picks one by a hash of the text, the same in every run"""
     narrative_timing: NarrativeTiming = "words"
     """how to find a narrative's utterances in its caption: by their words, or by their relative position"""
-    token_budget: int | None = None
-    """maximum tokens of a micro-batch on one device; unless given, what its memory holds, up to 16384, and on a CPU
-    1024 a thread"""
+    held_out: str | None = None
+    """samples to validate on instead of training on them: a share such as 0.01, chosen by a checksum of the media's
+    key, or a file of ids or media keys, one a line. With --validate-every 0.01 unless given, else none"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.failure_budget <= 1:
+            raise ValueError(f"--failure-budget is a share between 0 and 1, not {self.failure_budget}")
+        at_least(self, 1, "max_length")
+        if isinstance(share := self.held_out_share, float) and not 0 < share < 1:
+            raise ValueError(f"--held-out as a share is more than 0 and less than 1, not {self.held_out}")
+
+    @property
+    def samples(self) -> Path:
+        """The folder of tokenized samples."""
+        return self.cache or self.store / "samples"
+
+    def features(self, stage: Stage) -> Path:
+        """The feature store of the stage's media."""
+        return self.store / ("images" if stage == 1 else "videos")
+
+    @property
+    def held_out_share(self) -> float | Path | None:
+        """`--held-out` as a share, or as the path of a file."""
+        if self.held_out is None:
+            return None
+        try:
+            return float(self.held_out)
+        except ValueError:
+            return Path(self.held_out)
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    """the recipe; a flag that is not given has the value of the stage's recipe (engine/recipes.py)"""
+
     epochs: int | None = None
     """passes over the data"""
-    max_steps: int | None = None
-    """stop after this many optimizer steps of a stage and save; the schedule stays that of the whole stage"""
     global_batch: int | None = None
     """samples per optimizer step, over all devices"""
     learning_rate: float | None = None
@@ -83,63 +116,76 @@ class TrainConfig:
     """start the trajectory head from stage 1's localization head (eq. 9)"""
     seed: int = 0
     """seed of the data order and of new weights"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """dtype of the frozen weights and activations; auto is bfloat16 on CUDA and float32 elsewhere"""
-    frozen_dtype: Literal["fp8"] | None = None
-    """fp8 multiplies the layers' frozen weights in float8, forward and backward, and needs sm_89 or newer (H100, H200);
-    a CPU emulates it. LoRA, heads and everything else stay bfloat16; what is saved does not change"""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """devices, memory and speed; none of these flags changes a loss by more than rounding"""
+
     device: Literal["cpu", "cuda"] | None = None
-    """device to train on; CUDA if there is one"""
-    workers: int = 2
-    """threads of each rank that prepare the next steps' batches; with 0 each is prepared when it is needed"""
-    checkpoint_every: int = 100
-    """optimizer steps between checkpoints"""
-    keep_checkpoints: int = 2
-    """number of the newest whole checkpoints to keep on disk"""
-    start_over_if_damaged: bool = False
-    """restart a stage at step 0 if all its checkpoints are damaged; without it that is an error"""
+    """device to train on; CUDA if there is one. Without one, 7b and 13b train on a CPU only with --device cpu"""
+    token_budget: int | None = None
+    """maximum tokens of a micro-batch on one device; unless given, what its memory holds, up to 16384, and on a CPU
+    1024 a thread"""
     parallel: Parallel = "auto"
     """copy the frozen weights to every device (ddp) or shard them (fsdp); auto shards if they do not fit"""
     recompute: int | None = None
     """number of layers with activation checkpointing; unless given, as few as the memory allows"""
     compile: bool = False
     """fuse the layers' elementwise operations with torch.compile: a minute at the start; bench.step times both ways"""
+    workers: int = 2
+    """threads of each rank that prepare the next steps' batches; with 0 each is prepared when it is needed"""
     stall_timeout: float = 600.0
     """seconds without any progress after which the ranks end and name the rank that they wait for"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "token_budget")
+        at_least(self, 0, "workers", "recompute")
+        if self.stall_timeout <= 0:
+            raise ValueError(f"--stall-timeout must be positive, not {self.stall_timeout}")
+
+
+@dataclass(frozen=True)
+class RunConfig(LogFlags):
+    """what to run, where to write, what to log"""
+
+    stage: Literal["1", "2", "3", "all"] = "all"
+    """which stage to train"""
+    trajectory_stage: bool = True
+    """if no, stage 3 starts from stage 1 and `all` leaves stage 2 out (the paper's ablation)"""
+    output: Path = Path("runs/pite")
+    """folder to write stage1/, stage2/, stage3/ to; an interrupted run in it is resumed"""
+    init: Path | None = None
+    """output of an earlier stage to start from, instead of the previous stage in OUTPUT"""
+    max_steps: int | None = None
+    """stop after this many optimizer steps of a stage and save; the schedule stays that of the whole stage"""
+    checkpoint_every: int = 100
+    """optimizer steps between checkpoints"""
+    keep_checkpoints: int = 2
+    """number of the newest whole checkpoints to keep on disk"""
+    start_over_if_damaged: bool = False
+    """restart a stage at step 0 if all its checkpoints are damaged; without it that is an error"""
+    validate_every: int | None = None
+    """optimizer steps between validations: losses of the held-out samples, at the last step too"""
     profile: tuple[int, int] | None = None
     """first and last step to profile, from 1: a trace, and on CUDA a memory history, in OUTPUT/stageN/profile"""
     wandb: str | None = None
     """log the metrics to this project on Weights & Biases too"""
-    devices: tuple[int, ...] = (1, 8)
-    """with --dry-run: numbers of devices to print memory and hours for"""
     dry_run: bool = False
     """print parameters, tokens, steps, memory and hours without training"""
+    devices: tuple[int, ...] = (1, 8)
+    """with --dry-run: numbers of devices to print memory and hours for"""
     measured: Path = Path("bench/results")
     """with --dry-run: folder of bench.step's results; a device's measured efficiency replaces the assumed one"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.failure_budget <= 1:
-            raise ValueError(f"--failure-budget is a share between 0 and 1, not {self.failure_budget}")
-        if self.workers < 0:
-            raise ValueError(f"--workers must be 0 or more, not {self.workers}")
-        counts = ("num_points", "max_length", "token_budget", "max_steps", "checkpoint_every", "keep_checkpoints")
-        for name in counts:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        at_least(self, 1, "max_steps", "checkpoint_every", "keep_checkpoints", "validate_every")
         if any(n < 1 for n in self.devices):
             raise ValueError(f"--devices takes numbers of at least 1, not {' '.join(map(str, self.devices))}")
-        if self.recompute is not None and self.recompute < 0:
-            raise ValueError(f"--recompute must be 0 or more, not {self.recompute}")
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"--profile takes a first and a last step, counted from 1, not {self.profile}")
-        if self.stall_timeout <= 0:
-            raise ValueError(f"--stall-timeout must be positive, not {self.stall_timeout}")
         if self.stage == "2" and not self.trajectory_stage:
             raise ValueError("--stage 2 is the trajectory stage: leave --no-trajectory-stage out")
-        if self.model == "tiny" and self.llm is None:
-            raise ValueError("--model tiny needs --llm, the directory that `python -m engine.tiny` made")
-        for stage in self.stages:
-            self.recipe(stage)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -147,28 +193,41 @@ class TrainConfig:
             return (1, 2, 3) if self.trajectory_stage else (1, 3)
         return (cast(Stage, int(self.stage)),)
 
-    def start(self, stage: Stage) -> Path | None:
-        """Output of the earlier stage that `stage` starts from; None to start from the language model."""
-        if self.init is not None or stage == 1 or self.llm == RANDOM:
-            return self.init
-        before = stage - 1 if self.trajectory_stage else 1
-        return self.output / f"stage{before}" / "final"
+    def directory(self, stage: Stage) -> Path:
+        """The folder of a stage: checkpoints, metrics, and its result in `final`."""
+        return self.output / f"stage{stage}"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train PiTe's three stages. A flag that is not given has the value of the stage's recipe (engine/recipes.py)."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        at_least(self.model, 1, "num_points")
+        if self.model.size == "tiny" and self.model.llm is None:
+            raise ValueError("--model tiny needs --llm, the directory that `python -m engine.tiny` made")
+        for stage in self.run.stages:
+            self.recipe(stage)
 
     @property
-    def samples(self) -> Path:
-        """The folder of tokenized samples."""
-        return self.cache or self.store / "samples"
+    def held_out(self) -> float | Path | None:
+        """The samples to validate on: a share, a file, or None."""
+        return self.data.held_out_share or (0.01 if self.run.validate_every else None)
 
-    def features(self, stage: Stage) -> Path:
-        """The feature store of the stage's media."""
-        return self.store / ("images" if stage == 1 else "videos")
+    def start(self, stage: Stage) -> Path | None:
+        """Output of the earlier stage that `stage` starts from; None to start from the language model."""
+        if self.run.init is not None or stage == 1 or self.model.llm == RANDOM:
+            return self.run.init
+        before: Stage = 2 if stage == 3 and self.run.trajectory_stage else 1
+        return self.run.directory(before) / "final"
 
     def recipe(self, stage: Stage) -> Recipe:
         """The stage's recipe, with the flags that were given in place of its values."""
-        own = {f.name for f in fields(Recipe)}
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in own}
-        return replace(recipe(self.model, stage), **{k: v for k, v in given.items() if v is not None})
-
-    def torch_dtype(self, device: torch.device) -> torch.dtype:
-        name = self.dtype if self.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-        return cast(torch.dtype, getattr(torch, name))
+        given = {f.name: getattr(self.optimization, f.name) for f in fields(self.optimization) if f.name != "seed"}
+        return replace(recipe(self.model.size, stage), **{k: v for k, v in given.items() if v is not None})

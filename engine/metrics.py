@@ -7,6 +7,7 @@ mfu                model FLOPs utilisation: 4N FLOPs per useful token (N: the li
                    counted
 data_wait          share of the step spent waiting for the next batch
 memory_gb          peak allocation of this device so far
+validation_loss, validation_ce, validation_l1   of the held-out samples, at the steps that validate
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self._silent = directory is None
+        self._validation = ""
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -66,14 +68,12 @@ class Metrics:
         for key, label in (("tokens_per_second", "tok/s"), ("mfu", "MFU"), ("data_wait", "wait"), ("memory_gb", "GB")):
             if key in values:
                 shown[label] = f"{values[key]:,.0f}" if values[key] >= 100 else f"{values[key]:.2f}"
+        if "validation_loss" in values:
+            self._validation = f"{values['validation_loss']:.3f}"
+        if self._validation:
+            shown["val"] = self._validation
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
-
-    def write(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        if self._silent:
-            return
-        self._bar.write(text, file=sys.stderr)
 
     def __enter__(self) -> Metrics:
         return self

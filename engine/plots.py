@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 
-# Draw without a window: training machines have no display.
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-
+from dataloaders import logs, paths
+from dataloaders.cli import flag, parse, run
+from dataloaders.logs import LogFlags
 from engine.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CURVES = (
     ("loss", "loss"),
@@ -52,8 +53,17 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def plot_losses(stages: dict[str, Path], output: Path) -> None:
     """Write a PNG with one column per stage and one row per curve: raw values pale, their running mean strong.
 
+    Losses of held-out samples are drawn as dots.
+
     stages  title -> metrics.jsonl with the fields step, loss, ce, l1, tokens_per_second
     """
+    # Matplotlib is imported here, because training imports this module; it draws without a window: training machines
+    # have no display.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     metrics = {title: read_curves(path) for title, path in stages.items()}
     curves = [curve for curve in CURVES if any(np.isfinite(m.get(curve[0], np.nan)).any() for m in metrics.values())]
     if not curves:
@@ -66,14 +76,15 @@ def plot_losses(stages: dict[str, Path], output: Path) -> None:
         axes[-1, column].set_xlabel("optimizer step")
         for row, (name, label) in enumerate(curves):
             axes[row, 0].set_ylabel(label)
-            _draw(axes[row, column], values["step"], values.get(name), f"C{row}")
+            held_out = values.get(f"validation_{name}")
+            _draw(axes[row, column], values["step"], values.get(name), held_out, f"C{row}")
     figure.tight_layout()
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=130, format="png")
     plt.close(figure)
 
 
-def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray | None, color: str) -> None:
+def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray | None, held_out: np.ndarray | None, color: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     # A stage without the loss logs zeros.
@@ -84,23 +95,44 @@ def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray | None, color: str) 
     mean = smooth(values, max(len(values) // 30, 1))
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
     axes.plot(steps, mean, color=color, linewidth=1.8)
+    if held_out is not None and (known := np.isfinite(held_out)).any():
+        axes.plot(steps[known], held_out[known], "o--", color="0.25", linewidth=1, markersize=3, label="validation")
+        axes.legend(loc="lower left", frameon=False, fontsize=8)
     axes.annotate(f"{mean[np.isfinite(mean)][-1]:.4g}", (1, 0.94), xycoords="axes fraction", ha="right", color=color)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotFlags(LogFlags):
+    """Draw the loss curves of one or more stages as one PNG."""
+
+    stages: tuple[Path, ...] = flag(positional=True)
+    """stage outputs, or their metrics.jsonl"""
+    output: Path = Path("losses.png")
+    """the picture"""
+
+    @property
+    def metrics(self) -> list[Path]:
+        """The metrics.jsonl of each stage."""
+        return [path / "metrics.jsonl" if path.is_dir() else path for path in self.stages]
+
+    def check_paths(self) -> None:
+        """Raise ValueError for metrics that do not exist, and a picture that cannot be written."""
+        for path in self.metrics:
+            paths.input_file("STAGES", path)
+        paths.output_file("--output", self.output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status, 2 after a one-sentence error."""
-    parser = argparse.ArgumentParser(prog="python -m engine.plots", description=__doc__, allow_abbrev=False)
-    parser.add_argument("stages", type=Path, nargs="+", help="stage outputs, or their metrics.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("losses.png"))
-    arguments = parser.parse_args(argv)
-    paths = [path / "metrics.jsonl" if path.is_dir() else path for path in arguments.stages]
-    try:
-        plot_losses({path.parent.name: path for path in paths}, arguments.output)
-    except ValueError as error:
-        print(f"engine.plots: {error}", file=sys.stderr)
-        return 2
-    print(arguments.output)
-    return 0
+    flags = parse(PlotFlags, argv, prog="python -m engine.plots")
+    logs.configure(flags.log_level)
+
+    def plot() -> None:
+        flags.check_paths()
+        plot_losses({path.parent.name: path for path in flags.metrics}, flags.output)
+        print(flags.output)
+
+    return run("engine.plots", plot, status=2)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dataloaders.formats import Stage
-from pite.model import Head
+
+if TYPE_CHECKING:
+    from pite.model import Head
 
 Size = Literal["tiny", "7b", "13b"]
+Absent = Literal["skip", "regress"]
+Normalizer = Literal["present", "paper"]
 
 LANGUAGE_MODELS: dict[str, str] = {"7b": "lmsys/vicuna-7b-v1.5", "13b": "lmsys/vicuna-13b-v1.5"}
+
+RANDOM = "random"
+"""In place of a language model's name: random weights of the size's shape, for throughput runs."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,11 @@ class Recipe:
     max_grad_norm      the global gradient norm is clipped to this; 0 for never (paper: not given; predecessors: 1)
     head_rate_ratio    learning rate of the coordinate heads, as a share of `learning_rate`
     warmup_ratio       share of the steps with linear warm-up of the learning rate; then a cosine to 0
+    absent             "skip": (-1, -1) has no loss; "regress": every answer token has a trajectory, -1 where none is
+                       known, as in the paper's text
+    trajectory_normalizer  "present": the L1 sum is divided by the coordinates with a loss; "paper" (eq. 8): by P * N
+                       for each supervised token
+    head_init          start the trajectory head from the localization head (stage 2, eq. 9)
     group_media        keep questions about one video in one batch, where they differ by the question alone
     align_adapter      start the adapter as the linear map from features to the captions' words (stage 1)
     """
@@ -39,6 +51,9 @@ class Recipe:
     lora_alpha: float = 128.0
     label_smoothing: float = 0.1
     trajectory_weight: float = 1.0
+    absent: Absent = "skip"
+    trajectory_normalizer: Normalizer = "present"
+    head_init: bool = True
     group_media: bool = False
     align_adapter: bool = False
 

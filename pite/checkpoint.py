@@ -22,9 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dataloaders.files import (
-    read_json_object,
     remove_abandoned,
-    require_file,
     sha256,
     temporary_sibling,
     write_atomically,
@@ -34,11 +32,11 @@ from pite import hub, names
 from pite.adapters import plain_lora
 from pite.config import PiTeConfig
 from pite.export import RECORD
+from pite.lineage import ADAPTER_FILE, HEADS_FILE, LINEAGE, check_language_model, read_lineage
 from pite.model import PiTe
 from pite.shards import sharded, write_index
 
 SHARD_BYTES = 5 * 2**30
-LINEAGE, HEADS_FILE, ADAPTER_FILE = "lineage.json", "pite.safetensors", "adapter_model.safetensors"
 
 
 def resolve(path_or_name: str | Path) -> Path:
@@ -239,87 +237,6 @@ def describe_stage(directory: Path, lineage: dict[str, Any], rank: int, alpha: f
 def _relative(path: str | Path, start: Path) -> str:
     """`path` relative to `start`, both with symbolic links resolved: `..` leaves a link's target, not the link."""
     return os.path.relpath(Path(path).resolve(), start.resolve())
-
-
-def read_lineage(directory: Path) -> dict[str, Any]:
-    """The lineage of a stage directory, with absolute paths. Checks every file against its checksum."""
-    directory = directory.resolve()
-    lineage = _parse_lineage(directory)
-    _check_whole(directory, lineage)
-    for file, checksum in lineage["files"].items():
-        check(directory / file, checksum)
-    local = (directory.parent / lineage["language_model"]).resolve()
-    if local.is_dir():
-        lineage["language_model"] = str(local)
-    for entry in lineage["merged"]:
-        entry["path"] = str((directory.parent / entry["path"]).resolve())
-        check(Path(entry["path"]) / ADAPTER_FILE, entry["sha256"])
-    return lineage
-
-
-def history(directory: Path) -> list[dict[str, Any]]:
-    """The record of each training stage that a directory contains, in order; empty for the published layout.
-
-    Each record has at least its number, "stage", and the checksums of its "files".
-    """
-    if (directory / RECORD).exists():
-        return list(read_json_object(directory / RECORD).get("stages", ()))
-    if not (directory / LINEAGE).exists():
-        return []
-    directory = directory.resolve()
-    lineage = _parse_lineage(directory)
-    return [*(_parse_lineage(directory.parent / entry["path"]) for entry in lineage["merged"]), lineage]
-
-
-def stages(directory: Path) -> tuple[int, ...]:
-    """Numbers of the training stages that a directory contains, in order; empty for the published layout."""
-    return tuple(lineage["stage"] for lineage in history(directory))
-
-
-def _check_whole(directory: Path, lineage: dict[str, Any]) -> None:
-    """Raise ValueError if a stage's directory was copied without the earlier stages that it builds on."""
-    earlier = [os.path.normpath(directory.parent / entry["path"]) for entry in lineage["merged"]]
-    missing = [path for path in earlier if not (Path(path) / ADAPTER_FILE).exists()]
-    if missing:
-        raise ValueError(
-            f"{directory} is one stage of a model and builds on earlier ones: {' and '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing; copy the whole run folder, or in the original one run "
-            f"`python -m pite.export --model RUN/stage{lineage['stage']}/final --output FOLDER` and copy FOLDER"
-        )
-
-
-def check_language_model(directory: Path, name: str) -> None:
-    """Raise ValueError if a stage's language model, as `read_lineage` returns it, is a path that does not exist."""
-    is_path = name.startswith(".") or name.count("/") != 1
-    if is_path and not (Path(name).is_absolute() and Path(name).is_dir()):
-        raise ValueError(
-            f"{directory} builds on the language model {os.path.normpath(directory.parent / name)}, which is missing: "
-            "copy it there, or in the original run folder run `python -m pite.export` with --format full"
-        )
-
-
-def _parse_lineage(directory: Path) -> dict[str, Any]:
-    lineage = read_json_object(directory / LINEAGE)
-    kinds = {"stage": int, "language_model": str, "merged": list, "files": dict}
-    entries = lineage.get("merged")
-    if not all(isinstance(lineage.get(name), kind) for name, kind in kinds.items()) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("path"), str) and "sha256" in entry for entry in entries or ()
-    ):
-        raise ValueError(
-            f"{directory / LINEAGE} is damaged: it must give a stage, a language_model, the merged adapters with "
-            "their path and sha256, and files"
-        )
-    return lineage
-
-
-def check(file: Path, checksum: str) -> None:
-    if not file.exists():
-        raise ValueError(f"{file} is missing, though the lineage names it")
-    require_file(file)
-    if sha256(file) != checksum:
-        raise ValueError(
-            f"{file} was altered since the lineage was written: its SHA-256 is no longer {str(checksum)[:12]}..."
-        )
 
 
 def _load_stage(directory: Path, dtype: torch.dtype, device: str) -> PiTe:

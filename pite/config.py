@@ -68,10 +68,10 @@ class PiTeConfig:
         """The settings that, together with the weights, determine what the language model computes."""
         llm = self.llm
         return {
-            "attention heads": [llm.num_attention_heads, llm.num_key_value_heads, self.head_dim],
-            "norm epsilon": llm.rms_norm_eps,
-            "rotary embedding": dict(sorted(llm.rope_parameters.items())),
-            "tied embeddings": llm.tie_word_embeddings,
+            "attention_heads": [llm.num_attention_heads, llm.num_key_value_heads, self.head_dim],
+            "norm_epsilon": llm.rms_norm_eps,
+            "rotary_embedding": dict(sorted(llm.rope_parameters.items())),
+            "tied_embeddings": llm.tie_word_embeddings,
         }
 
     @staticmethod

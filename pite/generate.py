@@ -8,7 +8,7 @@ rounding").
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dataloaders.records import TokenizedSample
@@ -29,6 +28,8 @@ from pite.decoder import LoRALinear
 from pite.model import PiTe
 from pite.tokenizers import check_vocabulary, load_tokenizer
 from pite_kernels import lora_linear
+
+log = logging.getLogger(__name__)
 
 
 def language_model(model: PiTe) -> LlamaForCausalLM:
@@ -118,11 +119,11 @@ class Generator:
     def from_pretrained(directory: Path | str, device: str = "cpu") -> Generator:
         """Load a model and its tokenizer from one directory or Hugging Face name; bfloat16 on CUDA, float32 on the CPU.
 
-        device  "cpu", "cuda" or "cuda:1"
+        device  "cpu", "cuda", "cuda:1" or "auto"
         Raises ValueError naming what is missing.
         """
-        directory = checkpoint.resolve(directory)
-        model = from_pretrained(directory, devices.dtype(devices.resolve(device)), device)
+        directory, place = checkpoint.resolve(directory), devices.resolve(device)
+        model = from_pretrained(directory, devices.dtype(place), str(place))
         return Generator(model, load_tokenizer(directory))
 
     @torch.inference_mode()
@@ -136,11 +137,12 @@ class Generator:
     ) -> list[Answer]:
         """Answer one question per feature record (num_frames, C); greedy at temperature 0.
 
-        Prompts are padded on the left, so a question gets the same answer in a batch as alone.
+        Prompts are padded on the left, so a question gets the same answer in a batch as alone. An answer ends where the
+        language model's context does. Raises ValueError for a prompt that leaves no room for an answer.
         """
         embeddings = [self._embed(question, record) for question, record in zip(questions, features, strict=True)]
         longest = max(len(e) for e in embeddings)
-        self._warn_beyond_context(longest + max_new_tokens)
+        room = [self._room(len(e), max_new_tokens) for e in embeddings]
         inputs = torch.zeros(len(embeddings), longest, self.model.config.llm.hidden_size, dtype=self.model.dtype)
         inputs = inputs.to(self.model.device)
         mask = torch.zeros(len(embeddings), longest, dtype=torch.long, device=self.model.device)
@@ -150,7 +152,7 @@ class Generator:
         end = self.tokenizer.eos_token_id
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(room),
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=end,
             pad_token_id=end,
@@ -159,7 +161,9 @@ class Generator:
         )
         generated = self.llama.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=settings)
         answers = []
-        for ids in generated.tolist():
+        for ids, most in zip(generated.tolist(), room, strict=True):
+            # A longer prompt of the batch was continued beyond its context.
+            ids = ids[:most]
             ids = ids[: ids.index(end)] if end in ids else ids
             answers.append(Answer(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), tuple(ids)))
         return answers
@@ -185,16 +189,37 @@ class Generator:
         hidden = self.model.hidden_states(batch)[batch.target_rows]
         return self.model.predict(hidden, "trajectory").cpu()
 
-    def _warn_beyond_context(self, length: int) -> None:
-        """Print a warning, once, if prompt and answer may be longer than the language model's context."""
-        warning = self.model.config.beyond_context(length)
-        if warning is not None and not self._warned:
+    def check_question(self, question: str, num_frames: int) -> None:
+        """Raise ValueError for a question that `answer` would refuse, before anything is computed."""
+        self._prompt(question, num_frames)
+
+    def _room(self, prompt: int, wanted: int) -> int:
+        """Number of tokens that an answer may have, for a prompt of `prompt` tokens; warns once if it is not `wanted`."""
+        room = min(self.model.config.context_length - prompt, wanted)
+        if room < wanted and not self._warned:
             self._warned = True
-            tqdm.write(f"pite: {warning}", file=sys.stderr)
+            log.warning(
+                "answers are limited to %s instead of %s tokens, because prompt and answer have to fit in the %s positions "
+                "that the language model was trained on (max_position_embeddings)",
+                *(f"{number:,}" for number in (room, wanted, self.model.config.context_length)),
+            )
+        return room
+
+    def _prompt(self, question: str, num_frames: int) -> tuple[np.ndarray, int]:
+        """As `prompt_ids`; raises ValueError for tokens that the model lacks and for a prompt that fills its context."""
+        ids, frame_start = prompt_ids(question, self.tokenizer, num_frames)
+        config = self.model.config
+        check_vocabulary(int(ids.max()), self.tokenizer, config.llm.vocab_size, f"the question {question!r}")
+        if len(ids) >= config.context_length:
+            raise ValueError(
+                f"the prompt of the question {question!r} has {len(ids):,} tokens, {num_frames} of them frames, and leaves "
+                f"no room for an answer in the {config.context_length:,} positions that the language model was trained on "
+                "(max_position_embeddings): give a shorter question, or a model with a longer context"
+            )
+        return ids, frame_start
 
     def _embed(self, question: str, record: np.ndarray) -> Tensor:
-        ids, frame_start = prompt_ids(question, self.tokenizer, len(record))
-        check_vocabulary(int(ids.max()), self.tokenizer, self.model.config.llm.vocab_size, f"the question {question!r}")
+        ids, frame_start = self._prompt(question, len(record))
         device = self.model.device
         rows = torch.arange(frame_start, frame_start + len(record), device=device)
         return self.model.embed(torch.from_numpy(ids).to(device), torch.from_numpy(record).to(device), rows)

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dataloaders.files import read_json_object, require_file
+from dataloaders.files import check_model_name, read_json_object, require_file
 
 _SUBFOLDERS = "*/*"
 """The hub's patterns match across slashes, so `*.safetensors` alone would also match files in subfolders."""
@@ -35,8 +35,7 @@ def resolve(path_or_name: str | Path, files: Sequence[str]) -> Path:
     if path.is_dir():
         return path
     name = str(path_or_name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{name} is neither a directory nor a Hugging Face model name (owner/name)")
+    check_model_name(name)
     try:
         # The snapshot shows which weights exist; the hub's file list would need a network.
         patterns = [*files, *_patterns("model", ".safetensors")]

@@ -31,9 +31,6 @@ LONG_FUNCTIONS = {
     "pite_kernels.gpu.trajectory.trajectory_l1_fwd_kernel": "one tile from load to store; JIT functions inline",
     "pite_kernels.gpu.cross_entropy.forward": "the chunk loop: each buffer is allocated, filled and reused in sequence",
     "pite_kernels.cross_entropy.cross_entropy_forward": "the same loop without Triton, in the same order",
-    "engine.train.train_stage": "to be cut into prepare, identity, train",
-    "engine.run.run": "to be shortened with the loop, whose callbacks it defines",
-    "engine.loop.train": "to yield a record of each step instead of calling back",
 }
 """Longer functions -> the reason."""
 

@@ -81,7 +81,7 @@ def pite_step(problem: Problem) -> Step:
     def step(update: bool = True) -> Sequence[Tensor]:
         total = torch.zeros((), device=model.device)
         for batch in batches:
-            losses = compute_losses(model, batch, RECIPE, "skip")
+            losses = compute_losses(model, batch, RECIPE)
             losses.total.backward()
             total += losses.total.detach()
         if update:

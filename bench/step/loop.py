@@ -1,4 +1,4 @@
-"""engine.loop.train on the benchmark's global batch, with collation, copies to the device and the checks of a step."""
+"""The training loop on the benchmark's global batch, with collation, copies to the device and the checks of a step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from dataloaders.samples.batch import collate
 from dataloaders.samples.prefetch import prefetch
 from engine.batches import StepBatches
 from engine.distributed.world import World
-from engine.loop import make_optimizer, train
+from engine.loop import StepResult, make_optimizer, train
 from engine.metrics import Metrics
+from engine.report import Reporter
 
 WARM_UPS = 2
 
@@ -48,29 +49,19 @@ def run_loop(problem: Problem, steps: int, warm: Callable[[], None] = lambda: No
         rows = sum(batch.num_rows for batch in batches)
         return StepBatches(tuple(batches), problem.tokens, len(problem.samples), rows)
 
-    def after_step(done: int, *_: object) -> bool:
-        if done == WARM_UPS:
+    times, total, world = _StepTimes(), WARM_UPS + steps, World(0, 1, device)
+    reporter = Reporter(world, cast(Metrics, cast(Any, times)), on_nonfinite=_stop, efficiency=lambda *_: {})
+    batches = prefetch(prepare, range(total), workers=0 if device.type == "cpu" else 2)
+    optimizer = make_optimizer(model, RECIPE)
+    for result in train(model, optimizer, batches, RECIPE, world, start=0, stop=total, total=total):
+        reporter.add(result, now=result.step == total)
+        if result.step == WARM_UPS:
             warm()
-        return False
-
-    times, total = _StepTimes(), WARM_UPS + steps
-    train(
-        model,
-        make_optimizer(model, RECIPE),
-        prefetch(prepare, range(total), workers=0 if device.type == "cpu" else 2),
-        RECIPE,
-        World(0, 1, device),
-        cast(Metrics, cast(Any, times)),
-        start=0,
-        stop=total,
-        total=total,
-        absent="skip",
-        interrupted=lambda: False,
-        after_step=after_step,
-        find_nonfinite_samples=lambda _: [],
-        efficiency=lambda *_: {},
-    )
     return times.seconds[WARM_UPS:], times.losses[0]
+
+
+def _stop(result: StepResult) -> None:
+    raise ValueError(f"step {result.step} is not finite")
 
 
 def loop_timing(problem: Problem, rounds: int) -> tuple[Timing, float]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dataloaders.annotation import steps
 from dataloaders.annotation.key_points import key_points
 from dataloaders.annotation.record import pite_record
-from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, step_path
+from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, Step, step_path
 from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, first_frames, track_events
 from dataloaders.decode.containers import duration
 from dataloaders.decode.video import DecodeError
@@ -48,7 +48,7 @@ class Settings:
     segmenter: Path | None = None
     threshold: float = 0.35
     device: str = "cpu"
-    until: str = "records"
+    until: Step = "records"
 
     def by_step(self) -> dict[str, dict[str, Any]]:
         """By step, the settings that its files depend on; without the steps that this run cannot make."""

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from safetensors import SafetensorError
@@ -26,7 +26,8 @@ from dataloaders.formats.activitynet import EventVideo
 from dataloaders.formats.fields import field
 from dataloaders.records import RecordError
 
-STEPS = ("phrases", "masks", "tracks", "records")
+Step = Literal["phrases", "masks", "tracks", "records"]
+STEPS: tuple[Step, ...] = get_args(Step)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from dataloaders.decode import TIME_LIMIT
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.video import DecodeError, decode_image, decode_video
 from dataloaders.decode.workers import TaskLost, Workers
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
 Decode = Callable[[Media], np.ndarray]
 Reader = Literal["pyav", "torchcodec"]
-
-TIME_LIMIT = 600.0
-"""Timeout for one file, in seconds. An hour of 720p takes about two minutes of a core."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,11 @@ class Decoded:
     frames: np.ndarray | Tensor | None = None
     reason: str = ""
     by: str = "PyAV"
+
+
+def is_fallback(by: str) -> bool:
+    """Whether the `by` of a Decoded names the reason of a fallback to PyAV, as in "PyAV (rotated)"."""
+    return by.startswith("PyAV (")
 
 
 class Decoder(Protocol):

@@ -13,7 +13,7 @@ narrative also contains its subset, such as `stage1/coco/9`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,7 +30,7 @@ from dataloaders.formats.instructions import (
 from dataloaders.formats.narratives import NarrativeTiming, narrative_media, read_narrative
 from dataloaders.formats.pite_143k import pite_media, read_pite
 from dataloaders.formats.stream import Record, Where, iter_json, iter_raw, lone_surrogate, parse_json
-from dataloaders.records import Media, RecordError, Sample
+from dataloaders.records import Media, Sample
 
 __all__ = [
     "SPLITS",
@@ -45,7 +45,6 @@ __all__ = [
     "TurnChoice",
     "Where",
     "iter_json",
-    "iter_media",
     "iter_raw",
     "lone_surrogate",
     "parse_json",
@@ -89,7 +88,8 @@ class Format:
 
     file     its name, or a pattern
     read     the reader of its records
-    media    the function that returns the media of a record
+    media    the function that returns the media of a record, without a look at the disk: a file of another suffix is
+             found later (`fields.find_media`)
     options  fields of `Reading` that the reader takes
     """
 
@@ -144,35 +144,3 @@ def present_splits(data: Path) -> tuple[Split, ...]:
     if not splits:
         raise ValueError(f"{data} is no data folder: none of {', '.join(SPLITS)} in it holds a known annotation file")
     return splits
-
-
-def iter_media(
-    data: Path, splits: Iterable[Split], malformed: Callable[[RecordError], None] | None = None
-) -> Iterator[Media]:
-    """All media in the annotations of `splits`, each key once, in the order of the files.
-
-    malformed  called with the error of a record without valid media, which is then skipped; without `malformed` the
-               error is raised. Training counts such records against its own failure budget
-    Raises RecordError for a key of two different files or clips, and for a truncated file.
-    """
-    seen: dict[str, Media] = {}
-    skipped = 0
-    for split in splits:
-        for kind in present_formats(data, split):
-            path = data / split / kind.file
-            for offset, text in iter_raw(path):
-                # Counting lines reads the file, so only the first malformed record gets its line number.
-                where = f"{path}, byte {offset}" if skipped else Where(path, offset)
-                try:
-                    media = kind.media(parse_json(text, where), where, data / split)
-                except RecordError as error:
-                    if malformed is None:
-                        raise
-                    malformed(error)
-                    skipped += 1
-                    continue
-                known = seen.setdefault(media.key, media)
-                if known is media:
-                    yield media
-                elif known != media:
-                    raise RecordError(f"{where}: {media.key!r} is {media}, but it was {known} before")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataloaders.formats.fields import Place, duration_of, field, find_media, identifier, interval
+from dataloaders.formats.fields import Place, duration_of, field, identifier, interval
 from dataloaders.formats.stream import Record
 from dataloaders.records import Media, RecordError
 
@@ -33,7 +33,7 @@ class EventVideo:
 def activitynet_media(record: Record, where: Place, folder: Path) -> Media:
     """The video `folder`/videos/{vid}.mp4."""
     name = identifier(record, "id", where)
-    return Media(f"{folder.name}/{name}", find_media(folder / "videos", name, ".mp4"))
+    return Media(f"{folder.name}/{name}", folder / "videos" / f"{name}.mp4")
 
 
 def read_events(record: Record, where: Place) -> tuple[float, tuple[Event, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -60,17 +61,25 @@ MEDIA_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".jpg
 """Suffixes of media files, in order of preference, since downloaders keep the suffix of their source."""
 
 
-def find_media(folder: Path, name: str, suffix: str) -> Path:
-    """The file of an id: `folder`/name with `suffix`, or with another of MEDIA_SUFFIXES if only that exists."""
-    path = folder / f"{name}{suffix}"
+def find_media(path: Path) -> Path:
+    """The file `path`, or the one with another of MEDIA_SUFFIXES if only that exists."""
+    return path.with_name(find_name(path.name, names_in(path.parent)))
+
+
+def find_name(name: str, names: Container[str]) -> str:
+    """`name`, or the same name with another of MEDIA_SUFFIXES if only that is among the `names` in its folder."""
+    if name in names:
+        return name
+    stem = name.rpartition(".")[0]
+    return next((other for suffix in MEDIA_SUFFIXES if (other := f"{stem}{suffix}") in names), name)
+
+
+def names_in(folder: Path) -> frozenset[str]:
+    """The names in a folder; none if it cannot be read. Listed again only after a change."""
     try:
-        names = _names(path.parent, path.parent.stat().st_mtime_ns)
+        return _names(folder, folder.stat().st_mtime_ns)
     except OSError:
-        return path
-    for candidate in (suffix, *MEDIA_SUFFIXES):
-        if f"{PurePosixPath(name).name}{candidate}" in names:
-            return folder / f"{name}{candidate}"
-    return path
+        return frozenset()
 
 
 @lru_cache(16)

@@ -12,7 +12,6 @@ from dataloaders.formats.fields import (
     answer_of,
     conversation,
     field,
-    find_media,
     identifier,
     question_of,
 )
@@ -60,9 +59,8 @@ def _video(folder: Path, name: str) -> Media:
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in MEDIA_SUFFIXES:
         name = name[: -len(suffix)]
-    return Media(
-        f"{folder.name}/{name}", find_media(folder / "videos", name, suffix if suffix in MEDIA_SUFFIXES else ".mp4")
-    )
+    file = f"{name}{suffix if suffix in MEDIA_SUFFIXES else '.mp4'}"
+    return Media(f"{folder.name}/{name}", folder / "videos" / file)
 
 
 def _sample(media: Media, where: Place, question: tuple[str, str], answer: tuple[str, str]) -> Sample:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from dataloaders.formats.fields import Place, Within, answer_of, field, find_media, identifier, seconds
+from dataloaders.formats.fields import Place, Within, answer_of, field, identifier, seconds
 from dataloaders.formats.stream import Record
 from dataloaders.records import Media, Mention, RecordError, Sample, Turn
 
@@ -46,9 +46,9 @@ def narrative_media(record: Record, where: Place, folder: Path) -> Media:
     name, dataset = identifier(record, "image_id", where), str(record.get("dataset_id", "")).lower()
     subset = next((subset for part, subset in _SUBSETS.items() if part in dataset), None)
     if subset is None:
-        return Media(f"{folder.name}/{name}", find_media(folder / "images", name, ".jpg"), kind="image")
+        return Media(f"{folder.name}/{name}", folder / "images" / f"{name}.jpg", kind="image")
     file = name.zfill(12) if subset == "coco" else name
-    return Media(f"{folder.name}/{subset}/{name}", find_media(folder / "images" / subset, file, ".jpg"), kind="image")
+    return Media(f"{folder.name}/{subset}/{name}", folder / "images" / subset / f"{file}.jpg", kind="image")
 
 
 def read_narrative(

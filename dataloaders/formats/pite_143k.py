@@ -24,7 +24,6 @@ from dataloaders.formats.fields import (
     conversation,
     duration_of,
     field,
-    find_media,
     identifier,
     interval,
     question_of,
@@ -47,7 +46,7 @@ def pite_media(record: Record, where: Place, folder: Path) -> Media:
         clip = interval(meta["split"], "meta.split", where)
         if clip[0] == clip[1]:
             raise RecordError(f"{where}: field 'meta.split' is empty: it starts and ends at {clip[0]} s")
-    return Media(f"{folder.name}/{name}", find_media(folder / "videos", name, ".mp4"), clip=clip)
+    return Media(f"{folder.name}/{name}", folder / "videos" / f"{name}.mp4", clip=clip)
 
 
 def read_pite(record: Record, where: Place, folder: Path, *, num_frames: int, num_points: int) -> Sample:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Container
+from copy import copy
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dataloaders.failures import Failure
+from dataloaders.failures import Failure, over_budget
+from dataloaders.files import write_if_changed
 from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, present_formats, split_of
 from dataloaders.records import RecordError, TokenizedSample
 from dataloaders.samples.index import open_index
@@ -35,6 +37,7 @@ class StageDataset:
     processes     worker processes that read annotations; None chooses by the size of the files
 
     tokens, targets, coordinates  (n,) int32 per sample: length, supervised tokens, present coordinates
+    mentions                      (n,) int32 per sample: mentions with different trajectories
     largest_tokens                (n,) int32 per sample: the largest token id
     Raises ValueError for a folder without data, and if more records are malformed than the budget allows: one sentence
     for each of the first ten, with file, line and field.
@@ -57,32 +60,56 @@ class StageDataset:
         processes: int | None = None,
     ) -> None:
         self.num_frames, self.num_points, self.max_length = num_frames, num_points, max_length
-        self._folder = data / split_of(stage)
+        self._stage, self._folder = stage, data / split_of(stage)
         formats = present_formats(data, split_of(stage))
         reading = Reading(num_frames, num_points, turn, narrative_timing)
         self._index, self.malformed = open_index(self._folder, formats, tokenizer, reading, cache, processes)
         self._check_budget(failure_budget)
 
-        fits = self._index.tokens <= max_length
-        encoded = np.array([available is None or key in available for key in self._index.media], dtype=bool)
-        self._rows = np.flatnonzero(fits & encoded)
         ids, media = self._index.ids, self._index.media
-        self.ids = [ids[row] for row in self._rows]
-        self.media = [media[row] for row in self._rows]
+        fits = self._index.tokens <= max_length
+        encoded = np.array([available is None or key in available for key in media], dtype=bool)
         self.over_length = [ids[row] for row in np.flatnonzero(encoded & ~fits)]
         self.not_encoded = [media[row] for row in np.flatnonzero(~encoded)]
+        self._select(np.flatnonzero(fits & encoded))
         if not self.ids:
             raise ValueError(f"{self._folder} holds no usable sample: {self.summary()}")
-        self.tokens = self._index.tokens[self._rows]
-        self.targets = self._index.targets[self._rows]
-        self.coordinates = self._index.coordinates[self._rows]
-        self.largest_tokens = self._index.largest_tokens[self._rows]
+
+    def _select(self, rows: np.ndarray) -> None:
+        """Set the samples to rows of the index."""
+        self._rows = rows
+        self.__dict__.pop("_groups", None)  # of other samples, where this is a copy
+        self.ids = [self._index.ids[row] for row in rows]
+        self.media = [self._index.media[row] for row in rows]
+        self.tokens, self.targets = self._index.tokens[rows], self._index.targets[rows]
+        self.coordinates, self.mentions = self._index.coordinates[rows], self._index.mentions[rows]
+        self.largest_tokens = self._index.largest_tokens[rows]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> TokenizedSample:
         return self._index[int(self._rows[index])]
+
+    def split(self, held_out: float | Path) -> tuple[StageDataset, StageDataset]:
+        """Two views of the samples: to train on, and to validate on.
+
+        held_out  a share, chosen by a checksum of the media's key, so that all samples of a video are in one of the two;
+                  or a file of ids or media keys, one a line
+        Raises ValueError if one of the two would be empty, OSError if the file cannot be read.
+        """
+        if isinstance(held_out, Path):
+            wanted = set(held_out.read_text(encoding="utf-8").split("\n")) - {""}
+            chosen = np.array([name in wanted or key in wanted for name, key in zip(self.ids, self.media)], dtype=bool)
+        else:
+            chosen = np.array([_fraction(key) < held_out for key in self.media], dtype=bool)
+        if chosen.all() or not chosen.any():
+            which = "all" if chosen.all() else "none"
+            raise ValueError(f"--held-out {held_out} holds out {which} of the {len(self):,} samples of {self._folder}")
+        views = copy(self), copy(self)
+        for view, rows in zip(views, (self._rows[~chosen], self._rows[chosen])):
+            view._select(rows)
+        return views
 
     def groups(self) -> np.ndarray:
         """Group numbers (n,): samples of the same media have the same number."""
@@ -101,6 +128,9 @@ class StageDataset:
 
     def summary(self) -> str:
         parts = [f"{len(self.ids):,} samples"]
+        if self._stage < 3 and self.ids:
+            parts.append(f"{int((self.mentions > 0).sum()):,} with mentions")
+            parts.append(f"{int((self.coordinates > 0).sum()):,} with a trajectory")
         if self.over_length:
             parts.append(f"{len(self.over_length):,} left out for more than {self.max_length:,} tokens")
         if self.not_encoded:
@@ -135,8 +165,9 @@ class StageDataset:
         return {**dict(sorted(counts.items())), "which": which} if failures else {}
 
     def write_left_out(self, path: Path) -> None:
-        """Write `left_out` as JSON lines, in the format of the encoder's ledger."""
-        path.write_text("".join(json.dumps(asdict(f), ensure_ascii=False) + "\n" for f in self.left_out()))
+        """Write `left_out` as JSON lines, in the format of the encoder's ledger, unless the file holds them already."""
+        lines = (json.dumps(asdict(f), ensure_ascii=False) + "\n" for f in self.left_out())
+        write_if_changed(path, "".join(lines))
 
     def fingerprint(self) -> str:
         """A short checksum of the samples: their annotations, and their lengths in tokens."""
@@ -149,5 +180,10 @@ class StageDataset:
         count, total = len(self.malformed), len(self.malformed) + len(self._index)
         if count > budget * total:
             errors = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed[:_ERRORS_SHOWN]]
-            errors.append(f"{count:,} of {total:,} records are malformed, more than the failure budget of {budget:.2%}")
+            errors.append(f"{count:,} of {total:,} records are malformed, {over_budget(count, total, budget)}")
             raise RecordError("\n".join(errors))
+
+
+def _fraction(key: str) -> float:
+    """A number in [0, 1) from a checksum of the key."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64

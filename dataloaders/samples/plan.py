@@ -64,6 +64,21 @@ class BatchPlan:
         return np.lexsort((within, self._groups, between))
 
 
+class InOrder:
+    """The plan of a validation: one pass over all samples, in order; the last batch may be smaller."""
+
+    def __init__(self, num_samples: int, batch: int) -> None:
+        self.num_samples, self.batch = num_samples, batch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_samples // self.batch)
+
+    def samples(self, step: int) -> np.ndarray:
+        """Indices of the samples of a batch, which counts from 0."""
+        return np.arange(step * self.batch, min((step + 1) * self.batch, self.num_samples))
+
+
 @dataclass(frozen=True)
 class Prefixes:
     """What the samples of a global batch share, known before any of them is read.

@@ -109,6 +109,7 @@ class TokenizedFile:
     """A file of `write`, mapped. Samples are read on demand, ids and media once. Raises ValueError if it is damaged.
 
     tokens, targets, coordinates  (n,) int32 of each sample: length, supervised tokens, present coordinates
+    mentions                      (n,) int32, mentions with different trajectories
     largest_tokens, frame_starts  (n,) int32 of each sample: the largest token id, the position of the first frame
     digests                       (n, 16) uint8, checksum of each record's bytes
     """
@@ -135,7 +136,7 @@ class TokenizedFile:
         lengths = columns["lengths"]
         self._starts = np.zeros((len(lengths) + 1, 6), dtype=np.int64)
         np.cumsum(lengths, axis=0, out=self._starts[1:])
-        self.tokens, self.targets = lengths[:, 0], lengths[:, 1]
+        self.tokens, self.targets, self.mentions = lengths[:, 0], lengths[:, 1], lengths[:, 3]
         self.coordinates, self.digests = columns["coordinates"], columns["digests"]
         self.largest_tokens, self.frame_starts = columns["largest_tokens"], columns["frame_starts"]
         joined = columns["texts"].tobytes()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from dataloaders import logs, paths
+from dataloaders.cli import at_least, flag, parse_command, run
 from dataloaders.failures import LEDGER, read_failures, report
+from dataloaders.logs import LogFlags
 from dataloaders.store.features import MANIFEST, FeatureStore, Manifest
 from dataloaders.store.tools import (
     PITE_SAMPLING,
     NpyFolder,
     Report,
+    check_import,
     discard,
     import_npy,
     log_missing,
@@ -24,9 +28,86 @@ from dataloaders.store.tools import (
 )
 
 
-def _inspect(options: argparse.Namespace) -> int:
-    for path in stores_in(options.store):
-        if path != options.store:
+@dataclass(frozen=True, kw_only=True)
+class InspectFlags(LogFlags):
+    """The settings that a store was made with, and its size."""
+
+    store: Path = flag(positional=True)
+    """a store, or a folder of stores such as engine.encode fills"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyFlags(LogFlags):
+    """Compare every record with its checksum."""
+
+    store: Path = flag(positional=True)
+    """a store, or a folder of stores such as engine.encode fills"""
+    discard: bool = False
+    """remove damaged shards' indices and files of killed writers; refused while a process writes"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFlags(LogFlags):
+    """The flag of the commands that write a store."""
+
+    shard_records: int = 1024
+    """records per shard"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "shard_records")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeFlags(ShardFlags):
+    """Copy several stores into one, in full shards."""
+
+    output: Path = flag(positional=True)
+    """the store to write or to extend"""
+    stores: tuple[Path, ...] = flag(positional=True)
+    """the stores to copy"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportFlags(ShardFlags):
+    """Copy a folder of {id}.npy, each (N, channels), into a store."""
+
+    folder: Path = flag(positional=True)
+    """folder of {id}.npy"""
+    output: Path = flag(positional=True)
+    """store, such as FEATURES/videos"""
+    split: str
+    """split of the ids: stage2, stage3 or evaluation"""
+    encoder: str | None = None
+    """name of the encoder, for the manifest; or give --like"""
+    like: Path | None = None
+    """take the manifest of this store; or give --encoder"""
+    sampling: str = PITE_SAMPLING
+    """frame sampling rule"""
+    preprocess: str = "imported"
+    """resize, crop and normalisation"""
+    data: Path | None = None
+    """data folder; media of this split without a file are logged in the ledger next to OUTPUT, and training leaves them
+    out"""
+    failure_budget: float = 0.01
+    """with --data: share of the split's media that may have no file"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.encoder is None) == (self.like is None):
+            raise ValueError("import needs one of --encoder and --like: where the manifest's settings come from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailuresFlags(LogFlags):
+    """Media that failed to decode or encode, by reason."""
+
+    features: Path = flag(positional=True)
+    """a folder of stores that engine.encode filled"""
+
+
+def _inspect(flags: InspectFlags) -> int:
+    for path in stores_in(flags.store):
+        if path != flags.store:
             print(path)
         store = FeatureStore(path)
         shards = sorted(path.glob("*.safetensors"))
@@ -39,16 +120,16 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(options: argparse.Namespace) -> int:
+def _verify(flags: VerifyFlags) -> int:
     damaged = 0
-    for path in stores_in(options.store):
-        report = discard(path) if options.discard else verify(path)
+    for path in stores_in(flags.store):
+        report = discard(path) if flags.discard else verify(path)
         for line in _lines(report):
             print(line)
-        if options.discard and report.damage:
+        if flags.discard and report.damage:
             print("the damaged shards are discarded; run engine.encode to make their records again")
         what = f"{report.records:,} records in {report.shards:,} shards read, {len(report.damage):,} shards damaged"
-        print(what if path == options.store else f"{path}: {what}")
+        print(what if path == flags.store else f"{path}: {what}")
         damaged += len(report.damage)
     return 1 if damaged else 0
 
@@ -62,102 +143,61 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"{len(report.stray):,} files of {size}, left by killed writers, belong to no shard"
 
 
-def _merge(options: argparse.Namespace) -> int:
-    copied = merge(options.output, options.stores, options.shard_records)
-    print(f"{copied:,} records copied; {options.output} holds {len(FeatureStore(options.output)):,}")
+def _merge(flags: MergeFlags) -> int:
+    copied = merge(flags.output, flags.stores, flags.shard_records)
+    print(f"{copied:,} records copied; {flags.output} holds {len(FeatureStore(flags.output)):,}")
     return 0
 
 
-def _import(options: argparse.Namespace) -> int:
-    folder = NpyFolder(options.folder, options.split)
-    if options.like is not None:
-        manifest = Manifest.load(options.like)
-    else:
+def _import(flags: ImportFlags) -> int:
+    paths.input_folder("FOLDER", flags.folder)
+    check_import(flags.data, flags.split, flags.failure_budget)
+    manifest = None if flags.like is None else Manifest.load(flags.like)
+    folder = NpyFolder(flags.folder, flags.split)
+    if manifest is None:
+        assert flags.encoder is not None, "ImportFlags requires one of the two"
         manifest = Manifest(
-            options.encoder, folder.tokens, options.sampling, options.preprocess, folder.tokens, folder.channels
+            flags.encoder, folder.tokens, flags.sampling, flags.preprocess, folder.tokens, folder.channels
         )
-    copied = import_npy(folder, options.output, manifest, options.shard_records)
-    print(f"{copied:,} records copied; {options.output} holds {len(FeatureStore(options.output)):,}")
-    if options.data is not None:
-        missing = log_missing(options.folder, options.output, options.data, options.split, options.failure_budget)
+    copied = import_npy(folder, flags.output, manifest, flags.shard_records)
+    print(f"{copied:,} records copied; {flags.output} holds {len(FeatureStore(flags.output)):,}")
+    if flags.data is not None:
+        missing = log_missing(flags.folder, flags.output, flags.data, flags.split, flags.failure_budget)
         where = (
-            f"; training leaves them out, and `python -m dataloaders.store failures {options.output.parent}` lists them"
+            f"; training leaves them out, and `python -m dataloaders.store failures {flags.output.parent}` lists them"
             if missing
             else ""
         )
-        print(f"{missing:,} media of {options.data / options.split} have no features{where}")
+        print(f"{missing:,} media of {flags.data / flags.split} have no features{where}")
     return 0
 
 
-def _failures(options: argparse.Namespace) -> int:
-    folder: Path = options.features
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder of features")
+def _failures(flags: FailuresFlags) -> int:
+    folder = flags.features
+    paths.input_folder("FEATURES", folder)
     stores = [FeatureStore(manifest.parent) for manifest in sorted(folder.glob(f"*/{MANIFEST}"))]
     print(report(read_failures(folder / LEDGER), {key for store in stores for key in store.keys}))
     return 0
 
 
+COMMANDS: dict[str, tuple[type[LogFlags], Callable[[Any], int]]] = {
+    "inspect": (InspectFlags, _inspect),
+    "verify": (VerifyFlags, _verify),
+    "merge": (MergeFlags, _merge),
+    "import": (ImportFlags, _import),
+    "failures": (FailuresFlags, _failures),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 1 after damage or a one-sentence error."""
-    parser = argparse.ArgumentParser(
-        "python -m dataloaders.store", description="Inspect, verify, merge and import feature stores."
+    """Run the command line. Returns the exit status: 1 after damage or a one-sentence error, 2 for a wrong flag."""
+    about = "Inspect, verify, merge and import feature stores."
+    flags = parse_command(
+        {name: cls for name, (cls, _) in COMMANDS.items()}, arguments, "python -m dataloaders.store", about
     )
-    commands = parser.add_subparsers(required=True, metavar="inspect|verify|merge|import|failures")
-
-    command = commands.add_parser("inspect", help="the settings that a store was made with, and its size")
-    command.add_argument("store", type=Path, help="a store, or a folder of stores such as engine.encode fills")
-    command.set_defaults(run=_inspect)
-
-    command = commands.add_parser("verify", help="compare every record with its checksum")
-    command.add_argument("store", type=Path, help="a store, or a folder of stores such as engine.encode fills")
-    command.add_argument(
-        "--discard",
-        action="store_true",
-        help="remove damaged shards' indices and files of killed writers; refused while a process writes",
-    )
-    command.set_defaults(run=_verify)
-
-    shards = argparse.ArgumentParser(add_help=False)
-    shards.add_argument("--shard-records", type=int, default=1024, help="records per shard (default: 1024)")
-    command = commands.add_parser("merge", parents=[shards], help="copy several stores into one, in full shards")
-    command.add_argument("output", type=Path)
-    command.add_argument("stores", type=Path, nargs="+", metavar="store")
-    command.set_defaults(run=_merge)
-
-    command = commands.add_parser("import", parents=[shards], help="copy a folder of {id}.npy, each (N, channels)")
-    command.add_argument("folder", type=Path)
-    command.add_argument("output", type=Path, help="store, such as FEATURES/videos")
-    command.add_argument("--split", required=True, help="split of the ids: stage2, stage3 or evaluation")
-    origin = command.add_mutually_exclusive_group(required=True)
-    origin.add_argument("--encoder", help="name of the encoder, for the manifest")
-    origin.add_argument("--like", type=Path, metavar="STORE", help="take the manifest of this store")
-    command.add_argument("--sampling", default=PITE_SAMPLING, help=f"frame sampling rule (default: {PITE_SAMPLING})")
-    command.add_argument("--preprocess", default="imported", help="resize, crop and normalisation (default: imported)")
-    command.add_argument(
-        "--data",
-        type=Path,
-        help="data folder; media of this split without a file are logged in the ledger next to OUTPUT, "
-        "and training leaves them out",
-    )
-    command.add_argument(
-        "--failure-budget",
-        type=float,
-        default=0.01,
-        help="with --data: share of the split's media that may have no file (default: %(default)s)",
-    )
-    command.set_defaults(run=_import)
-
-    command = commands.add_parser("failures", help="media that failed to decode or encode, by reason")
-    command.add_argument("features", type=Path, metavar="FEATURES", help="a folder of stores that engine.encode filled")
-    command.set_defaults(run=_failures)
-
-    options = parser.parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except (ValueError, OSError) as error:
-        print(f"dataloaders.store: {error}", file=sys.stderr)
-        return 1
+    logs.configure(flags.log_level)
+    (command,) = (function for cls, function in COMMANDS.values() if type(flags) is cls)
+    return run("dataloaders.store", lambda: command(flags), status=1)
 
 
 if __name__ == "__main__":

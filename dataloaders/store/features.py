@@ -90,7 +90,7 @@ class Manifest:
             if stored != expected:
                 raise ValueError(
                     f"the feature store {path} was made with {f.name} {stored!r}, but {expected!r} is expected; "
-                    "encode into another folder, or remove this one"
+                    "encode into another folder (--store), or remove this one"
                 )
 
 
@@ -133,6 +133,14 @@ class FeatureStore:
                 # Another rank may have removed it already.
                 index.unlink(missing_ok=True)
         return FeatureStore(path)
+
+    @staticmethod
+    def stored_keys(path: Path) -> set[str]:
+        """The keys of the undamaged shards at `path`, whatever its manifest; none if it is no store yet."""
+        if not (path / MANIFEST).exists():
+            return set()
+        indices = read_indices(path, Manifest.load(path)).values()
+        return {key for index in indices if index.damage is None for key in index.keys}
 
     @property
     def keys(self) -> KeysView[str]:

@@ -20,9 +20,10 @@ from typing import cast
 import numpy as np
 import pyarrow.parquet as pq
 
-from dataloaders.failures import LEDGER, Failure, Ledger, read_failures
+from dataloaders.failures import LEDGER, Failure, Ledger, over_budget, read_failures
 from dataloaders.files import abandoned
-from dataloaders.formats import SPLITS, Split, iter_media
+from dataloaders.formats import SPLITS, Split, present_formats
+from dataloaders.media import CACHE, list_media
 from dataloaders.store.features import MANIFEST, FeatureStore, FeatureWriter, Manifest, lock, read_indices
 
 PITE_SAMPLING = "linspace truncated"
@@ -210,6 +211,26 @@ def stores_in(path: Path) -> list[Path]:
     return stores
 
 
+def check_import(data: Path | None, split: str, budget: float) -> None:
+    """Check the flags of an import before anything is copied. Raises ValueError.
+
+    data  data folder for `log_missing`, or None
+    """
+    if not 0 <= budget <= 1:
+        raise ValueError(f"--failure-budget is a share between 0 and 1, not {budget}")
+    name = split_of_keys(split)
+    if data is not None:
+        present_formats(data, name)
+
+
+def split_of_keys(prefix: str) -> Split:
+    """The split that keys of this prefix belong to, such as `stage1` of `stage1/coco`. Raises ValueError for none."""
+    name = prefix.partition("/")[0]
+    if name not in SPLITS:
+        raise ValueError(f"--split must begin with {', '.join(SPLITS)}, not {name!r}")
+    return cast(Split, name)
+
+
 def log_missing(folder: Path, output: Path, data: Path, split: str, budget: float) -> int:
     """Log the media of a split that the store `output` lacks, in the ledger next to it, so that training leaves them
     out.
@@ -218,15 +239,10 @@ def log_missing(folder: Path, output: Path, data: Path, split: str, budget: floa
     split   a split, such as `stage2`, or a part of one, such as `stage1/coco`
     budget  share of the split's media that may be missing
     Returns the number of missing media. Media in the ledger are not logged again. Raises ValueError, and logs nothing,
-    for an unknown split and if more media are missing than the budget allows.
+    for a split without media and if more media are missing than the budget allows.
     """
-    if not 0 <= budget <= 1:
-        raise ValueError(f"--failure-budget is a share between 0 and 1, not {budget}")
-    name = split.partition("/")[0]
-    if name not in SPLITS:
-        raise ValueError(f"--split must begin with {', '.join(SPLITS)}, not {name!r}")
     # Training counts records without media.
-    named = iter_media(data, [cast(Split, name)], lambda _: None)
+    named = list_media(data, [split_of_keys(split)], output.parent / CACHE).media
     media = [m for m in named if m.key.rpartition("/")[0] == split]
     if not media:
         raise ValueError(f"{data} names no media whose keys begin with {split}/")
@@ -235,12 +251,12 @@ def log_missing(folder: Path, output: Path, data: Path, split: str, budget: floa
     if len(missing) > budget * len(media):
         raise ValueError(
             f"{len(missing):,} of {len(media):,} media of {split} have no file in {folder}, such as {missing[0]!r}, "
-            f"more than the failure budget of {budget:.2%}; raise --failure-budget to train without them"
+            f"{over_budget(len(missing), len(media), budget)}"
         )
-    ledger = Ledger(output.parent / LEDGER, len(media), 1.0)
+    ledger = Ledger(output.parent / LEDGER, len(media))
     known = {failure.id for failure in read_failures(ledger.path)}
-    for key in missing:
-        if key not in known:
-            file = folder / f"{key.rpartition('/')[2]}.npy"
-            ledger.add(Failure(key, str(file), "import", f"{file.name}: not among the imported files"))
+    files = {key: folder / f"{key.rpartition('/')[2]}.npy" for key in missing if key not in known}
+    ledger.log(
+        Failure(key, str(file), "import", f"{file.name}: not among the imported files") for key, file in files.items()
+    )
     return len(missing)

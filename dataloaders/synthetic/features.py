@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.formats import iter_media
+from dataloaders.formats import present_splits
+from dataloaders.media import list_media
 from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest
 
 
@@ -16,6 +17,6 @@ def write_random_features(data: Path, output: Path, num_frames: int, channels: i
     for folder, tokens, kind in (("images", 1, "image"), ("videos", num_frames, "video")):
         manifest = Manifest("none", tokens, "linspace", "none", tokens, channels)
         store = FeatureStore.create_or_open(output / folder, manifest)
-        media = [m for m in iter_media(data, ("stage1", "stage2", "stage3", "evaluation")) if m.kind == kind]
+        media = [m for m in list_media(data, present_splits(data)).media if m.kind == kind]
         with FeatureWriter(store) as writer:
             writer.add({m.key: rng.standard_normal((tokens, channels)) for m in media})

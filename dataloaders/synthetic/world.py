@@ -7,58 +7,29 @@ and a run after a kill makes only the missing files.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from dataloaders.files import write_atomically
 from dataloaders.synthetic import language, scene
+from dataloaders.synthetic.config import WorldConfig
 from dataloaders.synthetic.render import draw, write_jpeg, write_mp4
 
 VERSION = 4
 """Version of the world's rules. A folder of another version is refused."""
 
-Progress = Callable[[str, int, int], None]
 _STILL, _TRAINING, _HELD_OUT = range(3)
 _CHUNK = 16
-
-
-@dataclass(frozen=True)
-class WorldConfig:
-    """Contents of a world. The same configuration always gives the same bytes.
-
-    videos      training videos, shared by stages 2 and 3
-    evaluation  held-out videos
-    images      narrated stills of stage 1
-    frames      N, for the two-digit frame indices in stage 3's answers
-    size        width and height in pixels
-    seed        random seed
-    """
-
-    videos: int = 3400
-    evaluation: int = 400
-    images: int = 3400
-    frames: int = 32
-    size: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("videos", "evaluation", "images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if not 2 <= self.frames <= 100:
-            raise ValueError(f"--frames must be 2 to 100 (indices have two digits), not {self.frames}")
-        if self.size < 16 or self.size % 2:
-            raise ValueError(f"--size must be an even number of at least 16 pixels (H.264 needs even), not {self.size}")
-        if self.seed < 0:
-            raise ValueError(f"--seed must not be negative, not {self.seed}")
 
 
 def _generator(seed: int, part: int, number: int) -> np.random.Generator:
@@ -108,10 +79,10 @@ def _array(records: list[dict[str, Any]]) -> str:
     return f"[\n{_lines(records).rstrip().replace(chr(10), f',{chr(10)}')}\n]\n"
 
 
-def make_world(output: Path, config: WorldConfig, processes: int = 2, progress: Progress = lambda *_: None) -> bool:
+def make_world(output: Path, config: WorldConfig, processes: int = 2, progress: bool = False) -> bool:
     """Write the data folder `output`. Returns False if it was already complete.
 
-    progress  called with (part, done, total) as files are written
+    progress  show a progress bar for each part
     Raises ValueError if `output` holds a world of another configuration, or other files.
     """
     manifest_path = output / "world.json"
@@ -140,11 +111,8 @@ def make_world(output: Path, config: WorldConfig, processes: int = 2, progress: 
     with _mapper(processes) as mapper:
 
         def run(part: str, write: Callable[[int], dict[str, Any]], total: int) -> list[dict[str, Any]]:
-            records = []
-            for record in mapper(write, range(total)):
-                records.append(record)
-                progress(part, len(records), total)
-            return records
+            records = mapper(write, range(total))
+            return list(tqdm(records, part, total, disable=None if progress else True, file=sys.stderr))
 
         narratives = run("narrated stills", partial(_write_still, images, config), config.images)
         training = run("training videos", partial(_write_video, videos, config, _TRAINING), config.videos)

@@ -12,21 +12,23 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dataloaders import cli, logs, paths
+from dataloaders.cli import at_least
 from dataloaders.files import write_atomically
+from dataloaders.logs import LogFlags
 from dataloaders.synthetic.language import TIMES_FIRST
-from engine.cli import parse
-from engine.demo.held_out import example_event, summarize
+from engine.demo.example import example_event
 from engine.plots import plot_losses
 from pite.evaluate.grounding import question_for
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(LogFlags):
     """Make a synthetic world, train the three stages on it, and measure and draw the results."""
 
     output: Path = Path("runs/demo")
@@ -45,9 +47,7 @@ class DemoConfig:
     """seed of the world, the weights and the data order"""
 
     def __post_init__(self) -> None:
-        for name in ("videos", "evaluation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        at_least(self, 1, "videos", "evaluation")
         if not 2 <= self.num_frames <= 100:
             raise ValueError(f"--num-frames must be 2 to 100 (indices have two digits), not {self.num_frames}")
 
@@ -66,7 +66,7 @@ class Step:
         return shlex.join(["python", "-m", self.module, *self.arguments])
 
 
-class StepFailed(RuntimeError):
+class StepFailed(ValueError):
     """A step ended with an error or was stopped early; the message names the step and its command."""
 
 
@@ -156,25 +156,30 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status, 1 after a step that failed."""
-    config = parse(DemoConfig, argv, prog="python -m engine.demo")
+    config = cli.parse(DemoConfig, argv, prog="python -m engine.demo")
+    logs.configure(config.log_level)
+    return cli.run("engine.demo", lambda: run(config), status=1)
+
+
+def run(config: DemoConfig) -> None:
+    """Run the missing steps, measure the models where one ran, and print the table."""
+    paths.output_folder("--output", config.output)
     path = config.output / "summary.json"
-    try:
-        seconds, ran = run_steps(config)
-        if ran or not path.exists():
-            started = time.monotonic()
-            losses = {f"stage {n}": config.output / "run" / f"stage{n}" / "metrics.jsonl" for n in (1, 2, 3)}
-            plot_losses(losses, config.output / "losses.png")
-            summary = summarize(config.output)
-            seconds["summary"] = round(time.monotonic() - started, 1)
-            write_atomically(path, json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
-    except (StepFailed, ValueError) as error:
-        print(f"engine.demo: {error}", file=sys.stderr)
-        return 1
+    seconds, ran = run_steps(config)
+    if ran or not path.exists():
+        # Imported after the flags and paths are checked: it takes seconds.
+        from engine.demo.held_out import summarize
+
+        started = time.monotonic()
+        losses = {f"stage {n}": config.output / "run" / f"stage{n}" / "metrics.jsonl" for n in (1, 2, 3)}
+        plot_losses(losses, config.output / "losses.png")
+        summary = summarize(config.output)
+        seconds["summary"] = round(time.monotonic() - started, 1)
+        write_atomically(path, json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
     print(table(json.loads(path.read_text())))
     print(f"\nin {config.output}: summary.json, losses.png, overlay.png, overlay.mp4, chat.mp4")
-    return 0
 
 
 if __name__ == "__main__":

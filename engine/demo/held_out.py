@@ -12,6 +12,7 @@ from dataloaders.decode.video import decode_video
 from dataloaders.formats import Where, iter_json, read_pite
 from dataloaders.samples.prompts import tokenize
 from dataloaders.store.features import FeatureStore
+from engine.demo.example import example_event
 from pite.draw import Track, save_strip, save_video
 from pite.evaluate.grounding import Events, Prediction, ious, read_ground_truth, read_predictions
 from pite.evaluate.metrics import (
@@ -21,6 +22,7 @@ from pite.evaluate.metrics import (
     question_blind_bound,
     trajectory_scores,
 )
+from pite.evaluate.models import check_features
 from pite.evaluate.trajectories import predict_trajectories, read_samples
 from pite.generate import Generator
 
@@ -96,19 +98,16 @@ def draw_example(
     save_video(film, frames, tracks)
 
 
-def example_event(captions: Path, objects: int = 2) -> tuple[str, str]:
-    """A held-out video and its first sentence: the first video with this many objects, or else the first video."""
-    truth = read_ground_truth(captions)
-    video = next((video for video, events in truth.items() if len(events.intervals) == objects), next(iter(truth)))
-    return video, truth[video].sentences[0]
-
-
 def summarize(output: Path) -> dict[str, object]:
     """Measure the models of a finished demo in `output`, draw one example, and return the summary's numbers."""
     evaluation = output / "data" / "evaluation"
-    features = FeatureStore(output / "store" / "videos").read
+    store = FeatureStore(output / "store" / "videos")
+    features = store.read
     truth = read_ground_truth(evaluation / "activitynet_captions.json")
-    stage2, stage3 = (Generator.from_pretrained(output / "run" / f"stage{n}" / "final") for n in (2, 3))
+    models = [output / "run" / f"stage{n}" / "final" for n in (2, 3)]
+    for model in models:
+        check_features(store, model)
+    stage2, stage3 = map(Generator.from_pretrained, models)
     predictions = read_predictions(output / "grounding.jsonl", truth)
     every, by_objects = measure_grounding(predictions, truth, stage3.model.config.num_frames)
     tracks = evaluation / "pite_143k.jsonl"

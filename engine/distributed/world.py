@@ -8,7 +8,6 @@ any layout.
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dataloaders.ranks import Ranks
 from engine.distributed.watchdog import SETUP_TIMEOUT, Watchdog, torchrun_hosts_store
-from pite import names
+from pite import devices, names
 
 # A decoder layer may return a view. That is safe: the next layer writes only to its own memory.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -56,7 +55,7 @@ class World:
         """
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if kind.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError("--device cuda: no CUDA device is available here")
+            raise ValueError(f"--device cuda: {devices.unusable_gpu() or 'there is no NVIDIA GPU here'}")
         ranks = Ranks.read()
         rank, size = ranks.rank, ranks.size
         if kind == "cuda":
@@ -69,6 +68,7 @@ class World:
                 )
             kind = f"cuda:{local}"
             torch.cuda.set_device(kind)
+            devices.check_computes(torch.device(kind))
         if size == 1:
             return World(rank, size, torch.device(kind))
         # torchrun's store exists before the process group, so the watchdog can name a rank that never joins the group.
@@ -107,15 +107,33 @@ class World:
         dist.all_gather_object(values, value)
         return cast(list[T], values)
 
+    def agree(self, check: Callable[[], object]) -> None:
+        """Run a check on every rank. If it fails on any, all raise the same ValueError, with the rank unless all fail."""
+        every = self.gather(_failure(check))
+        for rank, sentence in enumerate(every):
+            if sentence is not None:
+                raise ValueError(sentence if set(every) == {sentence} else f"rank {rank}: {sentence}")
+
+    def agree_with_main(self, check: Callable[[], object]) -> None:
+        """Run a check on rank 0 alone. If it fails, all ranks raise the same ValueError."""
+        failed = self.from_main(lambda: _failure(check))
+        if failed is not None:
+            raise ValueError(failed)
+
     def set_status(self, status: str) -> None:
         """Set what this rank is doing, for the other ranks' message if it stalls."""
         if self.watchdog is not None:
             self.watchdog.set_status(status)
 
-    def log_rank0(self, text: str) -> None:
-        """Print a line on stderr, on rank 0 only."""
-        if self.is_main:
-            print(text, file=sys.stderr)
+    def step_done(self) -> None:
+        """Count an optimizer step as progress once the device has computed what was queued until now."""
+        if self.watchdog is None:
+            return
+        event = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        self.watchdog.step_done(event)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -130,6 +148,14 @@ class World:
         self.watchdog.close(reason or "")
         if reason is None:
             dist.destroy_process_group()
+
+
+def _failure(check: Callable[[], object]) -> str | None:
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def grow_segments() -> None:

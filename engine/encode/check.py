@@ -86,7 +86,8 @@ def predict(job: Job, ranks: int) -> str:
         f"  records      {keys:,} of {record / 1e3:,.1f} kB: {keys * record / 1e9:,.3f} GB; {keys_missing:,} are missing,"
         f" {keys_missing * record / 1e9:,.3f} GB; {free / 1e9:,.0f} GB are free",
         f"  to decode    {len(missing):,} files"
-        + (f", {sum(lengths) / 3600:,.2f} h by their headers" if job.kind == "video" else ""),
+        + (f", {sum(lengths) / 3600:,.2f} h by their headers" if job.kind == "video" else "")
+        + f"; {job.num_absent:,} more are absent" * bool(job.num_absent),
     ]
     if not missing:
         return "\n".join(lines)

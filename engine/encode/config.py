@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.decode.decoder import TIME_LIMIT
+from dataloaders import paths
+from dataloaders.cli import at_least
+from dataloaders.decode import TIME_LIMIT
+from dataloaders.formats import present_splits
+from dataloaders.logs import LogFlags
 
 
-@dataclass(frozen=True)
-class EncodeConfig:
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(LogFlags):
     """Decode and encode all media in the annotations of a data folder.
 
     A run resumes where the last one stopped. Files that cannot be decoded are listed in STORE/failures.*.jsonl, and the
@@ -31,7 +35,7 @@ class EncodeConfig:
     """decoding processes of each rank; 0 decodes in the rank's own process. By default one per core, or per two cores
     if CLIP runs on the CPU, divided among the ranks of a machine"""
     failure_budget: float = 0.01
-    """share of media that may fail before the run stops"""
+    """share of media that may fail before the run stops; absent files are counted before anything is decoded"""
     time_limit: float = TIME_LIMIT
     """timeout in seconds: a file that takes longer fails and its process is killed (no timeout with 0 workers); a DALI
     batch that takes longer falls back to PyAV"""
@@ -45,14 +49,21 @@ class EncodeConfig:
     verify: int = 0
     """instead of encoding, decode and encode this many random records of the store again, and compare"""
     dry_run: bool = False
-    """instead of encoding, print the store's size and the time to encode; creates empty stores at most"""
+    """instead of encoding, print the store's size, the time to encode and the number of absent files; creates empty stores
+    and the lists of media at most"""
+
+    def check_paths(self) -> None:
+        """Raise ValueError for a data folder without annotations, a store that is no folder, or a CLIP that cannot exist.
+
+        Imports neither torch nor a decoder.
+        """
+        present_splits(self.data)
+        paths.output_folder("--store", self.store)
+        paths.model("--clip", self.clip)
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "batch_size", "shard_records"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"--workers must be 0 or more, not {self.workers}")
+        at_least(self, 1, "num_frames", "batch_size", "shard_records")
+        at_least(self, 0, "workers")
         if self.verify < 0 or self.time_limit <= 0:
             raise ValueError("--verify must be 0 or more, and --time-limit more than 0")
         if not 0 <= self.failure_budget <= 1:

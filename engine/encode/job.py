@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import logging
+from collections.abc import Container
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -12,22 +13,29 @@ from dataloaders.decode.dali import decoder as dali
 from dataloaders.decode.decoder import DecodePool, Decoder, decode_cropped
 from dataloaders.records import Media
 from dataloaders.store.features import FeatureStore
+from engine.encode.backend import Backend
 from engine.encode.config import EncodeConfig
 
 if TYPE_CHECKING:
     from pite.clip import ClipEncoder
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Job:
-    """This rank's media of one kind, grouped by file, with the store, the encoder and the settings for decoding."""
+    """This rank's media of one kind, grouped by file, with the store, the encoder and the settings for decoding.
+
+    absent  keys of media without a file, which are not decoded
+    """
 
     kind: Literal["video", "image"]
     groups: list[list[Media]]
+    absent: Container[str]
     store: FeatureStore
     encoder: ClipEncoder
     config: EncodeConfig
-    workers: int
+    backend: Backend
 
     @property
     def batch_size(self) -> int:
@@ -36,33 +44,29 @@ class Job:
 
     @property
     def missing(self) -> list[list[Media]]:
-        return [group for whole in self.groups if (group := [m for m in whole if m.key not in self.store])]
+        """The media to encode: neither in the store nor absent."""
+        groups = ([m for m in whole if m.key not in self.store and m.key not in self.absent] for whole in self.groups)
+        return [group for group in groups if group]
+
+    @property
+    def num_absent(self) -> int:
+        """Number of media that are neither stored nor have a file."""
+        return sum(m.key in self.absent for group in self.groups for m in group)
 
     def decoder(self, files: int) -> AbstractContextManager[Decoder]:
-        """A decoder for this many files."""
+        """A decoder for this many files: PyAV also where DALI was chosen by default and cannot be started."""
         num_frames, preprocess = self.store.manifest.num_frames, self.encoder.preprocess
-        limit = self.config.time_limit
-        chosen = chosen_decoder(self.config, self.encoder.device.type)
-        workers = min(files, self.workers)
+        limit, chosen = self.config.time_limit, self.backend.decoder
+        workers = min(files, self.backend.workers)
         if chosen == "dali":
-            return dali.DaliDecoder(
-                self.kind, num_frames, preprocess, self.encoder.device.type, workers, time_limit=limit
-            )
+            device = self.encoder.device.type
+            try:
+                return dali.DaliDecoder(self.kind, num_frames, preprocess, device, workers, time_limit=limit)
+            except ValueError as error:
+                if self.config.decoder != "auto":
+                    raise
+                log.warning("%s: falling back to PyAV for all %ss", error, self.kind)
         decode = partial(decode_cropped, num_frames=num_frames, preprocess=preprocess)
         if chosen == "torchcodec" and self.kind == "video":
             return DecodePool(partial(decode, reader="torchcodec"), workers, time_limit=limit, by="torchcodec")
         return DecodePool(decode, workers, time_limit=limit)
-
-
-def chosen_decoder(config: EncodeConfig, device: str) -> str:
-    """The decoder that --decoder names; `auto` is DALI if CLIP runs on a GPU and DALI works, else PyAV."""
-    if config.decoder != "auto":
-        return config.decoder
-    if device == "cuda":
-        try:
-            dali.require()
-        except ValueError as error:
-            print(f"engine.encode: {error}: decoding on the CPU", file=sys.stderr)
-        else:
-            return "dali"
-    return "pyav"

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from dataloaders.decode.containers import duration
-from dataloaders.decode.decoder import Decoded
 from dataloaders.partition import longest_first
+from dataloaders.ranks import Ranks
 from dataloaders.records import Media
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dataloaders.decode.decoder import Decoded
     from pite.clip import ClipEncoder
 
 _OPENING = 0.5
 """Cost of opening a file, in seconds of video; the whole weight of a file whose header has no length."""
 
 _LONGEST = 24 * 3600.0
-_HEADER_THREADS = 32
+_THREADS, _THREAD_ITEMS = 32, 64
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def groups_of(media: Iterable[Media]) -> list[list[Media]]:
@@ -54,8 +58,24 @@ def seconds_of(media: Sequence[Media]) -> list[float]:
         except OSError:
             return 0.0
 
-    with ThreadPoolExecutor(_HEADER_THREADS) as threads:  # A network file system handles many requests at once.
-        return list(threads.map(read_length, media, chunksize=64))
+    return in_threads(read_length, media, "reading lengths")
+
+
+def in_threads(function: Callable[[T], U], items: Sequence[T], what: str) -> list[U]:
+    """The function's results for all items, computed in threads: a network file system handles many requests at once.
+
+    what  name of the progress bar, which rank 0 shows after some seconds
+    """
+    parts = [items[i : i + _THREAD_ITEMS] for i in range(0, len(items), _THREAD_ITEMS)]
+    results: list[U] = []
+    with (
+        ThreadPoolExecutor(_THREADS) as threads,
+        tqdm(desc=what, total=len(items), unit=" files", delay=5, disable=Ranks.read().rank > 0) as bar,
+    ):
+        for part in threads.map(lambda part: [function(item) for item in part], parts):
+            results += part
+            bar.update(len(part))
+    return results
 
 
 def partition_by_length(groups: Sequence[list[Media]], ranks: int) -> list[list[list[Media]]]:

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
-from engine.tiny.models import TinyConfig, make_tiny
+from dataloaders import logs
+from dataloaders.cli import parse, run
+from engine.tiny.config import TinyFlags
 
 
-def main(arguments: list[str] | None = None) -> int:
-    defaults = TinyConfig()
-    parser = argparse.ArgumentParser(prog="python -m engine.tiny", description=__doc__, allow_abbrev=False)
-    parser.add_argument("output", type=Path, metavar="OUT", help="output folder; models that it already holds are kept")
-    parser.add_argument("--clip-steps", type=int, default=defaults.clip_steps, help="steps of 128 stills (%(default)s)")
-    parser.add_argument(
-        "--list-steps", type=int, default=defaults.list_steps, help="steps of 32 dialogues, mostly lists (%(default)s)"
-    )
-    parser.add_argument(
-        "--vicuna-steps", type=int, default=defaults.vicuna_steps, help="further steps of 32 dialogues (%(default)s)"
-    )
-    parser.add_argument("--frames", type=int, default=defaults.frames, help="frames of a video (%(default)s)")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of weights and data (%(default)s)")
-    flags = parser.parse_args(arguments)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status, 2 after a one-sentence error."""
+    flags = parse(TinyFlags, argv, prog="python -m engine.tiny")
+    logs.configure(flags.log_level)
+    return run("engine.tiny", lambda: _train(flags), status=2)
+
+
+def _train(flags: TinyFlags) -> None:
+    flags.check_paths()
+    # Imported after the flags and paths are checked: it takes seconds.
+    from engine.tiny.models import make_tiny
+
     started = time.monotonic()
-    try:
-        config = TinyConfig(flags.clip_steps, flags.list_steps, flags.vicuna_steps, flags.frames, flags.seed)
-        lines = make_tiny(flags.output, config)
-    except (ValueError, OSError) as error:
-        print(f"engine.tiny: {error}", file=sys.stderr)
-        return 2
+    lines = make_tiny(flags.output, flags.training, flags.log_level)
     for line in lines:
         print(line)
     print(f"{flags.output}: {f'made in {time.monotonic() - started:.0f} s' if lines else 'already complete'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ weights passes all of them on. A learned read-out would put positions into the d
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from dataloaders.decode.preprocess import CLIP_MEAN, CLIP_STD
 from dataloaders.synthetic.render import draw
 from dataloaders.synthetic.scene import COLOURS, SHAPES, Scene, sample_still, sample_things
+
+log = logging.getLogger(__name__)
 
 SIZE = 64
 BATCH = 128
@@ -110,7 +113,7 @@ def train(steps: int, seed: int) -> CLIPVisionModelWithProjection:
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"clip step {step + 1}/{steps}: loss {loss.item():.3f}", flush=True)
+            log.info("clip step %d/%d: loss %.3f", step + 1, steps, loss.item())
     return model.eval()
 
 

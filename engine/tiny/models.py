@@ -8,45 +8,21 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from dataloaders import logs
 from dataloaders.files import directory_written_atomically
+from dataloaders.logs import LogLevel
 from engine.tiny import clip, vicuna
+from engine.tiny.config import TinyConfig
 from engine.tiny.tokenizer import build_tokenizer
 
 VERSION = 4
 """Version of the recipe: weights of another version are refused."""
-
-
-@dataclass(frozen=True)
-class TinyConfig:
-    """Settings of the tiny models' training; the same configuration always gives the same weights.
-
-    clip_steps    CLIP's steps, of 128 stills each
-    list_steps    the Vicuna's first steps, of 32 dialogues each that are mostly lists
-    vicuna_steps  the Vicuna's further steps, of 32 dialogues of every kind each
-    frames        N, entries of a log, and so frames of a video later
-    seed          of weights and data
-    """
-
-    clip_steps: int = 1200
-    list_steps: int = 350
-    vicuna_steps: int = 750
-    frames: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("clip_steps", "list_steps", "vicuna_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if not 2 <= self.frames <= 100:
-            raise ValueError(f"--frames must be 2 to 100 (indices have two digits), not {self.frames}")
-        if self.seed < 0:
-            raise ValueError(f"--seed must not be negative, not {self.seed}")
 
 
 def make_clip(directory: Path, config: TinyConfig) -> str:
@@ -87,11 +63,15 @@ def _missing(directory: Path, config: TinyConfig) -> bool:
     return False
 
 
-def make_tiny(output: Path, config: TinyConfig) -> list[str]:
-    """Make `output`/clip and `output`/vicuna if they are missing; return one line for each model made."""
+def make_tiny(output: Path, config: TinyConfig, log_level: LogLevel = "info") -> list[str]:
+    """Make `output`/clip and `output`/vicuna if they are missing; return one line for each model made.
+
+    log_level  of the processes that train them
+    """
     makers = {output / "clip": make_clip, output / "vicuna": make_vicuna}
     missing = {directory: make for directory, make in makers.items() if _missing(directory, config)}
     if not missing:
         return []
-    with ProcessPoolExecutor(len(missing), mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(len(missing), spawn, initializer=logs.configure, initargs=(log_level,)) as pool:
         return [future.result() for future in [pool.submit(make, path, config) for path, make in missing.items()]]

@@ -12,6 +12,7 @@ lists, because a list needs little more than this match.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +39,8 @@ from dataloaders.synthetic.language import (
     sentence,
 )
 from dataloaders.synthetic.scene import COLOURS, Scene, sample_still, sample_video
+
+log = logging.getLogger(__name__)
 
 BATCH = 32
 LIST_QUESTION = "List the shapes with first and last frame."
@@ -266,7 +269,7 @@ def train(
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == total - 1:
-            print(f"vicuna step {step + 1}/{total}: loss {answer.item():.3f}", flush=True)
+            log.info("vicuna step %d/%d: loss %.3f", step + 1, total, answer.item())
     return model.eval()
 
 

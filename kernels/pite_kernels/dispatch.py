@@ -49,6 +49,14 @@ def uses_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
+def backend_name(device: torch.device, dtype: torch.dtype) -> str:
+    """What computes the losses of hidden states on `device` in `dtype`: "Triton", "C++" or "PyTorch"."""
+    sample = torch.empty(0, device=device, dtype=dtype)
+    if uses_triton(sample):
+        return "Triton"
+    return "PyTorch" if cpp(sample) is None else "C++"
+
+
 def with_unit_stride(hidden: Tensor) -> Tensor:
     """`hidden` itself if its last dimension has stride 1, else a contiguous copy."""
     return hidden if hidden.stride(-1) == 1 else hidden.contiguous()

@@ -10,17 +10,19 @@ The ground truth is read by `dataloaders.formats.activitynet.read_events`. Every
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dataloaders.formats import lone_surrogate
 from dataloaders.formats.activitynet import read_events
 from pite.evaluate.metrics import Interval, interval_iou, parse_interval
-from pite.generate import Generator
+
+if TYPE_CHECKING:
+    from pite.generate import Generator
 
 QUESTION = "During which frames can we see {}?"
 """The predecessor's (VTimeLLM's) grounding question."""
@@ -131,10 +133,12 @@ def answer_questions(
 
     read_features  video id -> (num_frames, C)
     question       `{}` is replaced by the event's sentence
+    Raises ValueError before the first answer for a question that the model cannot hold.
     """
-    if question.count("{}") != 1:
-        raise ValueError(f"the question must hold {{}} once, where the sentence goes: {question!r}")
     events = [(video, i) for video, those in truth.items() for i in range(len(those.sentences))]
+    for video, i in events:
+        num_frames = generator.model.config.num_frames
+        generator.check_question(question_for(truth[video].sentences[i], question), num_frames)
     for start in range(0, len(events), batch_size):
         batch = events[start : start + batch_size]
         # Copied, because torch does not accept the store's read-only views.
@@ -152,7 +156,7 @@ def question_for(sentence: str, question: str = QUESTION) -> str:
     return question.replace("{}", sentence.strip().lower().removesuffix("."))
 
 
-def ious(predictions: Sequence[Prediction], truth: dict[str, Events], num_frames: int = 100) -> list[float]:
+def ious(predictions: Sequence[Prediction], truth: Mapping[str, Events], num_frames: int = 100) -> list[float]:
     """IoU (0..1) of each prediction; an answer without an interval gets 0."""
     intervals = (parse_interval(prediction.answer, num_frames) for prediction in predictions)
     return [

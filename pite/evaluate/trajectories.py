@@ -13,13 +13,16 @@ from dataloaders.formats import Where, iter_json, read_pite
 from dataloaders.records import TokenizedSample
 from dataloaders.samples.batch import collate
 from dataloaders.samples.prompts import tokenize
-from pite import checkpoint
+from pite import checkpoint, lineage
 from pite.model import PiTe
 from pite.tokenizers import check_vocabulary
 
 
 def read_samples(path: Path, model: PiTe, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedSample]:
-    """PiTe-143k records that have a trajectory, tokenized for `model`. Raises ValueError if the file does not exist."""
+    """PiTe-143k records that have a trajectory, tokenized for `model`.
+
+    Raises ValueError if the file does not exist, and for a sample that the language model or its context cannot hold.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     shape = {"num_frames": model.config.num_frames, "num_points": model.config.num_points}
@@ -27,6 +30,8 @@ def read_samples(path: Path, model: PiTe, tokenizer: PreTrainedTokenizerBase) ->
         where = Where(path, offset)
         sample = tokenize(read_pite(record, where, path.parent, **shape), tokenizer, **shape)
         check_vocabulary(int(sample.token_ids.max()), tokenizer, model.config.llm.vocab_size, f"{path}: {sample.id!r}")
+        if reason := model.config.beyond_context(len(sample.token_ids)):
+            raise ValueError(f"{path}: {sample.id!r}: {reason}; leave it out, or give a model with a longer context")
         if len(sample.trajectory):
             yield sample
 
@@ -36,7 +41,7 @@ def trajectory_head_warning(directory: Path) -> str | None:
 
     The published layout does not record its stages.
     """
-    stages = checkpoint.stages(checkpoint.resolve(directory))
+    stages = lineage.stages(checkpoint.resolve(directory))
     if not stages or stages[-1] == 2:
         return None
     if 2 not in stages:

@@ -45,8 +45,9 @@ generator = Generator.from_pretrained({name})
 python -m pite.chat --model {quoted} --video video.mp4 --query "What happens in the video?"
 ```
 """
-_SETTINGS = ("epochs", "global batch", "learning rate", "lora rank", "lora alpha", "dtype", "seed", "data", "left out")
-"""Settings in a lineage's `made_of` that the card shows."""
+_RECIPE = ("epochs", "global_batch", "learning_rate", "lora_rank", "lora_alpha")
+_SETTINGS = ("dtype", "seed", "data", "left_out")
+"""Settings in a lineage's `made_of` that the card shows; those of `_RECIPE` are in its "recipe"."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def model_card(
     name      the name that loads the model: the repository's or the folder's
     kind      "full" or "peft"
     hub_base  Hugging Face name of the language model; None leaves it out
-    stages    lineages in order, as `pite.checkpoint.history` returns them
+    stages    lineages in order, as `pite.lineage.history` returns them
     """
     parts = [
         _front_matter(kind, hub_base),
@@ -114,14 +115,15 @@ def _front_matter(kind: str, hub_base: str | None) -> str:
 def _training(hub_base: str | None, stages: Sequence[Mapping[str, Any]]) -> list[str]:
     if not stages:
         return []
-    checksum = stages[0].get("made_of", {}).get("language model")
+    made_of = [stage.get("made_of", {}) for stage in stages]
+    checksum = made_of[0].get("model", {}).get("language_model")
     base = hub_base or "a language model that was given as a directory"
     rows = [["stage", *(str(stage["stage"]) for stage in stages)]]
     rows.append(["steps", *(str(stage.get("steps", "")) for stage in stages)])
-    for setting in _SETTINGS:
-        values = [_cell(stage.get("made_of", {}).get(setting)) for stage in stages]
+    for setting in (*_RECIPE, *_SETTINGS):
+        values = [_cell({**each, **each.get("recipe", {})}.get(setting)) for each in made_of]
         if any(values):
-            rows.append([setting, *values])
+            rows.append([setting.replace("_", " "), *values])
     for file in sorted({file for stage in stages for file in stage.get("files", {})}):
         rows.append([f"SHA-256 of {file}", *(stage.get("files", {}).get(file, "")[:16] for stage in stages)])
     return [

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataloaders.files import read_json_object, write_atomically, write_tensors
-from pite import checkpoint, hub, names
+from pite import checkpoint, hub, lineage, names
 from pite.config import PiTeConfig
 from pite.export import RECORD
 from pite.shards import sharded, write_index
@@ -52,15 +52,15 @@ class TrainedModel:
         """Raises ValueError, like `pite.checkpoint.from_pretrained`, if files are missing or altered."""
         directory = checkpoint.resolve(path_or_name)
         config = PiTeConfig.load(directory)
-        if (directory / checkpoint.LINEAGE).exists():
-            lineage = checkpoint.read_lineage(directory)
-            checkpoint.check_language_model(directory, lineage["language_model"])
-            adapters = (*(Path(entry["path"]) for entry in lineage["merged"]), directory)
-            base = lineage["language_model"]
-            return TrainedModel(directory, config, base, adapters, tuple(checkpoint.history(directory)), base)
+        if (directory / lineage.LINEAGE).exists():
+            made = lineage.read_lineage(directory)
+            lineage.check_language_model(directory, made["language_model"])
+            adapters = (*(Path(entry["path"]) for entry in made["merged"]), directory)
+            base = made["language_model"]
+            return TrainedModel(directory, config, base, adapters, tuple(lineage.history(directory)), base)
         export = directory / RECORD
         language_model = read_json_object(export).get("language_model") if export.exists() else None
-        return TrainedModel(directory, config, str(directory), (), tuple(checkpoint.history(directory)), language_model)
+        return TrainedModel(directory, config, str(directory), (), tuple(lineage.history(directory)), language_model)
 
     @property
     def hub_base(self) -> str | None:
@@ -71,7 +71,7 @@ class TrainedModel:
     def heads(self) -> dict[str, Tensor]:
         """Adapter and heads under published names. Raises ValueError if there are none or they do not fit."""
         expected = names.head_tensors(checkpoint.empty(self.config, torch.float32, "meta"))
-        separate = self.directory / checkpoint.HEADS_FILE
+        separate = self.directory / lineage.HEADS_FILE
         weights = hub.Weights(self.directory, "pite") if separate.exists() else hub.Weights(self.directory)
         found = {name: weights[name] for name in expected if name in weights}
         if not found:
@@ -137,16 +137,16 @@ def write_peft(trained: TrainedModel, directory: Path) -> None:
             stacked[names.lora_name(name, "A")] = torch.cat([a for a, _ in factors])
             scaled = [adapter.scale * b for adapter, (_, b) in zip(adapters, factors)]
             stacked[names.lora_name(name, "B")] = torch.cat(scaled, dim=1)
-    write_tensors(directory / checkpoint.ADAPTER_FILE, stacked)
+    write_tensors(directory / lineage.ADAPTER_FILE, stacked)
     _write_common(trained, directory)
     rank = sum(adapter.rank for adapter in adapters)
     kept = {name: value for name, value in trained.stages[-1].items() if name in ("stage", "steps", "made_of")}
-    lineage = {**kept, "language_model": trained.base, "merged": []}
-    checkpoint.describe_stage(directory, lineage, rank, alpha=rank)
+    record = {**kept, "language_model": trained.base, "merged": []}
+    checkpoint.describe_stage(directory, record, rank, alpha=rank)
 
 
 def _write_common(trained: TrainedModel, directory: Path) -> None:
-    write_tensors(directory / checkpoint.HEADS_FILE, trained.heads())
+    write_tensors(directory / lineage.HEADS_FILE, trained.heads())
     trained.config.save(directory)
     load_tokenizer(trained.directory).save_pretrained(str(directory))
 

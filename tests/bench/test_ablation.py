@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.ablation import VARIANTS, plot_curves, table
-from engine.cli import parse
+from dataloaders.cli import parse
 from engine.train import TrainConfig
 
 

@@ -115,39 +115,53 @@ def test_report(tmp_path, capsys):
     assert "bad.json: has neither" in capsys.readouterr().err
 
 
-def test_the_tables_of_the_readme_are_rewritten_from_the_files(tmp_path):
+def test_the_report_begins_with_one_line_per_case(tmp_path):
     rows = [ROW, replace(ROW, implementation=PLAIN, median_ms=5.0), replace(ROW, implementation="x", median_ms=4.0)]
     failed = [replace(ROW, case="another", problem="wrong: off by 3", median_ms=None)]
-    kernels, steps, readme = (tmp_path / name for name in ("k.json", "step_a.json", "README.md"))
+    kernels, steps = (tmp_path / name for name in ("k.json", "step_a.json"))
     about = {"device": "a device", "commit": "abc"}
     kernels.write_text(json.dumps({"environment": about, "rows": [r.to_json() for r in rows + failed]}))
     ours = step.Row("7b", OURS, 18e3, 17e3, 19e3, 20.0, 0.4, 70.0)
     peer = step.Row("7b", "peer", problem="not installed")
     steps.write_text(json.dumps({"environment": about, "rows": [vars(ours), vars(peer)]}))
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    for _ in range(2):
-        assert report.main([str(kernels), str(steps), "--readme", str(readme)]) == 0
-    text = readme.read_text()
+    assert report.main([str(kernels), str(steps), "--output", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report.md").read_text()
     assert "| a case | 2.00 (1.90 to 2.20) | 5.00 | 4.00 (x) |" in text
     assert "| another | wrong: off by 3 | | |" in text
-    assert (
-        "| 7b: ours | 18,000 (17,000 to 19,000) | 20.0 | 40.0% | 70.0 |" in text
-        and "| 7b: peer | not installed |" in text
-    )
+    assert "| 7b: ours | 18,000 (17,000 to 19,000) | 20.0 | 40.0% | 70.0 |" in text
+    assert "| 7b: peer | not installed |" in text
+
+
+def test_the_table_of_costs_is_rewritten(tmp_path, monkeypatch):
+    """Hours are measured where bench/results has a step of the device, else estimated."""
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    environment = {"device": "NVIDIA H100 80GB HBM3"}
+    rows = [{"model": "7b", "implementation": "pite", "mfu": 0.5}]
+    (tmp_path / "step_NVIDIA_H100.json").write_text(json.dumps({"environment": environment, "rows": rows}))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for _ in range(2):
+        assert report.main(["--readme", str(readme)]) == 0
+    text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    lines = {tuple(line.split(" | ")[:2]): line for line in text.splitlines() if line.startswith("| ")}
+    assert "measured, 50% of the bf16 peak" in lines["| 7b", "H100"]
+    assert "estimated, 45% of the bf16 peak" in lines["| 13b", "H100"]
+    assert "(paper: about 10 h)" in lines["| 7b", "A100-80GB"]
     with pytest.raises(ValueError, match="no marks"):
         report.fill("nothing", "table")
 
 
-def test_the_readme_has_the_results_of_all_files():
-    """After new measurements, run `python -m bench.report --readme README.md`."""
-    readme = Path(__file__).parents[2] / "README.md"
-    text = readme.read_text()
-    for path in sorted((readme.parent / "bench" / "results").glob("*.json")):
+def test_the_committed_tables_are_those_of_the_files():
+    """After new measurements, run `python -m bench.report` with --output bench/results/report and --readme README.md."""
+    root = Path(__file__).parents[2]
+    results = (root / "bench" / "results" / "report.md").read_text()
+    for path in sorted((root / "bench" / "results").glob("*.json")):
         if steps := report.read_steps(path):
-            assert report.step_table(*steps) in text
+            assert report.step_table(*steps) in results
         elif report.of_load(path):
-            page = (readme.parent / "docs" / "install.md").read_text()
+            page = (root / "docs" / "install.md").read_text()
             assert load.table(json.loads(path.read_text())) in page
         elif not path.name.startswith("encode_"):
-            assert report.summary(*report.read(path)) in text
+            assert report.summary(*report.read(path)) in results
+    assert report.cost_table(root / "bench" / "results") in (root / "README.md").read_text()

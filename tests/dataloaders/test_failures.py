@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dataloaders import failures as ledger_module
-from dataloaders.failures import LEDGER, BudgetExceeded, Failure, Ledger, read_failures, report
+from dataloaders.failures import LEDGER, BudgetExceeded, Failure, Ledger, over_budget, read_failures, report
 from dataloaders.store.__main__ import main
 from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest
 
@@ -37,12 +37,44 @@ def test_budget(tmp_path: Path) -> None:
     ledger.add(failure(0))
     ledger.add(failure(1))
     with pytest.raises(
-        BudgetExceeded, match=r"3 of 200 media failed, more than the failure budget of 1\.00%; the last"
+        BudgetExceeded,
+        match=r"3 of 200 media failed, more than the failure budget of 1\.00%; add .* 0\.015 or more .*; the last",
     ):
         ledger.add(failure(2))
     assert list(read_failures(ledger.path)) == [failure(i) for i in range(3)], (
         "the failure that exceeds the budget is logged too"
     )
+
+
+@pytest.mark.parametrize(
+    ("failed", "total", "share"),
+    [
+        (2, 15, "0.14"),
+        (3, 200, "0.015"),
+        (1, 2, "0.5"),
+        (5, 5, "1"),
+        (1, 7_000, "0.00015"),
+        (29, 100, "0.3"),  # 0.29 * 100 is below 29 in floating point
+        (1, 3, "0.34"),
+    ],
+)
+def test_the_budget_in_the_message_passes(tmp_path: Path, failed: int, total: int, share: str) -> None:
+    assert f"; add --failure-budget {share} or more to leave them out" in over_budget(failed, total, 0.0)
+    assert failed <= float(share) * total
+    ledger = Ledger(tmp_path / LEDGER, total, float(share))
+    for i in range(failed):
+        ledger.add(failure(i))
+
+
+def test_failures_that_another_process_logs_count(tmp_path: Path) -> None:
+    """Also if it logged them before this ledger was opened."""
+    first = Ledger(tmp_path / LEDGER, 100, 0.02)
+    first.log([failure(0), failure(1), failure(1)])
+    second = Ledger(tmp_path / LEDGER, 100, 0.02)
+    second.count_elsewhere(failure(i).id for i in range(2))
+    assert (first.count, second.count) == (2, 0) and len(list(read_failures(first.path))) == 2
+    with pytest.raises(BudgetExceeded, match="3 of 100 media failed"):
+        second.add(failure(2))
 
 
 def test_no_budget(tmp_path: Path) -> None:

@@ -147,14 +147,14 @@ def test_samples_left_out_are_listed_and_part_of_the_fingerprint(
     assert "1 of 25 records are malformed, more than the failure budget of 1.00%" in capsys.readouterr().err
     flags = {"data": data, "failure_budget": 0.1, "max_steps": 2, "workers": 0}
     assert main(train_arguments(workspace, tmp_path / "out", "1", **flags)) == 0
-    assert "24 samples, 1 malformed records left out; they are listed in" in capsys.readouterr().err
+    assert "24 samples, 24 with mentions, 24 with a trajectory, 1 malformed records left out" in capsys.readouterr().err
     (failure,) = read_failures(tmp_path / "out/stage1/left_out.jsonl")
     assert (failure.id, failure.stage) == ("stage1/localized_narratives.jsonl:4", "read")
     (saved,) = (tmp_path / "out/stage1/checkpoints").glob("*/state.json")
-    assert json.loads(saved.read_text())["fingerprint"]["left out"]["read"] == 1
+    assert json.loads(saved.read_text())["identity"]["left_out"]["read"] == 1
     file.write_text("".join([*good, "{}\n"]))
     assert main(train_arguments(workspace, tmp_path / "out", "1", **flags)) == 1
-    assert "left out was" in capsys.readouterr().err
+    assert "left_out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

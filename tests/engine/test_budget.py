@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import budget, hardware
+from engine import hardware
+from engine.budget import __main__ as budget
+from engine.budget.costs import VIT_L_14, fullness, step_flops
 from engine.layout import count_parameters
 from engine.recipes import PAPER, recipe
 from engine.train import main
@@ -94,11 +96,11 @@ def test_flags_reach_the_dry_run(tmp_path, capsys):
 
 def test_fullness_of_micro_batches():
     batches = [np.array([60, 40, 30, 70]), np.array([100, 100, 100, 100])]
-    assert budget.fullness(batches, ranks=1, token_budget=100) == pytest.approx(600 / 600)
-    assert budget.fullness(batches, ranks=2, token_budget=250) == pytest.approx(600 / (4 * 250))
-    assert budget.fullness(batches, ranks=8, token_budget=100) == pytest.approx(600 / (16 * 100))
+    assert fullness(batches, ranks=1, token_budget=100) == pytest.approx(600 / 600)
+    assert fullness(batches, ranks=2, token_budget=250) == pytest.approx(600 / (4 * 250))
+    assert fullness(batches, ranks=8, token_budget=100) == pytest.approx(600 / (16 * 100))
     with pytest.raises(ValueError, match="100 tokens does not fit a micro-batch of 80"):
-        budget.fullness(batches, ranks=2, token_budget=80)
+        fullness(batches, ranks=2, token_budget=80)
 
 
 def test_linear_parameters_count_every_projection():
@@ -119,7 +121,7 @@ def test_flops_equal_torchs_count():
     counted = counter.get_flop_counts()["Global"]
     linear = sum(flops for op, flops in counted.items() if "mm" in str(op))
     count = count_parameters(config, PAPER[3])
-    mine = budget.step_flops(config, count.linear, batch.num_rows, batch.target_ids.numel(), mean_length=0)
+    mine = step_flops(config, count.linear, batch.num_rows, batch.target_ids.numel(), mean_length=0)
     # In the last layer, rows that no head reads have k and v only.
     hidden, inner = config.llm.hidden_size, config.llm.intermediate_size
     mine -= 4 * (2 * hidden**2 + 3 * hidden * inner) * (batch.num_rows - len(batch.read_rows))
@@ -174,4 +176,4 @@ def test_a_measurement_applies_only_to_its_own_device(name, device, peak, tmp_pa
 
 
 def test_flops_of_a_clip_frame():
-    assert frame_flops(budget.VIT_L_14, 768) == pytest.approx(156e9, rel=0.01)
+    assert frame_flops(VIT_L_14, 768) == pytest.approx(156e9, rel=0.01)

@@ -75,8 +75,7 @@ def build_stage_3(directory: Path, shards: int, fp8: bool) -> int:
     with PeakMemory() as live:
         model = build_model(
             3, RECIPE, tiny_config(num_hidden_layers=LAYERS), llm=directory / "llm",
-            merged=[str(directory / "one"), str(directory / "two")], dataset=None, store=None, seed=SEED,
-            head_init=True, dtype=torch.bfloat16, fp8=fp8, world=world, layout=Layout(shards, 0, 1, Memory(0, 0, 0, 0)),
+            merged=[str(directory / "one"), str(directory / "two")], dataset=None, store=None, seed=SEED, dtype=torch.bfloat16, fp8=fp8, world=world, layout=Layout(shards, 0, 1, Memory(0, 0, 0, 0)),
         )  # fmt: skip
         kept, extra = live.now, live.peak - live.now
     parameters = dict(model.named_parameters())

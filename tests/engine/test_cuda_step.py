@@ -85,7 +85,7 @@ def training_step(
         optimizer.step()
         batch = packed_batch(config, tokens, stage, head)
         before = peak.now
-        compute_losses(model, batch, recipe_, "skip").total.backward()
+        compute_losses(model, batch, recipe_).total.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in model.trainable()], 1.0)
         optimizer.step()
         gradients.zero()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.train import main
-from pite import checkpoint
+from pite import lineage
 from pite.checkpoint import from_pretrained, save_pretrained
 from tests.engine.workspace import train_arguments
 
@@ -43,9 +43,9 @@ def test_a_run_behind_symbolic_links(workspace: Path, tmp_path: Path, capsys):
     (tmp_path / "newest").symlink_to(output / "stage3" / "final")
     for stage in (1, 2, 3):
         for path in (output / f"stage{stage}" / "final", (output / f"stage{stage}" / "final").resolve()):
-            assert checkpoint.stages(path) == tuple(range(1, stage + 1))
+            assert lineage.stages(path) == tuple(range(1, stage + 1))
             from_pretrained(path)
-    assert checkpoint.stages(tmp_path / "newest") == (1, 2, 3)
+    assert lineage.stages(tmp_path / "newest") == (1, 2, 3)
     from_pretrained(tmp_path / "newest")
 
 
@@ -59,7 +59,7 @@ def test_a_run_is_moved_out_of_symbolic_links(workspace: Path, tmp_path: Path):
         assert main(arguments) == 0
     (tmp_path / "link").unlink()
     (tmp_path / "a" / "disk").rename(tmp_path / "moved")
-    assert checkpoint.stages(tmp_path / "moved" / "out" / "stage2" / "final") == (1, 2)
+    assert lineage.stages(tmp_path / "moved" / "out" / "stage2" / "final") == (1, 2)
     from_pretrained(tmp_path / "moved" / "out" / "stage2" / "final")
 
 
@@ -88,8 +88,8 @@ def test_a_read_only_store_takes_a_cache_elsewhere(workspace: Path, tmp_path: Pa
     forbid_writing_below(store, number, monkeypatch)
     flags = {"store": store, "max_steps": 1}
     assert main(train_arguments(workspace, tmp_path / "out", "1", **flags)) == 1
-    assert capsys.readouterr().err == (
-        f"engine.train: tokenized samples cannot be kept in {store / 'samples'} ({os.strerror(number)}); "
+    assert capsys.readouterr().err.endswith(
+        f"\nengine.train: tokenized samples cannot be kept in {store / 'samples'} ({os.strerror(number)}); "
         "choose another folder with --cache\n"
     )
     assert main(train_arguments(workspace, tmp_path / "out", "1", **flags, cache=tmp_path / "cache" / "new")) == 0

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import train
+from engine import prepare
 from engine.build import random_shape
-from engine.config import TrainConfig
+from engine.config import RunConfig
 from engine.distributed.world import World
 from engine.metrics import read_metrics
 from engine.preflight import claimed
@@ -30,7 +30,7 @@ def test_random_weights_need_no_earlier_stage_and_export_no_model(workspace: Pat
     assert not (tmp_path / "stage3" / "final").exists()
     assert len(read_metrics(tmp_path / "stage3" / "metrics.jsonl")) == 16
     assert main(train_arguments(workspace, tmp_path, "3", llm="random", seed=1)) == 1
-    assert "cannot resume" in capsys.readouterr().err
+    assert "cannot continue" in capsys.readouterr().err
 
 
 def test_chosen_steps_are_profiled(workspace: Path, tmp_path: Path):
@@ -53,7 +53,7 @@ def test_a_profile_of_steps_after_the_last_is_refused(workspace: Path, tmp_path:
 
 def test_the_attention_backend_is_printed(workspace: Path, tmp_path: Path, capsys, monkeypatch):
     calls: list[tuple[object, ...]] = []
-    monkeypatch.setattr(train, "choose_backend", lambda *kind: calls.append(kind) or "varlen_attn")
+    monkeypatch.setattr(prepare, "choose_backend", lambda *kind: calls.append(kind) or "varlen_attn")
     assert main(train_arguments(workspace, tmp_path, "1", llm="random", max_steps=1)) == 0
     (layout,) = (line for line in capsys.readouterr().err.splitlines() if "tokens a micro-batch" in line)
     assert layout.endswith(", attention by varlen_attn")
@@ -111,11 +111,11 @@ def test_the_papers_ablations_are_flags(workspace: Path, tmp_path: Path, capsys)
 
 
 def test_without_the_trajectory_stage_all_is_two_stages():
-    assert TrainConfig(trajectory_stage=False).stages == (1, 3)
+    assert RunConfig(trajectory_stage=False).stages == (1, 3)
     with pytest.raises(ValueError, match="--stage 2 is the trajectory stage"):
-        TrainConfig(stage="2", trajectory_stage=False)
+        RunConfig(stage="2", trajectory_stage=False)
     with pytest.raises(ValueError, match="--profile takes a first and a last step"):
-        TrainConfig(profile=(3, 2))
+        RunConfig(profile=(3, 2))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_an_invalid_number_is_refused_with_its_flag(workspace: Path, tmp_path: P
 def test_max_steps_below_the_steps_done_trains_nothing(workspace: Path, tmp_path: Path, capsys):
     assert main(train_arguments(workspace, tmp_path, "1", max_steps=4)) == 0
     assert main(train_arguments(workspace, tmp_path, "1", max_steps=2)) == 0
-    assert "stopped after step 4 of 6, because of --max-steps" in capsys.readouterr().err
+    assert "--max-steps reached: saved step 4 of 6" in capsys.readouterr().err
 
 
 def test_missing_data_of_a_later_stage_are_reported_before_the_first(workspace: Path, tmp_path: Path, capsys):

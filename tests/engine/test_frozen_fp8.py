@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import engine.train
-from engine import budget
-from engine.distributed.world import World
+from engine import job
+from engine.budget import __main__ as budget
 from engine.layout import choose_layout, count_parameters, memory
 from engine.metrics import read_metrics
-from engine.preflight import check_fp8
+from engine.prepare import check_fp8
 from engine.recipes import recipe
+from engine.run import Progress
 from engine.train import main
 from pite import names
 from pite.checkpoint import from_pretrained, save_pretrained
@@ -71,7 +71,9 @@ def test_earlier_stages_are_merged_before_the_weights_are_quantised(
     trained: Path, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     models = []
-    monkeypatch.setattr(engine.train, "run", lambda config, recipe, model, *rest: models.append(model) or (0, False))
+    monkeypatch.setattr(
+        job, "run", lambda config, inputs, model, *rest: models.append(model) or Progress(0, False, False)
+    )
     assert main(train_arguments(workspace, tmp_path, "3", init=trained / "stage2" / "final", **FP8)) == 0
     merged = from_pretrained(trained / "stage2" / "final")
     merged.merge_lora()
@@ -90,7 +92,7 @@ def test_earlier_stages_are_merged_before_the_weights_are_quantised(
 def test_an_interrupted_run_continues_bit_for_bit_and_only_as_float8(trained: Path, workspace: Path, tmp_path, capsys):
     assert main(train_arguments(workspace, tmp_path, "1", max_steps=2, **FP8)) == 0
     assert main(train_arguments(workspace, tmp_path, "1")) == 1
-    assert "frozen weights fp8" in capsys.readouterr().err
+    assert "frozen_dtype was fp8" in capsys.readouterr().err
     assert main(train_arguments(workspace, tmp_path, "1", **FP8)) == 0
     for a, b in zip(lines(tmp_path, 1), lines(trained, 1)):
         assert [a[n] for n in NUMBERS] == [b[n] for n in NUMBERS]
@@ -113,7 +115,7 @@ def test_a_quantised_model_is_not_saved_whole(tmp_path: Path):
 
 
 def test_devices_without_float8_are_refused(monkeypatch: pytest.MonkeyPatch):
-    cuda = World(0, 1, torch.device("cuda"))
+    cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ValueError, match="--frozen-dtype fp8: NVIDIA A100 has no float8"):

@@ -63,7 +63,10 @@ def test_training_goes_on_without_the_missing_file(
     assert "1  import  not among the imported files" in capsys.readouterr().out
 
     assert trained(workspace, folder) == 0
-    assert "23 samples, 1 left out whose media could not be encoded" in capsys.readouterr().err
+    assert (
+        "23 samples, 23 with mentions, 23 with a trajectory, 1 left out whose media could not be encoded"
+        in capsys.readouterr().err
+    )
     (left_out,) = read_failures(folder.parent / "out" / "stage2" / "left_out.jsonl")
     assert left_out.id == gone
 

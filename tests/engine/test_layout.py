@@ -69,7 +69,7 @@ def saved_bytes(model, batch, layers: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = compute_losses(model, batch, recipe("7b", 3), "skip")
+        losses = compute_losses(model, batch, recipe("7b", 3))
     total = sum(storage.nbytes() for storage in kept.values())
     del losses
     return total

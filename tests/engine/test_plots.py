@@ -62,4 +62,4 @@ def test_unreadable_logs_are_named(tmp_path: Path, text: str, message: str) -> N
 
 def test_a_missing_log_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none.jsonl")]) == 2
-    assert capsys.readouterr().err == f"engine.plots: {tmp_path / 'none.jsonl'}: no such file\n"
+    assert capsys.readouterr().err == f"engine.plots: STAGES {tmp_path / 'none.jsonl'}: no such file\n"

@@ -90,7 +90,7 @@ def test_sigterm_in_a_stages_last_step_ends_the_run_after_it(workspace: Path, tm
     assert main(train_arguments(workspace, tmp_path)) == 0
     assert "stopping before the next stage, as requested" in capsys.readouterr().err
     assert json.loads((tmp_path / MARKER).read_text()) == {"stage": 1, "step": 6}
-    assert (tmp_path / "stage1" / "final").exists() and not (tmp_path / "stage2").exists()
+    assert (tmp_path / "stage1" / "final").exists() and not (tmp_path / "stage2" / "checkpoints").exists()
     assert main(train_arguments(workspace, tmp_path)) == 0
     assert (tmp_path / "stage3" / "final").exists() and not (tmp_path / MARKER).exists()
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dataloaders.samples.dataset import StageDataset
 from dataloaders.store.features import FeatureStore, FeatureWriter
-from engine import loop, run, train
+from engine import job, loop, report, run
 from engine.metrics import read_metrics
 from engine.train import main
 from pite.checkpoint import from_pretrained
@@ -77,7 +77,11 @@ def test_repeating_a_finished_run_changes_nothing(trained: Path, workspace: Path
 
 @pytest.mark.parametrize(
     "flag, named",
-    [({"seed": 1}, "seed was 0"), ({"global_batch": 4}, "global batch was 8"), ({"lora_rank": 4}, "lora rank was 32")],
+    [
+        ({"seed": 1}, "seed was 0"),
+        ({"global_batch": 4}, "recipe.global_batch was 8"),
+        ({"lora_rank": 4}, "recipe.lora_rank was 32"),
+    ],
 )
 def test_a_finished_stage_of_another_run_is_refused(trained: Path, workspace: Path, capsys, flag, named):
     assert main(train_arguments(workspace, trained, "1", **flag)) == 1
@@ -105,12 +109,12 @@ def test_an_interrupted_run_refuses_other_features_and_another_epsilon(
         shutil.copytree(workspace / name, tmp_path / name)
     output, paths = tmp_path / "out", {"store": tmp_path / "features", "llm": tmp_path / "llm"}
     assert main(train_arguments(workspace, output, "1", **paths, max_steps=2)) == 0
-    monkeypatch.setattr(train, "build_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(job, "build_model", lambda *_, **__: pytest.fail("a model is loaded"))
     config = tmp_path / "llm" / "config.json"
     text = config.read_text()
     config.write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
     assert main(train_arguments(workspace, output, "1", **paths)) == 1
-    assert "norm epsilon was 1e-06 there and is 0.5 now" in capsys.readouterr().err
+    assert "norm_epsilon was 1e-06 there and is 0.5 now" in capsys.readouterr().err
     config.write_text(text)
     images = FeatureStore(tmp_path / "features" / "images")
     records = {key: -images.read(key) for key in images.keys}
@@ -119,7 +123,7 @@ def test_an_interrupted_run_refuses_other_features_and_another_epsilon(
     with FeatureWriter(FeatureStore(tmp_path / "features" / "images")) as writer:
         writer.add(records)
     assert main(train_arguments(workspace, output, "1", **paths)) == 1
-    assert "feature records was" in capsys.readouterr().err
+    assert "feature_records was" in capsys.readouterr().err
 
 
 def test_media_that_were_never_encoded_are_an_error(workspace: Path, tmp_path: Path, capsys):
@@ -186,7 +190,7 @@ def test_optimizer_steps_are_skipped_from_the_first_non_finite_one(
         )
 
     monkeypatch.setattr(loop, "compute_losses", poisoned)
-    monkeypatch.setattr(loop, "reads_late", lambda device: late)
+    monkeypatch.setattr(report, "reads_late", lambda device: late)
     monkeypatch.setattr(run, "make_optimizer", lambda *rest: optimizers.append(make(*rest)) or optimizers[-1])
     for output, steps, status in ((tmp_path / "clean", 2, 0), (tmp_path / "poisoned", 6, 1)):
         calls.clear()
@@ -260,9 +264,9 @@ def test_a_stage_of_another_language_model_is_refused(trained: Path, workspace: 
     model.save_pretrained(tmp_path / "llm")
     start = trained / "stage1" / "final"
     assert main(train_arguments(workspace, tmp_path, "2", init=start, llm=tmp_path / "llm")) == 1
-    assert "its language model was" in capsys.readouterr().err
+    assert "its language_model was" in capsys.readouterr().err
     assert main(train_arguments(workspace, tmp_path, "2", init=start, num_points=1)) == 1
-    assert "its frames and points was [8, 3]" in capsys.readouterr().err
+    assert "its num_points was 3" in capsys.readouterr().err
 
 
 def test_a_budget_below_the_longest_sample_is_refused_at_once(workspace: Path, tmp_path: Path, capsys):
@@ -277,18 +281,21 @@ def test_a_token_without_an_embedding_is_an_error_before_any_model(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llm")
     tokenizer.add_tokens([AddedToken("ircle", normalized=False)])
     tokenizer.save_pretrained(tmp_path / "llm")
-    monkeypatch.setattr(train, "build_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(job, "build_model", lambda *_, **__: pytest.fail("a model is loaded"))
     for flags in ({}, {"dry_run": True}):
         assert main(train_arguments(workspace, tmp_path / "out", "1", llm=tmp_path / "llm", **flags)) == 1
         error = capsys.readouterr().err
         assert f"holds token {len(tokenizer) - 1} ('ircle'): the tokenizer has {len(tokenizer):,} tokens" in error
 
 
-def test_samples_beyond_the_context_give_one_warning(workspace: Path, tmp_path: Path, capsys):
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_samples_beyond_the_context_are_refused(workspace: Path, tmp_path: Path, capsys, dry_run: bool):
     shutil.copytree(workspace / "llm", tmp_path / "llm")
     config = tmp_path / "llm" / "config.json"
-    config.write_text(config.read_text().replace('"max_position_embeddings": 2048', '"max_position_embeddings": 24'))
-    assert main(train_arguments(workspace, tmp_path / "out", "1", llm=tmp_path / "llm", max_steps=1)) == 0
-    assert capsys.readouterr().err.count("is longer than the 24 positions that the language model was trained on") == 1
-    assert main(train_arguments(workspace, tmp_path / "other", "1", max_steps=1)) == 0
-    assert "positions that the language model" not in capsys.readouterr().err
+    config.write_text(config.read_text().replace('"max_position_embeddings": 2048', '"max_position_embeddings": 30'))
+    arguments = train_arguments(workspace, tmp_path / "out", "1", llm=tmp_path / "llm", max_steps=1, global_batch=2)
+    assert main([*arguments, *["--dry-run"] * dry_run]) == 1
+    error = capsys.readouterr().err
+    assert "is longer than the 30 positions that the language model was trained on" in error
+    assert "--max-length 30 leaves out " in error
+    assert main([*arguments, "--max-length", "30", *["--dry-run"] * dry_run]) == 0

@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -128,27 +127,21 @@ def golden_steps(batches: int = 5) -> Iterator[StepBatches]:
 def curve(recipe: Recipe = RECIPE, dtype: torch.dtype = torch.float32) -> list[list[float]]:
     """NUMBERS of every step, as the training loop logs them."""
     model = golden_model(recipe).to(dtype)
-    lines: list[dict[str, Any]] = []
     steps = golden_steps()
     if dtype == torch.float64:
         steps = (replace(s, micro_batches=tuple(_as_double(b) for b in s.micro_batches)) for s in steps)
-    train(
+    results = train(
         model,
         make_optimizer(model, recipe),
         steps,
         recipe,
         World(0, 1, torch.device("cpu")),
-        SimpleNamespace(log=lambda step, values: lines.append(values)),  # type: ignore[arg-type]
         start=0,
         stop=STEPS,
         total=STEPS,
-        absent="skip",
-        interrupted=lambda: False,
-        after_step=lambda done, finish, stopping: False,
-        find_nonfinite_samples=lambda step: [],
-        efficiency=lambda tokens, seconds: {},
     )
-    return [[float(line[name]) for name in NUMBERS] for line in lines]
+    lines = [result.read() for result in results]
+    return [[getattr(line, name) for name in NUMBERS] for line in lines]
 
 
 def _as_double(batch: Any) -> Any:

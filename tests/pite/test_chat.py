@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,11 +12,16 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
+from dataloaders.samples.prompts import prompt_ids
+from dataloaders.store.features import FeatureStore, Manifest
 from engine.tiny.tokenizer import build_tokenizer
-from pite import chat, checkpoint
-from pite.evaluate import __main__ as evaluate
+from pite import checkpoint
+from pite.chat import answer as chat
+from pite.chat.__main__ import main as chat_main
+from pite.evaluate.__main__ import main as evaluate
 from pite.generate import Answer, Generator
 from pite.mentions import find_phrases
+from tests.commands import status_of
 from tests.held_out import CHANNELS, FRAMES, make_held_out, save_clip
 from tests.samples import tiny_model
 
@@ -28,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_chat(made: Path, *more: str, video: str = "data/evaluation/videos/e000000.mp4", clip: str = "clip") -> int:
     """Run chat on a video with the random model; returns the exit status."""
     where = ["--model", f"{made}/model", "--video", f"{made}/{video}", "--clip", f"{made}/{clip}"]
-    return chat.main([*where, "--query", "What happens?", "--max-new-tokens", "12", *more])
+    return status_of(chat_main, [*where, "--query", "What happens?", "--max-new-tokens", "12", *more])
 
 
 def test_an_answer_is_printed_and_is_the_same_each_time(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,10 +77,9 @@ def test_unusable_inputs_are_named_in_one_sentence(
     made: Path, changed: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_chat(made, **changed) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("pite.chat: ")
-    assert message in lines[0]
+    *logged, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("pite.chat: ") and message in line
+    assert all(" INFO " in each for each in logged)
 
 
 def test_another_clip_than_the_models_is_refused(
@@ -82,7 +87,7 @@ def test_another_clip_than_the_models_is_refused(
 ) -> None:
     save_clip(tmp_path, channels=24)
     where = ["--model", f"{made}/model", "--video", f"{made}/data/evaluation/videos/e000000.mp4"]
-    assert chat.main([*where, "--query", "What?", "--clip", str(tmp_path)]) == 2
+    assert chat_main([*where, "--query", "What?", "--clip", str(tmp_path)]) == 2
     assert "gives 24 numbers per frame" in capsys.readouterr().err
 
 
@@ -152,19 +157,41 @@ def test_config_fields_without_effect_change_no_answer(
     assert printed[0] == printed[1]
 
 
-def test_sequence_beyond_the_context_warns_once(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = set_config(made, tmp_path, max_position_embeddings=32)
-    for command in (
-        lambda: run_chat(short),
-        lambda: evaluated(short, "grounding"),
-        lambda: evaluated(short, "trajectories"),
+def test_a_prompt_or_sample_beyond_the_context_is_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = set_config(made, tmp_path, max_position_embeddings=16)
+    prompt = (
+        r"the prompt of the question '.*' has \d+ tokens, 8 of them frames, and leaves no room for an answer in the 16"
+    )
+    sample = r"pite_143k.jsonl: 'e0.*': a sequence of \d+ tokens is longer than the 16 positions"
+    for command, message in (
+        (lambda: run_chat(short), prompt),
+        (lambda: evaluated(short, "grounding"), prompt),
+        (lambda: evaluated(short, "trajectories"), sample),
     ):
-        assert command() == 0
-        lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-        warnings = [line for line in lines if "longer than the 32 positions" in line]
-        assert len(warnings) == 1 and warnings[0].startswith("pite")
-    assert run_chat(made) == 0
-    assert "positions" not in capsys.readouterr().err
+        assert command() == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("pite.") and re.search(message, error)
+
+
+def test_an_answer_ends_where_the_context_does(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each answer of a batch is cut at its own room, so it is the same as alone, and the warning comes once."""
+    generator = Generator.from_pretrained(made / "model")
+    questions, features = ["What?", "What happens in the video?"], [np.ones((FRAMES, CHANNELS), np.float16)] * 2
+    lengths = [len(prompt_ids(question, generator.tokenizer, FRAMES)[0]) for question in questions]
+    whole = generator.answer(questions, features, max_new_tokens=20)
+    assert [len(answer.token_ids) for answer in whole] == [20, 20], "the random model does not end an answer by itself"
+    short = Generator.from_pretrained(set_config(made, tmp_path, max_position_embeddings=max(lengths) + 3) / "model")
+    for _ in range(2):
+        answers = short.answer(questions, features, max_new_tokens=20)
+        room = [3 + max(lengths) - length for length in lengths]
+        assert [len(answer.token_ids) for answer in answers] == [min(each, 20) for each in room]
+        assert [answer.token_ids == full.token_ids[:n] for answer, full, n in zip(answers, whole, room)] == [True, True]
+    (warning,) = [record.getMessage() for record in caplog.records if "answers are limited" in record.getMessage()]
+    assert "instead of 20 tokens" in warning and "(max_position_embeddings)" in warning
 
 
 def test_a_token_that_the_model_lacks_is_named(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +215,7 @@ def test_a_git_lfs_pointer_is_named(made: Path, tmp_path: Path, name: str, capsy
     cloned = set_config(made, tmp_path)
     (cloned / "model" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n")
     assert run_chat(cloned) == 2
-    error = capsys.readouterr().err.strip()
+    error = capsys.readouterr().err.splitlines()[-1]
     assert (
         error
         == f"pite.chat: {cloned}/model/{name} is a git-lfs pointer, not the file itself: run git lfs pull in its folder"
@@ -202,9 +229,8 @@ def test_a_query_with_invalid_text_is_refused(made: Path, capsys: pytest.Capture
 
 
 def evaluated(made: Path, *more: str) -> int:
-    return evaluate.main(
-        [*more, "--model", f"{made}/model", "--data", f"{made}/data", "--store", f"{made}/store", "--device", "cpu"]
-    )
+    where = ["--model", f"{made}/model", "--data", f"{made}/data", "--store", f"{made}/store"]
+    return status_of(evaluate, [*more, *where, "--device", "cpu"])
 
 
 def test_a_models_answers_are_scored_as_its_prediction_file_is(
@@ -214,7 +240,7 @@ def test_a_models_answers_are_scored_as_its_prediction_file_is(
     printed = capsys.readouterr().out
     truth = f"{made}/data/evaluation/activitynet_captions.json"
     files = ["--predictions", f"{tmp_path}/p.jsonl", "--ground-truth", truth, "--num-frames", str(FRAMES)]
-    assert evaluate.main(["grounding", *files]) == 0
+    assert evaluate(["grounding", *files]) == 0
     assert capsys.readouterr().out == printed
     assert evaluated(made, "grounding", "--predictions", f"{tmp_path}/one.jsonl", "--batch-size", "1") == 0
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "p.jsonl").read_text()
@@ -259,13 +285,12 @@ def test_stale_or_untrained_trajectory_head_is_warned_about(
     made: Path, stages: Path, tmp_path: Path, stage: str, warning: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = ["--model", f"{stages}/{stage}", "--device", "cpu"]
-    assert evaluate.main(["trajectories", *where, "--data", f"{made}/data", "--store", f"{made}/store"]) == 0
+    assert evaluate(["trajectories", *where, "--data", f"{made}/data", "--store", f"{made}/store"]) == 0
     about = ["--video", f"{made}/data/evaluation/videos/e000000.mp4", "--clip", f"{made}/clip", "--query", "What?"]
-    assert chat.main([*where, *about, "--max-new-tokens", "4", "--trajectory", f"{tmp_path}/overlay.mp4"]) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pite.")]
+    assert chat_main([*where, *about, "--max-new-tokens", "4", "--trajectory", f"{tmp_path}/overlay.mp4"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if " WARNING " in line]
     assert len(lines) == (2 if warning else 0)
-    for line, command in zip(lines, ("evaluate", "chat")):
-        assert line.startswith(f"pite.{command}: {stages}/{stage} {warning}")
+    assert all(f"WARNING {stages}/{stage} {warning}" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -273,15 +298,56 @@ def test_stale_or_untrained_trajectory_head_is_warned_about(
     [
         (["grounding"], "grounding needs --predictions and --ground-truth"),
         (["grounding", "--model", "m"], "--model needs --data and --store"),
-        (["grounding", "--model", "m", "--data", "d", "--store", "s"], "s/videos is no feature store"),
-        (["trajectories", "--model", "m", "--data", "d", "--store", "s"], "s/videos is no feature store"),
+        (["trajectories", "--model", "m"], "--data and --store must be given"),
+        (["grounding", "--model", "{made}/model", "--data", "{made}/data", "--store", "{made}"], "is no feature store"),
+        (
+            ["trajectories", "--model", "{made}/model", "--data", "{made}/data", "--store", "{made}"],
+            "is no feature store",
+        ),
+        (["grounding", "--model", "m", "--data", "{made}/data", "--store", "{made}/store"], "--model m is neither"),
+        (["grounding", "--model", "{made}/model", "--data", "{made}", "--store", "{made}/store"], "json: no such file"),
     ],
 )
-def test_missing_flags_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate.main(arguments) == 2
+def test_missing_flags_and_paths_are_named(
+    made: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(evaluate, [each.replace("{made}", str(made)) for each in arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_question_without_a_place_for_the_sentence_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluated(made, "grounding", "--question", "When?") == 2
-    assert "the question must hold {} once" in capsys.readouterr().err
+    assert "--question must hold {} once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["grounding", "trajectories"])
+@pytest.mark.parametrize(("tokens", "channels"), [(FRAMES, CHANNELS + 8), (FRAMES + 1, CHANNELS)])
+def test_features_of_another_shape_are_refused_before_the_weights_are_read(
+    made: Path, tmp_path: Path, command: str, tokens: int, channels: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = set_config(made, tmp_path)
+    (other / "store").unlink()
+    FeatureStore.create_or_open(other / "store/videos", Manifest("e", tokens, "none", "none", tokens, channels))
+    (other / "model/model.safetensors").unlink()
+    assert evaluated(other, command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        f"store/videos holds {channels} numbers for each of {tokens} frames, but {other}/model was trained on" in error
+    )
+
+
+def test_predictions_that_cannot_be_written_are_refused_before_the_weights_are_read(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = set_config(made, tmp_path)
+    (broken / "model/model.safetensors").unlink()
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "p.jsonl"):
+        assert evaluated(broken, "grounding", "--predictions", str(path)) == 2
+        assert capsys.readouterr().err.startswith(f"pite.evaluate: --predictions {path}")
+
+
+def test_the_log_level_is_a_flag(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for level, logged in (("info", True), ("warning", False)):
+        assert run_chat(made, "--log-level", level) == 0
+        assert (" INFO    device " in capsys.readouterr().err) == logged

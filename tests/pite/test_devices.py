@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pite import chat, devices, generate
-from pite.evaluate import __main__ as evaluate
+from pite import devices, generate
+from pite.chat.__main__ import main as chat
+from pite.evaluate.__main__ import main as evaluate
 from pite.generate import Generator
 from pite.model import PiTe
+from tests.commands import status_of
+from tests.held_out import make_held_out
 
 
 @pytest.fixture
@@ -23,7 +26,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.parametrize("name", ["gpu", "", "CPU", "cuda:", "cuda:01", "cuda:-1", "cuda:x", "mps", "cpu:0"])
 def test_unknown_devices(name: str) -> None:
-    with pytest.raises(ValueError, match=f"^device '{name}' is unknown: give cpu, cuda, or"):
+    with pytest.raises(ValueError, match=f"^device '{name}' is unknown: give cpu, cuda, one GPU of"):
         devices.resolve(name)
 
 
@@ -37,9 +40,19 @@ def test_a_gpu_index_beyond_the_last_is_refused(name: str, gpus: pytest.MonkeyPa
 def test_select_sets_the_current_gpu(gpus: pytest.MonkeyPatch) -> None:
     taken: list[torch.device] = []
     gpus.setattr(torch.cuda, "set_device", taken.append)
-    for name in ("cuda:1", "cuda", "cpu"):
-        devices.select(name)
+    gpus.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    names = ("cuda:1", "cuda", "cpu", "auto")
+    assert [devices.select(name) for name in names] == ["cuda:1", "cuda", "cpu", "cuda"]
     assert taken == [torch.device("cuda:1")]
+
+
+def test_auto_is_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level("INFO", "pite"):
+        assert devices.select("auto") == "cpu"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"device cpu ({torch.get_num_threads()} threads), float32"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +71,11 @@ def test_every_gpu_gets_bfloat16(gpus: pytest.MonkeyPatch, device: str, dtype: t
     assert caught.value.args == (tmp_path, dtype, device)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_held_out(tmp_path_factory.mktemp("made"))
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -70,11 +88,12 @@ def test_every_gpu_gets_bfloat16(gpus: pytest.MonkeyPatch, device: str, dtype: t
     ],
 )
 def test_chat_refuses_in_one_sentence(
-    flags: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made: Path, flags: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The device is checked before the model, which does not exist."""
+    """The device is checked before the model, which cannot be loaded."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert chat.main(["--model", "none", "--video", "none", "--query", "What?", *flags]) == 2
+    video = f"{made}/data/evaluation/videos/e000000.mp4"
+    assert status_of(chat, ["--model", str(made), "--video", video, "--query", "What?", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"pite.chat: {sentence}") and error.count("\n") == 1
 
@@ -82,16 +101,17 @@ def test_chat_refuses_in_one_sentence(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["grounding", "--device", "gpu"], "device 'gpu' is unknown"),
-        (["trajectories", "--device", "cuda"], "device 'cuda' cannot be used: torch finds no GPU here"),
-        (["grounding", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
-        (["grounding", "--num-frames", "-3"], "--num-frames must be at least 1, not -3"),
+        (["grounding", "--device", "gpu"], "pite.evaluate grounding: device 'gpu' is unknown"),
+        (["trajectories", "--device", "cuda"], "pite.evaluate: device 'cuda' cannot be used: torch finds no GPU here"),
+        (["grounding", "--batch-size", "0"], "pite.evaluate grounding: --batch-size must be at least 1, not 0"),
+        (["grounding", "--num-frames", "-3"], "pite.evaluate grounding: --num-frames must be at least 1, not -3"),
     ],
 )
 def test_evaluate_refuses_in_one_sentence(
-    flags: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made: Path, flags: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert evaluate.main([*flags, "--model", "none", "--data", "none", "--store", "none"]) == 2
+    where = ["--model", str(made), "--data", f"{made}/data", "--store", f"{made}/store"]
+    assert status_of(evaluate, [*flags, *where]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"pite.evaluate: {sentence}") and error.count("\n") == 1
+    assert error.startswith(sentence) and error.count("\n") == 1

@@ -18,13 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.tiny.tokenizer import build_tokenizer
 from engine.train import main as train
-from pite import chat, checkpoint, names
+from pite import checkpoint, lineage, names
+from pite.chat.__main__ import main as chat
 from pite.checkpoint import from_pretrained, save_pretrained
 from pite.config import PiTeConfig
 from pite.evaluate.trajectories import trajectory_head_warning
 from pite.export import __main__ as export
 from pite.generate import Generator
+from tests.clips import save_clip
+from tests.commands import status_of
 from tests.engine.workspace import make_workspace, train_arguments
+from tests.media import write_video
 from tests.peak_memory import PeakMemory
 from tests.pite.test_model import hf_logits
 from tests.samples import random_batch, tiny_model
@@ -110,7 +114,7 @@ def test_every_export_loads_here(kind: str, run: Path, request: pytest.FixtureRe
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
     for name, tensor in names.head_tensors(ours).items():
         assert torch.equal(names.head_tensors(loaded)[name], tensor), name
-    assert checkpoint.stages(folder) == (1, 2, 3)
+    assert lineage.stages(folder) == (1, 2, 3)
     assert "is of stage 3, which changed the hidden states" in trajectory_head_warning(folder)
     generators = Generator.from_pretrained(run / "stage3" / "final"), Generator.from_pretrained(folder)
     record = batch.features[: ours.config.num_frames].numpy()
@@ -150,7 +154,7 @@ def test_memory_is_that_of_a_shard(run: Path, tmp_path: Path, monkeypatch) -> No
 def test_an_exported_adapter_can_be_exported_merged(run: Path, peft: Path, tmp_path: Path) -> None:
     assert export.main(["--model", str(peft), "--output", f"{tmp_path}/again", "--dtype", "float32"]) == 0
     assert_computes_the_same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), run)
-    assert checkpoint.stages(tmp_path / "again") == (1, 2, 3)
+    assert lineage.stages(tmp_path / "again") == (1, 2, 3)
     assert export.main(["--model", f"{tmp_path}/again", "--output", f"{tmp_path}/peft", "--format", "peft"]) == 2
 
 
@@ -160,7 +164,7 @@ def test_a_whole_model_saved_over_an_export_leaves_none_of_it(full: Path, tmp_pa
     save_pretrained(model, tmp_path / "folder")
     loaded = from_pretrained(tmp_path / "folder")
     assert torch.equal(loaded.vision_adapter.weight, model.vision_adapter.weight)
-    assert checkpoint.stages(tmp_path / "folder") == ()
+    assert lineage.stages(tmp_path / "folder") == ()
 
 
 # -- the card ---------------------------------------------------------------------------------------------------------
@@ -280,7 +284,7 @@ def test_a_pushed_export_is_loaded_by_name(kind: str, request: pytest.FixtureReq
         (["--push", "name"], "--push takes OWNER/NAME"),
         (["--push", "owner/pite", "--format", "peft"], "use --format full"),
         (["--format", "peft", "--dtype", "float16"], "--dtype applies to --format full"),
-        (["--scores", "none.json"], "none.json is missing"),
+        (["--scores", "none.json"], "--scores none.json: no such file"),
         (["--scores", "list.json"], "list.json: mIoU is"),
         (["--output", "taken"], "is not empty and is not an earlier export"),
         (["--output", "taken/file"], "is a file"),
@@ -301,7 +305,7 @@ def test_wrong_exports_are_refused_in_one_sentence(
     save_file(
         {n: t for n, t in headless.items() if "vision_adapter" not in n}, "llm/model.safetensors", {"format": "pt"}
     )
-    assert export.main(["--model", f"{run}/stage3/final", "--output", "folder", *flags]) == 2
+    assert status_of(export.main, ["--model", f"{run}/stage3/final", "--output", "folder", *flags]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pite.export")]
     assert message in line
     assert not Path("folder").exists() and list(Path("taken").iterdir()) == [Path("taken/file")]
@@ -334,9 +338,11 @@ def test_a_stage_copied_alone_names_what_it_lacks(run: Path, tmp_path: Path, cap
         from_pretrained(final)
     assert "stage1/final" in str(raised.value) and ("stage2/final" in str(raised.value)) is not bool(copied)
     assert export.main(["--model", str(final), "--output", f"{tmp_path}/folder"]) == 2
-    flags = ["--video", "v.mp4", "--query", "What?", "--device", "cpu"]
-    assert chat.main(["--model", str(final), *flags]) == 2
-    lines = capsys.readouterr().err.splitlines()
+    save_clip(tmp_path / "clip")
+    video = write_video(tmp_path / "v.mp4", 8)
+    flags = ["--video", str(video), "--clip", f"{tmp_path}/clip", "--query", "What?", "--device", "cpu"]
+    assert chat(["--model", str(final), *flags]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pite.")]
     assert [line.partition(": ")[2] for line in lines] == [str(raised.value)] * 2
 
 

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dataloaders.decode import TIME_LIMIT
 from dataloaders.decode.dali.pipeline import Pipeline, require, root_cause
 from dataloaders.decode.dali.request import FRAME_MEMORY, DecodeRequest, prepare
-from dataloaders.decode.decoder import TIME_LIMIT, Decoded, decode_cropped, guarded, result_of
+from dataloaders.decode.decoder import Decoded, decode_cropped, guarded, result_of
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.workers import Workers
 from dataloaders.records import Media
@@ -211,7 +212,7 @@ class DaliDecoder:
         """A request's frames, or PyAV's future result."""
         why = self._fallback_reason(request, frames)
         if isinstance(frames, str) or why:
-            _LOG.info("%s: %s; falling back to PyAV", request.media.path, why)
+            _LOG.debug("%s: %s; falling back to PyAV", request.media.path, why)
             return self.workers.submit(self._decode, request.media, f"PyAV ({why})")
         repeated = request.media.kind == "video" and len(request.places) != len(request.indices)
         return Decoded(request.media, frames[request.places] if repeated else frames, by=f"DALI ({request.codec})")

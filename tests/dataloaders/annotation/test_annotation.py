@@ -26,6 +26,7 @@ from dataloaders.samples.dataset import StageDataset
 from dataloaders.synthetic.language import activitynet_record
 from dataloaders.synthetic.render import draw, write_mp4
 from dataloaders.synthetic.scene import Scene, sample_video, signed_distance
+from tests.commands import status_of
 from tests.media import truncate
 from tests.text import llama_like
 
@@ -55,7 +56,7 @@ class World:
         return [*given, "--num-frames", str(FRAMES), *map(str, flags)]
 
     def run(self, *flags: object) -> int:
-        return main(self.command("--workers", 0, *flags))
+        return status_of(main, self.command("--workers", 0, *flags))
 
     def records(self) -> list[dict]:
         return [json.loads(line) for line in self.output.read_text().splitlines()]
@@ -334,7 +335,7 @@ def test_invalid_step_files_are_refused(fresh, step, content, sentence):
 def test_steps_with_other_settings_are_not_mixed(annotated, capsys):
     assert annotated.run("--num-points", 1) == 1
     assert "records was made with {'num_points': 3}, not {'num_points': 1}: remove" in capsys.readouterr().err
-    assert annotated.run("--segmenter", "sam") == 1
+    assert annotated.run("--segmenter", "sam") == 2
     assert "give --detector, too" in capsys.readouterr().err
 
 

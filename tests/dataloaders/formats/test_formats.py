@@ -16,7 +16,6 @@ from dataloaders.formats import (
     Event,
     Record,
     Where,
-    iter_media,
     present_formats,
     present_splits,
     read_activitynet,
@@ -26,6 +25,7 @@ from dataloaders.formats import (
     read_video_instruct,
 )
 from dataloaders.formats.activitynet import activitynet_media
+from dataloaders.formats.fields import find_media
 from dataloaders.formats.instructions import valley_media, video_instruct_media
 from dataloaders.formats.pite_143k import pite_media
 from dataloaders.records import ABSENT, Media, RecordError
@@ -175,13 +175,14 @@ class TestInstructions:
             read_valley(dirty, WHERE, FOLDER, turn="last")
 
     def test_videos_are_found_with_any_suffix(self, tmp_path: Path) -> None:
-        (tmp_path / "videos").mkdir()
-        for name in ("v_001.mkv", "v_k_ZXmr8pmrs.webm", "v_k_ZXmr8pmrs.mp4"):
-            (tmp_path / "videos" / name).touch()
-        assert valley_media(VALLEY, WHERE, tmp_path).path.name == "v_001.mkv"
-        assert video_instruct_media(INSTRUCT, WHERE, tmp_path).path.name == "v_k_ZXmr8pmrs.mp4"
-        (tmp_path / "videos" / "v_001.mp4").touch()
-        assert valley_media(VALLEY, WHERE, tmp_path).path.name == "v_001.mp4", "a folder that changed is listed again"
+        for name in ("v_001.mkv", "v_2.x.webm", "v_2.x.mp4", "sub/v_3.avi"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        found = [find_media(tmp_path / f"{name}.mp4") for name in ("v_001", "v_2.x", "sub/v_3", "v_4", "none/v_5")]
+        names = [str(path.relative_to(tmp_path)) for path in found]
+        assert names == ["v_001.mkv", "v_2.x.mp4", "sub/v_3.avi", "v_4.mp4", "none/v_5.mp4"]
+        (tmp_path / "v_001.mp4").touch()
+        assert find_media(tmp_path / "v_001.mp4").name == "v_001.mp4", "a folder that changed is listed again"
 
     def test_video_instruct(self) -> None:
         sample = read_video_instruct(INSTRUCT, WHERE, Path("d/stage3"))
@@ -265,11 +266,6 @@ class TestDataFolder:
         (tmp_path / "evaluation/activitynet_captions.json").write_text(json.dumps(captions))
         return tmp_path
 
-    def test_media_of_all_splits_each_once(self, data: Path) -> None:
-        keys = [media.key for media in iter_media(data, present_splits(data))]
-        assert keys == ["stage1/coco/137576", "stage2/v000001", "stage3/v_001", "evaluation/v_1"]
-        assert all(m.path.is_relative_to(data) for m in iter_media(data, present_splits(data)))
-
     def test_a_missing_format_is_skipped(self, data: Path) -> None:
         assert [f.file for f in present_formats(data, "stage3")] == ["valley.json"]
         (data / "stage2/pite_143k.jsonl").unlink()
@@ -290,21 +286,6 @@ class TestDataFolder:
             (data / "stage1" / name).write_text(json.dumps({**NARRATIVE, "image_id": str(i)}) + "\n")
         files = [f.file for f in present_formats(data, "stage1")]
         assert len(files) == 3 and files[1] == "coco_train_localized_narratives-00001-of-00002.jsonl"
-        assert [m.key for m in iter_media(data, ["stage1"])] == [f"stage1/coco/{i}" for i in (0, 1, 137576)]
-
-    def test_a_record_without_media(self, data: Path) -> None:
-        (data / "stage3/valley.json").write_text(json.dumps([VALLEY, *[changed(VALLEY, "v_id", "..")] * 2]))
-        with pytest.raises(RecordError, match="cannot name a media file"):
-            list(iter_media(data, ["stage3"]))
-        errors: list[RecordError] = []
-        assert [m.key for m in iter_media(data, ["stage3"], errors.append)] == ["stage3/v_001"]
-        assert len(errors) == 2 and "valley.json:1:" in str(errors[0]) and "valley.json, byte" in str(errors[1])
-
-    def test_one_key_for_two_clips_is_refused(self, data: Path) -> None:
-        other = changed(PITE, "meta.split", [0.0, 54.2])
-        (data / "stage2/pite_143k.jsonl").write_text(f"{json.dumps(PITE)}\n{json.dumps(other)}\n")
-        with pytest.raises(RecordError, match=r"pite_143k\.jsonl:2: 'stage2/v000001' is Media"):
-            list(iter_media(data, ["stage2"]))
 
 
 class Unprintable(Where):

@@ -135,7 +135,7 @@ class TestIndex:
         assert load_file(file)["token_ids"].dtype == np.int32, "plain safetensors"
 
     def test_with_processes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("dataloaders.samples.index._CHUNK", 4)
+        monkeypatch.setattr("dataloaders.derived._CHUNK", 4)
         data = write(tmp_path, [pite(i) if i != 13 else changed(pite(i), "id", "") for i in range(30)])
         options = {"tokenizer": llama_like(), "failure_budget": 0.1}
         together = stage2(data, **options, processes=2)
@@ -279,7 +279,10 @@ class TestMalformedRecords:
     def test_one(self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         data = write(tmp_path, [pite(0), changed(pite(1), "meta.duration", 0), pite(2)])
         line, count = self.refused(data, tokenizer)
-        assert count == "1 of 3 records are malformed, more than the failure budget of 1.00%"
+        assert (
+            count
+            == "1 of 3 records are malformed, more than the failure budget of 1.00%; add --failure-budget 0.34 or more to leave them out"
+        )
         assert line.startswith(f"{data / 'stage2/pite_143k.jsonl'}:2: field 'duration' must be positive")
 
     def test_all_kinds_at_once(self, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

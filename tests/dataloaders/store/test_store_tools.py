@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataloaders.failures import read_failures
 from dataloaders.files import ABANDONED_AFTER, temporary_sibling
 from dataloaders.store import tools as store_tools
 from dataloaders.store.__main__ import main
@@ -232,3 +234,46 @@ def test_refusals_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.startswith(f"dataloaders.store: {tmp_path} is no feature store")
     assert main(["import", str(tmp_path), str(tmp_path / "s"), "--split", "stage2", "--encoder", "x"]) == 1
     assert capsys.readouterr().err == f"dataloaders.store: {tmp_path} holds no .npy file\n"
+
+
+def test_flags_of_an_import_are_checked_before_it_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, output = npy_folder(tmp_path / "npy"), tmp_path / "features/videos"
+    for flags, sentence in [
+        (["--split", "stage9"], "--split must begin with stage1, stage2, stage3, evaluation, not 'stage9'"),
+        (["--split", "stage2", "--data", str(tmp_path / "gone")], f"{tmp_path / 'gone'}: no such data folder"),
+        (["--split", "stage2", "--data", str(tmp_path)], "holds none of pite_143k.jsonl"),
+        (["--split", "stage2", "--failure-budget", "2"], "--failure-budget is a share between 0 and 1, not 2.0"),
+    ]:
+        assert main(["import", str(folder), str(output), "--encoder", "x", *flags]) == 1
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1 and not output.exists()
+
+
+def test_an_import_names_the_budget_that_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And reads the keys of the annotations once."""
+    folder, output = npy_folder(tmp_path / "npy"), tmp_path / "features/videos"
+    (tmp_path / "data/stage2").mkdir(parents=True)
+    records = [{"id": f"v{i}", "meta": {}} for i in range(7)]
+    (tmp_path / "data/stage2/pite_143k.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    arguments = [
+        "import",
+        str(folder),
+        str(output),
+        "--split",
+        "stage2",
+        "--encoder",
+        "x",
+        "--data",
+        str(tmp_path / "data"),
+    ]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert (
+        f"2 of 7 media of stage2 have no file in {folder}, such as 'stage2/v5', more than the failure budget" in error
+    )
+    assert error.endswith("; add --failure-budget 0.29 or more to leave them out\n")
+    (listed,) = (tmp_path / "features/media").iterdir()
+    before = listed.stat().st_mtime_ns
+    assert main([*arguments, "--failure-budget", "0.29"]) == 0
+    assert "2 media of" in capsys.readouterr().out and listed.stat().st_mtime_ns == before
+    assert [f.id for f in read_failures(tmp_path / "features/failures.jsonl")] == ["stage2/v5", "stage2/v6"]

@@ -16,6 +16,7 @@ from dataloaders.synthetic.__main__ import main
 from dataloaders.synthetic.language import GROUNDING_QUESTION
 from dataloaders.synthetic.render import draw
 from dataloaders.synthetic.world import WorldConfig, make_world
+from tests.commands import status_of
 
 CONFIG = WorldConfig(videos=24, evaluation=4, images=6, frames=32, seed=3)
 
@@ -75,7 +76,7 @@ def test_another_configuration_in_the_same_folder_is_refused(world, tmp_path, ca
     (tmp_path / "mine.txt").write_text("precious")
     assert main([str(tmp_path), "--videos", "1"]) == 2
     assert "is no synthetic world" in capsys.readouterr().err
-    assert main([str(tmp_path / "new"), "--videos", "0"]) == 2
+    assert status_of(main, [str(tmp_path / "new"), "--videos", "0"]) == 2
     assert "--videos must be at least 1" in capsys.readouterr().err
 
 

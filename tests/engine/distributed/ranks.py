@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["engine.train", "engine.encode", "torch.utils.tensorboard", "torch.distributed.fsdp", "peft"]
+    ["engine.job", "engine.encode", "torch.utils.tensorboard", "torch.distributed.fsdp", "peft"]
 )
 
 
@@ -36,6 +37,13 @@ class Ranks:
             process.kill()
             process.join()
         return codes
+
+    def wait_like_torchrun(self, seconds: float = 120) -> list[int | None]:
+        """Exit codes; as soon as one rank has ended with an error, the others are killed."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not any(process.exitcode for process in self.processes):
+            time.sleep(0.02)
+        return self.wait(0)
 
     def stderr(self, rank: int) -> str:
         return self.logs[rank].read_text()

@@ -7,9 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
-import pytest
-import torch.distributed as dist
-
+from dataloaders import cli
 from engine.train import main
 from tests.engine.distributed.ranks import Ranks, launch, train
 from tests.engine.workspace import train_arguments
@@ -24,13 +22,13 @@ def printed_lines(ranks: Ranks, sentence: str) -> list[str]:
     return [line for text in texts for line in text.splitlines() if sentence in line]
 
 
-def mistype(port: int | None, wrong: tuple[int, ...]) -> int:
-    """A wrong flag on some ranks; rank 0 is late. With a port, torchrun's store is there too."""
+def mistype(wrong: tuple[int, ...], started: str) -> int:
+    """A wrong flag on some ranks; rank 0 is late."""
     rank = int(os.environ["RANK"])
-    if port is not None:
-        os.environ.update({"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"})
     if rank == 0:
-        time.sleep(0.3)
+        time.sleep(1)
+    cli.WAIT_SECONDS = 3.0
+    Path(f"{started}.{rank}").touch()
     try:
         return main(["--learning-rat", "1"]) if rank in wrong else 0
     except SystemExit as end:
@@ -38,54 +36,54 @@ def mistype(port: int | None, wrong: tuple[int, ...]) -> int:
 
 
 def test_a_wrong_flag_is_printed_once(tmp_path: Path):
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = launch(2, tmp_path, mistype, store.port, (0, 1))
-    assert ranks.wait(END_WITHIN) == [2, 2]
+    """torchrun ends all ranks as soon as one has ended, so the others let rank 0 print and end first."""
+    ranks = launch(2, tmp_path, mistype, (0, 1), str(tmp_path / "started"))
+    assert ranks.wait_like_torchrun(END_WITHIN) == [2, None]
+    assert (tmp_path / "started.1").exists(), "rank 1 had the error first"
     (line,) = printed_lines(ranks, "there is no flag --learning-rat")
-    assert line.startswith("python -m engine.train: there is no flag")
-    # torchrun would end rank 0 as soon as rank 1 ends, so rank 1, the first, prints.
-    assert line in ranks.stderr(1)
+    assert line.startswith("engine.train: there is no flag")
 
 
-@pytest.mark.parametrize("torchrun", [False, True], ids=["alone", "torchrun"])
-def test_a_flag_that_is_wrong_on_one_node_is_printed_there(tmp_path: Path, torchrun: bool):
-    """Without a store each rank prints its own error: better twice than never."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if torchrun else None
-    ranks = launch(2, tmp_path, mistype, store and store.port, (1,))
+def test_a_flag_that_is_wrong_on_one_node_is_printed_there(tmp_path: Path):
+    ranks = launch(2, tmp_path, mistype, (1,), str(tmp_path / "started"))
     assert ranks.wait(END_WITHIN) == [0, 2]
     (line,) = printed_lines(ranks, "there is no flag --learning-rat")
-    assert line.startswith("python -m engine.train: rank 1 (")
+    assert line.startswith("engine.train: rank 1 (")
 
 
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [({"data": "nowhere"}, "engine.train: nowhere"), ({"global_batch": 100}, "engine.train: 24 samples do not fill")],
-)
-def test_an_error_of_all_ranks_is_printed_once(
-    workspace: Path, tmp_path: Path, flags: dict[str, object], sentence: str
-):
-    ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path, "1", **flags))
+def test_a_missing_path_is_printed_once(workspace: Path, tmp_path: Path):
+    """Before the ranks join."""
+    ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path, "1", data="nowhere"))
+    assert ranks.wait_like_torchrun(END_WITHIN) == [1, None]
+    assert len(printed_lines(ranks, "engine.train: nowhere")) == 1
+
+
+def test_an_error_of_all_ranks_is_printed_once(workspace: Path, tmp_path: Path):
+    ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path, "1", global_batch=100))
     assert ranks.wait(END_WITHIN) == [1, 1]
-    assert len(printed_lines(ranks, sentence)) == 1
+    assert len(printed_lines(ranks, "engine.train: 24 samples do not fill")) == 1
     assert len(printed_lines(ranks, "engine.train:")) == 1
 
 
 MISSING = """
-import engine.train
+import engine.train, engine.prepare
+from engine import job
+from dataloaders import cli
+cli.WAIT_SECONDS = 0.1
 def missing(*rest): raise FileNotFoundError("/scratch is not mounted")
-if rank == 1: engine.train.{} = missing"""
+if rank == 1: {} = missing"""
 
 
 def test_an_error_of_one_rank_in_the_checks_is_raised_by_all(workspace: Path, tmp_path: Path):
     arguments = train_arguments(workspace, tmp_path, "1")
-    ranks = train(2, tmp_path / "logs", arguments, MISSING.format("check_given"))
+    ranks = train(2, tmp_path / "logs", arguments, MISSING.format("engine.train.check_paths = job.check_paths"))
     assert ranks.wait(END_WITHIN) == [1, 1]
     assert printed_lines(ranks, "engine.train:") == ["engine.train: rank 1: /scratch is not mounted"]
 
 
 def test_a_later_error_of_one_rank_ends_the_others(workspace: Path, tmp_path: Path):
     arguments = train_arguments(workspace, tmp_path, "1")
-    ranks = train(2, tmp_path / "logs", arguments, MISSING.format("BatchPlan"))
+    ranks = train(2, tmp_path / "logs", arguments, MISSING.format("engine.prepare.BatchPlan"))
     assert ranks.wait(END_WITHIN) == [1, 1]
     assert "engine.train: rank 1 (" in ranks.stderr(1)
     (message,) = printed_lines(ranks, "rank 0 ends: rank 1 (")
@@ -125,7 +123,7 @@ def test_malformed_data_are_reported_once(workspace: Path, tmp_path: Path):
     ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path / "out", "1", data=data))
     assert ranks.wait(END_WITHIN) == [1, 1]
     assert len(printed_lines(ranks, "1 of 25 records are malformed")) == 1
-    assert not printed_lines(ranks, "rank 0:")
+    assert not printed_lines(ranks, "engine.train: rank 0")
 
 
 def test_damaged_checkpoints_are_refused_on_all_ranks(workspace: Path, tmp_path: Path):

@@ -39,11 +39,11 @@ decoder.DecoderLayer._compute = stalling"""
 
 STALL_BEFORE_THE_FIRST = """
 import time
-from engine import train
+from engine import job
 from engine.distributed import watchdog
 watchdog.SETUP_TIMEOUT = 4
-build = train.build_model
-train.build_model = lambda *rest, **named: time.sleep(1000) if rank == 1 else build(*rest, **named)"""
+build = job.build_model
+job.build_model = lambda *rest, **named: time.sleep(1000) if rank == 1 else build(*rest, **named)"""
 
 SLOW = SLOWLY.replace("0.2", "0.1")
 END_WITHIN = 30

@@ -21,6 +21,7 @@ from engine.distributed.world import World, shard_frozen
 from engine.loop import backward_order
 from engine.metrics import read_metrics
 from engine.train import main
+from pite import devices
 from tests.engine.distributed.ranks import launch, train
 from tests.engine.workspace import train_arguments
 from tests.samples import random_samples, related_samples, tiny_model
@@ -121,6 +122,7 @@ def test_torchs_own_timeouts_are_longer_than_the_watchdogs(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(dist, "init_process_group", lambda backends, **named: joined.update(named))
     monkeypatch.setattr("engine.distributed.world.Watchdog", MagicMock())
+    monkeypatch.setattr(devices, "check_computes", lambda device: None)
     stall = 5000.0
     assert World.join(stall=stall).device == torch.device("cuda:1")
     assert joined["timeout"].total_seconds() > stall

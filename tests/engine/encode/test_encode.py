@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from dataloaders.failures import BudgetExceeded, read_failures
 from dataloaders.records import Media
 from dataloaders.store.features import FeatureStore
 from engine.encode import job
-from engine.encode.__main__ import EncodeConfig, encode, main
+from engine.encode.__main__ import main
+from engine.encode.config import EncodeConfig
+from engine.encode.run import encode
 from engine.encode.work import groups_of, partition_by_length, seconds_of
 from pite.clip import ClipEncoder
 from tests.clips import save_clip, write_data
@@ -133,7 +136,7 @@ def test_two_ranks_give_the_same_records(config: EncodeConfig, data: Path, tmp_p
     output = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], output
     assert records(shared) == records(bad.store)
-    indices = list(shared.rglob("*.parquet"))
+    indices = list(shared.rglob("0*.parquet"))
     assert {p.name[:5] for p in indices} == {"00000", "00001"}
     keys = [key for index in indices for key in pq.read_table(index)["key"].to_pylist()]
     assert len(keys) == len(set(keys)), "nothing is encoded twice"
@@ -173,10 +176,13 @@ def test_repaired_files_are_encoded_by_the_next_run(config: EncodeConfig, data: 
 
 
 def test_budget_stops_the_run_and_keeps_its_work(config: EncodeConfig, data: Path, tmp_path: Path) -> None:
-    bad = replace(config, data=spoiled(data, tmp_path), failure_budget=0.1, batch_size=N)
-    with pytest.raises(BudgetExceeded, match=r"2 of 15 media failed"):
+    copy = spoiled(data, tmp_path)
+    shutil.copy(data / "stage1/images/i0.jpg", copy / "stage1/images/i0.jpg")
+    shutil.copy(data / "stage2/videos/v4.mp4", copy / "stage2/videos/v4.mp4")
+    bad = replace(config, data=copy, failure_budget=0.1, batch_size=N)
+    with pytest.raises(BudgetExceeded, match=r"2 of 15 media failed.*; add --failure-budget 0\.14 or more to leave"):
         encode(bad)
-    assert set(records(bad.store)) == {"stage1/i1", "stage1/i2", "stage2/v0", "stage3/v0"}
+    assert set(records(bad.store)) == {"stage1/i0", "stage1/i1", "stage1/i2", "stage2/v0", "stage3/v0"}
 
 
 def test_features_that_are_not_finite_are_failures(config: EncodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +197,9 @@ def test_another_encoder_or_frame_count_is_refused(config: EncodeConfig, tmp_pat
     encode(config)
     before = records(config.store)
     save_clip(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match="was made with encoder '"):
+    theirs, ours = ClipEncoder(config.clip).checksum, ClipEncoder(str(tmp_path / "other")).checksum
+    message = f"was made with encoder '{theirs}', but '{ours}' is expected; encode into another folder (--store)"
+    with pytest.raises(ValueError, match=re.escape(message)):
         encode(replace(config, clip=str(tmp_path / "other")))
     with pytest.raises(ValueError, match="was made with num_frames 5, but 6 is expected"):
         encode(replace(config, num_frames=6))
@@ -222,21 +230,32 @@ class TestCommand:
             reason = f"{broken / 'pite_143k.jsonl'}:2: field 'id' must be str or int, not float"
         else:
             config = replace(config, **{what: tmp_path / "nothing"})
-            reason = str(tmp_path / "nothing")
-        status, out, err = self.run(capsys, config)
+            reason = f"--clip {tmp_path / 'nothing'}" if what == "clip" else str(tmp_path / "nothing")
+        status, out, err = self.run(capsys, config, "--log-level", "error")
         assert status == 1 and not out
         assert err.startswith(f"engine.encode: {reason}") and err.count("\n") == 1
+        if what == "record":
+            assert err.endswith(
+                "; 1 of 2 records name no media, more than the failure budget of 1.00%; add --failure-budget 0.5 or more to "
+                "leave them out\n"
+            )
 
     def test_failures_are_announced(
-        self, capsys: pytest.CaptureFixture[str], config: EncodeConfig, tmp_path: Path
+        self,
+        capsys: pytest.CaptureFixture[str],
+        caplog: pytest.LogCaptureFixture,
+        config: EncodeConfig,
+        tmp_path: Path,
     ) -> None:
+        caplog.set_level("INFO")
         config = replace(config, data=spoiled(config.data, tmp_path))
-        status, out, err = self.run(capsys, config, "--failure-budget", "1")
+        status, out, _ = self.run(capsys, config, "--failure-budget", "1")
         first, *report = out.splitlines()
         assert status == 0 and first.endswith(", 7 failed: see failures.*.jsonl")
         assert report[0] == "7 media failed, 0 more were encoded since" and len(report) == 5
         assert [line.split()[0] for line in report[1:]] == ["2", "2", "2", "1"]
-        assert "decoded by PyAV: 5\n" in err
+        assert "decoded by PyAV: 5 files\n" in caplog.text
+        assert caplog.text.count("(the first; all are counted at the end)") == 2, "v1 and v2, each for two splits"
 
     @pytest.mark.parametrize(
         ("extra", "reason"),
@@ -276,7 +295,7 @@ def test_killed_and_resumed(config: EncodeConfig, tmp_path: Path) -> None:
     assert 0 < len(records(killed)) < len(expected)
     encode(replace(reference, store=killed))
     assert records(killed) == expected
-    keys = [key for index in killed.rglob("*.parquet") for key in pq.read_table(index)["key"].to_pylist()]
+    keys = [key for index in killed.rglob("0*.parquet") for key in pq.read_table(index)["key"].to_pylist()]
     assert len(keys) == len(set(keys)), "nothing is encoded twice"
 
 

@@ -19,8 +19,9 @@ import pytest
 from dataloaders.decode.dali import decoder as dali
 from dataloaders.failures import read_failures
 from dataloaders.store.features import FeatureStore, FeatureWriter
-from engine.encode.__main__ import EncodeConfig, encode, make_jobs
 from engine.encode.check import verify
+from engine.encode.config import EncodeConfig
+from engine.encode.run import encode, prepare
 from tests.clips import write_data
 from tests.damage import damage, decode_or_hang
 from tests.engine.distributed.ranks import CONTEXT
@@ -94,7 +95,7 @@ def test_two_hundred_damaged_files(
     decoder: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO", "dataloaders.decode.dali.decoder")
+    caplog.set_level("DEBUG", "dataloaders.decode.dali.decoder")
     mixed, alone, kinds = corpus
     config = EncodeConfig(
         data=mixed,
@@ -198,18 +199,18 @@ def test_killed_at_twenty_moments(clip: Path, tmp_path: Path) -> None:
         process.start()
         # The moment is a number of further records, so that it works at any speed, plus some milliseconds.
         more = min(60, progress[-1] + rng.randint(0, 3))
-        while len(list(killed.store.rglob("*.parquet"))) < more:
+        while len(list(killed.store.rglob("0*.parquet"))) < more:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.01))
         process.kill()
         process.join()
         assert process.exitcode == -9, "it ended before it was killed"
-        progress.append(len(list(killed.store.rglob("*.parquet"))))
+        progress.append(len(list(killed.store.rglob("0*.parquet"))))
     assert len(set(progress)) >= 8 and progress[-2] < 60, progress
     encode(killed)
     expected, found = ({**_all(c.store)} for c in (config, killed))
     assert found == expected and len(found) == 96
-    keys = [key for index in killed.store.rglob("*.parquet") for key in pq.read_table(index)["key"].to_pylist()]
+    keys = [key for index in killed.store.rglob("0*.parquet") for key in pq.read_table(index)["key"].to_pylist()]
     assert len(keys) == len(set(keys)), "nothing is stored twice"
     print(f"records after each kill: {progress}")
 
@@ -233,16 +234,16 @@ def test_verify_finds_a_record_that_does_not_match_its_file(clip: Path, tmp_path
         data=data, store=tmp_path / "store", clip=str(clip), num_frames=N, batch_size=2 * N, workers=0
     )
     encode(config)
-    report = verify(make_jobs(config)[1], 100)
+    report = verify(prepare(config)[1], 100)
     assert report == "9 of 9 records verified: 9 equal in every byte, least cosine 1.000000"
-    assert verify(make_jobs(config)[1], 4).startswith("4 of 9 records verified: 4 equal")
+    assert verify(prepare(config)[1], 4).startswith("4 of 9 records verified: 4 equal")
     right = FeatureStore(config.store / "videos")
     wrong = FeatureStore.create_or_open(tmp_path / "swapped/videos", right.manifest)
     with FeatureWriter(wrong) as writer:
         # Negated, because a random CLIP gives similar features for two shades of grey.
         writer.add({key: np.array(right.read(key)) * (-1 if key == "stage2/v3" else 1) for key in right.keys})
     with pytest.raises(ValueError, match=r"1 of 6 records are wrong, the first stage2/v3: cosine -1\.0000 with what"):
-        verify(make_jobs(replace(config, store=tmp_path / "swapped"))[1], 100)
+        verify(prepare(replace(config, store=tmp_path / "swapped"))[1], 100)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -252,6 +253,6 @@ def test_what_one_decoder_stored_another_verifies(clip: Path, tmp_path: Path, de
     (data / "stage2/videos/v1.mp4").unlink()
     config = EncodeConfig(data=data, store=tmp_path / "store", clip=str(clip), num_frames=N, batch_size=N, workers=0)
     encode(config)
-    report = verify(make_jobs(replace(config, decoder=decoder))[1], 100)  # type: ignore[arg-type]
+    report = verify(prepare(replace(config, decoder=decoder))[1], 100)  # type: ignore[arg-type]
     assert report.startswith("6 of 6 records verified: ") and float(report.rpartition(" ")[2]) >= 0.999
     assert ("6 equal in every byte" in report) == (decoder == "pyav"), report

@@ -29,6 +29,7 @@ from engine.tiny.models import TinyConfig, make_tiny
 from engine.tiny.tokenizer import build_tokenizer
 from engine.tiny.vicuna import Dialogue, build, frame_log, hidden_states, make_batch, sample_dialogue
 from tests import SOURCE_PATH
+from tests.commands import status_of
 
 CONFIG = TinyConfig(clip_steps=2, list_steps=1, vicuna_steps=1, frames=8, seed=1)
 
@@ -103,7 +104,7 @@ def test_repeating_trains_nothing_and_another_seed_is_refused(tiny, capsys):
         == 2
     )
     assert "choose another folder" in capsys.readouterr().err
-    assert main([str(tiny), "--frames", "101"]) == 2
+    assert status_of(main, [str(tiny), "--frames", "101"]) == 2
     assert "--frames must be 2 to 100" in capsys.readouterr().err
 
 
@@ -202,3 +203,5 @@ def test_the_command_trains_in_processes_of_its_own(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "models").iterdir()} == {"clip", "vicuna"}
+    assert "INFO    clip step 1/1: loss " in done.stderr and "INFO    vicuna step 2/2: loss " in done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["clip", "vicuna", f"{tmp_path}/models"]

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from engine.cli import field_docs, parse
+from dataloaders.cli import field_docs, flag, parse, run
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,61 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "--seed INT Seed of everything random. (default: 0)",
     ):
         assert words in text, text
+
+
+def test_an_error_names_the_module_and_the_help_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Config, ["--help"], prog="python -m engine.train")
+    text = capsys.readouterr().out
+    assert text.startswith("usage: python -m engine.train ")
+    assert text.index("--files") < text.index("--seed"), "flags of a base class come last"
+    with pytest.raises(SystemExit):
+        parse(Config, [], prog="python -m engine.train")
+    assert capsys.readouterr().err == "engine.train: --data must be given; see --help\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("a is missing"), "a is missing"),
+        (MemoryError(), "MemoryError"),
+        (OSError(28, "No space"), "[Errno 28] No space"),
+    ],
+)
+def test_run_prints_errors_of_users(error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise error
+
+    assert run("pite.chat", fail, status=3) == 3
+    assert capsys.readouterr().err == f"pite.chat: {sentence}\n"
+
+
+def test_run_returns_the_status_and_raises_faults_of_ours() -> None:
+    assert (run("p", lambda: 1), run("p", lambda: None)) == (1, 0)
+    with pytest.raises(KeyError):
+        run("p", lambda: {}["x"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Merge stores."""
+
+    output: Path = flag(positional=True)
+    stores: tuple[Path, ...] = flag(positional=True)
+    shards: int = 1
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_flags_stand_anywhere_between_positional_arguments(at: int) -> None:
+    argv = ["o", "a", "b"]
+    argv[at:at] = ["--shards", "2"]
+    assert parse(Merge, argv, prog="merge") == Merge(output=Path("o"), stores=(Path("a"), Path("b")), shards=2)
+
+
+def test_missing_positional_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Merge, ["o", "--shards", "2"], prog="merge")
+    assert capsys.readouterr().err == "merge: STORES must be given; see --help\n"
 
 
 def test_field_docs() -> None:

@@ -1,0 +1,66 @@
+"""The flags of dataloaders.annotation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataloaders import paths
+from dataloaders.annotation.steps import Step
+from dataloaders.cli import at_least
+from dataloaders.decode import TIME_LIMIT
+from dataloaders.logs import LogFlags
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotationFlags(LogFlags):
+    """Make PiTe-143k records from videos and their event captions."""
+
+    captions: Path
+    """ActivityNet Captions' {id: {duration, timestamps, sentences}}"""
+    videos: Path
+    """folder of {id}.mp4, or .mkv, .webm, ..."""
+    output: Path
+    """such as DATA/stage2/pite_143k.jsonl; an existing file is replaced"""
+    work: Path | None = None
+    """folder for the files of each step; OUTPUT with .steps for .jsonl unless given"""
+    until: Step = "records"
+    """last step to run"""
+    stanza: Path | None = None
+    """folder of Stanza's models, which make the phrases; not needed if their files exist"""
+    detector: Path | None = None
+    """folder of a GroundingDINO, which makes the masks; not needed if their files exist"""
+    segmenter: Path | None = None
+    """folder of a SAM; without it a mask is the detector's box"""
+    threshold: float = 0.35
+    """minimum score of a detection"""
+    device: str = "cpu"
+    """cpu or cuda, where the models run"""
+    num_frames: int = 100
+    """N frames that PiTe will see"""
+    num_points: int = 3
+    """P key points of a trajectory"""
+    workers: int | None = None
+    """worker processes, each with its own models; 0 for none; one per core, or one for a GPU, unless given"""
+    time_limit: float = TIME_LIMIT
+    """timeout for one video, in seconds"""
+    failure_budget: float = 0.01
+    """share of videos that may fail"""
+
+    def __post_init__(self) -> None:
+        if self.segmenter and not self.detector:
+            raise ValueError("--segmenter needs the boxes of a detector; give --detector, too")
+        at_least(self, 0, "workers")
+        at_least(self, 1, "num_points")
+        at_least(self, 2, "num_frames")
+        if not self.time_limit > 0:
+            raise ValueError(f"--time-limit must be more than 0, not {self.time_limit}")
+
+    def check_paths(self) -> None:
+        """Raise ValueError for a path that does not exist or cannot be written."""
+        paths.input_file("--captions", self.captions)
+        for name in ("videos", "stanza", "detector", "segmenter"):
+            paths.input_folder(f"--{name}", getattr(self, name))
+        paths.output_file("--output", self.output)
+        if self.work is not None:
+            paths.output_folder("--work", self.work)

@@ -1,0 +1,164 @@
+"""Annotates the videos of one rank, in worker processes, and joins the records."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dataloaders.annotation.flags import AnnotationFlags
+from dataloaders.annotation.pipeline import Settings, Video, attempt, load_models
+from dataloaders.annotation.steps import STEPS, join_records, step_path
+from dataloaders.annotation.tracking import opencv
+from dataloaders.cpu import available_cores
+from dataloaders.decode import TIME_LIMIT
+from dataloaders.decode.workers import TaskLost, Workers
+from dataloaders.failures import LEDGER, Failure, Ledger
+from dataloaders.files import write_atomically
+from dataloaders.formats import Where, iter_json, read_activitynet
+from dataloaders.formats.fields import find_media, identifier
+from dataloaders.ranks import Ranks
+from dataloaders.records import RecordError
+
+log = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"
+
+
+def read_captions(captions: Path, videos: Path) -> Iterator[Video | Failure]:
+    """Captioned videos in order, and a Failure for each that cannot be read. Raises ValueError if it is not JSON."""
+    seen: set[str] = set()
+    for offset, _, record in iter_json(captions):
+        where = Where(captions, offset)
+        try:
+            name = identifier(record, "id", where)
+            if name in seen:
+                raise RecordError(f"{where}: duplicate id {name!r}")
+            seen.add(name)
+            yield Video(
+                name, find_media(videos / f"{name}.mp4"), captions.stem, read_activitynet(record, where, videos)
+            )
+        except RecordError as error:
+            yield Failure(str(record.get("id")), str(captions), "read", str(error))
+
+
+def annotate_all(
+    videos: Sequence[Video], settings: Settings, workers: int, time_limit: float = TIME_LIMIT
+) -> Iterator[Failure | None]:
+    """Annotate in `workers` processes, or in this one with 0. Yields None or a Failure for each video, in order.
+
+    time_limit  seconds after which a video's process is killed; not applied with 0 workers
+    Raises ValueError for models that cannot be loaded.
+    """
+    if not workers:
+        load_models(settings)
+        yield from map(partial(attempt, settings=settings), videos)
+        return
+    with Workers(workers, time_limit) as pool:
+        try:
+            pool.submit(load_models, settings).result()
+        except TaskLost as error:
+            raise ValueError(f"the models cannot be loaded: {error}") from None
+        waiting: deque[tuple[Video, Future[Failure | None]]] = deque()
+        remaining = iter(videos)
+        while True:
+            while len(waiting) < 4 * workers and (video := next(remaining, None)) is not None:
+                waiting.append((video, pool.submit(attempt, video, settings)))
+            if not waiting:
+                return
+            video, future = waiting.popleft()
+            try:
+                yield future.result()
+            except TaskLost as error:
+                yield Failure(video.name, str(video.path), "annotate", f"{video.path}: {error}")
+
+
+def check_settings(settings: Settings) -> None:
+    """Store the settings of each step; raises ValueError if a step has files that were made with other settings."""
+    path, wanted = settings.work / SETTINGS, settings.by_step()
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for step, made in wanted.items():
+        if known.get(step, made) != made and (settings.work / step).is_dir():
+            later = " and ".join(str(settings.work / other) for other in STEPS[STEPS.index(step) :])
+            raise ValueError(
+                f"{settings.work / step} was made with {known[step]}, not {made}: remove {later}, or use another --work"
+            )
+    settings.work.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(known | wanted, indent=1))
+
+
+def summary(counts: Sequence[dict[str, int]]) -> str:
+    total = sum((Counter(each) for each in counts), Counter[str]())
+    return (
+        f"{len(counts):,} videos, {total['events']:,} events, {total['phrases']:,} phrases; {total['found']:,} of them "
+        f"found in their event's first frame, {total['followed']:,} tracked, "
+        f"{total['trajectories']:,} with a trajectory"
+    )
+
+
+def run(flags: AnnotationFlags) -> None:
+    """Annotate this rank's share of the videos. A run without torchrun then joins the records."""
+    ranks = Ranks.read()
+    settings = _settings(flags, ranks)
+    work = settings.work
+    if flags.output.exists() and not (work / SETTINGS).exists():
+        raise ValueError(f"{flags.output} exists and was not made from {work}; move it, or choose another --output")
+    entries = list(read_captions(flags.captions, flags.videos))
+    if not entries:
+        raise ValueError(f"{flags.captions}: holds no video")
+    videos = [video for video in entries if isinstance(video, Video)]
+    check_settings(settings)
+    ledger = Ledger(work / LEDGER, len(entries), flags.failure_budget)
+    if ranks.rank == 0:
+        for failure in entries:
+            if isinstance(failure, Failure):
+                ledger.add(failure)
+    mine = [v for v in videos[ranks.rank :: ranks.size] if not _is_done(work, flags.until, v)]
+    log.info("%s of %s videos to annotate", f"{len(mine):,}", f"{len(videos):,}")
+    if STEPS.index(flags.until) >= STEPS.index("tracks") and any(not _is_done(work, "tracks", v) for v in mine):
+        opencv()
+    failed = 0
+    workers = min(_usual_workers(flags.device) if flags.workers is None else flags.workers, len(mine))
+    results = annotate_all(mine, settings, workers, flags.time_limit) if mine else iter(())
+    for failure in tqdm(results, "annotating", len(mine), unit=" videos", disable=None):
+        if failure is not None:
+            failed += 1
+            ledger.add(failure)
+    print(f"{len(mine) - failed:,} videos annotated" + (f", {failed:,} failed: see {ledger.files}" if failed else ""))
+    if flags.until != "records":
+        print(f"the files of each step are in {work}")
+    elif ranks.size > 1:
+        print(f"when all ranks are done, run the same command without torchrun to write {flags.output}")
+    else:
+        counts = join_records((step_path(work, "records", v.name) for v in videos), flags.output)
+        print(f"{flags.output}: {summary(counts)}")
+
+
+def _settings(flags: AnnotationFlags, ranks: Ranks) -> Settings:
+    return Settings(
+        work=flags.work or flags.output.with_suffix(".steps"),
+        num_frames=flags.num_frames,
+        num_points=flags.num_points,
+        stanza=flags.stanza,
+        detector=flags.detector,
+        segmenter=flags.segmenter,
+        threshold=flags.threshold,
+        device=f"cuda:{ranks.local}" if flags.device == "cuda" else flags.device,
+        until=flags.until,
+    )
+
+
+def _is_done(work: Path, step: str, video: Video) -> bool:
+    return step_path(work, step, video.name).exists()
+
+
+def _usual_workers(device: str) -> int:
+    if device != "cpu":
+        return 1  # more would share the device's memory
+    return max(1, available_cores() // Ranks.read().local_size)

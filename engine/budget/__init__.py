@@ -1,0 +1,1 @@
+"""The dry run: the costs of a run before it starts, and their text."""

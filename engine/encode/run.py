@@ -1,0 +1,182 @@
+"""Encodes a data folder: inventory, then each kind of media in batches. `engine.encode.__main__` is the command."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from dataloaders.decode.decoder import Decoded, is_fallback
+from dataloaders.failures import LEDGER, Failure, Ledger, read_failures, reason_kind, report
+from dataloaders.ranks import ALONE, Ranks
+from dataloaders.records import Media
+from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest, NonFiniteError
+from dataloaders.store.tools import PITE_SAMPLING
+from engine.encode.backend import Backend, choose_backend
+from engine.encode.check import predict, verify
+from engine.encode.config import EncodeConfig
+from engine.encode.inventory import Inventory, take_inventory
+from engine.encode.job import Job
+from engine.encode.work import features_of, groups_of, partition_by_length
+
+if TYPE_CHECKING:
+    from pite.clip import ClipEncoder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Summary:
+    """Result of a run: media encoded, media that failed, and the number of files that each decoder decoded.
+
+    shown  kinds of failures and fallbacks whose first example was logged
+    """
+
+    encoded: int = 0
+    failed: int = 0
+    decoders: Counter[str] = field(default_factory=Counter)
+    shown: set[str] = field(default_factory=set)
+
+    def add(self, group: Sequence[Media], decoded: Decoded) -> None:
+        """Count a file that was encoded, and log the first one of each fallback."""
+        self.encoded += len(group)
+        self.decoders[decoded.by] += 1
+        if is_fallback(decoded.by):
+            self.show_first(decoded.by, "%s: decoded by %s", group[0].path, decoded.by)
+
+    def show_first(self, kind: str, message: str, *arguments: object) -> None:
+        """Log the first example of a kind when it happens. The end of the run counts them."""
+        if kind not in self.shown:
+            self.shown.add(kind)
+            log.warning(f"{message} (the first; all are counted at the end)", *arguments)
+
+
+def run(config: EncodeConfig, ranks: Ranks) -> None:
+    """The command: encode, predict or verify, and print the result. Raises ValueError as `encode` does."""
+    if config.dry_run:
+        if ranks.rank == 0:
+            inventory, jobs = prepare(config)
+            print(*(predict(job, ranks.size) for job in jobs), sep="\n")
+            if sentence := inventory.over_budget(config.failure_budget):
+                print(f"a run would stop: {sentence}")
+        return
+    if config.verify:
+        print(verify(prepare(config, ranks)[1], config.verify))
+        return
+    summary = encode(config, ranks)
+    who = f"rank {ranks.rank} of {ranks.size}: " * (ranks.size > 1)
+    failed = f", {summary.failed:,} failed: see failures.*.jsonl" * bool(summary.failed)
+    print(f"{who}{summary.encoded:,} media encoded into {config.store}{failed}")
+    if failed and not ranks.rank:
+        keys = {key for kind in ("images", "videos") for key in FeatureStore(config.store / kind).keys}
+        print(report(read_failures(config.store / LEDGER), keys))
+    for by, files in summary.decoders.most_common():
+        log.log(logging.WARNING if is_fallback(by) else logging.INFO, "decoded by %s: %s files", by, f"{files:,}")
+
+
+def encode(config: EncodeConfig, ranks: Ranks = ALONE) -> Summary:
+    """Bring this rank's share of both stores up to date.
+
+    Raises ValueError for a data folder, CLIP or store that cannot be used, and when failures exceed the budget: before
+    CLIP is loaded if too many files are absent. Features that were stored before the error are kept.
+    """
+    backend = choose_backend(config, ranks)
+    inventory = take_inventory(config, ranks)
+    ledger, summary = Ledger(config.store / LEDGER, len(inventory.media), config.failure_budget), Summary()
+    inventory.log_absent(ledger, ranks.rank)
+    for job in make_jobs(config, inventory, backend, ranks):
+        _encode(job, ledger, ranks, summary)
+    summary.failed = ledger.count
+    return summary
+
+
+def prepare(config: EncodeConfig, ranks: Ranks = ALONE) -> tuple[Inventory, list[Job]]:
+    """The inventory and this rank's jobs, to look at the stores without encoding."""
+    backend = choose_backend(config, ranks)
+    inventory = take_inventory(config, ranks)
+    return inventory, make_jobs(config, inventory, backend, ranks)
+
+
+def make_jobs(config: EncodeConfig, inventory: Inventory, backend: Backend, ranks: Ranks) -> list[Job]:
+    """Load CLIP, open or create the stores, and take this rank's share of each kind of media."""
+    # Imported here: the decoding processes import this module, and need neither torch nor transformers.
+    from pite.clip import ClipEncoder
+
+    encoder = ClipEncoder(config.clip, backend.device, compiled=backend.device != "cpu")
+    manifests = {
+        "image": _manifest(encoder, 1, "still"),
+        "video": _manifest(encoder, config.num_frames, PITE_SAMPLING),
+    }
+    jobs = []
+    for kind, manifest in manifests.items():
+        store = FeatureStore.create_or_open(config.store / f"{kind}s", manifest)
+        # Absent files are partitioned too: the shares must not depend on the moment at which a rank looked for them.
+        groups = partition_by_length(groups_of(m for m in inventory.media if m.kind == kind), ranks.size)[ranks.rank]
+        if groups:
+            jobs.append(Job(groups[0][0].kind, groups, inventory.absent.keys(), store, encoder, config, backend))
+    return jobs
+
+
+def _manifest(encoder: ClipEncoder, num_frames: int, sampling: str) -> Manifest:
+    return Manifest(
+        encoder=encoder.checksum,
+        num_frames=num_frames,
+        sampling=sampling,
+        preprocess=encoder.preprocess.describe(),
+        tokens=num_frames,
+        channels=encoder.channels,
+        compute_dtype=str(encoder.model.dtype).removeprefix("torch."),
+    )
+
+
+def _encode(job: Job, ledger: Ledger, ranks: Ranks, summary: Summary) -> None:
+    """Encode the files of a job that the store lacks, and add to the summary."""
+    groups = job.missing
+    if not groups:
+        return
+    total, todo = sum(map(len, job.groups)), sum(map(len, groups))
+    num_frames, batch_size = job.store.manifest.num_frames, job.config.batch_size
+    frames, waited, started = 0, 0.0, time.perf_counter()
+    with (
+        job.decoder(len(groups)) as decoder,
+        FeatureWriter(job.store, ranks.rank, job.config.shard_records) as writer,
+        tqdm(
+            total=total,
+            initial=total - todo,
+            unit=f" {job.kind}s",
+            smoothing=0.05,
+            disable=ranks.rank > 0,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]",
+        ) as bar,
+    ):
+        results = zip(groups, decoder.map(group[0] for group in groups))
+        while True:
+            before = time.perf_counter()
+            batch = list(islice(results, max(1, batch_size // num_frames)))
+            waited += time.perf_counter() - before
+            if not batch:
+                return
+            features = features_of([decoded for _, decoded in batch], job.encoder, num_frames, batch_size)
+            for (group, decoded), record in zip(batch, features):
+                stage, reason = "decode", decoded.reason
+                if record is not None:
+                    try:
+                        writer.add({m.key: record for m in group})
+                        summary.add(group, decoded)
+                        frames += num_frames
+                        continue
+                    except NonFiniteError as error:
+                        stage, reason = "encode", str(error)
+                summary.show_first(reason_kind(reason, str(group[0].path), group[0].key), "%s", reason)
+                for m in group:
+                    ledger.add(Failure(m.key, str(m.path), stage, reason))
+            elapsed = time.perf_counter() - started
+            rate = f"{frames / elapsed:,.0f} frames/s, {waited / elapsed:.0%} waiting for decode"
+            bar.set_postfix_str(rate, refresh=False)
+            bar.update(sum(len(group) for group, _ in batch))

@@ -1,0 +1,45 @@
+"""The settings of the tiny models' training, and the flags of the command that trains them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataloaders import paths
+from dataloaders.cli import at_least, flag
+from dataloaders.logs import LogFlags
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """training; the same settings always give the same weights"""
+
+    clip_steps: int = 1200
+    """CLIP's steps, of 128 stills each"""
+    list_steps: int = 350
+    """the Vicuna's first steps, of 32 dialogues each that are mostly lists"""
+    vicuna_steps: int = 750
+    """the Vicuna's further steps, of 32 dialogues of every kind each"""
+    frames: int = 32
+    """N, entries of a log, and so frames of a video later"""
+    seed: int = 0
+    """seed of weights and data"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "clip_steps", "list_steps", "vicuna_steps")
+        if not 2 <= self.frames <= 100:
+            raise ValueError(f"--frames must be 2 to 100 (indices have two digits), not {self.frames}")
+        at_least(self, 0, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyFlags(LogFlags):
+    """Train the demo's two initial models, OUTPUT/clip and OUTPUT/vicuna in Hugging Face format."""
+
+    output: Path = flag(positional=True)
+    """output folder; models that it already holds are kept"""
+    training: TinyConfig = TinyConfig()
+
+    def check_paths(self) -> None:
+        """Raise ValueError if the folder cannot be made."""
+        paths.output_folder("OUTPUT", self.output)

@@ -1,0 +1,1 @@
+"""One question about one video: `python -m pite.chat`."""

@@ -1,0 +1,29 @@
+"""One question about one video: `python -m pite.chat --model DIR --video V --query Q [--trajectory overlay.mp4]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from dataloaders import logs
+from dataloaders.cli import parse, run
+from pite.chat.flags import ChatFlags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status, 2 after a one-sentence error."""
+    flags = parse(ChatFlags, argv, prog="python -m pite.chat")
+    logs.configure(flags.log_level)
+
+    def chat() -> None:
+        flags.check_paths()
+        # Imported after the flags and paths are checked: it takes seconds.
+        from pite.chat.answer import chat
+
+        chat(flags)
+
+    return run("pite.chat", chat, status=2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

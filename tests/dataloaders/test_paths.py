@@ -1,0 +1,55 @@
+"""Paths of a command line: each error names the flag and the path, and a trial leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dataloaders.paths import input_file, input_folder, model, output_file, output_folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the file `f` and the folder `d`."""
+    (tmp_path / "f").write_text("content")
+    (tmp_path / "d").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("check", "path", "sentence"),
+    [
+        (model, "none", "--x none is neither a directory nor a Hugging Face model name (owner/name)"),
+        (input_file, "none", "--x none: no such file"),
+        (input_file, "d", "--x d: this is a folder, not a file"),
+        (input_folder, "none", "--x none: no such folder"),
+        (input_folder, "f", "--x f: this is a file, not a folder"),
+        (output_file, "d", "--x d: this is a folder, not a file"),
+        (output_file, "f/new/p.jsonl", "--x f/new/p.jsonl cannot be written: Not a directory"),
+        (output_file, "/proc/none/p.jsonl", "--x /proc/none/p.jsonl cannot be written: "),
+        (output_folder, "f/new", "--x f/new: {here}/f is a file, not a folder"),
+        (output_folder, "f", "--x f: this is a file, not a folder"),
+    ],
+)
+def test_unusable_paths(here: Path, check: Callable[[str, Path], None], path: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check("--x", Path(path))
+    assert str(caught.value).startswith(sentence.replace("{here}", str(here)))
+
+
+def test_usable_paths(here: Path) -> None:
+    for check in (model, input_file, input_folder, output_file):
+        check("--x", None)
+    model("--x", "owner/name")
+    model("--x", Path("d"))
+    output_file("--x", Path("/dev/null"))
+    input_file("--x", Path("f"))
+    input_folder("--x", Path("d"))
+    output_folder("--x", Path("d/new/folder"))
+    output_file("--x", Path("f"))
+    output_file("--x", Path("e/new.jsonl"))
+    assert Path("f").read_text() == "content"
+    assert sorted(str(path.relative_to(here)) for path in here.rglob("*")) == ["d", "e", "f"]
