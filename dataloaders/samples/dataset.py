@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Container
 from copy import copy
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dataloaders.files import write_if_changed
 from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, present_formats, split_of
 from dataloaders.records import RecordError, TokenizedSample
 from dataloaders.samples.index import open_index
+from dataloaders.samples.plan import Prefixes
 
 _ERRORS_SHOWN = 10
 
@@ -76,6 +78,7 @@ class StageDataset:
     def _select(self, rows: np.ndarray) -> None:
         """Set the samples to rows of the index."""
         self._rows = rows
+        self.__dict__.pop("_groups", None)  # of other samples, where this is a copy
         self.ids = [self._index.ids[row] for row in rows]
         self.media = [self._index.media[row] for row in rows]
         self.tokens, self.targets = self._index.tokens[rows], self._index.targets[rows]
@@ -110,8 +113,18 @@ class StageDataset:
 
     def groups(self) -> np.ndarray:
         """Group numbers (n,): samples of the same media have the same number."""
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> np.ndarray:
         numbers = {key: number for number, key in enumerate(sorted(set(self.media)))}
         return np.fromiter((numbers[key] for key in self.media), np.int64, len(self.media))
+
+    def prefixes(self, chosen: np.ndarray) -> Prefixes:
+        """What the chosen samples (B,) share: the prompt's head, and the frames of the same media."""
+        # One prompt layout and one tokenizer: the head is the same for all.
+        head = int(self._index.frame_starts[0])
+        return Prefixes(head, head + self.num_frames, self._groups[chosen])
 
     def summary(self) -> str:
         parts = [f"{len(self.ids):,} samples"]

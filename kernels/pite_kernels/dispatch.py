@@ -13,6 +13,9 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+NAMESPACE = "pite_kernels"
+"""Of the operators registered with torch.library."""
+
 OPERATORS = ("trajectory_forward", "trajectory_grad_hidden", "trajectory_grad_weight", "softmax_rows")
 
 

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pite_kernels.dispatch import cpp, uses_triton, with_unit_stride
+from pite_kernels.dispatch import NAMESPACE, cpp, uses_triton, with_unit_stride
 from pite_kernels.reference import accumulator, reciprocal
-
-NAMESPACE = "pite_kernels"
 
 
 def trajectory_l1(

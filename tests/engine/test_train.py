@@ -21,6 +21,7 @@ from engine import job, loop, report, run
 from engine.metrics import read_metrics
 from engine.train import main
 from pite.checkpoint import from_pretrained
+from pite.decoder import Documents
 from tests.engine.workspace import train_arguments
 
 
@@ -63,7 +64,7 @@ def test_a_trained_chain_of_adapters_loads_in_peft(trained: Path, workspace: Pat
     with torch.no_grad():
         x = torch.nn.functional.embedding(ids, ours.decoder.embed_tokens)
         bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
-        hidden = ours.decoder(x, torch.arange(len(ids), dtype=torch.int32), bounds, len(ids))
+        hidden = ours.decoder(x, torch.arange(len(ids), dtype=torch.int32), Documents(bounds, len(ids)))
         torch.testing.assert_close(ours.logits(hidden), llama(input_ids=ids[None]).logits[0], rtol=1e-4, atol=1e-4)
 
 

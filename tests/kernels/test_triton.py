@@ -1,4 +1,4 @@
-"""Runs `triton_checks.py` in a new process: on a GPU if there is one, else with TRITON_INTERPRET=1."""
+"""Runs `triton_checks.py` and `rope_checks.py` in a new process: on a GPU if there is one, else with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CHECKS = Path(__file__).with_name("triton_checks.py")
+CHECKS = [Path(__file__).with_name(name) for name in ("triton_checks.py", "rope_checks.py")]
 
 
 def test_triton_kernels():
@@ -26,9 +26,9 @@ def test_triton_kernels():
         "no:cacheprovider",
         "-p",
         "no:xdist",
-        str(CHECKS),
+        *map(str, CHECKS),
     ]
-    root = CHECKS.parents[2]
+    root = CHECKS[0].parents[2]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
