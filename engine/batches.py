@@ -23,14 +23,19 @@ if TYPE_CHECKING:
 class StepBatches:
     """One rank's share of an optimizer step. The numbers are those of the whole global batch.
 
-    tokens  of its samples: what a trainer without padding computes
-    rows    that are computed, on all ranks, as planned; the collator may find a few more that are equal
+    tokens   of its samples: what a trainer without padding computes
+    targets  supervised tokens
     """
 
     micro_batches: tuple[PackedBatch, ...]
     tokens: int
     samples: int
-    rows: int
+    targets: int
+
+    @property
+    def rows(self) -> int:
+        """Rows that this rank computes."""
+        return sum(batch.num_rows for batch in self.micro_batches)
 
 
 class StepSource:
@@ -66,7 +71,7 @@ class StepSource:
     def step(self, step: int) -> StepBatches:
         chosen = self.plan.samples(step)
         normalizers = self.normalizers(chosen)
-        bins, rows = self.split(chosen)
+        bins, _ = self.split(chosen)
         # With fewer samples than micro-batches, a sample of weight 0 fills the empty one: ranks with sharded weights
         # must compute equally often.
         shortest = int(chosen[np.argmin(self.dataset.tokens[chosen])])
@@ -75,7 +80,8 @@ class StepSource:
             self._pack(members, normalizers) if members else self._pack([shortest], nothing)
             for members in bins[self.rank]
         )
-        return StepBatches(micro, int(self.dataset.tokens[chosen].sum()), len(chosen), rows)
+        tokens, targets = (int(counts[chosen].sum()) for counts in (self.dataset.tokens, self.dataset.targets))
+        return StepBatches(micro, tokens, len(chosen), targets)
 
     def singles(self, step: int) -> Iterator[PackedBatch]:
         """This rank's samples of a step, one per batch, to find those with a non-finite loss."""
@@ -85,7 +91,10 @@ class StepSource:
                 yield self._pack([member], self.normalizers(chosen))
 
     def split(self, chosen: np.ndarray) -> tuple[list[list[list[int]]], int]:
-        """The samples of every rank's micro-batches, and the number of rows that they compute together."""
+        """The samples of every rank's micro-batches, and the number of rows that they compute together, as planned.
+
+        The collator may find a few more rows that are equal.
+        """
         tokens = self.dataset.tokens[chosen]
         prefixes = self.dataset.prefixes(chosen) if self.share else nothing_shared(len(chosen))
         bins = split_batch(tokens, self.ranks, self.token_budget, prefixes)

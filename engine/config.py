@@ -114,6 +114,8 @@ class OptimizationConfig:
     """divide the L1 by the present coordinates, or by P * N per supervised token (paper, eq. 8)"""
     head_init: bool = True
     """start the trajectory head from stage 1's localization head (eq. 9)"""
+    group_media: bool | None = None
+    """keep questions about one video in one batch: their frames are computed once, and other samples meet in a step"""
     seed: int = 0
     """seed of the data order and of new weights"""
 
@@ -125,8 +127,8 @@ class ParallelConfig:
     device: Literal["cpu", "cuda"] | None = None
     """device to train on; CUDA if there is one. Without one, 7b and 13b train on a CPU only with --device cpu"""
     token_budget: int | None = None
-    """maximum tokens of a micro-batch on one device; unless given, what its memory holds, up to 16384, and on a CPU
-    1024 a thread"""
+    """maximum computed rows of a micro-batch on one device; unless given, what its memory holds, up to 16384, and on a
+    CPU 1024 a thread"""
     parallel: Parallel = "auto"
     """copy the frozen weights to every device (ddp) or shard them (fsdp); auto shards if they do not fit"""
     recompute: int | None = None

@@ -58,7 +58,7 @@ def run_job(config: TrainConfig) -> int:
             print(f"engine.train: {error}", file=sys.stderr)
         reason = ""
     except torch.OutOfMemoryError as error:
-        print_error("engine.train", f"{error}\nLower --token-budget, which is one micro-batch's tokens.")
+        print_error("engine.train", f"{error}\nLower --token-budget, which is one micro-batch's computed rows.")
         reason = "out of memory"
     except (ValueError, OSError) as error:
         print_error("engine.train", str(error))

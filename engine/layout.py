@@ -44,17 +44,25 @@ LOSS_BYTES = 300e6
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of the model, the layers' frozen linear weights, one layer, the LoRA, trainable adapter and heads."""
+    """Parameters of the model, the layers' frozen linear weights, one layer, the LoRA, trainable adapter and heads.
+
+    last  of `linear`, the last layer's weights that only the rows which a head reads are multiplied with
+    """
 
     total: int
     linear: int
+    last: int
     layer: int
     lora: int
     heads: int
 
+    def flops(self, rows: float, read: float) -> float:
+        """FLOPs of the frozen linear weights in training: 4N per computed row, and in the last layer per row `read`."""
+        return 4 * (rows * (self.linear - self.last) + read * self.last)
+
 
 def count_parameters(config: PiTeConfig, recipe: Recipe) -> ParameterCount:
-    """Count on the meta device, without weights. `linear` counts the weights that every token is multiplied with."""
+    """Count on the meta device, without weights."""
     import torch
 
     model = checkpoint.empty(config, torch.bfloat16, "meta")
@@ -64,7 +72,9 @@ def count_parameters(config: PiTeConfig, recipe: Recipe) -> ParameterCount:
     model.add_lora(recipe.lora_rank, recipe.lora_alpha)
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     model.set_trainable(recipe.trainable_modules)
-    return ParameterCount(total, linear, layer, lora, sum(p.numel() for _, p in model.trainable()) - lora)
+    heads = sum(p.numel() for _, p in model.trainable()) - lora
+    keys = 2 * config.llm.num_key_value_heads * config.head_dim * config.llm.hidden_size
+    return ParameterCount(total, linear, linear // config.llm.num_hidden_layers - keys, layer, lora, heads)
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,7 @@ class Layout:
         weights = "weights copied" if self.shards == 1 else "weights sharded (FSDP2)"
         where = f" in {self.recompute} of {layers} layers" if self.recompute else ""
         checkpointing = f"{'' if self.recompute else 'no '}activation checkpointing{where}"
-        return f"{weights}, {checkpointing}, {self.token_budget:,} tokens a micro-batch"
+        return f"{weights}, {checkpointing}, {self.token_budget:,} rows a micro-batch"
 
 
 def memory(

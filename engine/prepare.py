@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from engine.config import TrainConfig
 from engine.distributed.world import World
 from engine.hardware import capacity_of
 from engine.identity import Identity, ModelIdentity, stage_checksums
-from engine.layout import Layout, choose_layout, count_parameters
+from engine.layout import MAX_TOKEN_BUDGET, Layout, choose_layout, count_parameters
 from engine.recipes import LANGUAGE_MODELS, RANDOM, Recipe, Stage
+from engine.sharing import Lengths, count_sharing, lengths_of
 from pite import checkpoint
 from pite.config import PiTeConfig
 from pite.tokenizers import check_vocabulary
@@ -106,7 +108,6 @@ def prepare(config: TrainConfig, stage: Stage, llm: LanguageModel, world: World)
     dataset, held_out = (opened, None) if config.held_out is None else opened.split(config.held_out)
     if held_out is not None:
         log.info("stage %s: %s samples are held out for validation", stage, f"{len(held_out):,}")
-    layout = _layout(config, stage, model, dtype, world, int(opened.tokens.max()))
     plan = BatchPlan(
         len(dataset), recipe.global_batch, config.optimization.seed, dataset.groups() if recipe.group_media else None
     )
@@ -115,6 +116,7 @@ def prepare(config: TrainConfig, stage: Stage, llm: LanguageModel, world: World)
             "stage %s: dropping the last incomplete batch (%s of %s samples, different ones in each epoch)",
             stage, plan.left_over, f"{len(dataset):,}",
         )  # fmt: skip
+    layout = _layout(config, stage, model, dtype, world, int(opened.tokens.max()), lengths_of(dataset, plan))
     inputs = StageInputs(stage, recipe, llm, model, dtype, store, dataset, held_out, plan, layout)
     if config.run.profile is not None and config.run.profile[0] > inputs.total:
         raise ValueError(f"--profile starts at step {config.run.profile[0]}, and stage {stage} has {inputs.total}")
@@ -241,10 +243,17 @@ def _write_left_out(dataset: StageDataset, directory: Path, world: World) -> Non
 
 
 def _layout(
-    config: TrainConfig, stage: Stage, model: PiTeConfig, dtype: torch.dtype, world: World, longest: int
+    config: TrainConfig,
+    stage: Stage,
+    model: PiTeConfig,
+    dtype: torch.dtype,
+    world: World,
+    longest: int,
+    batches: Sequence[Lengths],
 ) -> Layout:
     """Choose and log the layout and the attention back end. Raises ValueError if the longest sample does not fit."""
     llm = model.llm
+    sharing = count_sharing(batches, world.size, max(config.parallel.token_budget or MAX_TOKEN_BUDGET, longest))
     layout = choose_layout(
         model,
         count_parameters(model, config.recipe(stage)),
@@ -257,6 +266,8 @@ def _layout(
         recompute=config.parallel.recompute,
         token_budget=config.parallel.token_budget,
         longest=longest,
+        read=sharing.read,
+        copied=sharing.copied,
     )
     attention = choose_backend(world.device, dtype, llm.num_attention_heads, llm.num_key_value_heads, model.head_dim)
     log.info("stage %s: %s, attention by %s", stage, layout.describe(llm.num_hidden_layers), attention)
@@ -265,6 +276,8 @@ def _layout(
             f"the longest sample has {longest:,} tokens and a micro-batch holds {layout.token_budget:,}: "
             "lower --max-length or raise --token-budget"
         )
+    computed = count_sharing(batches, world.size, layout.token_budget).computed
+    log.info("stage %s: %.0f%% of the samples' tokens are computed, the others are shared", stage, 100 * computed)
     return layout
 
 

@@ -170,27 +170,33 @@ def measure(model: str, problem: Problem, rounds: int, peers: Sequence[str] = TO
         if not disagrees(name, loss):
             steps[name] = step
     timings |= interleaved(steps, device, rounds)
-    count = count_parameters(problem.model.config, RECIPE)
-    peak, computed_rows = peak_of(device), problem.rows
+    peak = peak_of(device)
     for name, timing in timings.items():
-        computed = computed_rows if name in (OURS, LOOP, COMPILED, FP8) else problem.tokens
-        row = Row(
-            model,
-            name,
-            problem.tokens / timing.median,
-            problem.tokens / timing.high,
-            problem.tokens / timing.low,
-            len(problem.samples) / timing.median,
-            # Of what an implementation computes: ours computes shared rows once.
-            None if peak is None else computed / timing.median * 4 * count.linear / peak,
-            rows_per_second=computed / timing.median,
-        )
+        row = _row(model, name, timing, problem, peak)
         if name in memory:
             row = replace(row, peak_gb=memory[name][0] / 1e9)
         if name == OURS and name in memory:
             row = replace(row, reserved_gb=memory[name][1] / 1e9, estimated_gb=problem.needed.total / 1e9)
         rows.append(row)
     return rows
+
+
+def _row(model: str, name: str, timing: Timing, problem: Problem, peak: float | None) -> Row:
+    """The speeds of an implementation, and its MFU by what it computes: ours computes shared rows once."""
+    ours = name in (OURS, LOOP, COMPILED, FP8)
+    rows = problem.rows if ours else problem.tokens
+    read = sum(len(sample.target_positions) for sample in problem.samples) if ours else rows
+    flops = count_parameters(problem.model.config, RECIPE).flops(rows, read)
+    return Row(
+        model,
+        name,
+        problem.tokens / timing.median,
+        problem.tokens / timing.high,
+        problem.tokens / timing.low,
+        len(problem.samples) / timing.median,
+        None if peak is None else flops / timing.median / peak,
+        rows_per_second=rows / timing.median,
+    )
 
 
 def _peak(step: Any, device: torch.device) -> tuple[float, float]:

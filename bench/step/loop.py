@@ -46,8 +46,8 @@ def run_loop(problem: Problem, steps: int, warm: Callable[[], None] = lambda: No
             samples, features = [problem.samples[i] for i in members], [problem.features[i] for i in members]
             batch = collate(samples, features, normalizers=problem.normalizers)
             batches.append(batch.pin_memory() if device.type == "cuda" else batch)
-        rows = sum(batch.num_rows for batch in batches)
-        return StepBatches(tuple(batches), problem.tokens, len(problem.samples), rows)
+        targets = sum(len(batch.target_ids) for batch in batches)
+        return StepBatches(tuple(batches), problem.tokens, len(problem.samples), targets)
 
     times, total, world = _StepTimes(), WARM_UPS + steps, World(0, 1, device)
     reporter = Reporter(world, cast(Metrics, cast(Any, times)), on_nonfinite=_stop, efficiency=lambda *_: {})

@@ -163,15 +163,15 @@ def test_sharing_changes_the_rows_and_not_the_samples(
 ) -> None:
     """Every sample is in one micro-batch, the head of the prompt is one segment of each, and the plan counts the rows."""
     for step, (tokens, normalizers, contents) in enumerate(expected):
-        shares = [source(dataset, workspace, rank, ranks, share=True).step(step) for rank in range(ranks)]
+        sources = [source(dataset, workspace, rank, ranks, share=True) for rank in range(ranks)]
+        shares = [each.step(step) for each in sources]
         batches = [b for share in shares for b in share.micro_batches if not math.isinf(b.normalizers[0])]
         assert sorted(name for b in batches for name in b.sample_ids) == sorted(contents)
         assert {tuple(b.normalizers.tolist()) for b in batches} == {normalizers}
         assert sum(b.num_tokens for b in batches) == tokens == shares[0].tokens
         rows = sum(b.num_rows for b in batches)
-        assert {share.rows for share in shares} == {shares[0].rows} and 0.98 * shares[0].rows <= rows <= shares[0].rows
-        (separate,) = {source(dataset, workspace, 0, ranks).step(step).rows}
-        assert separate == tokens - GLOBAL_BATCH and rows < separate
+        (planned,) = {each.split(each.plan.samples(step))[1] for each in sources}
+        assert 0.98 * planned <= rows <= planned < tokens - GLOBAL_BATCH
         assert max(b.num_rows for b in batches) <= 300
 
 

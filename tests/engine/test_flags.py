@@ -55,7 +55,7 @@ def test_the_attention_backend_is_printed(workspace: Path, tmp_path: Path, capsy
     calls: list[tuple[object, ...]] = []
     monkeypatch.setattr(prepare, "choose_backend", lambda *kind: calls.append(kind) or "varlen_attn")
     assert main(train_arguments(workspace, tmp_path, "1", llm="random", max_steps=1)) == 0
-    (layout,) = (line for line in capsys.readouterr().err.splitlines() if "tokens a micro-batch" in line)
+    (layout,) = (line for line in capsys.readouterr().err.splitlines() if "rows a micro-batch" in line)
     assert layout.endswith(", attention by varlen_attn")
     llama = random_shape("tiny", 3, 1, 1).llm
     heads = llama.num_attention_heads
