@@ -230,8 +230,8 @@ def check_identity(saved: dict[str, Any], identity: dict[str, Any], path: Path) 
     if difference is not None:
         name, was, now = difference
         raise ResumeError(
-            f"cannot continue from {path}: {name} was {was} there and is {now} now; "
-            "change it back, or start afresh in another --output"
+            f"cannot continue from {path}: {name} was {was} there and is {now} now; change it back (the config.yaml of "
+            "that --output has its flags), or start afresh in another --output"
         )
 
 

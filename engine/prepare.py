@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dataloaders.failures import LEDGER, read_failures
-from dataloaders.samples.dataset import StageDataset
+from dataloaders.samples.dataset import StageDataset, read_names
 from dataloaders.samples.plan import BatchPlan, InOrder
 from dataloaders.store.features import FeatureStore, Manifest
 from engine.batches import StepSource
@@ -83,11 +83,18 @@ class StageInputs:
         )  # fmt: skip
 
 
-def prepare_language_model(config: TrainConfig) -> LanguageModel:
-    """Find the language model, downloading a Hugging Face name that is not cached, and load its tokenizer."""
+def prepare_language_model(config: TrainConfig, world: World) -> LanguageModel:
+    """Find the language model, downloading a Hugging Face name that is not cached, and load its tokenizer.
+
+    Raises ValueError for a tensor that is missing or has another shape; no weight is read.
+    """
     name = config.model.llm or LANGUAGE_MODELS[config.model.size]
-    directory = None if name == RANDOM else checkpoint.resolve(name)
-    return LanguageModel(name, directory, load_tokenizer(directory or RANDOM))
+    if name == RANDOM:
+        return LanguageModel(name, None, load_tokenizer(RANDOM))
+    directory = checkpoint.resolve(name)
+    shape = model_config(directory, config.data.store, config.model.num_points)
+    world.agree_with_main(lambda: checkpoint.WeightLoader(shape, directory, dtype=torch.float32))
+    return LanguageModel(name, directory, load_tokenizer(directory))
 
 
 def prepare(config: TrainConfig, stage: Stage, llm: LanguageModel, world: World) -> StageInputs:
@@ -102,10 +109,9 @@ def prepare(config: TrainConfig, stage: Stage, llm: LanguageModel, world: World)
         world.agree(lambda: check_fp8(world.device, dtype))
     store = FeatureStore(config.data.features(stage))
     opened = _open_dataset(config, stage, world, llm.tokenizer, model, store)
-    _write_left_out(opened, config.run.directory(stage), world)
     log.info("stage %s: %s", stage, opened.summary())
     _check_samples(opened, recipe, llm, model, config.data.store)
-    dataset, held_out = (opened, None) if config.held_out is None else opened.split(config.held_out)
+    dataset, held_out = _split(opened, config.held_out)
     if held_out is not None:
         log.info("stage %s: %s samples are held out for validation", stage, f"{len(held_out):,}")
     plan = BatchPlan(
@@ -182,6 +188,24 @@ def check_tokens(dataset: StageDataset, tokenizer: PreTrainedTokenizerBase, conf
         raise ValueError(f"{why}: --max-length {config.context_length} leaves out {over:,} such samples")
 
 
+def _split(samples: StageDataset, held_out: float | Path | None) -> tuple[StageDataset, StageDataset | None]:
+    """The samples to train on, and those to validate on, if there are any; a file may name none of this stage."""
+    if held_out is None or (isinstance(held_out, Path) and not samples.named_in(held_out).any()):
+        return samples, None
+    return samples.split(held_out)
+
+
+def check_held_out(file: Path, held_out: Sequence[StageDataset | None]) -> None:
+    """Warn of lines of the file that are no sample of any stage. Raises ValueError if none is."""
+    wanted = read_names(file)
+    known = {name for samples in held_out if samples is not None for name in (*samples.ids, *samples.media)}
+    unknown = sorted(wanted - known)
+    if not wanted & known:
+        raise ValueError(f"--held-out {file}: none of its {len(wanted):,} lines is the id or media key of a sample")
+    if unknown:
+        log.warning("--held-out %s: %s of its lines are no sample, such as %r", file, f"{len(unknown):,}", unknown[0])
+
+
 def _check_samples(dataset: StageDataset, recipe: Recipe, llm: LanguageModel, model: PiTeConfig, store: Path) -> None:
     failed = {failure.id for failure in read_failures(store / LEDGER)}
     missing = sorted(set(dataset.not_encoded) - failed)
@@ -233,15 +257,6 @@ def _open_dataset(
     return opened[0]
 
 
-def _write_left_out(dataset: StageDataset, directory: Path, world: World) -> None:
-    if not world.is_main:
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    dataset.write_left_out(directory / "left_out.jsonl")
-    if dataset.exclusions():
-        log.info("%s lists the records and samples that are left out", directory / "left_out.jsonl")
-
-
 def _layout(
     config: TrainConfig,
     stage: Stage,
@@ -273,7 +288,7 @@ def _layout(
     log.info("stage %s: %s, attention by %s", stage, layout.describe(llm.num_hidden_layers), attention)
     if longest > layout.token_budget:
         raise ValueError(
-            f"the longest sample has {longest:,} tokens and a micro-batch holds {layout.token_budget:,}: "
+            f"the longest sample has {longest:,} tokens and a micro-batch holds {layout.token_budget:,} rows: "
             "lower --max-length or raise --token-budget"
         )
     computed = count_sharing(batches, world.size, layout.token_budget).computed

@@ -73,7 +73,9 @@ class StageDataset:
         self.not_encoded = [media[row] for row in np.flatnonzero(~encoded)]
         self._select(np.flatnonzero(fits & encoded))
         if not self.ids:
-            raise ValueError(f"{self._folder} holds no usable sample: {self.summary()}")
+            remedy = ": run engine.encode first" if self.not_encoded else ""
+            files = ", ".join(kind.file for kind in formats)
+            raise ValueError(f"{self._folder} holds no usable sample: {self.summary()}, in {files}{remedy}")
 
     def _select(self, rows: np.ndarray) -> None:
         """Set the samples to rows of the index."""
@@ -99,17 +101,23 @@ class StageDataset:
         Raises ValueError if one of the two would be empty, OSError if the file cannot be read.
         """
         if isinstance(held_out, Path):
-            wanted = set(held_out.read_text(encoding="utf-8").split("\n")) - {""}
-            chosen = np.array([name in wanted or key in wanted for name, key in zip(self.ids, self.media)], dtype=bool)
+            chosen = self.named_in(held_out)
         else:
             chosen = np.array([_fraction(key) < held_out for key in self.media], dtype=bool)
         if chosen.all() or not chosen.any():
-            which = "all" if chosen.all() else "none"
-            raise ValueError(f"--held-out {held_out} holds out {which} of the {len(self):,} samples of {self._folder}")
+            which, change = ("all", "fewer") if chosen.all() else ("none", "more, such as --held-out 0.1")
+            raise ValueError(
+                f"--held-out {held_out} holds out {which} of the {len(self):,} samples of {self._folder}: hold out {change}"
+            )
         views = copy(self), copy(self)
         for view, rows in zip(views, (self._rows[~chosen], self._rows[chosen])):
             view._select(rows)
         return views
+
+    def named_in(self, file: Path) -> np.ndarray:
+        """Whether each sample's id or media key is a line of the file: (n,) bool."""
+        wanted = read_names(file)
+        return np.array([name in wanted or key in wanted for name, key in zip(self.ids, self.media)], dtype=bool)
 
     def groups(self) -> np.ndarray:
         """Group numbers (n,): samples of the same media have the same number."""
@@ -134,7 +142,7 @@ class StageDataset:
         if self.over_length:
             parts.append(f"{len(self.over_length):,} left out for more than {self.max_length:,} tokens")
         if self.not_encoded:
-            parts.append(f"{len(self.not_encoded):,} left out whose media could not be encoded")
+            parts.append(f"{len(self.not_encoded):,} left out whose media are not in the feature store")
         if self.malformed:
             parts.append(f"{len(self.malformed):,} malformed records left out")
         return ", ".join(parts)
@@ -182,6 +190,11 @@ class StageDataset:
             errors = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed[:_ERRORS_SHOWN]]
             errors.append(f"{count:,} of {total:,} records are malformed, {over_budget(count, total, budget)}")
             raise RecordError("\n".join(errors))
+
+
+def read_names(file: Path) -> set[str]:
+    """The lines of a file that are not empty."""
+    return set(file.read_text(encoding="utf-8").splitlines()) - {""}
 
 
 def _fraction(key: str) -> float:

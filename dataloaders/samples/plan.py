@@ -30,7 +30,9 @@ class BatchPlan:
         if global_batch < 1:
             raise ValueError(f"the global batch must be at least 1, not {global_batch}")
         if num_samples < global_batch:
-            raise ValueError(f"{num_samples} samples do not fill one global batch of {global_batch}")
+            raise ValueError(
+                f"{num_samples} samples do not fill one global batch of {global_batch}: lower --global-batch"
+            )
         if groups is not None and len(groups) != num_samples:
             raise ValueError(f"{len(groups)} group labels for {num_samples} samples")
         self.num_samples = num_samples

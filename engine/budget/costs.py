@@ -128,7 +128,10 @@ def stage_cost(config: TrainConfig, stage: Stage) -> StageCost:
     count = count_parameters(model, recipe)
     steps = corpus.samples // recipe.global_batch * recipe.epochs
     if not steps:
-        raise ValueError(f"{corpus.samples} samples do not fill one global batch of {recipe.global_batch}")
+        raise ValueError(
+            f"stage {stage}: {corpus.samples} samples do not fill one global batch of {recipe.global_batch}: "
+            "lower --global-batch"
+        )
     samples = steps * recipe.global_batch
     tokens = samples * corpus.tokens
     sharing = corpus.sharing(recipe, 8, max(MAX_TOKEN_BUDGET, corpus.longest))
@@ -246,10 +249,17 @@ def _corpus(config: TrainConfig, stage: Stage, model: PiTeConfig) -> Corpus:
     """A stage's training set on disk, or the assumed one if it is not there."""
     if not (config.data.folder / split_of(stage)).is_dir():
         return ASSUMED_CORPORA[stage]
-    try:
-        tokenizer = load_tokenizer(config.model.llm or LANGUAGE_MODELS[config.model.size])
-    except OSError:
-        return ASSUMED_CORPORA[stage]
+    name = config.model.llm or LANGUAGE_MODELS[config.model.size]
+    if name != RANDOM and not Path(name).expanduser().is_dir():
+        cached = try_to_load_from_cache(name, "tokenizer_config.json")
+        if not isinstance(cached, str):
+            assumed = ASSUMED_CORPORA[stage]
+            why = (
+                f"{config.data.folder / split_of(stage)} is not counted: the tokenizer of {name} is not on this machine"
+            )
+            return replace(assumed, origin=f"{assumed.origin}; {why}")
+        name = str(Path(cached).parent)
+    tokenizer = load_tokenizer(name)
     frames, points = (1, 1) if stage == 1 else (model.num_frames, model.num_points)
     data = StageDataset(
         config.data.folder,

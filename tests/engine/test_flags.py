@@ -153,7 +153,7 @@ def test_missing_data_of_a_later_stage_are_reported_before_the_first(workspace: 
     assert not (tmp_path / "run").exists()
     missing = {"data": tmp_path / "nowhere"}
     assert main([*train_arguments(workspace, tmp_path / "run", **missing), "--dry-run"]) == 1
-    assert "nowhere: no such data folder" in capsys.readouterr().err
+    assert "nowhere: no such folder" in capsys.readouterr().err
 
 
 def test_two_runs_do_not_share_a_folder(workspace: Path, tmp_path: Path, capsys):

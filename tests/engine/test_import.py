@@ -64,7 +64,7 @@ def test_training_goes_on_without_the_missing_file(
 
     assert trained(workspace, folder) == 0
     assert (
-        "23 samples, 23 with mentions, 23 with a trajectory, 1 left out whose media could not be encoded"
+        "23 samples, 23 with mentions, 23 with a trajectory, 1 left out whose media are not in the feature store"
         in capsys.readouterr().err
     )
     (left_out,) = read_failures(folder.parent / "out" / "stage2" / "left_out.jsonl")
