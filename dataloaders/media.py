@@ -26,12 +26,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataloaders import formats, records
-from dataloaders.derived import Malformed, NotWritableError, Records, Result, Task, checksum_of_code, make_once
+from dataloaders.derived import (
+    Malformed,
+    NotWritableError,
+    Records,
+    Result,
+    Task,
+    checksum_of_code,
+    line_numbers,
+    make_once,
+)
 from dataloaders.files import file_written_atomically
 from dataloaders.formats import Format, Split, parse_json, present_formats
 from dataloaders.formats.fields import find_name, names_in
-from dataloaders.formats.stream import Where
-from dataloaders.records import Media, RecordError
+from dataloaders.records import Media, RecordError, clash
 
 CACHE = "media"
 """Name of the folder of lists in a folder of feature stores."""
@@ -59,7 +67,8 @@ class MediaList:
     """All media in the annotations of some splits.
 
     media      each key once, in the order of the files; the same on every rank
-    malformed  records without valid media, a sentence for each with file and line
+    malformed  records without valid media, a sentence for each with file and line. Among them are records whose media
+               have the key of an earlier record, but another file or clip
     """
 
     media: list[Media]
@@ -73,7 +82,7 @@ def list_media(
 
     cache      folder for the lists. Without one, and if it cannot be written to, the annotations are read each time
     processes  worker processes that read; 0 for none, None chooses by the size of the files
-    Raises RecordError for a key of two different files or clips, and for a truncated file.
+    Raises RecordError for a truncated file.
     """
     media: list[Media] = []
     malformed: list[str] = []
@@ -82,17 +91,20 @@ def list_media(
         seen: dict[str, Media] = {}  # keys begin with their split
         for kind in present_formats(data, split):
             table = _table(folder, kind, cache, processes)
-            media += _media(table, folder, kind, seen)
+            new, clashes = _media(table, folder, seen)
+            media += new
             found = [Malformed(*entry) for entry in json.loads(table.schema.metadata[b"malformed"])]
-            malformed += [f"{folder / m.file}:{m.line}: {m.reason}" for m in found]
+            lines = line_numbers(folder / kind.file, [offset for offset, _ in clashes])
+            found += [Malformed(kind.file, line, reason) for line, (_, reason) in zip(lines, clashes)]
+            malformed += [f"{folder / m.file}:{m.line}: {m.reason}" for m in sorted(found, key=lambda m: m.line)]
     return MediaList(media, malformed)
 
 
-def _media(table: pa.Table, folder: Path, kind: Format, seen: dict[str, Media]) -> list[Media]:
-    """The media of a list that are not in `seen`, to which they are added."""
+def _media(table: pa.Table, folder: Path, seen: dict[str, Media]) -> tuple[list[Media], list[tuple[int, str]]]:
+    """The media of a list that are not in `seen`, to which they are added; (offset, reason) of records that clash."""
     folders = {place: folder / place for place in table["folder"].unique().to_pylist()}
     names = {place: names_in(path) for place, path in folders.items()}
-    new = []
+    new, clashes = [], []
     for key, place, name, image, start, end, offset in zip(*(column.to_pylist() for column in table.columns)):
         clip = None if start is None else (start, end)
         media = Media(key, folders[place] / find_name(name, names[place]), "image" if image else "video", clip)
@@ -100,8 +112,8 @@ def _media(table: pa.Table, folder: Path, kind: Format, seen: dict[str, Media]) 
         if known is media:
             new.append(media)
         elif known != media:
-            raise RecordError(f"{Where(folder / kind.file, offset)}: {key!r} is {media}, but it was {known} before")
-    return new
+            clashes.append((offset, clash(known, media)))
+    return new, clashes
 
 
 def _table(folder: Path, kind: Format, cache: Path | None, processes: int | None) -> pa.Table:

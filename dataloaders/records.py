@@ -35,6 +35,22 @@ class Media:
     clip: tuple[float, float] | None = None
 
 
+def clash(known: Media, other: Media) -> str:
+    """Why `other` cannot have the key of `known`, an earlier record's media: it is another file or clip."""
+    return (
+        f"{other.key!r} is {_described(other)}, but {_described(known)} in an earlier record; give each file or clip an id "
+        "of its own"
+    )
+
+
+def _described(media: Media) -> str:
+    return (
+        f"{media.path.name} from {media.clip[0]:g} to {media.clip[1]:g} s"
+        if media.clip
+        else f"all of {media.path.name}"
+    )
+
+
 @dataclass(frozen=True)
 class Mention:
     """A noun phrase of an answer, and the trajectory of its object.

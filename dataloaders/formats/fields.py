@@ -37,6 +37,12 @@ _TAG_AT_END = re.compile(rf"\s*{_MEDIA_TAG}\s*\Z")
 SENTENCE_MARK = re.compile(r"</?s>")
 
 
+def shown(value: object) -> str:
+    """The repr of a value for a message, at most 100 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def field(record: Record, name: str, kind: type | tuple[type, ...], where: Place) -> Any:
     """record[name], which must exist and be of `kind`. Raises RecordError."""
     if name not in record:
@@ -48,12 +54,17 @@ def field(record: Record, name: str, kind: type | tuple[type, ...], where: Place
     return value
 
 
+_LONGEST_NAME = 240
+"""Bytes of a file's name without its suffix; file systems allow 255 with it."""
+
+
 def identifier(record: Record, name: str, where: Place) -> str:
-    """An id that becomes part of a file name: not empty, and not a path out of its folder."""
+    """An id that becomes part of a file name: not empty, not a path out of its folder, no NUL, not too long."""
     value = str(field(record, name, (str, int), where))
     path = PurePosixPath(value)
-    if not value.strip() or path.is_absolute() or ".." in path.parts:
-        raise RecordError(f"{where}: field {name!r} holds {value!r}, which cannot name a media file")
+    too_long = any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in path.parts)
+    if not value.strip() or path.is_absolute() or ".." in path.parts or "\0" in value or too_long:
+        raise RecordError(f"{where}: field {name!r} holds {shown(value)}, which cannot name a media file")
     return value
 
 
@@ -88,10 +99,18 @@ def _names(folder: Path, changed: int) -> frozenset[str]:
     return frozenset(entry.name for entry in folder.iterdir())
 
 
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a finite number. An integer beyond the range of floats is not."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def seconds(value: Any, name: str, where: Place, duration: float = math.inf) -> float:
     """A finite time in [0, duration]. Clips up to TIME_TOLERANCE outside; raises RecordError beyond that."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RecordError(f"{where}: field {name!r} must be a finite number of seconds, not {value!r}")
+    if not is_number(value):
+        raise RecordError(f"{where}: field {name!r} must be a finite number of seconds, not {shown(value)}")
     if not -TIME_TOLERANCE <= value <= duration + TIME_TOLERANCE:
         raise RecordError(f"{where}: field {name!r}: {value} s is outside the video's 0 to {duration} s")
     return min(max(float(value), 0.0), duration)
@@ -100,7 +119,7 @@ def seconds(value: Any, name: str, where: Place, duration: float = math.inf) -> 
 def interval(value: Any, name: str, where: Place, duration: float = math.inf) -> tuple[float, float]:
     """A pair start <= end of times in [0, duration]."""
     if not isinstance(value, list) or len(value) != 2:
-        raise RecordError(f"{where}: field {name!r} must be [start, end] in seconds, not {value!r}")
+        raise RecordError(f"{where}: field {name!r} must be [start, end] in seconds, not {shown(value)}")
     start, end = (seconds(v, name, where, duration) for v in value)
     if start > end:
         raise RecordError(f"{where}: field {name!r}: start {start} s comes after end {end} s")
@@ -124,7 +143,9 @@ def question_of(text: str, name: str, where: Place) -> str:
     """A question without its media tag, which may be at the start or at the end, and without `</s>`."""
     text = SENTENCE_MARK.sub("", _TAG_AT_END.sub("", _TAG_AT_START.sub("", text))).strip()
     if re.search(_MEDIA_TAG, text):
-        raise RecordError(f"{where}: field {name!r}: a media tag may be at the start or end only, not as in {text!r}")
+        raise RecordError(
+            f"{where}: field {name!r}: a media tag may be at the start or end only, not as in {shown(text)}"
+        )
     return text
 
 
@@ -148,6 +169,6 @@ def conversation(record: Record, where: Place) -> list[tuple[str, str]]:
             raise RecordError(f"{where}: field '{name}' must hold 'from' and 'value' texts")
         speaker = ("human", "gpt")[i % 2]
         if message.get("from") != speaker:
-            raise RecordError(f"{where}: field '{name}.from' must be {speaker!r}, not {message.get('from')!r}")
+            raise RecordError(f"{where}: field '{name}.from' must be {speaker!r}, not {shown(message.get('from'))}")
         values.append(message["value"])
     return list(zip(values[::2], values[1::2]))

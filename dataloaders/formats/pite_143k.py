@@ -28,6 +28,7 @@ from dataloaders.formats.fields import (
     interval,
     question_of,
     seconds,
+    shown,
     time_to_index,
 )
 from dataloaders.formats.stream import Record
@@ -78,7 +79,7 @@ def read_pite(record: Record, where: Place, folder: Path, *, num_frames: int, nu
         inside = Within(where, name)
         turn = field(trajectory, "turn", int, inside)
         if not 0 <= turn < len(pairs):
-            raise RecordError(f"{where}: field '{name}.turn' is {turn}, but there are {len(pairs)} answers")
+            raise RecordError(f"{where}: field '{name}.turn' is {shown(turn)}, but there are {len(pairs)} answers")
         mentions[turn].append(_mention(trajectory, inside, answers[turn], duration, num_frames, num_points))
     turns = tuple(
         Turn(question, answer.text, tuple(found)) for question, answer, found in zip(questions, answers, mentions)
@@ -113,8 +114,10 @@ def _mention(
     phrase = field(trajectory, "phrase", str, where)
     start = field(trajectory, "start", int, where)
     if not phrase.strip() or start < 0 or answer.written[start : start + len(phrase)] != phrase:
-        raise RecordError(f"{where}: phrase {phrase!r} is not at character {start} of its answer {answer.written!r}")
-    where = Within(where, f"phrase {phrase!r}")
+        raise RecordError(
+            f"{where}: phrase {shown(phrase)} is not at character {shown(start)} of its answer {shown(answer.written)}"
+        )
+    where = Within(where, f"phrase {shown(phrase)}")
     times = interval(field(trajectory, "times", list, where), "times", where, duration)
     try:
         tracks = validate_tracks(field(trajectory, "points", list, where), num_points)

@@ -212,9 +212,26 @@ def test_a_truncated_file_is_refused_each_time(data: Path, tmp_path: Path) -> No
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_one_key_for_two_clips_is_refused(data: Path, tmp_path: Path) -> None:
-    other = changed(PITE, "meta.split", [0.0, 54.2])
-    (data / "stage2/pite_143k.jsonl").write_text(f"{json.dumps(PITE)}\n{json.dumps(other)}\n")
+def test_one_key_for_two_clips_is_a_malformed_record(data: Path, tmp_path: Path) -> None:
+    other = changed(changed(PITE, "meta.split", [10.0, 64.2]), "trajectories", [])
+    lines = [PITE, other, changed(PITE, "id", "b"), PITE, other]
+    (data / "stage2/pite_143k.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for _ in range(2):
-        with pytest.raises(RecordError, match=r"pite_143k\.jsonl:2: 'stage2/v000001' is Media"):
-            list_media(data, ["stage2"], tmp_path / "cache")
+        found = list_media(data, ["stage2"], tmp_path / "cache")
+        assert [(m.key, m.clip) for m in found.media] == [("stage2/v000001", (129.8, 184)), ("stage2/b", (129.8, 184))]
+        assert found.malformed == [
+            f"{data}/stage2/pite_143k.jsonl:{line}: 'stage2/v000001' is v000001.mp4 from 10 to 64.2 s, but v000001.mp4 from "
+            "129.8 to 184 s in an earlier record; give each file or clip an id of its own"
+            for line in (2, 5)
+        ]
+
+
+def test_one_key_for_two_files_is_a_malformed_record(data: Path) -> None:
+    (data / "stage3/videos").mkdir()
+    for name in ("a.mkv", "a.mp4"):
+        (data / "stage3/videos" / name).touch()
+    records = [{**VALLEY, "v_id": name} for name in ("a.mkv", "a", "a.mkv")]
+    (data / "stage3/valley.json").write_text(json.dumps(records))
+    found = list_media(data, ["stage3"])
+    assert [m.path.name for m in found.media] == ["a.mkv"] and len(found.malformed) == 1
+    assert "valley.json:1:" in found.malformed[0] or "valley.json:1: " in found.malformed[0]
