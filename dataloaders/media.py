@@ -4,7 +4,7 @@ annotation file.
     CACHE/stage2-pite_143k-0123456789abcdef.parquet    keys, files and clips, in the order of the records
 
 The list holds what the records name, and nothing about the disk. Where a video has another suffix than its record
-names, or a folder has changed, is found anew each time. A list's name contains the annotation file's size, time of its
+names, or is to be cut from its source, or a folder has changed, is found anew each time. A list's name contains the annotation file's size, time of its
 last change and a checksum of its ends, not a checksum of the whole: the ranks would take minutes to read 27 GB of
 narratives. The lists can be deleted at any time.
 """
@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataloaders import formats, records
+from dataloaders.decode.containers import duration
 from dataloaders.derived import (
     Malformed,
     NotWritableError,
@@ -38,7 +39,7 @@ from dataloaders.derived import (
 )
 from dataloaders.files import file_written_atomically
 from dataloaders.formats import Format, Split, parse_json, present_formats
-from dataloaders.formats.fields import find_name, names_in
+from dataloaders.formats.fields import durations_differ, locate, names_in
 from dataloaders.records import Media, RecordError, clash
 
 CACHE = "media"
@@ -55,6 +56,7 @@ _SCHEMA = pa.schema(
         ("image", pa.bool_()),
         ("start", pa.float64()),  # of the clip, null for the whole file
         ("end", pa.float64()),
+        ("duration", pa.float64()),  # by the annotation, null where it gives none
         ("offset", pa.int64()),  # of the record in the annotation file
     ]
 )
@@ -105,15 +107,32 @@ def _media(table: pa.Table, folder: Path, seen: dict[str, Media]) -> tuple[list[
     folders = {place: folder / place for place in table["folder"].unique().to_pylist()}
     names = {place: names_in(path) for place, path in folders.items()}
     new, clashes = [], []
-    for key, place, name, image, start, end, offset in zip(*(column.to_pylist() for column in table.columns)):
+    for key, place, name, image, start, end, seconds, offset in zip(*(column.to_pylist() for column in table.columns)):
         clip = None if start is None else (start, end)
-        media = Media(key, folders[place] / find_name(name, names[place]), "image" if image else "video", clip)
+        named = Media(key, folders[place] / name, "image" if image else "video", clip, seconds)
+        media = locate(named, names[place])
         known = seen.setdefault(key, media)
         if known is media:
             new.append(media)
         elif known != media:
             clashes.append((offset, clash(known, media)))
     return new, clashes
+
+
+def wrong_duration(media: Media) -> str | None:
+    """Why a file cannot be the one that its annotation describes: its header gives another duration. None if it may be.
+
+    Only whole files whose annotation gives a duration are compared; a file without a duration in its header passes.
+    """
+    if media.clip is not None or media.duration is None:
+        return None
+    try:
+        lasts = duration(media.path)
+    except OSError:
+        return None  # The decoder reports it.
+    if lasts is None or not durations_differ(lasts, media.duration):
+        return None
+    return f"{media.path}: lasts {lasts:.1f} s, but its annotation is for {media.duration:.1f} s; is it another video?"
 
 
 def _table(folder: Path, kind: Format, cache: Path | None, processes: int | None) -> pa.Table:
@@ -179,7 +198,8 @@ def _read(task: Task) -> Result[pa.RecordBatch]:
             errors.append((offset, str(error).removeprefix(f"{place}: ")))
             continue
         folder = str(media.path.parent.relative_to(split))
-        rows.append((media.key, folder, media.path.name, media.kind == "image", *(media.clip or (None, None)), offset))
+        clip = media.clip or (None, None)
+        rows.append((media.key, folder, media.path.name, media.kind == "image", *clip, media.duration, offset))
     if not rows:
         return None, errors
     columns = [pa.array(column, field.type) for column, field in zip(zip(*rows), _SCHEMA)]

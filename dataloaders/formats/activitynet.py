@@ -32,7 +32,8 @@ class EventVideo:
 def activitynet_media(record: Record, where: Place, folder: Path) -> Media:
     """The video `folder`/videos/{vid}.mp4."""
     name = identifier(record, "id", where)
-    return Media(f"{folder.name}/{name}", folder / "videos" / f"{name}.mp4")
+    duration = record.get("duration") if is_number(record.get("duration")) else None
+    return Media(f"{folder.name}/{name}", folder / "videos" / f"{name}.mp4", duration=duration)
 
 
 def read_events(record: Record, where: Place) -> tuple[float, tuple[Event, ...]]:

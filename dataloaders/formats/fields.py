@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dataloaders.formats.stream import Record, Where
-from dataloaders.records import RecordError
+from dataloaders.records import Media, RecordError
 
 TIME_TOLERANCE = 0.1
 """Seconds by which a time may be outside its video: annotations and the durations in containers are rounded."""
@@ -83,6 +83,41 @@ def find_name(name: str, names: Container[str]) -> str:
         return name
     stem = name.rpartition(".")[0]
     return next((other for suffix in MEDIA_SUFFIXES if (other := f"{stem}{suffix}") in names), name)
+
+
+_CUT = re.compile(r"(?P<source>(?:.*/)?[\w-]{11})_(?P<start>\d+(?:\.\d+)?)_(?P<end>\d+(?:\.\d+)?)", re.ASCII)
+"""VATEX's name of a clip: the YouTube id of its source, which has 11 characters, and start and end in seconds."""
+
+
+def cut_of(name: str) -> tuple[str, tuple[float, float]] | None:
+    """The source's name and the (start, end) in seconds in a clip's name such as `Ptf_2VRj-V0_000122_000132`."""
+    found = _CUT.fullmatch(name)
+    if found is None or float(found["start"]) >= float(found["end"]):
+        return None
+    return found["source"], (float(found["start"]), float(found["end"]))
+
+
+def locate(media: Media, names: Container[str]) -> Media:
+    """The media in the file that exists, of the `names` in its folder.
+
+    A video may have another suffix than its record states. If there is no file of a clip that is named like VATEX's
+    (`cut_of`), but one of its source, the clip is cut from the source: by the record's times, else by those in its name.
+    """
+    file = find_name(media.path.name, names)
+    if file not in names and media.kind == "video" and (cut := cut_of(media.path.stem)) is not None:
+        source = find_name(f"{cut[0]}{media.path.suffix}", names)
+        if source in names:
+            return replace(media, path=media.path.with_name(source), clip=media.clip or cut[1])
+    return media if file == media.path.name else replace(media, path=media.path.with_name(file))
+
+
+DURATION_TOLERANCE = 0.02
+"""Share by which the durations of a file and of its annotation may differ, or a second where that is more."""
+
+
+def durations_differ(one: float, other: float) -> bool:
+    """Whether two durations in seconds differ too much to be those of one video: all times would be scaled."""
+    return abs(one - other) > max(1.0, DURATION_TOLERANCE * other)
 
 
 def names_in(folder: Path) -> frozenset[str]:

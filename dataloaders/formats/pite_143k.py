@@ -23,9 +23,11 @@ from dataloaders.formats.fields import (
     Within,
     conversation,
     duration_of,
+    durations_differ,
     field,
     identifier,
     interval,
+    is_number,
     question_of,
     seconds,
     shown,
@@ -40,7 +42,10 @@ _MARK = re.compile(rf"\A(?:\s|</?s>)+|(?:\s|</?s>)+\Z|</?s>|(?P<time>{_TIME_MARK
 
 
 def pite_media(record: Record, where: Place, folder: Path) -> Media:
-    """The clip: `folder`/videos/{id}.mp4 between the two times of `meta.split`, or the whole file if that is null."""
+    """The clip: `folder`/videos/{id}.mp4 between the two times of `meta.split`, or the whole file if that is null.
+
+    Raises RecordError for a clip that is not as long as `meta.duration`, by which all times are scaled.
+    """
     name = identifier(record, "id", where)
     meta = field(record, "meta", dict, where)
     clip = None
@@ -48,7 +53,12 @@ def pite_media(record: Record, where: Place, folder: Path) -> Media:
         clip = interval(meta["split"], "meta.split", where)
         if clip[0] == clip[1]:
             raise RecordError(f"{where}: field 'meta.split' is empty: it starts and ends at {clip[0]} s")
-    return Media(f"{folder.name}/{name}", folder / "videos" / f"{name}.mp4", clip=clip)
+    duration = meta.get("duration") if is_number(meta.get("duration")) else None
+    if clip is not None and duration is not None and durations_differ(clip[1] - clip[0], duration):
+        raise RecordError(
+            f"{where}: field 'meta.duration' is {duration:g} s, but 'meta.split' lasts {clip[1] - clip[0]:g} s"
+        )
+    return Media(f"{folder.name}/{name}", folder / "videos" / f"{name}.mp4", clip=clip, duration=duration)
 
 
 def read_pite(record: Record, where: Place, folder: Path, *, num_frames: int, num_points: int) -> Sample:

@@ -26,6 +26,9 @@ _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
 _STRAY = re.compile(rb'(?:"[^"\\]*(?:\\.[^"\\]*)*"|[^",])+|,', re.DOTALL)
 """An entry of an array or object that holds no bracket, such as a number, or the comma after an entry."""
 
+_FIELD = re.compile(rb'\{\s*"[^"\\]*(?:\\.[^"\\]*)*"\s*:\s*"', re.DOTALL)
+"""The beginning of a record whose first value is a text."""
+
 _UTF8, _UTF16 = codecs.BOM_UTF8, (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _HEAD = 4096
 """Bytes at the beginning of a file that must contain more than spaces."""
@@ -60,8 +63,8 @@ def iter_raw(path: Path) -> Iterator[tuple[int, bytes]]:
 
     The file is an array of objects; or JSON Lines, an object per line; or an object of objects `{key: {...}, ...}`, whose
     records get their key as field `id`. Its first bytes decide, whatever its name: `[` begins an array. `{` begins an
-    object of objects, but JSON Lines in a `.jsonl` file, and where the next line begins with `{` too. A byte order mark
-    is skipped. Entries that are no objects are yielded too, and `parse_json` refuses them one by one.
+    object of objects, but JSON Lines in a `.jsonl` file, where the next line begins with `{` too, and where the first
+    value is a text. A byte order mark is skipped. Entries that are no objects are yielded too, and `parse_json` refuses them one by one.
     Raises RecordError with file and line for brackets and commas that are not those of JSON, and ValueError if the file
     cannot be read.
     """
@@ -82,7 +85,7 @@ def iter_raw(path: Path) -> Iterator[tuple[int, bytes]]:
         except ValueError:
             raise RecordError(f"{path}:1: the file is empty") from None
         with mapped:
-            if _holds_lines(mapped):
+            if _FIELD.match(_content(head)) or _holds_lines(mapped):
                 yield from _iter_lines(file)
                 return
             for offset, length in _find_records(path, mapped):

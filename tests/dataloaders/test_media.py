@@ -14,8 +14,9 @@ import pytest
 
 from dataloaders import derived, media
 from dataloaders.formats import present_splits
-from dataloaders.media import list_media
+from dataloaders.media import list_media, wrong_duration
 from dataloaders.records import Media, RecordError
+from tests.media import write_video
 from tests.records import CAPTIONS, NARRATIVE, PITE, VALLEY, changed
 
 
@@ -235,3 +236,57 @@ def test_one_key_for_two_files_is_a_malformed_record(data: Path) -> None:
     found = list_media(data, ["stage3"])
     assert [m.path.name for m in found.media] == ["a.mkv"] and len(found.malformed) == 1
     assert "valley.json:1:" in found.malformed[0] or "valley.json:1: " in found.malformed[0]
+
+
+CUT = "Ptf_2VRj-V0_000122_000132"
+
+
+def test_a_clip_named_by_its_times_is_cut_from_its_source(data: Path, tmp_path: Path, read: list[str]) -> None:
+    """VATEX's names. The list on disk holds the names, so a file that appears later is found without reading again."""
+    records = [{**VALLEY, "v_id": name} for name in (CUT, f"sub/{CUT}", "short_1_2", "Ptf_2VRj-V0_9_3")]
+    (data / "stage3/valley.json").write_text(json.dumps(records))
+    videos = data / "stage3/videos"
+    (videos / "sub").mkdir(parents=True)
+
+    def found() -> list[tuple[str, tuple[float, float] | None]]:
+        media = list_media(data, ["stage3"], tmp_path / "cache").media
+        assert [m.key for m in media] == [f"stage3/{r['v_id']}" for r in records]
+        return [(str(m.path.relative_to(videos)), m.clip) for m in media]
+
+    named = [(f"{r['v_id']}.mp4", None) for r in records]
+    assert found() == named
+    for source in ("Ptf_2VRj-V0.webm", "sub/Ptf_2VRj-V0.mp4", "short.mp4"):
+        (videos / source).touch()
+    cut = [("Ptf_2VRj-V0.webm", (122.0, 132.0)), ("sub/Ptf_2VRj-V0.mp4", (122.0, 132.0)), *named[2:]]
+    assert found() == cut
+    (videos / f"{CUT}.mkv").touch()
+    assert found() == [(f"{CUT}.mkv", None), *cut[1:]], "a file of the clip is used whole"
+    assert read == ["valley.json"]
+
+
+def test_a_records_times_come_before_those_in_its_name(data: Path) -> None:
+    record = changed(changed(PITE, "id", CUT), "meta.split", [122.5, 176.7])
+    (data / "stage2/pite_143k.jsonl").write_text(json.dumps(record))
+    (data / "stage2/videos").mkdir()
+    (data / "stage2/videos/Ptf_2VRj-V0.mp4").touch()
+    (media,) = list_media(data, ["stage2"]).media
+    assert (media.path.name, media.clip) == ("Ptf_2VRj-V0.mp4", (122.5, 176.7))
+
+
+def test_durations_of_whole_files_are_compared_with_their_annotation(data: Path, tmp_path: Path) -> None:
+    file = write_video(tmp_path / "v.mp4", 40)  # 4 s
+    for seconds in (3.1, 4.0, 4.9, None):
+        assert wrong_duration(Media("k", file, duration=seconds)) is None
+    reason = f"{file}: lasts 4.0 s, but its annotation is for 28.8 s; is it another video?"
+    assert wrong_duration(Media("k", file, duration=28.8)) == reason
+    assert wrong_duration(Media("k", file, clip=(0, 1), duration=28.8)) is None
+    assert wrong_duration(Media("k", tmp_path / "nothing.mp4", duration=28.8)) is None
+    durations = [m.duration for m in list_media(data, present_splits(data)).media]
+    assert durations == [None, 54.2, None, 82.73]
+
+
+def test_a_clip_of_another_length_than_its_duration_is_malformed(data: Path) -> None:
+    """All times of a record are scaled by `meta.duration`."""
+    (data / "stage2/pite_143k.jsonl").write_text(json.dumps(changed(PITE, "meta.split", [100.0, 184.0])))
+    found = list_media(data, ["stage2"])
+    assert not found.media and "field 'meta.duration' is 54.2 s, but 'meta.split' lasts 84 s" in found.malformed[0]

@@ -138,6 +138,11 @@ def test_a_byte_order_mark_before_an_object_of_objects(tmp_path: Path) -> None:
         check(path, [{"a": 1, "id": "k"}, {"a": {}, "id": "l"}])
 
 
+def test_a_single_line_named_json(tmp_path: Path) -> None:
+    record = {"id": "v", "meta": {"a": {}}, "more": [{}]}
+    check(lines(tmp_path / "a.json", [record]), [record])
+
+
 def test_entries_that_are_no_objects_are_refused_one_by_one(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     stray = ["null", '"a, b ] \\" {"', "[1, [2]]", "-1.5e3", "tru", "true"]

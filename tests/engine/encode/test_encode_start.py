@@ -245,3 +245,25 @@ def test_answers_need_no_torch(tmp_path: Path, arguments: list[str], status: int
     assert done.returncode == status, done.stderr
     assert answer in done.stdout + done.stderr and done.stdout.endswith("imported []\n")
     assert status == 0 or done.stderr.count("\n") == 1
+
+
+def test_a_file_of_another_duration_than_its_record_is_logged(config: EncodeConfig, caplog) -> None:
+    """Its events would be at other frames than their marks."""
+    file = config.data / "stage2/pite_143k.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    seconds = records[1]["meta"]["duration"]
+    records[1]["meta"]["duration"] = 28.8
+    records[2]["meta"]["duration"] = seconds + 0.5
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with caplog.at_level(logging.WARNING, "engine"):
+        summary = encode(replace(config, failure_budget=0.1))
+    assert summary.failed == 1
+    (failure,) = read_failures(config.store / "failures.jsonl")
+    assert (failure.id, failure.stage) == (f"stage2/{records[1]['id']}", "check")
+    assert f"lasts {seconds:.1f} s, but its annotation is for 28.8 s; is it another video?" in failure.reason
+    assert failure.reason in caplog.text
+    assert f"stage3/{records[1]['id']}" in stored(config), "another record of the same file gives no duration"
+    records[3]["meta"]["duration"] = 28.8
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(BudgetExceeded, match=r"1 of 15 media failed.*another video"):
+        encode(replace(config, failure_budget=0.0))
