@@ -68,7 +68,22 @@ def identifier(record: Record, name: str, where: Place) -> str:
     return value
 
 
-MEDIA_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".jpg", ".jpeg", ".png")
+_VIDEO_SUFFIXES = (
+    ".mp4",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mov",
+    ".m4v",
+    ".flv",
+    ".wmv",
+    ".3gp",
+    ".ts",
+    ".mpg",
+    ".mpeg",
+    ".gif",
+)
+MEDIA_SUFFIXES = (*_VIDEO_SUFFIXES, ".jpg", ".jpeg", ".png", ".webp")
 """Suffixes of media files, in order of preference, since downloaders keep the suffix of their source."""
 
 

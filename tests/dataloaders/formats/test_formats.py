@@ -161,6 +161,20 @@ class TestInstructions:
             record = {"video": name, "conversations": VALLEY["conversations"]}
             assert valley_media(record, WHERE, Path("d/stage3")) == expected
 
+    @pytest.mark.parametrize(
+        ("fields", "name"),
+        [
+            ({"v_id": None, "video": "v_001.mp4"}, "v_001"),
+            ({"v_id": "", "video": None, "id": 7}, "7"),
+            ({"source": "jukinmedia", "v_id": "1062342", "video": "Dog vs. Cat #2.mp4"}, "Dog vs. Cat #2"),
+            ({"source": "vatex", "v_id": "Ptf_2VRj-V0_000122_000132", "video": "x.mp4"}, "Ptf_2VRj-V0_000122_000132"),
+            ({"source": "jukinmedia", "v_id": "1062342", "video": None}, "1062342"),
+        ],
+    )
+    def test_the_field_that_names_a_valley_video(self, fields: dict[str, Any], name: str) -> None:
+        media = valley_media({**fields, "conversations": VALLEY["conversations"]}, WHERE, Path("d/stage3"))
+        assert media == Media(f"stage3/{name}", Path(f"d/stage3/videos/{name}.mp4"))
+
     def test_any_turn_is_the_same_in_every_run(self) -> None:
         def chosen(number: int) -> str:
             record = changed(VALLEY, "conversations.1.value", f"Answer {number}.")
@@ -199,7 +213,8 @@ class TestInstructions:
     @pytest.mark.parametrize(
         ("path", "value", "reason"),
         [
-            ("v_id", ..., "field 'v_id' is missing"),
+            ("v_id", ..., "field 'video' is missing"),
+            ("v_id", ["a"], "field 'v_id' must be str or int, not list"),
             ("conversations.1.value", "</s>", "'conversations[1]': the answer is empty"),
             ("conversations.0.value", "<video>", "'conversations[0]': the question is empty"),
             ("conversations.0.from", "gpt", "'conversations[0].from' must be 'human'"),
