@@ -105,12 +105,15 @@ def annotate(video: Video, settings: Settings) -> None:
     phrases = steps.read_phrases(path["phrases"], video.captions)
     if last == 0:
         return
-    if not path["masks"].exists():
-        _make_masks(path["masks"], video, phrases, settings)
-    masks = steps.read_masks(path["masks"], phrases)
+    masks: Masks | None = None
+    if last == 1 or path["masks"].exists() or not path["tracks"].exists():  # Tracks of another tool need no masks.
+        if not path["masks"].exists():
+            _make_masks(path["masks"], video, phrases, settings)
+        masks = steps.read_masks(path["masks"], phrases)
     if last == 1:
         return
     if not path["tracks"].exists():
+        assert masks is not None
         moments = _moments(video, settings)
         steps.write_tracks(path["tracks"], track_events(video.path, moments, masks))
     tracks = steps.read_tracks(path["tracks"], phrases)
@@ -128,7 +131,7 @@ def annotate(video: Video, settings: Settings) -> None:
     counts = {
         "events": len(phrases),
         "phrases": sum(map(len, phrases)),
-        "found": sum(mask is not None for event in masks for mask in event),
+        "found": len(tracks) if masks is None else sum(mask is not None for event in masks for mask in event),
         "followed": len(tracks),
         "trajectories": len(points),
     }

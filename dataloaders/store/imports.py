@@ -6,7 +6,6 @@ VTimeLLM published `{id}.npy`, each (N, channels). The form of PiTe's published 
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,7 +95,9 @@ def load_array(file: Path) -> np.ndarray:
     """
     try:
         record = np.load(file, allow_pickle=False) if file.suffix == ".npy" else _load_tensor(file)
-    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # A damaged file can raise anything.
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file} is no readable {file.suffix} file ({reason})") from None
     if not np.issubdtype(record.dtype, np.floating):

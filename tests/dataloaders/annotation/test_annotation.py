@@ -245,7 +245,7 @@ def test_a_bad_video_fails_alone_and_is_logged(fresh, capsys):
     truncate(fresh.data / "stage2/videos/v1.mp4", fresh.data / "stage2/videos/v1.mp4", 0.7)
     (fresh.data / "stage2/videos/v2.mp4").unlink()
     steps.step_path(fresh.work, "masks", "v3").unlink()
-    for name in ("v1", "v2", "v4"):
+    for name in ("v1", "v2", "v3", "v4"):
         steps.step_path(fresh.work, "tracks", name).unlink()
     captions = json.loads((fresh.data / "captions.json").read_text())
     captions["v4"]["duration"] *= 3
