@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -114,9 +114,17 @@ def _media(table: pa.Table, folder: Path, seen: dict[str, Media]) -> tuple[list[
         known = seen.setdefault(key, media)
         if known is media:
             new.append(media)
-        elif known != media:
+        elif _differs(known, media, names[place]):
             clashes.append((offset, clash(known, media)))
     return new, clashes
+
+
+def _differs(one: Media, other: Media, names: Container[str]) -> bool:
+    """Whether two media are different files or clips. A suffix decides only if files of both exist."""
+    if one == other:
+        return False
+    same = one.clip == other.clip and one.path.with_suffix("") == other.path.with_suffix("")
+    return not same or (one.path.name in names and other.path.name in names)
 
 
 def wrong_duration(media: Media) -> str | None:

@@ -54,12 +54,11 @@ def read_captions(captions: Path, videos: Path) -> Iterator[Video | Failure]:
         return _internvid(record, where, folder) if "YoutubeID" in record else _activitynet(record, where, folder)
 
     seen: set[str] = set()
-    for found in _read(captions, videos, read):
-        if isinstance(found, Video):
-            if found.name in seen:
-                found = Failure(found.name, str(captions), "read", f"{captions}: duplicate id {found.name!r}")
-            else:
-                seen.add(found.name)
+    for where, found in _read(captions, videos, read):
+        if isinstance(found, Video) and found.name in seen:
+            found = Failure(found.name, str(captions), "read", f"{where}: duplicate id {found.name!r}")
+        elif isinstance(found, Video):
+            seen.add(found.name)
         yield found
 
 
@@ -71,19 +70,19 @@ def read_records(records: Path, videos: Path) -> Iterator[Video | Failure]:
     """
     known: dict[str, Media] = {}
     counts: dict[str, int] = {}
-    for found in _read(records, videos, _vtimellm):
+    for where, found in _read(records, videos, _vtimellm):
         if isinstance(found, Video):
             name = found.name
             first = known.setdefault(name, found.media)
             if first != found.media:
-                yield Failure(name, str(records), "read", f"{records}: {clash(first, found.media)}")
+                yield Failure(name, str(records), "read", f"{where}: {clash(first, found.media)}")
                 continue
             counts[name] = counts.get(name, 0) + 1
             found = found if counts[name] == 1 else replace(found, name=f"{name}.{counts[name]}")
         yield found
 
 
-def _read(path: Path, videos: Path, read: Reader) -> Iterator[Video | Failure]:
+def _read(path: Path, videos: Path, read: Reader) -> Iterator[tuple[Where, Video | Failure]]:
     for offset, text in iter_raw(path):
         where = Where(path, offset)
         record: Record = {}
@@ -91,10 +90,10 @@ def _read(path: Path, videos: Path, read: Reader) -> Iterator[Video | Failure]:
             record = parse_json(text, where)
             video = read(record, where, videos)
             media = replace(video.media, path=videos / f"{video.name}.mp4")
-            yield replace(video, media=locate(media, names_in(media.path.parent)))
+            yield where, replace(video, media=locate(media, names_in(media.path.parent)))
         except RecordError as error:
             name = record.get("id", record.get("YoutubeID"))
-            yield Failure(name if isinstance(name, str) else str(where), str(path), "read", str(error))
+            yield where, Failure(name if isinstance(name, str) else str(where), str(path), "read", str(error))
 
 
 def _activitynet(record: Record, where: Where, videos: Path) -> Video:

@@ -29,9 +29,10 @@ def valley_media(record: Record, where: Place, folder: Path) -> Media:
     names = ("v_id", "video", "id")
     if "jukin" in str(record.get("source", "")).lower():
         names = ("video", "v_id", "id")
-    return _video(
-        folder, identifier(record, next((n for n in names if record.get(n) not in (None, "")), names[0]), where)
-    )
+    present = [name for name in names if name in record]
+    good = [name for name in present if record[name] not in (None, "")]
+    named = next(iter([*good, *present, "v_id"]))
+    return _video(folder, identifier(record, named, where))
 
 
 def read_valley(record: Record, where: Place, folder: Path, *, turn: TurnChoice = "first") -> Sample:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -143,7 +143,7 @@ def _code() -> str:
 
 def _build(path: Path, folder: Path, parts: Records[Part], reading: Reading) -> None:
     notes: dict[str, str] = {}
-    known: dict[str, Media] = {}
+    known: dict[str, tuple[float, float] | None] = {}  # key -> clip; a key contains the name of the file
     clashing: list[int] = []
     clashes: dict[str, list[tuple[int, str]]] = {}
 
@@ -151,11 +151,10 @@ def _build(path: Path, folder: Path, parts: Records[Part], reading: Reading) -> 
         row = 0
         for part in parts:
             for offset, media in zip(part.offsets, part.media):
-                first = known.setdefault(media.key, media)
-                # The suffix of a file is found on disk (`fields.find_media`), so the one in a record decides nothing.
-                if (first.clip, first.path.with_suffix("")) != (media.clip, media.path.with_suffix("")):
+                clip = known.setdefault(media.key, media.clip)
+                if clip != media.clip:
                     clashing.append(row)
-                    clashes.setdefault(part.file, []).append((offset, clash(first, media)))
+                    clashes.setdefault(part.file, []).append((offset, clash(replace(media, clip=clip), media)))
                 row += 1
             yield part.columns
         found = [

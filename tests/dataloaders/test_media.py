@@ -235,7 +235,12 @@ def test_one_key_for_two_files_is_a_malformed_record(data: Path) -> None:
     (data / "stage3/valley.json").write_text(json.dumps(records))
     found = list_media(data, ["stage3"])
     assert [m.path.name for m in found.media] == ["a.mkv"] and len(found.malformed) == 1
-    assert "valley.json:1:" in found.malformed[0] or "valley.json:1: " in found.malformed[0]
+    assert "'stage3/a' is all of a.mp4, but all of a.mkv in an earlier record" in found.malformed[0]
+    (data / "stage3/videos/a.mkv").unlink()
+    found = list_media(data, ["stage3"])
+    assert [m.path.name for m in found.media] == ["a.mp4"] and not found.malformed
+    (data / "stage3/videos/a.mp4").unlink()
+    assert len(list_media(data, ["stage3"]).media) == 1 and not list_media(data, ["stage3"]).malformed
 
 
 CUT = "Ptf_2VRj-V0_000122_000132"

@@ -72,7 +72,7 @@ def test_one_bad_clip_is_one_failure(tmp_path: Path, name: str, value: object, r
     bad, good, twice = read_captions(file, tmp_path)
     assert isinstance(bad, Failure) and isinstance(good, Video) and isinstance(twice, Failure)
     assert bad.reason.startswith(f"{file}:1: ") and reason in bad.reason
-    assert "duplicate id" in twice.reason
+    assert twice.reason.startswith(f"{file}:3: duplicate id")
 
 
 def test_a_line_that_is_not_json_is_one_failure(tmp_path: Path) -> None:
@@ -120,9 +120,11 @@ def test_sentences_with_marks(tmp_path: Path, answer: str, sentences: list[str])
 
 def test_records_of_one_clip_and_of_two(tmp_path: Path) -> None:
     other = changed(DENSE, "meta.split", [0.0, 54.2])
-    first, second, third = read_records(lines(tmp_path / "r.json", [DENSE, DENSE, other]), tmp_path)
+    file = lines(tmp_path / "r.json", [DENSE, DENSE, other])
+    first, second, third = read_records(file, tmp_path)
     assert isinstance(first, Video) and isinstance(second, Video) and second.name == f"{DENSE['id']}.2"
-    assert isinstance(third, Failure) and "give each file or clip an id of its own" in third.reason
+    assert isinstance(third, Failure) and third.reason.startswith(f"{file}:3: '")
+    assert "give each file or clip an id of its own" in third.reason
 
 
 def test_trajectories_are_added_and_the_conversation_is_kept(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ class TestInstructions:
     @pytest.mark.parametrize(
         ("path", "value", "reason"),
         [
-            ("v_id", ..., "field 'video' is missing"),
+            ("v_id", ..., "field 'v_id' is missing"),
             ("v_id", ["a"], "field 'v_id' must be str or int, not list"),
             ("conversations.1.value", "</s>", "'conversations[1]': the answer is empty"),
             ("conversations.0.value", "<video>", "'conversations[0]': the question is empty"),
