@@ -127,10 +127,10 @@ def _differs(one: Media, other: Media, names: Container[str]) -> bool:
     return not same or (one.path.name in names and other.path.name in names)
 
 
-def wrong_duration(media: Media) -> str | None:
-    """Why a file cannot be the one that its annotation describes: its header gives another duration. None if it may be.
+def duration_error(media: Media) -> float | None:
+    """Seconds by which a file is longer than its annotation states, by its header; None where nothing can be compared.
 
-    Only whole files whose annotation gives a duration are compared; a file without a duration in its header passes.
+    Only whole files whose annotation gives a duration are compared.
     """
     if media.clip is not None or media.duration is None:
         return None
@@ -138,9 +138,18 @@ def wrong_duration(media: Media) -> str | None:
         lasts = duration(media.path)
     except OSError:
         return None  # The decoder reports it.
-    if lasts is None or not durations_differ(lasts, media.duration):
+    return None if lasts is None else lasts - media.duration
+
+
+def wrong_duration(media: Media) -> str | None:
+    """Why a file cannot be the one that its annotation describes: it has another duration. None if it may be."""
+    error = duration_error(media)
+    if error is None or media.duration is None or not durations_differ(media.duration + error, media.duration):
         return None
-    return f"{media.path}: lasts {lasts:.1f} s, but its annotation is for {media.duration:.1f} s; is it another video?"
+    return (
+        f"{media.path}: lasts {media.duration + error:.1f} s, but its annotation is for {media.duration:.1f} s; is it "
+        "another video?"
+    )
 
 
 def _table(folder: Path, kind: Format, cache: Path | None, processes: int | None) -> pa.Table:

@@ -115,16 +115,28 @@ def cut_of(name: str) -> tuple[str, tuple[float, float]] | None:
 def locate(media: Media, names: Container[str]) -> Media:
     """The media in the file that exists, of the `names` in its folder.
 
-    A video may have another suffix than its record states. If there is no file of a clip that is named like VATEX's
-    (`cut_of`), but one of its source, the clip is cut from the source: by the record's times, else by those in its name.
+    A video may have another suffix than its record states. The file of a clip that is named like VATEX's (`cut_of`) is
+    used whole. If it does not exist, but the file of its source does, the clip is cut from that: by the record's times,
+    else by those in its name.
     """
     file = find_name(media.path.name, names)
-    if file not in names and media.kind == "video" and (cut := cut_of(media.path.stem)) is not None:
+    cut = cut_of(media.path.stem) if media.kind == "video" else None
+    if cut is not None and file not in names:
         source = find_name(f"{cut[0]}{media.path.suffix}", names)
         if source in names:
             return replace(media, path=media.path.with_name(source), clip=media.clip or cut[1])
-    return media if file == media.path.name else replace(media, path=media.path.with_name(file))
+    clip = media.clip
+    if cut is not None and clip is not None and max(abs(a - b) for a, b in zip(clip, cut[1])) <= CUT_TOLERANCE:
+        clip = None
+    return (
+        media
+        if (file, clip) == (media.path.name, media.clip)
+        else replace(media, path=media.path.with_name(file), clip=clip)
+    )
 
+
+CUT_TOLERANCE = 1.0
+"""Seconds by which a record's clip may differ from the times in its name, which are often rounded."""
 
 DURATION_TOLERANCE = 0.02
 """Share by which the durations of a file and of its annotation may differ, or a second where that is more."""

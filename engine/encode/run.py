@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dataloaders.decode.decoder import Decoded, is_fallback
 from dataloaders.failures import LEDGER, Failure, Ledger, read_failures, reason_kind, report
-from dataloaders.media import wrong_duration
+from dataloaders.media import duration_error, wrong_duration
 from dataloaders.ranks import ALONE, Ranks
 from dataloaders.records import Media
 from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest, NonFiniteError
@@ -38,11 +38,14 @@ log = logging.getLogger(__name__)
 class Summary:
     """Result of a run: media encoded, media that failed, and the number of files that each decoder decoded.
 
+    inexact  media whose file differs in duration from its annotation by more than the share of a frame, though not so much
+             that it is refused
     shown  kinds of failures and fallbacks whose first example was logged
     """
 
     encoded: int = 0
     failed: int = 0
+    inexact: int = 0
     decoders: Counter[str] = field(default_factory=Counter)
     shown: set[str] = field(default_factory=set)
 
@@ -85,6 +88,11 @@ def run(config: EncodeConfig, ranks: Ranks) -> None:
     if failed and not ranks.rank:
         keys = {key for kind in ("images", "videos") for key in FeatureStore(config.store / kind).keys}
         print(report(read_failures(config.store / LEDGER), keys))
+    if summary.inexact:
+        log.warning(
+            "%s files differ in duration from their annotation by more than a frame's share, though less than is refused",
+            f"{summary.inexact:,}",
+        )
     for by, files in summary.decoders.most_common():
         log.log(logging.WARNING if is_fallback(by) else logging.INFO, "decoded by %s: %s files", by, f"{files:,}")
 
@@ -163,6 +171,7 @@ def _store(
             summary.fail([m], "check", reason, ledger)
         else:
             kept.append(m)
+            summary.inexact += m.duration is not None and abs(duration_error(m) or 0.0) > m.duration / len(record)
     try:
         writer.add({m.key: record for m in kept})
     except NonFiniteError as error:

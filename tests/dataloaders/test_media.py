@@ -14,7 +14,7 @@ import pytest
 
 from dataloaders import derived, media
 from dataloaders.formats import present_splits
-from dataloaders.media import list_media, wrong_duration
+from dataloaders.media import duration_error, list_media, wrong_duration
 from dataloaders.records import Media, RecordError
 from tests.media import write_video
 from tests.records import CAPTIONS, NARRATIVE, PITE, VALLEY, changed
@@ -276,12 +276,21 @@ def test_a_records_times_come_before_those_in_its_name(data: Path) -> None:
     (data / "stage2/videos/Ptf_2VRj-V0.mp4").touch()
     (media,) = list_media(data, ["stage2"]).media
     assert (media.path.name, media.clip) == ("Ptf_2VRj-V0.mp4", (122.5, 176.7))
+    (data / f"stage2/videos/{CUT}.mp4").touch()
+    (media,) = list_media(data, ["stage2"]).media
+    assert (media.path.name, media.clip) == (f"{CUT}.mp4", (122.5, 176.7)), "other times than those in the name"
+    record = changed(record, "id", "Ptf_2VRj-V0_000122_000177")
+    (data / "stage2/pite_143k.jsonl").write_text(json.dumps(record))
+    (data / "stage2/videos/Ptf_2VRj-V0_000122_000177.mp4").touch()
+    (media,) = list_media(data, ["stage2"]).media
+    assert (media.path.stem, media.clip) == (record["id"], None), "the file is the clip"
 
 
 def test_durations_of_whole_files_are_compared_with_their_annotation(data: Path, tmp_path: Path) -> None:
     file = write_video(tmp_path / "v.mp4", 40)  # 4 s
     for seconds in (3.1, 4.0, 4.9, None):
         assert wrong_duration(Media("k", file, duration=seconds)) is None
+    assert duration_error(Media("k", file, duration=3.1)) == pytest.approx(0.9)
     reason = f"{file}: lasts 4.0 s, but its annotation is for 28.8 s; is it another video?"
     assert wrong_duration(Media("k", file, duration=28.8)) == reason
     assert wrong_duration(Media("k", file, clip=(0, 1), duration=28.8)) is None
