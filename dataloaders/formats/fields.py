@@ -87,11 +87,6 @@ MEDIA_SUFFIXES = (*_VIDEO_SUFFIXES, ".jpg", ".jpeg", ".png", ".webp")
 """Suffixes of media files, in order of preference, since downloaders keep the suffix of their source."""
 
 
-def find_media(path: Path) -> Path:
-    """The file `path`, or the one with another of MEDIA_SUFFIXES if only that exists."""
-    return path.with_name(find_name(path.name, names_in(path.parent)))
-
-
 def find_name(name: str, names: Container[str]) -> str:
     """`name`, or the same name with another of MEDIA_SUFFIXES if only that is among the `names` in its folder."""
     if name in names:
