@@ -25,7 +25,8 @@ _LOOKED_AT = 9
 
 
 class FeatureFolder:
-    """A folder of `{id}.npy` or `{id}.pt`, each (frames, channels) of floats; axes of length one may stand around them.
+    """A folder of `{id}.npy` or `{id}.pt`, each (frames, channels) of floats; axes of length one may stand around them, and
+    the feature of a still may be (channels,).
 
     split       prefix of the keys, such as `stage2`
     num_frames  rows to take from each file, by PiTe's rule (linspace truncated); None for all, equally many in each
@@ -80,7 +81,8 @@ class FeatureFolder:
     def _load(self, key: str) -> np.ndarray:
         file = self._files[key]
         record = load_array(file)
-        squeezed = record.reshape([n for n in record.shape if n != 1]) if record.ndim > 2 else record
+        short = record.reshape([n for n in record.shape if n != 1]) if record.ndim > 2 else record
+        squeezed = np.atleast_2d(short)
         if squeezed.ndim != 2 or not squeezed.size:
             raise ValueError(f"{file} holds an array of shape {record.shape}, not (frames, channels)")
         if self._num_frames is None:

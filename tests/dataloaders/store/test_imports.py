@@ -116,6 +116,12 @@ def test_files_of_pytorch(tmp_path: Path, wrap) -> None:
     assert (folder.tokens, folder.channels) == (3, 4) and np.array_equal(folder.read("stage2/v1"), exact)
 
 
+def test_files_of_stills(tmp_path: Path) -> None:
+    np.save(tmp_path / "1.npy", np.arange(4, dtype=np.float16))
+    folder = FeatureFolder(tmp_path, "stage1/coco")
+    assert (folder.tokens, folder.channels) == (1, 4) and folder.read("stage1/coco/1").tolist() == [[0, 1, 2, 3]]
+
+
 def test_files_with_more_frames_are_sampled(tmp_path: Path) -> None:
     """By the rule of video frames, from each file's own number."""
     (tmp_path / "npy").mkdir()
