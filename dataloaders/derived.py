@@ -169,7 +169,7 @@ class Records(Generic[T]):
         self.malformed = [
             Malformed(file, line, reason)
             for file, found in errors.items()
-            for line, (_, reason) in zip(_lines(self._folder / file, [offset for offset, _ in found]), found)
+            for line, (_, reason) in zip(line_numbers(self._folder / file, [offset for offset, _ in found]), found)
         ]
         if broken:
             shown = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed[:_ERRORS_SHOWN]]
@@ -191,7 +191,7 @@ def _tasks(path: Path, kind: Format, broken: list[str]) -> Iterator[Task]:
         yield Task(path, kind, spans)
 
 
-def _lines(path: Path, offsets: Sequence[int]) -> Iterator[int]:
+def line_numbers(path: Path, offsets: Iterable[int]) -> Iterator[int]:
     """The line numbers, from 1, of ascending offsets, in one pass over the file."""
     line, position = 1, 0
     with path.open("rb") as file:

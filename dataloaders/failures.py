@@ -33,8 +33,8 @@ class Failure:
 
     id      its key
     path    its file
-    stage   "find" for a file that does not exist or is empty, "decode", "encode", or "import" of features made by another
-            program
+    stage   "find" for a file that does not exist or is empty, "check" for one of another duration than its annotation,
+            "decode", "encode", or "import" of features made by another program
     reason  one sentence
     """
 

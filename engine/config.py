@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from dataloaders.cli import at_least, flag
-from dataloaders.formats import NarrativeTiming, Stage, TurnChoice
+from dataloaders.formats import NarrativeTiming, Stage, TurnChoice, split_of
 from dataloaders.logs import LogFlags
+from dataloaders.store.layout import store_of
 from engine.recipes import RANDOM, Absent, Normalizer, Recipe, Size, recipe
 
 Parallel = Literal["auto", "ddp", "fsdp"]
@@ -68,8 +69,8 @@ class DataConfig:
         return self.cache or self.store / "samples"
 
     def features(self, stage: Stage) -> Path:
-        """The feature store of the stage's media."""
-        return self.store / ("images" if stage == 1 else "videos")
+        """The feature store of the stage's media (layout: dataloaders.store.layout)."""
+        return store_of(self.store, split_of(stage))
 
     @property
     def held_out_share(self) -> float | Path | None:

@@ -14,6 +14,7 @@ from dataloaders.failures import LEDGER, read_failures
 from dataloaders.samples.dataset import StageDataset, read_names
 from dataloaders.samples.plan import BatchPlan, InOrder
 from dataloaders.store.features import FeatureStore, Manifest
+from dataloaders.store.layout import store_of
 from engine.batches import StepSource
 from engine.build import language_model_checksum, load_tokenizer, merged_stages, model_config, random_shape
 from engine.config import TrainConfig
@@ -300,5 +301,5 @@ def _model_config(config: TrainConfig, llm: LanguageModel) -> PiTeConfig:
     store, points = config.data.store, config.model.num_points
     if llm.directory is not None:
         return model_config(llm.directory, store, points)
-    manifest = Manifest.load(store / "videos")
+    manifest = Manifest.load(store_of(store, "stage2"))
     return random_shape(config.model.size, points, manifest.tokens, manifest.channels)

@@ -63,15 +63,18 @@ class StageDataset:
         self._stage, self._folder = stage, data / split_of(stage)
         formats = present_formats(data, split_of(stage))
         reading = Reading(num_frames, num_points, turn, narrative_timing)
-        self._index, self.malformed = open_index(self._folder, formats, tokenizer, reading, cache, processes)
-        self._check_budget(failure_budget)
+        index = open_index(self._folder, formats, tokenizer, reading, cache, processes)
+        self._index, self.malformed = index.samples, index.malformed
+        good = np.ones(len(self._index), dtype=bool)
+        good[index.clashing] = False
+        self._check_budget(failure_budget, len(self.malformed) + int(good.sum()))
 
         ids, media = self._index.ids, self._index.media
         fits = self._index.tokens <= max_length
         encoded = np.array([available is None or key in available for key in media], dtype=bool)
-        self.over_length = [ids[row] for row in np.flatnonzero(encoded & ~fits)]
-        self.not_encoded = [media[row] for row in np.flatnonzero(~encoded)]
-        self._select(np.flatnonzero(fits & encoded))
+        self.over_length = [ids[row] for row in np.flatnonzero(good & encoded & ~fits)]
+        self.not_encoded = [media[row] for row in np.flatnonzero(good & ~encoded)]
+        self._select(np.flatnonzero(good & fits & encoded))
         if not self.ids:
             remedy = ": run engine.encode first" if self.not_encoded else ""
             files = ", ".join(kind.file for kind in formats)
@@ -184,8 +187,8 @@ class StageDataset:
             contents.update(counts.tobytes())
         return f"{len(self):,} samples {contents.hexdigest()[:16]}"
 
-    def _check_budget(self, budget: float) -> None:
-        count, total = len(self.malformed), len(self.malformed) + len(self._index)
+    def _check_budget(self, budget: float, total: int) -> None:
+        count = len(self.malformed)
         if count > budget * total:
             errors = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed[:_ERRORS_SHOWN]]
             errors.append(f"{count:,} of {total:,} records are malformed, {over_budget(count, total, budget)}")

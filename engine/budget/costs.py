@@ -240,7 +240,7 @@ def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
                 f"{llm} is neither a directory nor in the Hugging Face cache, and a dry run downloads nothing"
             )
         directory = Path(cached).parent
-    if (config.data.store / "videos").is_dir():
+    if config.data.features(2).is_dir():
         return model_config(directory, config.data.store, points), llm
     return PiTeConfig.load(directory, num_points=points), llm
 
