@@ -37,7 +37,7 @@ def flag(
 ) -> Any:
     """A field with another flag than its own name, or with none because it is positional.
 
-    shown  the default in the help, where the value itself says nothing
+    shown  the default in the help, where the value itself explains nothing
     """
     return dataclasses.field(default=default, metadata={"flag": name, "positional": positional, "shown": shown})
 
