@@ -78,7 +78,7 @@ def iter_raw(path: Path) -> Iterator[tuple[int, bytes]]:
         if head.startswith(_UTF16):
             raise RecordError(f"{path}:1: the file is in UTF-16; convert it to UTF-8, such as with iconv")
         if path.suffix == ".jsonl" and not _content(head).startswith(b"["):
-            yield from _iter_lines(file)
+            yield from _iter_lines(path, file)
             return
         try:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -86,7 +86,7 @@ def iter_raw(path: Path) -> Iterator[tuple[int, bytes]]:
             raise RecordError(f"{path}:1: the file is empty") from None
         with mapped:
             if _FIELD.match(_content(head)) or _holds_lines(mapped):
-                yield from _iter_lines(file)
+                yield from _iter_lines(path, file)
                 return
             for offset, length in _find_records(path, mapped):
                 yield offset, mapped[offset : offset + length]
@@ -104,12 +104,22 @@ def _holds_lines(mapped: mmap.mmap) -> bool:
     return end > 0 and before.rstrip().endswith(b"}") and after.lstrip().startswith(b"{")
 
 
-def _iter_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+def _iter_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     offset = 0
     for line in lines:
         if _content(line):
+            if not line.endswith(b"\n") and _content(line).startswith(b"{") and not _is_json(line):
+                raise RecordError(f"{Where(path, offset)}: the file ends in the middle of a record; was it cut off?")
             yield offset, line
         offset += len(line)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _find_records(path: Path, mapped: mmap.mmap) -> Iterator[tuple[int, int]]:

@@ -294,3 +294,20 @@ def test_a_dry_run_names_data_that_it_did_not_count(workspace: Path, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "stage2 is not counted: the tokenizer of lmsys/vicuna-7b-v1.5 is not on this machine" in printed
+
+
+def test_a_record_on_a_line_with_others_is_named_by_its_number(workspace: Path, data: Path, tmp_path: Path, capsys):
+    def spoil(records):
+        records[6].pop("a")
+        return records
+
+    edit_records(data / "stage3" / "video_instruct.json", spoil)
+    assert (data / "stage3" / "video_instruct.json").read_text().count("\n") == 0
+    assert main(train_arguments(workspace, tmp_path / "run", data=data)) == 1
+    assert "video_instruct.json:1: record 7: field 'a' is missing" in capsys.readouterr().err
+
+
+def test_a_wrong_file_has_no_budget_to_raise(workspace: Path, data: Path, tmp_path: Path, capsys):
+    edit_records(data / "stage2" / "pite_143k.jsonl", lambda records: [{"video": record["id"]} for record in records])
+    error = refused(train_arguments(workspace, tmp_path / "run", data=data), tmp_path / "run", capsys)
+    assert "and more than half: check the files and their format" in error and "add --failure-budget" not in error

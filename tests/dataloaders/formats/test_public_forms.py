@@ -160,7 +160,7 @@ def test_video_instruct(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> N
     (tmp_path / "stage3/video_instruct.json").write_text("\ufeff" + json.dumps(records), encoding="utf-8")
     found = dataset(tmp_path, 3, tokenizer, budget=0.4)
     assert found.media == ["stage3/v_k_ZXmr8pmrs", "stage3/v_-0r0HEwAYiQ"]
-    assert [m.reason for m in found.malformed] == ["field 'a': the answer is empty"]
+    assert [m.reason for m in found.malformed] == ["record 3: field 'a': the answer is empty"]
     texts = [words_of(tokenizer, s, np.arange(s.frame_start + N, len(s.token_ids))) for s in (found[0], found[1])]
     assert texts[0] == "What is the man doing? ASSISTANT: He dives  twice.</s>"
     assert texts[1] == "How does it end? ASSISTANT: With a bow.</s>"

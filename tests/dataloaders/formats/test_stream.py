@@ -177,3 +177,18 @@ def test_memory_is_that_of_a_record(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < path.stat().st_size / 20
+
+
+def test_a_last_line_that_is_cut_off_is_an_error_of_the_file(tmp_path: Path):
+    """However large the failure budget; a whole last line needs no line break."""
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"a": 1}\n{"a": {"b": 2}}')
+    assert [record for _, _, record in iter_json(path)] == [{"a": 1}, {"a": {"b": 2}}]
+    path.write_text('{"a": 1}\n{"a": {"b": 2}')
+    with pytest.raises(
+        RecordError, match=r"records.jsonl:2: the file ends in the middle of a record; was it cut off\?"
+    ):
+        list(iter_json(path))
+    path.write_text('{"a": 1}\n{"a": {"b": 2}\n')
+    with pytest.raises(RecordError, match=r"records\.jsonl:2: not valid JSON"):
+        list(iter_json(path))
