@@ -168,9 +168,7 @@ def measure_encoding(clip: Path, paths: Sequence[Path], folder: Path, amounts: A
             (data / "stage2/videos").mkdir(parents=True)
             for path in paths[:count]:
                 os.link(path, data / "stage2/videos" / path.name)
-            records = [
-                {"id": p.stem, "conversations": [], "meta": {"duration": 52, "token": {}}} for p in paths[:count]
-            ]
+            records = [{"id": p.stem, "conversations": [], "meta": {}} for p in paths[:count]]
             (data / "stage2/pite_143k.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
             config = EncodeConfig(
                 data=data,

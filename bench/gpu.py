@@ -34,7 +34,7 @@ TESTS = Path(__file__).parents[1] / "tests" / "kernels"
 
 
 def kernel_tests(device: torch.device) -> str | None:
-    """None if the Triton checks in tests/kernels pass (on a CPU: in Triton's interpreter), else the end of its output."""
+    """None if the Triton checks in tests/kernels pass (on a CPU: in Triton's interpreter), else the end of their output."""
     environment = os.environ | ({} if device.type == "cuda" else {"TRITON_INTERPRET": "1"})
     command = [
         sys.executable,
@@ -45,7 +45,7 @@ def kernel_tests(device: torch.device) -> str | None:
         "addopts=",
         "-p",
         "no:cacheprovider",
-        *(str(TESTS / name) for name in ("triton_checks.py", "triton_lora_checks.py")),
+        *(str(TESTS / name) for name in ("triton_checks.py", "triton_lora_checks.py", "rope_checks.py")),
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parents[1], check=False)
     return None if done.returncode == 0 else done.stdout[-3000:] + done.stderr[-1000:]

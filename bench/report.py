@@ -174,16 +174,18 @@ def step_table(environment: Mapping[str, str], rows: Iterable[Mapping[str, Any]]
     about = (
         f"training step, {environment.get('device', 'unknown device')}, commit {environment.get('commit', 'unknown')}"
     )
-    lines = [f"| {about} | useful tokens/s (10% to 90%) | videos/s | MFU | peak GB |", "|---|---|---|---|---|"]
+    head = f"| {about} | sample tokens/s (10% to 90%) | samples/s | computed rows/s | MFU | peak GB |"
+    lines = [head, "|---|---|---|---|---|---|"]
     for row in rows:
         name = f"{row['model']}: {row['implementation']}"
         if row["tokens_per_second"] is None:
-            lines.append(f"| {name} | {row['problem']} | | | |")
+            lines.append(f"| {name} | {row['problem']} | | | | |")
             continue
         rate = f"{row['tokens_per_second']:,.0f} ({row['slow']:,.0f} to {row['fast']:,.0f})"
         mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
         peak = "" if row["peak_gb"] is None else f"{row['peak_gb']:.1f}"
-        lines.append(f"| {name} | {rate} | {row['videos_per_second']:,.1f} | {mfu} | {peak} |")
+        computed = f"{row['rows_per_second']:,.0f}" if row.get("rows_per_second") else ""
+        lines.append(f"| {name} | {rate} | {row['videos_per_second']:,.1f} | {computed} | {mfu} | {peak} |")
     return "\n".join(lines)
 
 

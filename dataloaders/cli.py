@@ -32,9 +32,14 @@ WAIT_SECONDS = 5.0
 """Seconds that other ranks wait for rank 0 to print an error and end the job."""
 
 
-def flag(default: Any = dataclasses.MISSING, *, name: str | None = None, positional: bool = False) -> Any:
-    """A field with another flag than its own name, or with none because it is positional."""
-    return dataclasses.field(default=default, metadata={"flag": name, "positional": positional})
+def flag(
+    default: Any = dataclasses.MISSING, *, name: str | None = None, positional: bool = False, shown: str | None = None
+) -> Any:
+    """A field with another flag than its own name, or with none because it is positional.
+
+    shown  the default in the help, where the value itself explains nothing
+    """
+    return dataclasses.field(default=default, metadata={"flag": name, "positional": positional, "shown": shown})
 
 
 def at_least(config: object, least: int, *names: str) -> None:
@@ -240,7 +245,7 @@ def _instance(cls: type[T], values: Mapping[str, Any]) -> T:
 
 def _add_flag(parser: Any, setting: _Setting) -> None:
     default = _default(setting.field)
-    shown = "required" if default is _MISSING else f"default: {_text(default)}"
+    shown = "required" if default is _MISSING else f"default: {setting.field.metadata.get('shown') or _text(default)}"
     # argparse expands %-formats in help texts.
     options: dict[str, Any] = {"help": f"{setting.doc} ({shown})".strip().replace("%", "%%")}
     item, count = setting.items

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -152,6 +153,7 @@ class Records(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         broken: list[str] = []
         errors: dict[str, list[tuple[int, str]]] = {kind.file: [] for kind in self._formats}
+        offsets: dict[str, list[int]] = {kind.file: [] for kind in self._formats}  # of all records
         tasks = (task for kind in self._formats for task in _tasks(self._folder / kind.file, kind, broken))
         files = self._folder.name + (f"/{self._formats[0].file}" if len(self._formats) == 1 else "")
         records = 0
@@ -161,19 +163,25 @@ class Records(Generic[T]):
         ):
             for task, (value, found) in results:
                 errors[task.path.name] += found
+                offsets[task.path.name] += [offset for offset, _ in task.spans]
                 records += len(task.spans)
                 bar.set_postfix_str(f"{records:,} records", refresh=False)
                 bar.update(sum(length for _, length in task.spans))
                 if value is not None:
                     yield value
         self.malformed = [
-            Malformed(file, line, reason)
+            Malformed(file, line, _with_number(reason, line, bisect_left(offsets[file], offset) + 1))
             for file, found in errors.items()
-            for line, (_, reason) in zip(_lines(self._folder / file, [offset for offset, _ in found]), found)
+            for line, (offset, reason) in zip(line_numbers(self._folder / file, [at for at, _ in found]), found)
         ]
         if broken:
             shown = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed[:_ERRORS_SHOWN]]
             raise RecordError("\n".join([*shown, *broken]))
+
+
+def _with_number(reason: str, line: int, number: int) -> str:
+    """A reason with the number of the record, from 1, where a JSON array has several records on a line."""
+    return f"record {number}: {reason}" if number > line else reason
 
 
 def _tasks(path: Path, kind: Format, broken: list[str]) -> Iterator[Task]:
@@ -191,7 +199,7 @@ def _tasks(path: Path, kind: Format, broken: list[str]) -> Iterator[Task]:
         yield Task(path, kind, spans)
 
 
-def _lines(path: Path, offsets: Sequence[int]) -> Iterator[int]:
+def line_numbers(path: Path, offsets: Iterable[int]) -> Iterator[int]:
     """The line numbers, from 1, of ascending offsets, in one pass over the file."""
     line, position = 1, 0
     with path.open("rb") as file:

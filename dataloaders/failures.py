@@ -33,8 +33,8 @@ class Failure:
 
     id      its key
     path    its file
-    stage   "find" for a file that does not exist or is empty, "decode", "encode", or "import" of features made by another
-            program
+    stage   "find" for a file that does not exist or is empty, "check" for one of another duration than its annotation,
+            "decode", "encode", or "import" of features made by another program
     reason  one sentence
     """
 
@@ -51,6 +51,8 @@ class BudgetExceeded(ValueError):
 def over_budget(failed: int, total: int, budget: float) -> str:
     """The part of a message that gives the budget and a remedy, for `failed` of `total` that exceed it."""
     share = failed / total
+    if share > 0.5:
+        return f"more than the failure budget of {budget:.2%}, and more than half: check the files and their format"
     digits = max(2, 1 - math.floor(math.log10(share)))
     enough = math.ceil(share * 10**digits) / 10**digits
     if failed > enough * total:

@@ -4,7 +4,7 @@ annotation file.
     CACHE/stage2-pite_143k-0123456789abcdef.parquet    keys, files and clips, in the order of the records
 
 The list holds what the records name, and nothing about the disk. Where a video has another suffix than its record
-names, or a folder has changed, is found anew each time. A list's name contains the annotation file's size, time of its
+names, or is to be cut from its source, or a folder has changed, is found anew each time. A list's name contains the annotation file's size, time of its
 last change and a checksum of its ends, not a checksum of the whole: the ranks would take minutes to read 27 GB of
 narratives. The lists can be deleted at any time.
 """
@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,12 +26,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataloaders import formats, records
-from dataloaders.derived import Malformed, NotWritableError, Records, Result, Task, checksum_of_code, make_once
+from dataloaders.decode.containers import duration
+from dataloaders.derived import (
+    Malformed,
+    NotWritableError,
+    Records,
+    Result,
+    Task,
+    checksum_of_code,
+    line_numbers,
+    make_once,
+)
 from dataloaders.files import file_written_atomically
 from dataloaders.formats import Format, Split, parse_json, present_formats
-from dataloaders.formats.fields import find_name, names_in
-from dataloaders.formats.stream import Where
-from dataloaders.records import Media, RecordError
+from dataloaders.formats.fields import durations_differ, locate, names_in
+from dataloaders.records import Media, RecordError, clash
 
 CACHE = "media"
 """Name of the folder of lists in a folder of feature stores."""
@@ -47,6 +56,7 @@ _SCHEMA = pa.schema(
         ("image", pa.bool_()),
         ("start", pa.float64()),  # of the clip, null for the whole file
         ("end", pa.float64()),
+        ("duration", pa.float64()),  # by the annotation, null where it gives none
         ("offset", pa.int64()),  # of the record in the annotation file
     ]
 )
@@ -59,7 +69,8 @@ class MediaList:
     """All media in the annotations of some splits.
 
     media      each key once, in the order of the files; the same on every rank
-    malformed  records without valid media, a sentence for each with file and line
+    malformed  records without valid media, a sentence for each with file and line. Among them are records whose media
+               have the key of an earlier record, but another file or clip
     """
 
     media: list[Media]
@@ -73,7 +84,7 @@ def list_media(
 
     cache      folder for the lists. Without one, and if it cannot be written to, the annotations are read each time
     processes  worker processes that read; 0 for none, None chooses by the size of the files
-    Raises RecordError for a key of two different files or clips, and for a truncated file.
+    Raises RecordError for a truncated file.
     """
     media: list[Media] = []
     malformed: list[str] = []
@@ -82,26 +93,63 @@ def list_media(
         seen: dict[str, Media] = {}  # keys begin with their split
         for kind in present_formats(data, split):
             table = _table(folder, kind, cache, processes)
-            media += _media(table, folder, kind, seen)
+            new, clashes = _media(table, folder, seen)
+            media += new
             found = [Malformed(*entry) for entry in json.loads(table.schema.metadata[b"malformed"])]
-            malformed += [f"{folder / m.file}:{m.line}: {m.reason}" for m in found]
+            lines = line_numbers(folder / kind.file, [offset for offset, _ in clashes])
+            found += [Malformed(kind.file, line, reason) for line, (_, reason) in zip(lines, clashes)]
+            malformed += [f"{folder / m.file}:{m.line}: {m.reason}" for m in sorted(found, key=lambda m: m.line)]
     return MediaList(media, malformed)
 
 
-def _media(table: pa.Table, folder: Path, kind: Format, seen: dict[str, Media]) -> list[Media]:
-    """The media of a list that are not in `seen`, to which they are added."""
+def _media(table: pa.Table, folder: Path, seen: dict[str, Media]) -> tuple[list[Media], list[tuple[int, str]]]:
+    """The media of a list that are not in `seen`, to which they are added; (offset, reason) of records that clash."""
     folders = {place: folder / place for place in table["folder"].unique().to_pylist()}
     names = {place: names_in(path) for place, path in folders.items()}
-    new = []
-    for key, place, name, image, start, end, offset in zip(*(column.to_pylist() for column in table.columns)):
+    new, clashes = [], []
+    for key, place, name, image, start, end, seconds, offset in zip(*(column.to_pylist() for column in table.columns)):
         clip = None if start is None else (start, end)
-        media = Media(key, folders[place] / find_name(name, names[place]), "image" if image else "video", clip)
+        named = Media(key, folders[place] / name, "image" if image else "video", clip, seconds)
+        media = locate(named, names[place])
         known = seen.setdefault(key, media)
         if known is media:
             new.append(media)
-        elif known != media:
-            raise RecordError(f"{Where(folder / kind.file, offset)}: {key!r} is {media}, but it was {known} before")
-    return new
+        elif _differs(known, media, names[place]):
+            clashes.append((offset, clash(known, media)))
+    return new, clashes
+
+
+def _differs(one: Media, other: Media, names: Container[str]) -> bool:
+    """Whether two media are different files or clips. A suffix decides only if files of both exist."""
+    if one == other:
+        return False
+    same = one.clip == other.clip and one.path.with_suffix("") == other.path.with_suffix("")
+    return not same or (one.path.name in names and other.path.name in names)
+
+
+def duration_error(media: Media) -> float | None:
+    """Seconds by which a file is longer than its annotation states, by its header; None where nothing can be compared.
+
+    Only whole files whose annotation gives a duration are compared.
+    """
+    if media.clip is not None or media.duration is None:
+        return None
+    try:
+        lasts = duration(media.path)
+    except OSError:
+        return None  # The decoder reports it.
+    return None if lasts is None else lasts - media.duration
+
+
+def wrong_duration(media: Media) -> str | None:
+    """Why a file cannot be the one that its annotation describes: it has another duration. None if it may be."""
+    error = duration_error(media)
+    if error is None or media.duration is None or not durations_differ(media.duration + error, media.duration):
+        return None
+    return (
+        f"{media.path}: lasts {media.duration + error:.1f} s, but its annotation is for {media.duration:.1f} s; is it "
+        "another video?"
+    )
 
 
 def _table(folder: Path, kind: Format, cache: Path | None, processes: int | None) -> pa.Table:
@@ -167,7 +215,8 @@ def _read(task: Task) -> Result[pa.RecordBatch]:
             errors.append((offset, str(error).removeprefix(f"{place}: ")))
             continue
         folder = str(media.path.parent.relative_to(split))
-        rows.append((media.key, folder, media.path.name, media.kind == "image", *(media.clip or (None, None)), offset))
+        clip = media.clip or (None, None)
+        rows.append((media.key, folder, media.path.name, media.kind == "image", *clip, media.duration, offset))
     if not rows:
         return None, errors
     columns = [pa.array(column, field.type) for column, field in zip(zip(*rows), _SCHEMA)]

@@ -5,7 +5,7 @@ A sample refers to its media by key and holds no pixels. Frames are decoded and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -27,12 +27,30 @@ class Media:
     path   file to decode
     kind   "video" (N frames) or "image" (one frame)
     clip   (start, end) in seconds of the clip inside the file; None for the whole file
+    duration  seconds that the file or clip lasts by its annotation, where that gives them; not compared
     """
 
     key: str
     path: Path
     kind: Literal["video", "image"] = "video"
     clip: tuple[float, float] | None = None
+    duration: float | None = field(default=None, compare=False)
+
+
+def clash(known: Media, other: Media) -> str:
+    """Why `other` cannot have the key of `known`, an earlier record's media: it is another file or clip."""
+    return (
+        f"{other.key!r} is {_described(other)}, but {_described(known)} in an earlier record; give each file or clip an id "
+        "of its own"
+    )
+
+
+def _described(media: Media) -> str:
+    return (
+        f"{media.path.name} from {media.clip[0]:g} to {media.clip[1]:g} s"
+        if media.clip
+        else f"all of {media.path.name}"
+    )
 
 
 @dataclass(frozen=True)

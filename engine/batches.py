@@ -11,7 +11,7 @@ import numpy as np
 
 from dataloaders.records import ABSENT, TokenizedSample
 from dataloaders.samples.batch import PackedBatch, collate
-from dataloaders.samples.plan import BatchPlan, InOrder, split_batch
+from dataloaders.samples.plan import BatchPlan, InOrder, computed_rows, nothing_shared, split_batch
 from engine.recipes import Absent, Normalizer
 
 if TYPE_CHECKING:
@@ -21,21 +21,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepBatches:
-    """One rank's share of an optimizer step; tokens and samples are those of the whole global batch."""
+    """One rank's share of an optimizer step. The numbers are those of the whole global batch.
+
+    tokens   of its samples: what a trainer without padding computes
+    targets  supervised tokens
+    """
 
     micro_batches: tuple[PackedBatch, ...]
     tokens: int
     samples: int
+    targets: int
+
+    @property
+    def rows(self) -> int:
+        """Rows that this rank computes."""
+        return sum(batch.num_rows for batch in self.micro_batches)
 
 
 class StepSource:
     """The micro-batches of any step, for one rank.
 
-    token_budget  maximum tokens in a micro-batch
+    token_budget  maximum computed rows in a micro-batch
     absent        "skip": (-1, -1) has no loss; "regress": every answer token has a trajectory, -1 where none is
                   known, as in the paper's text
     normalizer    "present": the L1 sum is divided by the number of coordinates with a loss; "paper" (eq. 8): by P * N
                   for each supervised token
+    share         compute what samples of a micro-batch share once
     """
 
     def __init__(
@@ -50,35 +61,45 @@ class StepSource:
         absent: Absent = "skip",
         normalizer: Normalizer = "present",
         pin_memory: bool = False,
+        share: bool = True,
     ) -> None:
         self.dataset, self.plan, self.store = dataset, plan, store
         self.token_budget, self.rank, self.ranks = token_budget, rank, ranks
         self.absent, self.normalizer, self.pin_memory = absent, normalizer, pin_memory
+        self.share = share
 
     def step(self, step: int) -> StepBatches:
         chosen = self.plan.samples(step)
         normalizers = self.normalizers(chosen)
+        bins, _ = self.split(chosen)
         # With fewer samples than micro-batches, a sample of weight 0 fills the empty one: ranks with sharded weights
         # must compute equally often.
         shortest = int(chosen[np.argmin(self.dataset.tokens[chosen])])
         nothing = (math.inf, math.inf)
         micro = tuple(
             self._pack(members, normalizers) if members else self._pack([shortest], nothing)
-            for members in self._members(chosen)
+            for members in bins[self.rank]
         )
-        return StepBatches(micro, int(self.dataset.tokens[chosen].sum()), len(chosen))
+        tokens, targets = (int(counts[chosen].sum()) for counts in (self.dataset.tokens, self.dataset.targets))
+        return StepBatches(micro, tokens, len(chosen), targets)
 
     def singles(self, step: int) -> Iterator[PackedBatch]:
         """This rank's samples of a step, one per batch, to find those with a non-finite loss."""
         chosen = self.plan.samples(step)
-        for members in self._members(chosen):
+        for members in self.split(chosen)[0][self.rank]:
             for member in members:
                 yield self._pack([member], self.normalizers(chosen))
 
-    def _members(self, chosen: np.ndarray) -> list[list[int]]:
-        """The samples of each of this rank's micro-batches."""
-        bins = split_batch(self.dataset.tokens[chosen], self.ranks, self.token_budget)[self.rank]
-        return [[int(chosen[i]) for i in members] for members in bins]
+    def split(self, chosen: np.ndarray) -> tuple[list[list[list[int]]], int]:
+        """The samples of every rank's micro-batches, and the number of rows that they compute together, as planned.
+
+        The collator may find a few more rows that are equal.
+        """
+        tokens = self.dataset.tokens[chosen]
+        prefixes = self.dataset.prefixes(chosen) if self.share else nothing_shared(len(chosen))
+        bins = split_batch(tokens, self.ranks, self.token_budget, prefixes)
+        rows = sum(computed_rows(tokens, members, prefixes) for of_rank in bins for members in of_rank)
+        return [[[int(chosen[i]) for i in members] for members in of_rank] for of_rank in bins], rows
 
     def normalizers(self, chosen: np.ndarray) -> tuple[float, float]:
         """Divisors of the summed cross-entropy and L1 of the whole global batch, computed before any sample is read."""
@@ -96,7 +117,7 @@ class StepSource:
             samples = [with_absent_trajectories(s) for s in samples]
         self.store.advise(s.media for s in samples)
         features = [self.store.read(s.media) for s in samples]
-        batch = collate(samples, features, normalizers=normalizers)
+        batch = collate(samples, features, normalizers=normalizers, share=self.share)
         return batch.pin_memory() if self.pin_memory else batch
 
 

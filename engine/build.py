@@ -15,6 +15,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 from dataloaders.files import sha256
 from dataloaders.samples.dataset import StageDataset
 from dataloaders.store.features import FeatureStore, Manifest
+from dataloaders.store.layout import store_of
 from engine.distributed.world import World, shard_frozen
 from engine.identity import ModelIdentity, first_difference
 from engine.layout import Layout
@@ -54,7 +55,7 @@ def load_tokenizer(llm: Path | str) -> PreTrainedTokenizerBase:
 
 def model_config(llm: Path, store: Path, num_points: int) -> PiTeConfig:
     """The configuration: the language model's shape, the stored video features' frames and channels, and P."""
-    manifest = Manifest.load(store / "videos")
+    manifest = Manifest.load(store_of(store, "stage2"))
     return PiTeConfig.load(
         llm, num_frames=manifest.tokens, num_points=num_points, vision_feature_size=manifest.channels
     )
@@ -75,7 +76,8 @@ def merged_stages(stage: Stage, start: Path | None, model: ModelIdentity) -> lis
     lineage = checkpoint.read_lineage(start)
     difference = first_difference((lineage.get("made_of") or {}).get("model") or {}, asdict(model))
     if difference is not None:
-        raise ValueError(f"stage {stage} cannot start from {start}: its {difference}")
+        name, was, now = difference
+        raise ValueError(f"stage {stage} cannot start from {start}: its {name} was {was} there and is {now} now")
     return [entry["path"] for entry in lineage["merged"]] + [str(start.resolve())]
 
 

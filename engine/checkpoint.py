@@ -228,8 +228,10 @@ def check_identity(saved: dict[str, Any], identity: dict[str, Any], path: Path) 
     """Raise ResumeError naming the first difference between the identity saved in `path` and this run's."""
     difference = first_difference(saved, identity)
     if difference is not None:
+        name, was, now = difference
         raise ResumeError(
-            f"cannot continue from {path}: {difference}; change it back, or start afresh in another --output"
+            f"cannot continue from {path}: {name} was {was} there and is {now} now; change it back (the config.yaml of "
+            "that --output has its flags), or start afresh in another --output"
         )
 
 

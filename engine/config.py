@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from dataloaders.cli import at_least, flag
-from dataloaders.formats import NarrativeTiming, Stage, TurnChoice
+from dataloaders.formats import NarrativeTiming, Stage, TurnChoice, split_of
 from dataloaders.logs import LogFlags
+from dataloaders.store.layout import store_of
 from engine.recipes import RANDOM, Absent, Normalizer, Recipe, Size, recipe
 
 Parallel = Literal["auto", "ddp", "fsdp"]
@@ -68,8 +69,8 @@ class DataConfig:
         return self.cache or self.store / "samples"
 
     def features(self, stage: Stage) -> Path:
-        """The feature store of the stage's media."""
-        return self.store / ("images" if stage == 1 else "videos")
+        """The feature store of the stage's media (layout: dataloaders.store.layout)."""
+        return store_of(self.store, split_of(stage))
 
     @property
     def held_out_share(self) -> float | Path | None:
@@ -82,31 +83,40 @@ class DataConfig:
             return Path(self.held_out)
 
 
+def _of_recipe(name: str) -> Any:
+    """A flag whose default is the stage's recipe; the help shows the values of stages 1, 2 and 3."""
+    stages: tuple[Stage, ...] = (1, 2, 3)
+    paper, tiny = (
+        ", ".join(dict.fromkeys(str(getattr(recipe(size, s), name)) for s in stages)) for size in ("7b", "tiny")
+    )
+    return flag(None, shown=paper if paper == tiny else f"{paper}; tiny: {tiny}")
+
+
 @dataclass(frozen=True)
 class OptimizationConfig:
     """the recipe; a flag that is not given has the value of the stage's recipe (engine/recipes.py)"""
 
-    epochs: int | None = None
+    epochs: int | None = _of_recipe("epochs")
     """passes over the data"""
-    global_batch: int | None = None
+    global_batch: int | None = _of_recipe("global_batch")
     """samples per optimizer step, over all devices"""
-    learning_rate: float | None = None
+    learning_rate: float | None = _of_recipe("learning_rate")
     """peak learning rate"""
-    head_rate_ratio: float | None = None
+    head_rate_ratio: float | None = _of_recipe("head_rate_ratio")
     """learning rate of the coordinate heads, as a share of the peak learning rate"""
-    warmup_ratio: float | None = None
+    warmup_ratio: float | None = _of_recipe("warmup_ratio")
     """share of the steps used for learning-rate warm-up"""
-    weight_decay: float | None = None
+    weight_decay: float | None = _of_recipe("weight_decay")
     """AdamW's decoupled weight decay"""
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = _of_recipe("max_grad_norm")
     """clip the global gradient norm to this; 0 for no clipping"""
-    lora_rank: int | None = None
+    lora_rank: int | None = _of_recipe("lora_rank")
     """rank of the LoRA on q, k, v, o, gate, up and down"""
-    lora_alpha: float | None = None
+    lora_alpha: float | None = _of_recipe("lora_alpha")
     """LoRA's alpha; its scale is alpha / rank"""
-    label_smoothing: float | None = None
+    label_smoothing: float | None = _of_recipe("label_smoothing")
     """label smoothing of the cross-entropy"""
-    trajectory_weight: float | None = None
+    trajectory_weight: float | None = _of_recipe("trajectory_weight")
     """lambda, the weight of the L1 loss"""
     absent: Absent = "skip"
     """coordinates at (-1, -1) have no loss (skip), or are regressed to -1 as in the paper's text (regress)"""
@@ -114,6 +124,8 @@ class OptimizationConfig:
     """divide the L1 by the present coordinates, or by P * N per supervised token (paper, eq. 8)"""
     head_init: bool = True
     """start the trajectory head from stage 1's localization head (eq. 9)"""
+    group_media: bool | None = _of_recipe("group_media")
+    """keep questions about one video in one batch: their frames are computed once, and other samples meet in a step"""
     seed: int = 0
     """seed of the data order and of new weights"""
 
@@ -125,8 +137,8 @@ class ParallelConfig:
     device: Literal["cpu", "cuda"] | None = None
     """device to train on; CUDA if there is one. Without one, 7b and 13b train on a CPU only with --device cpu"""
     token_budget: int | None = None
-    """maximum tokens of a micro-batch on one device; unless given, what its memory holds, up to 16384, and on a CPU
-    1024 a thread"""
+    """maximum computed rows of a micro-batch on one device; unless given, what its memory holds, up to 16384, and on a
+    CPU 1024 a thread"""
     parallel: Parallel = "auto"
     """copy the frozen weights to every device (ddp) or shard them (fsdp); auto shards if they do not fit"""
     recompute: int | None = None
@@ -222,10 +234,16 @@ class TrainConfig:
 
     def start(self, stage: Stage) -> Path | None:
         """Output of the earlier stage that `stage` starts from; None to start from the language model."""
-        if self.run.init is not None or stage == 1 or self.model.llm == RANDOM:
+        before = self.before(stage)
+        if self.run.init is not None or before is None or self.model.llm == RANDOM:
             return self.run.init
-        before: Stage = 2 if stage == 3 and self.run.trajectory_stage else 1
         return self.run.directory(before) / "final"
+
+    def before(self, stage: Stage) -> Stage | None:
+        """The stage that `stage` builds on."""
+        if stage == 1:
+            return None
+        return 2 if stage == 3 and self.run.trajectory_stage else 1
 
     def recipe(self, stage: Stage) -> Recipe:
         """The stage's recipe, with the flags that were given in place of its values."""

@@ -36,7 +36,7 @@ DEVICES: dict[str, Device] = {
 _OTHER_PEAKS: dict[str, float] = {" H100 PCIe": 756e12, " H100 NVL": 835e12, " H200 NVL": 835e12}
 
 ASSUMED_MFU = 0.45
-"""MFU (4N FLOPs a token) assumed for the hours where bench/results holds no measured step."""
+"""MFU (4N FLOPs a computed row) assumed for the hours where bench/results holds no measured step."""
 
 ASSUMED_FP8_GAIN = 1.3
 """Assumed speed-up of a step with float8 frozen weights where none was measured: the goal of the project."""
@@ -79,17 +79,16 @@ def capacity_of(device: torch.device) -> float | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def efficiency(config: PiTeConfig, recipe: Recipe, world: World) -> Callable[[int, float], dict[str, float]]:
-    """A function from a step's useful tokens and seconds to its MFU (4N) and peak memory, where they are known."""
+def efficiency(config: PiTeConfig, recipe: Recipe, world: World) -> Callable[[float, int, float], dict[str, float]]:
+    """A function from a step's rows, supervised tokens and seconds to its MFU and peak memory, where they are known."""
     if world.device.type != "cuda":
-        return lambda tokens, seconds: {}
-    peak = peak_of(world.device)
-    linear = count_parameters(config, recipe).linear
+        return lambda rows, targets, seconds: {}
+    peak, count = peak_of(world.device), count_parameters(config, recipe)
 
-    def measure(tokens: int, seconds: float) -> dict[str, float]:
+    def measure(rows: float, targets: int, seconds: float) -> dict[str, float]:
         numbers = {"memory_gb": torch.cuda.max_memory_allocated(world.device) / 1e9}
         if peak is not None:
-            numbers["mfu"] = tokens * 4 * linear / seconds / (peak * world.size)
+            numbers["mfu"] = count.flops(rows, targets) / seconds / (peak * world.size)
         return numbers
 
     return measure

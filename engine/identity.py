@@ -73,12 +73,12 @@ def stage_checksums(merged: list[str]) -> list[str]:
     return [sha256(Path(path) / file) for path in merged for file in (checkpoint.ADAPTER_FILE, checkpoint.HEADS_FILE)]
 
 
-def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first setting that differs, as "recipe.epochs was 1 there and is 2 now"; None if the two are equal."""
-    one, two = _flat(before), _flat(now)
-    for name in sorted({*one, *two}):
-        if one.get(name) != two.get(name):
-            return f"{name} was {one.get(name)} there and is {two.get(name)} now"
+def first_difference(one: Mapping[str, Any], two: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first setting that differs, such as ("recipe.epochs", 1, 2); None if the two are equal."""
+    flat, other = _flat(one), _flat(two)
+    for name in sorted({*flat, *other}):
+        if flat.get(name) != other.get(name):
+            return name, flat.get(name), other.get(name)
     return None
 
 

@@ -13,6 +13,7 @@ import torch
 from dataloaders.cli import dump
 from dataloaders.files import directory_written_atomically
 from dataloaders.settings import write_settings
+from engine.agreement import check_same_run
 from engine.build import build_model
 from engine.checkpoint import check_identity, check_resumable
 from engine.config import TrainConfig
@@ -25,7 +26,16 @@ from engine.nonfinite import NonFiniteError
 from engine.plots import plot_losses
 from engine.preemption import write_marker
 from engine.preflight import check_paths, claimed
-from engine.prepare import StageInputs, dtype_of, identify, prepare, prepare_language_model
+from engine.prepare import (
+    LanguageModel,
+    StageInputs,
+    check_held_out,
+    dtype_of,
+    identify,
+    prepare,
+    prepare_language_model,
+)
+from engine.recipes import Stage
 from engine.run import Progress, run
 from pite import checkpoint, devices
 from pite.model import PiTe
@@ -57,7 +67,7 @@ def run_job(config: TrainConfig) -> int:
             print(f"engine.train: {error}", file=sys.stderr)
         reason = ""
     except torch.OutOfMemoryError as error:
-        print_error("engine.train", f"{error}\nLower --token-budget, which is one micro-batch's tokens.")
+        print_error("engine.train", f"{error}\nLower --token-budget, which is one micro-batch's computed rows.")
         reason = "out of memory"
     except (ValueError, OSError) as error:
         print_error("engine.train", str(error))
@@ -77,11 +87,11 @@ def run_job(config: TrainConfig) -> int:
 
 def _train_stages(config: TrainConfig, world: World) -> None:
     """Prepare all stages, then train them in order, until a stage is stopped early."""
-    world.set_status("loading the tokenizer")
-    llm = prepare_language_model(config)
-    waiting = [prepare(config, stage, llm, world) for stage in config.run.stages]
-    if world.is_main:
-        write_settings(config.run.output / SETTINGS, dump(config))
+    world.set_status("checking the language model")
+    llm = prepare_language_model(config, world)
+    waiting = [_prepared(config, stage, llm, world) for stage in config.run.stages]
+    if isinstance(config.held_out, Path):
+        check_held_out(config.held_out, [inputs.held_out for inputs in waiting])
     while waiting:
         # Not kept in a loop variable of the whole list: a stage's data are freed after it.
         progress = train_stage(config, waiting.pop(0), world)
@@ -91,6 +101,13 @@ def _train_stages(config: TrainConfig, world: World) -> None:
             write_marker(config.run.output, config.run.stages[-len(waiting) - 1], progress.step)
         if progress.stop_requested or not progress.done:
             return
+
+
+def _prepared(config: TrainConfig, stage: Stage, llm: LanguageModel, world: World) -> StageInputs:
+    try:
+        return prepare(config, stage, llm, world)
+    except ValueError as error:
+        raise ValueError(f"stage {stage}: {error}") from error
 
 
 def train_stage(config: TrainConfig, inputs: StageInputs, world: World) -> Progress:
@@ -103,6 +120,7 @@ def train_stage(config: TrainConfig, inputs: StageInputs, world: World) -> Progr
     if steps is not None:
         log.info("stage %s is done: %s", stage, directory / "final")
         return Progress(steps, done=True, stop_requested=False)
+    check_same_run(world, config, identity, inputs.layout, inputs.total)
     world.agree(lambda: check_resumable(directory / "checkpoints", identity.as_dict()))
     world.set_status(f"building the model of stage {stage}")
     model = build_model(
@@ -112,12 +130,23 @@ def train_stage(config: TrainConfig, inputs: StageInputs, world: World) -> Progr
     )  # fmt: skip
     if config.parallel.compile:
         model.decoder.compile_layers()
+    if world.is_main:
+        # Only now, since a run that is refused must not change what an earlier one has written.
+        write_settings(config.run.output / SETTINGS, dump(config))
+        _write_left_out(inputs, directory)
     progress = run(config, inputs, model, world, identity)
     if progress.done and world.is_main:
         plot_losses({directory.name: directory / "metrics.jsonl"}, directory / "losses.png")
         _export(inputs, model, identity, merged, directory / "final", progress.step)
     world.barrier()
     return progress
+
+
+def _write_left_out(inputs: StageInputs, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    inputs.dataset.write_left_out(directory / "left_out.jsonl")
+    if inputs.dataset.exclusions():
+        log.info("%s lists the records and samples that are left out", directory / "left_out.jsonl")
 
 
 def _finished_steps(final: Path, identity: Identity) -> int | None:

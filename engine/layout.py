@@ -34,23 +34,35 @@ CHECKPOINTED_BEFORE_SHARDING = 0.25
 costs an eighth more FLOPs. Gathering 26 GB twice takes about a ninth of a 4,096-token step of 13B on A100s with NVLink,
 most of it hidden behind computation."""
 
+READ_SHARE = 0.9
+"""Rows that a head reads, as a share of the computed rows, if the data are not known: an upper limit. By count it is .7 in
+stage 1 and .4 in stages 2 and 3."""
+
 LOSS_BYTES = 300e6
 """Bytes of the losses' chunks of logits and signs."""
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of the model, the layers' frozen linear weights, one layer, the LoRA, trainable adapter and heads."""
+    """Parameters of the model, the layers' frozen linear weights, one layer, the LoRA, trainable adapter and heads.
+
+    last  of `linear`, the last layer's weights that only the rows which a head reads are multiplied with
+    """
 
     total: int
     linear: int
+    last: int
     layer: int
     lora: int
     heads: int
 
+    def flops(self, rows: float, read: float) -> float:
+        """FLOPs of the frozen linear weights in training: 4N per computed row, and in the last layer per row `read`."""
+        return 4 * (rows * (self.linear - self.last) + read * self.last)
+
 
 def count_parameters(config: PiTeConfig, recipe: Recipe) -> ParameterCount:
-    """Count on the meta device, without weights. `linear` counts the weights that every token is multiplied with."""
+    """Count on the meta device, without weights."""
     import torch
 
     model = checkpoint.empty(config, torch.bfloat16, "meta")
@@ -60,7 +72,9 @@ def count_parameters(config: PiTeConfig, recipe: Recipe) -> ParameterCount:
     model.add_lora(recipe.lora_rank, recipe.lora_alpha)
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     model.set_trainable(recipe.trainable_modules)
-    return ParameterCount(total, linear, layer, lora, sum(p.numel() for _, p in model.trainable()) - lora)
+    heads = sum(p.numel() for _, p in model.trainable()) - lora
+    keys = 2 * config.llm.num_key_value_heads * config.head_dim * config.llm.hidden_size
+    return ParameterCount(total, linear, linear // config.llm.num_hidden_layers - keys, layer, lora, heads)
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,7 @@ class Layout:
         weights = "weights copied" if self.shards == 1 else "weights sharded (FSDP2)"
         where = f" in {self.recompute} of {layers} layers" if self.recompute else ""
         checkpointing = f"{'' if self.recompute else 'no '}activation checkpointing{where}"
-        return f"{weights}, {checkpointing}, {self.token_budget:,} tokens a micro-batch"
+        return f"{weights}, {checkpointing}, {self.token_budget:,} rows a micro-batch"
 
 
 def memory(
@@ -112,14 +126,20 @@ def memory(
     fp8: bool = False,
     recompute: int = 0,
     shards: int = 1,
+    read: float = READ_SHARE,
+    copied: float = 0.0,
 ) -> Memory:
     """Estimate the peak in bytes per device; `width` is the bytes of the frozen dtype.
 
+    read    rows that a head reads, as a share of the computed rows
+    copied  copies of keys of shared rows, as a share of the computed rows: kv_rows / rows - 1 of a `PackedBatch`
+
     Trainable parameters take 16 bytes each: float32 value, gradient and AdamW's two moments.
 
-    A layer without activation checkpointing holds, per token: both norms' inputs and outputs, q, k, v in their
+    A layer without activation checkpointing holds, per row: both norms' inputs and outputs, q, k, v in their
     projection's output, the attention output, gate, up and their product, and the LoRA's x A'. A layer with it holds
-    its input only, and all of these while its backward runs. Working memory is the MLP's gradients.
+    its input only, and all of these while its backward runs, when the layers above have freed theirs. Working memory is
+    the MLP's gradients. The last layer holds norms, q, k, v and attention of all rows, and the rest of the read ones.
 
     Sharded weights are whole for two layers at a time, the one that computes and the prefetched one, and for the
     embeddings and the vocabulary head. float8 weights are held in two orientations, one byte each; quantized
@@ -130,10 +150,16 @@ def memory(
     queries = llm.num_attention_heads * config.head_dim
     keys = llm.num_key_value_heads * config.head_dim
     rank = count.lora // max(1, _lora_rows(config))
-    kept = 4 * hidden + 2 * queries + 2 * keys + 3 * inner + 7 * rank
+    kept = 4 * hidden + 2 * queries + 2 * keys * (1 + copied) + 3 * inner + 7 * rank
+    last = 2 * hidden + 2 * queries + 2 * keys * (1 + copied) + 2 * rank
+    last += read * (3 * hidden + queries + 3 * inner + 5 * rank)
     layers = llm.num_hidden_layers
-    held = kept * (layers - recompute) + hidden * recompute + (kept if recompute else 0)
     working = width * (3 * inner + 3 * hidden) + 2 * inner * fp8
+    top = bottom = 0.0
+    if recompute < layers:
+        top = width * kept * (layers - recompute - 1) + max(width * last + read * working, working)
+    if recompute:
+        bottom = width * kept + working
     frozen = width * (count.total - count.heads)
     layer = width * count.layer
     if fp8:
@@ -145,7 +171,7 @@ def memory(
     return Memory(
         weights=frozen,
         trained=16 * (count.lora + count.heads),
-        activations=token_budget * (width * (held + 4 * hidden) + working),
+        activations=token_budget * (width * hidden * (recompute + 4) + max(top, bottom)),
         losses=LOSS_BYTES,
     )
 
@@ -172,6 +198,8 @@ def choose_layout(
     recompute: int | None = None,
     token_budget: int | None = None,
     longest: int = 0,
+    read: float = READ_SHARE,
+    copied: float = 0.0,
 ) -> Layout:
     """The cheapest layout that fits.
 
@@ -180,6 +208,7 @@ def choose_layout(
     capacity      bytes of the device; None for a CPU: neither checkpointing nor sharding unless a flag sets it
     parallel, recompute, token_budget  values of the flags; None or "auto" means that this function chooses
     longest       tokens of the longest sample; a CPU's micro-batch holds at least these
+    read, copied  of the training data, as in `memory`
     Raises ValueError if nothing fits, with the reason and what to change.
     """
     layers = config.llm.num_hidden_layers
@@ -187,7 +216,8 @@ def choose_layout(
         raise ValueError(f"--recompute must be 0 to {layers}, the model's layers, not {recompute}")
 
     def needed(tokens: int, shards: int, checkpointed: int) -> Memory:
-        return memory(config, count, tokens, width, fp8=fp8, recompute=checkpointed, shards=shards)
+        shares = {"read": read, "copied": copied}
+        return memory(config, count, tokens, width, fp8=fp8, recompute=checkpointed, shards=shards, **shares)
 
     kinds = {"ddp": (1,), "fsdp": (ranks,), "auto": (1,) if ranks == 1 else (1, ranks)}[parallel]
     if capacity is None:

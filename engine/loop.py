@@ -63,6 +63,7 @@ def backward_order(model: PiTe) -> list[nn.Parameter]:
 class StepNumbers(NamedTuple):
     """The numbers of an optimizer step, for the whole global batch.
 
+    rows           computed on all ranks
     ranks_to_stop  number of ranks that had got a signal to stop when the step began
     skipped        whether the optimizer step was skipped, because of a non-finite number in this step or an earlier one
     """
@@ -70,6 +71,7 @@ class StepNumbers(NamedTuple):
     loss: float
     ce: float
     l1: float
+    rows: float
     ranks_to_stop: float
     gradient_norm: float
     skipped: float
@@ -80,12 +82,14 @@ class StepResult:
     """One optimizer step, whose numbers the device may still be computing.
 
     step       its number, from 1: the optimizer steps done with it
-    tokens     useful tokens of the global batch
+    samples, tokens, targets  of the global batch, as in `StepBatches`
     data_wait  seconds that the host waited for the batch
     """
 
     step: int
+    samples: int
     tokens: int
+    targets: int
     learning_rate: float
     data_wait: float
     numbers: Tensor
@@ -143,8 +147,10 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate_ratio"]
 
-            sums = torch.zeros(4, device=device)
-            sums[3].fill_(float(stop_requested()))  # an assignment would copy from the host and synchronize
+            sums = torch.zeros(5, device=device)
+            # An assignment would copy from the host and synchronize.
+            sums[3].fill_(float(current.rows))
+            sums[4].fill_(float(stop_requested()))
             for left, batch in zip(range(len(current.micro_batches))[::-1], current.micro_batches):
                 losses = compute_losses(model, batch.to(device), recipe)
                 if left == 0:
@@ -164,4 +170,5 @@ def train(
                 numbers = numbers.to("cpu", non_blocking=True)
                 ready = torch.cuda.Event()
                 ready.record()
-            yield StepResult(step + 1, current.tokens, rate, data_wait, numbers, ready)
+            counts = current.samples, current.tokens, current.targets
+            yield StepResult(step + 1, *counts, rate, data_wait, numbers, ready)

@@ -1,10 +1,12 @@
 """The metrics of a run: progress bar, metrics.jsonl with one line per step, TensorBoard, optionally Weights & Biases.
 
-tokens_per_second  useful tokens of the global batch over the step's wall time; there is no padding to count
-mfu                model FLOPs utilisation: 4N FLOPs per useful token (N: the linear weights of the layers; forward 2N,
-                   gradient of the activations 2N; the frozen weights have no gradient of their own), over the data
-                   sheets' dense bfloat16 peak of all devices. Attention, heads and activation checkpointing are not
-                   counted
+tokens             of the global batch's samples: what a trainer without padding computes
+rows               that are computed: what samples of a micro-batch share is computed once
+samples_per_second, tokens_per_second   over the step's wall time
+mfu                model FLOPs utilisation: 4N FLOPs per computed row (N: the linear weights of the layers; forward 2N,
+                   gradient of the activations 2N; the frozen weights have no gradient of their own; in the last layer
+                   only rows that a head reads), over the data sheets' dense bfloat16 peak of all devices. Attention,
+                   heads and activation checkpointing are not counted
 data_wait          share of the step spent waiting for the next batch
 memory_gb          peak allocation of this device so far
 validation_loss, validation_ce, validation_l1   of the held-out samples, at the steps that validate
@@ -68,6 +70,8 @@ class Metrics:
         for key, label in (("tokens_per_second", "tok/s"), ("mfu", "MFU"), ("data_wait", "wait"), ("memory_gb", "GB")):
             if key in values:
                 shown[label] = f"{values[key]:,.0f}" if values[key] >= 100 else f"{values[key]:.2f}"
+        if "rows" in values:
+            shown["rows"] = f"{values['rows'] / values['tokens']:.0%}"
         if "validation_loss" in values:
             self._validation = f"{values['validation_loss']:.3f}"
         if self._validation:

@@ -23,32 +23,40 @@ def raise_nonfinite(result: StepResult, model: PiTe, source: StepSource, recipe:
     """Raise NonFiniteError, on all ranks, with the step and the cause.
 
     If all samples of the step fail alone, the cause is the model: its tensors with non-finite values are named.
-    Otherwise the samples that fail alone are named, each with its rank.
+    Otherwise the samples that fail alone are named, each with its rank, and features that are not finite.
     """
     world.set_status(f"looking for the cause of a non-finite step {result.step}")
-    failing, computed = _failing_samples(result.step - 1, model, source, recipe, world)
-    found = world.gather((failing, computed))
+    found = world.gather(_failing_samples(result.step - 1, model, source, recipe, world))
     numbers = result.read()
-    samples = [f"rank {rank}: the loss or gradient of {_some(names)}" for rank, (names, _) in enumerate(found) if names]
-    if all(len(names) == count for names, count in found) and (cause := _fault_of_model(model, world, found)):
+    samples = [
+        f"rank {rank}: the loss or gradient of {_some(names)}" for rank, (names, _, _) in enumerate(found) if names
+    ]
+    counts = [(names, count) for names, count, _ in found]
+    what = " and ".join(samples) or "the summed gradient (not that of any single sample)"
+    what += " is not finite"
+    features = [name for _, _, names in found for name in names]
+    if features:
+        what += f", because the features of {_some(features)} in {source.store.path} are not: encode them again"
+    elif all(len(names) == count for names, count in counts) and (cause := _fault_of_model(model, world, counts)):
         what = cause
-    else:
-        what = " and ".join(samples) or "the summed gradient (not that of any single sample)"
-        what += " is not finite"
     raise NonFiniteError(
         f"step {result.step}, {what} (loss {numbers.loss}, gradient norm {numbers.gradient_norm}); "
         "no parameter was updated"
     )
 
 
-def _failing_samples(step: int, model: PiTe, source: StepSource, recipe: Recipe, world: World) -> tuple[list[str], int]:
-    """Ids of this rank's samples of a step that fail alone, and the number of its samples."""
+def _failing_samples(
+    step: int, model: PiTe, source: StepSource, recipe: Recipe, world: World
+) -> tuple[list[str], int, list[str]]:
+    """Ids of this rank's samples of a step that fail alone, its number of samples, and media of non-finite features."""
     batches = list(source.singles(step))
     # All ranks gather sharded weights together, so all must compute equally often: `padding` is computed too.
     rounds = max(world.gather(len(batches)))
     padding = source.step(step).micro_batches[:1] * (rounds - len(batches))
     results = [is_finite(model, batch, recipe) for batch in (*batches, *padding)]
-    return [batch.sample_ids[0] for batch, finite in zip(batches, results) if not finite], len(batches)
+    failing = [batch for batch, finite in zip(batches, results) if not finite]
+    faulty = [batch.sample_ids[0] for batch in failing if _count_nonfinite(batch.features)]
+    return [batch.sample_ids[0] for batch in failing], len(batches), faulty
 
 
 def is_finite(model: PiTe, batch: PackedBatch, recipe: Recipe) -> bool:

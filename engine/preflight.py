@@ -13,6 +13,7 @@ from dataloaders.locks import lock
 from dataloaders.store.features import Manifest
 from engine.config import TrainConfig
 from engine.recipes import RANDOM
+from pite.lineage import LINEAGE, stages
 
 if TYPE_CHECKING:
     from engine.distributed.world import World
@@ -24,6 +25,7 @@ def check_paths(config: TrainConfig) -> None:
     Checked are the data and features of each stage, one encoder for all features, the language model, the earlier
     stage's output, the file of held-out samples, and whether the output can be a folder.
     """
+    paths.input_folder("--data", config.data.folder)
     encoders: dict[str, Path] = {}
     for stage in config.run.stages:
         present_formats(config.data.folder, split_of(stage))
@@ -40,16 +42,30 @@ def check_paths(config: TrainConfig) -> None:
     if config.model.llm != RANDOM:
         paths.model("--llm", config.model.llm)
     paths.input_folder("--init", config.run.init)
-    beginning = config.run.stages[0]
-    start = config.start(beginning)
-    if start is not None and not start.is_dir():
-        raise ValueError(
-            f"stage {beginning} starts from an earlier stage's output, and {start} does not exist: train that stage first, or "
-            "give another output with --init"
-        )
+    _check_start(config)
     if isinstance(config.held_out, Path) and not config.held_out.is_file():
         raise ValueError(f"--held-out {config.held_out}: neither a share nor a file")
     paths.output_folder("--output", config.run.output)
+
+
+def _check_start(config: TrainConfig) -> None:
+    """Raise ValueError unless the first stage of the run starts from the output of the stage before it."""
+    stage = config.run.stages[0]
+    start, wanted = config.start(stage), config.before(stage)
+    if start is None:
+        return
+    if wanted is None:
+        raise ValueError("--init is the output of an earlier stage, and stage 1 has none: leave it out")
+    if not (start / LINEAGE).exists():
+        outputs = [path for path in (start / "final", *sorted(start.glob("stage*/final"))) if (path / LINEAGE).exists()]
+        remedy = (
+            f"give --init {outputs[-1]}" if outputs else f"train stage {wanted} first, or give its output with --init"
+        )
+        raise ValueError(f"stage {stage} starts from stage {wanted}'s output, and {start} is not one: {remedy}")
+    (*_, trained) = stages(start)
+    if trained != wanted:
+        remedy = "; --no-trajectory-stage leaves stage 2 out" if (stage, trained) == (3, 1) else ""
+        raise ValueError(f"stage {stage} starts from stage {wanted}'s output, and {start} is stage {trained}'s{remedy}")
 
 
 @contextmanager

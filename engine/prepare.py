@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,17 +11,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dataloaders.failures import LEDGER, read_failures
-from dataloaders.samples.dataset import StageDataset
+from dataloaders.samples.dataset import StageDataset, read_names
 from dataloaders.samples.plan import BatchPlan, InOrder
 from dataloaders.store.features import FeatureStore, Manifest
+from dataloaders.store.layout import store_of
 from engine.batches import StepSource
 from engine.build import language_model_checksum, load_tokenizer, merged_stages, model_config, random_shape
 from engine.config import TrainConfig
 from engine.distributed.world import World
 from engine.hardware import capacity_of
 from engine.identity import Identity, ModelIdentity, stage_checksums
-from engine.layout import Layout, choose_layout, count_parameters
+from engine.layout import MAX_TOKEN_BUDGET, Layout, choose_layout, count_parameters
 from engine.recipes import LANGUAGE_MODELS, RANDOM, Recipe, Stage
+from engine.sharing import Lengths, count_sharing, lengths_of
 from pite import checkpoint
 from pite.config import PiTeConfig
 from pite.tokenizers import check_vocabulary
@@ -81,11 +84,18 @@ class StageInputs:
         )  # fmt: skip
 
 
-def prepare_language_model(config: TrainConfig) -> LanguageModel:
-    """Find the language model, downloading a Hugging Face name that is not cached, and load its tokenizer."""
+def prepare_language_model(config: TrainConfig, world: World) -> LanguageModel:
+    """Find the language model, downloading a Hugging Face name that is not cached, and load its tokenizer.
+
+    Raises ValueError for a tensor that is missing or has another shape; no weight is read.
+    """
     name = config.model.llm or LANGUAGE_MODELS[config.model.size]
-    directory = None if name == RANDOM else checkpoint.resolve(name)
-    return LanguageModel(name, directory, load_tokenizer(directory or RANDOM))
+    if name == RANDOM:
+        return LanguageModel(name, None, load_tokenizer(RANDOM))
+    directory = checkpoint.resolve(name)
+    shape = model_config(directory, config.data.store, config.model.num_points)
+    world.agree_with_main(lambda: checkpoint.WeightLoader(shape, directory, dtype=torch.float32))
+    return LanguageModel(name, directory, load_tokenizer(directory))
 
 
 def prepare(config: TrainConfig, stage: Stage, llm: LanguageModel, world: World) -> StageInputs:
@@ -100,13 +110,11 @@ def prepare(config: TrainConfig, stage: Stage, llm: LanguageModel, world: World)
         world.agree(lambda: check_fp8(world.device, dtype))
     store = FeatureStore(config.data.features(stage))
     opened = _open_dataset(config, stage, world, llm.tokenizer, model, store)
-    _write_left_out(opened, config.run.directory(stage), world)
     log.info("stage %s: %s", stage, opened.summary())
     _check_samples(opened, recipe, llm, model, config.data.store)
-    dataset, held_out = (opened, None) if config.held_out is None else opened.split(config.held_out)
+    dataset, held_out = _split(opened, config.held_out)
     if held_out is not None:
         log.info("stage %s: %s samples are held out for validation", stage, f"{len(held_out):,}")
-    layout = _layout(config, stage, model, dtype, world, int(opened.tokens.max()))
     plan = BatchPlan(
         len(dataset), recipe.global_batch, config.optimization.seed, dataset.groups() if recipe.group_media else None
     )
@@ -115,6 +123,7 @@ def prepare(config: TrainConfig, stage: Stage, llm: LanguageModel, world: World)
             "stage %s: dropping the last incomplete batch (%s of %s samples, different ones in each epoch)",
             stage, plan.left_over, f"{len(dataset):,}",
         )  # fmt: skip
+    layout = _layout(config, stage, model, dtype, world, int(opened.tokens.max()), lengths_of(dataset, plan))
     inputs = StageInputs(stage, recipe, llm, model, dtype, store, dataset, held_out, plan, layout)
     if config.run.profile is not None and config.run.profile[0] > inputs.total:
         raise ValueError(f"--profile starts at step {config.run.profile[0]}, and stage {stage} has {inputs.total}")
@@ -130,7 +139,7 @@ def identify(config: TrainConfig, inputs: StageInputs, world: World) -> tuple[Id
     checksum = (
         f"random {config.model.size}, seed {config.optimization.seed}"
         if llm.directory is None
-        else world.from_main(lambda: language_model_checksum(llm.directory))
+        else world.from_host_main(lambda: language_model_checksum(llm.directory))
     )
     model = ModelIdentity.of(inputs.model, checksum, inputs.store.manifest.encoder)
     merged = merged_stages(stage, config.start(stage), model)
@@ -143,7 +152,7 @@ def identify(config: TrainConfig, inputs: StageInputs, world: World) -> tuple[Id
         seed=config.optimization.seed,
         features=asdict(inputs.store.manifest),
         data=dataset.fingerprint(),
-        feature_records=world.from_main(lambda: inputs.store.fingerprint(dataset.media)),
+        feature_records=world.from_host_main(lambda: inputs.store.fingerprint(dataset.media)),
         left_out=dataset.exclusions() or None,
         held_out=None if inputs.held_out is None else inputs.held_out.fingerprint(),
     )
@@ -178,6 +187,24 @@ def check_tokens(dataset: StageDataset, tokenizer: PreTrainedTokenizerBase, conf
     if why := config.beyond_context(longest):
         over = int((dataset.tokens > config.context_length).sum())
         raise ValueError(f"{why}: --max-length {config.context_length} leaves out {over:,} such samples")
+
+
+def _split(samples: StageDataset, held_out: float | Path | None) -> tuple[StageDataset, StageDataset | None]:
+    """The samples to train on, and those to validate on, if there are any; a file may name none of this stage."""
+    if held_out is None or (isinstance(held_out, Path) and not samples.named_in(held_out).any()):
+        return samples, None
+    return samples.split(held_out)
+
+
+def check_held_out(file: Path, held_out: Sequence[StageDataset | None]) -> None:
+    """Warn of lines of the file that are no sample of any stage. Raises ValueError if none is."""
+    wanted = read_names(file)
+    known = {name for samples in held_out if samples is not None for name in (*samples.ids, *samples.media)}
+    unknown = sorted(wanted - known)
+    if not wanted & known:
+        raise ValueError(f"--held-out {file}: none of its {len(wanted):,} lines is the id or media key of a sample")
+    if unknown:
+        log.warning("--held-out %s: %s of its lines are no sample, such as %r", file, f"{len(unknown):,}", unknown[0])
 
 
 def _check_samples(dataset: StageDataset, recipe: Recipe, llm: LanguageModel, model: PiTeConfig, store: Path) -> None:
@@ -231,20 +258,18 @@ def _open_dataset(
     return opened[0]
 
 
-def _write_left_out(dataset: StageDataset, directory: Path, world: World) -> None:
-    if not world.is_main:
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    dataset.write_left_out(directory / "left_out.jsonl")
-    if dataset.exclusions():
-        log.info("%s lists the records and samples that are left out", directory / "left_out.jsonl")
-
-
 def _layout(
-    config: TrainConfig, stage: Stage, model: PiTeConfig, dtype: torch.dtype, world: World, longest: int
+    config: TrainConfig,
+    stage: Stage,
+    model: PiTeConfig,
+    dtype: torch.dtype,
+    world: World,
+    longest: int,
+    batches: Sequence[Lengths],
 ) -> Layout:
     """Choose and log the layout and the attention back end. Raises ValueError if the longest sample does not fit."""
     llm = model.llm
+    sharing = count_sharing(batches, world.size, max(config.parallel.token_budget or MAX_TOKEN_BUDGET, longest))
     layout = choose_layout(
         model,
         count_parameters(model, config.recipe(stage)),
@@ -257,14 +282,18 @@ def _layout(
         recompute=config.parallel.recompute,
         token_budget=config.parallel.token_budget,
         longest=longest,
+        read=sharing.read,
+        copied=sharing.copied,
     )
     attention = choose_backend(world.device, dtype, llm.num_attention_heads, llm.num_key_value_heads, model.head_dim)
     log.info("stage %s: %s, attention by %s", stage, layout.describe(llm.num_hidden_layers), attention)
     if longest > layout.token_budget:
         raise ValueError(
-            f"the longest sample has {longest:,} tokens and a micro-batch holds {layout.token_budget:,}: "
+            f"the longest sample has {longest:,} tokens and a micro-batch holds {layout.token_budget:,} rows: "
             "lower --max-length or raise --token-budget"
         )
+    computed = count_sharing(batches, world.size, layout.token_budget).computed
+    log.info("stage %s: %.0f%% of the samples' tokens are computed, the others are shared", stage, 100 * computed)
     return layout
 
 
@@ -272,5 +301,5 @@ def _model_config(config: TrainConfig, llm: LanguageModel) -> PiTeConfig:
     store, points = config.data.store, config.model.num_points
     if llm.directory is not None:
         return model_config(llm.directory, store, points)
-    manifest = Manifest.load(store / "videos")
+    manifest = Manifest.load(store_of(store, "stage2"))
     return random_shape(config.model.size, points, manifest.tokens, manifest.channels)

@@ -34,7 +34,8 @@ class Recipe:
     trajectory_normalizer  "present": the L1 sum is divided by the coordinates with a loss; "paper" (eq. 8): by P * N
                        for each supervised token
     head_init          start the trajectory head from the localization head (stage 2, eq. 9)
-    group_media        keep questions about one video in one batch, where they differ by the question alone
+    group_media        keep questions about one video in one batch, where they differ by the question alone and their
+                       frames are computed once
     align_adapter      start the adapter as the linear map from features to the captions' words (stage 1)
     """
 

@@ -28,7 +28,7 @@ class Reporter:
     """Logs each step's numbers to `metrics`.
 
     on_nonfinite  called with a step and its numbers if the loss or the gradient is not finite; raises
-    efficiency    further metrics from a step's tokens and seconds
+    efficiency    further metrics from a step's computed rows, supervised tokens and seconds
     validation    losses of held-out samples at some steps, or None
     """
 
@@ -38,7 +38,7 @@ class Reporter:
         metrics: Metrics,
         *,
         on_nonfinite: Callable[[StepResult], None],
-        efficiency: Callable[[int, float], dict[str, float]],
+        efficiency: Callable[[float, int, float], dict[str, float]],
         validation: Validation | None = None,
     ) -> None:
         self._world, self._metrics = world, metrics
@@ -76,10 +76,12 @@ class Reporter:
             "gradient_norm": numbers.gradient_norm,
             "learning_rate": result.learning_rate,
             "tokens": result.tokens,
+            "rows": numbers.rows,
             "seconds": seconds,
+            "samples_per_second": result.samples / seconds,
             "tokens_per_second": result.tokens / seconds,
             "data_wait": result.data_wait / seconds,
-            **self._efficiency(result.tokens, seconds),
+            **self._efficiency(numbers.rows, result.targets, seconds),
         }
         if self._validation is not None and self._validation.due(result.step):
             values |= self._validation.losses()

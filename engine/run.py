@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataloaders.samples.prefetch import prefetch
+from engine.agreement import check_same_weights
 from engine.checkpoint import Checkpoint, CheckpointWriter, restore_checkpoint, resume_point
 from engine.config import TrainConfig
 from engine.distributed.world import World
@@ -51,6 +52,7 @@ def run(config: TrainConfig, inputs: StageInputs, model: PiTe, world: World, ide
     if resumed is not None:
         restore_checkpoint(resumed, parameters, optimizer, made_of)
         start = resumed.step
+    check_same_weights(world, model, start)
     stop = total if config.run.max_steps is None else max(start, min(total, config.run.max_steps))
     if start:
         log.info("continuing after step %s of %s", start, stop)
@@ -84,9 +86,11 @@ def run(config: TrainConfig, inputs: StageInputs, model: PiTe, world: World, ide
                 # Only steps with a finite loss and gradient are saved: wait for their numbers.
                 save = step % config.run.checkpoint_every == 0 or step == stop
                 stopping = reporter.add(result, now=save)
-                if (save or stopping) and world.is_main:
-                    world.set_status(f"saving step {step}")
-                    writer.save(step, parameters, optimizer)
+                if save or stopping:
+                    check_same_weights(world, model, step)
+                    if world.is_main:
+                        world.set_status(f"saving step {step}")
+                        writer.save(step, parameters, optimizer)
                 if stopping:
                     break
         # The ranks agree on a stop one step later. After the last step this gather does it.

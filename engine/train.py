@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.run.dry_run:
         from engine.budget.__main__ import estimate
 
-        return estimate(config)
+        return estimate(config, "engine.train")
     if Ranks.read().rank == 0:
         remove_marker(config.run.output)
     try:

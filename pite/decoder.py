@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,20 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pite.config import PiTeConfig
-from pite_kernels import Fp8Weight, lora_linear, packed_attention, quantize_weight, rms_norm, rope_qkv, swiglu
+from pite_kernels import (
+    Fp8Weight,
+    RowIndex,
+    lora_linear,
+    packed_attention,
+    put_rows,
+    quantize_weight,
+    rms_norm,
+    rope_kv,
+    rope_q,
+    rope_qkv,
+    swiglu,
+    take_rows,
+)
 
 
 class LoRALinear(nn.Module):
@@ -75,9 +88,42 @@ class LoRALinear(nn.Module):
         del self.weight
         self.quantized = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = Fp8Weight(*(getattr(self, n) for n in Fp8Weight._fields)) if self.quantized else self.weight
-        return lora_linear(x, weight, self.lora_a, self.lora_b, scale=self.scale, splits=self.splits)
+    def forward(self, x: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """The projections `first` to `last` (not included) of x (T, in_features), one after the other."""
+        weight: Tensor | Fp8Weight = self._fp8_weight() if self.quantized else self.weight
+        a: Tensor | None = self.lora_a
+        b: Tensor | None = self.lora_b
+        splits = self.splits[first:last]
+        if splits != self.splits:
+            begin = sum(self.splits[:first])
+            outputs = slice(begin, begin + sum(splits))
+            if isinstance(weight, Fp8Weight):
+                columns = weight.columns[:, outputs].contiguous()
+                weight = Fp8Weight(weight.rows[outputs], weight.row_scales[outputs], columns, weight.column_scales)
+            else:
+                weight = weight[outputs]
+            if a is not None and b is not None:
+                rank = b.shape[1]
+                a, b = a[first * rank : (first + len(splits)) * rank], b[outputs]
+        return lora_linear(x, weight, a, b, scale=self.scale, splits=splits)
+
+    def _fp8_weight(self) -> Fp8Weight:
+        return Fp8Weight(*(getattr(self, name) for name in Fp8Weight._fields))
+
+
+class Documents(NamedTuple):
+    """Which rows attend to which: segments of rows, and the rows of k and v of each where it continues another.
+
+    cu_seqlens, max_seqlen        (G + 1,) int32 boundaries of the segments, and the longest
+    kv_rows                       each segment's ancestors' rows, then its own; None: each attends to itself
+    cu_seqlens_kv, max_seqlen_kv  (G + 1,) int32 boundaries in kv_rows, and the longest
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    kv_rows: RowIndex | None = None
+    cu_seqlens_kv: Tensor | None = None
+    max_seqlen_kv: int | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -103,13 +149,20 @@ class DecoderLayer(nn.Module):
         self.checkpointed = False
 
     def forward(
-        self, x: Tensor, added: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self,
+        x: Tensor,
+        added: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents,
+        read_rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """With `read_rows` (R,) the results are of these rows alone: all others are computed up to their k and v."""
         if not (self.checkpointed and torch.is_grad_enabled()):
-            return self._compute(x, added, cos, sin, cu_seqlens, max_seqlen)
+            return self._compute(x, added, cos, sin, documents, read_rows)
         # Activation checkpointing is inside forward, because FSDP's hooks have gathered the weights here. x and `added`
         # are summed first: saving one tensor takes half the memory of two.
-        arguments = (x if added is None else x + added, None, cos, sin, cu_seqlens, max_seqlen)
+        arguments = (x if added is None else x + added, None, cos, sin, documents, read_rows)
         outputs = checkpoint(self._compute, *arguments, use_reentrant=False, preserve_rng_state=False)
         return cast("tuple[Tensor, Tensor]", outputs)
 
@@ -117,19 +170,49 @@ class DecoderLayer(nn.Module):
         return self.qkv, self.o, self.gate_up, self.down
 
     def _compute(
-        self, x: Tensor, added: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self,
+        x: Tensor,
+        added: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents,
+        read_rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        x, q, k, v = self._before(x, added, cos, sin)
-        return self._after(x, packed_attention(q, k, v, cu_seqlens, max_seqlen))
+        x, q, k, v = self._before(x, added, cos, sin, documents.kv_rows, read_rows)
+        # Attention's mask needs the queries of a segment without gaps; it is a small part of a layer.
+        if read_rows is not None:
+            q = put_rows(q, read_rows, cos.shape[0])
+        attended = packed_attention(
+            q,
+            k,
+            v,
+            documents.cu_seqlens,
+            documents.max_seqlen,
+            cu_seqlens_kv=documents.cu_seqlens_kv,
+            max_seqlen_kv=documents.max_seqlen_kv,
+        )
+        return self._after(x, attended if read_rows is None else take_rows(attended, read_rows))
 
     def _before(
-        self, x: Tensor, added: Tensor | None, cos: Tensor, sin: Tensor
+        self,
+        x: Tensor,
+        added: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        kv_rows: RowIndex | None,
+        read_rows: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if added is None:
             normed = rms_norm(x, self.input_norm, eps=self.eps)
         else:
             normed, x = rms_norm(added, self.input_norm, eps=self.eps, residual=x)
-        return x, *rope_qkv(self.qkv(normed), cos, sin, head_dim=self.head_dim, key_heads=self.key_heads)
+        if read_rows is None:
+            qkv = self.qkv(normed)
+            return x, *rope_qkv(qkv, cos, sin, head_dim=self.head_dim, key_heads=self.key_heads, kv_rows=kv_rows)
+        k, v = rope_kv(self.qkv(normed, 1), cos, sin, head_dim=self.head_dim, kv_rows=kv_rows)
+        q = self.qkv(take_rows(normed, read_rows), 0, 1)
+        q = rope_q(q, cos.index_select(0, read_rows), sin.index_select(0, read_rows), head_dim=self.head_dim)
+        return take_rows(x, read_rows), q, k, v
 
     def _after(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         normed, x = rms_norm(self.o(attended.flatten(-2)), self.post_attention_norm, eps=self.eps, residual=x)
@@ -175,10 +258,11 @@ class Decoder(nn.Module):
         cos, sin = rotary(like, position_ids[None])
         return cos[0], sin[0]
 
-    def forward(self, x: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Final-norm hidden states (T, d) of the packed input embeddings x (T, d)."""
+    def forward(self, x: Tensor, position_ids: Tensor, documents: Documents, read_rows: Tensor | None = None) -> Tensor:
+        """Final-norm hidden states of the packed input embeddings x (T, d): (T, d), or of `read_rows` (R,) only."""
         cos, sin = self.rotary(position_ids, x.dtype)
-        x, added = self.layers[0](x, None, cos, sin, cu_seqlens, max_seqlen)
-        for layer in self.layers[1:]:
-            x, added = layer(x, added, cos, sin, cu_seqlens, max_seqlen)
+        added = None
+        for layer in self.layers[:-1]:
+            x, added = layer(x, added, cos, sin, documents)
+        x, added = self.layers[-1](x, added, cos, sin, documents, read_rows)
         return rms_norm(added, self.norm, eps=self.eps, residual=x)[0]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from dataloaders.samples.batch import PackedBatch
 from pite.config import PiTeConfig
-from pite.decoder import Decoder, DecoderLayer, LoRALinear
-from pite_kernels import linear_cross_entropy, two_head_loss
+from pite.decoder import Decoder, DecoderLayer, Documents, LoRALinear
+from pite_kernels import RowIndex, linear_cross_entropy, two_head_loss
 
 Head = Literal["localization", "trajectory"]
 
@@ -135,10 +135,11 @@ class PiTe(nn.Module):
         frames = F.linear(features.to(self.dtype), adapter.weight.to(self.dtype), adapter.bias.to(self.dtype))
         return F.embedding(token_ids, self.decoder.embed_tokens).index_copy(0, feature_rows, frames)
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Final-norm hidden states (T, d) of a packed batch."""
+    def hidden_states(self, batch: PackedBatch, all_rows: bool = False) -> Tensor:
+        """Final-norm hidden states of a packed batch: those of its `read_rows` (R, d), or of all rows (T, d)."""
         x = self.embed(batch.token_ids, batch.features, batch.feature_rows)
-        return cast(Tensor, self.decoder(x, batch.position_ids, batch.cu_seqlens, batch.max_seqlen))
+        read_rows = None if all_rows else batch.read_rows
+        return cast(Tensor, self.decoder(x, batch.position_ids, _documents(batch), read_rows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., V) of hidden states (..., d)."""
@@ -198,3 +199,11 @@ class PiTe(nn.Module):
 
     def _projector(self, head: Head) -> nn.Linear:
         return self.trajectory_projector if head == "trajectory" else self.localization_projector
+
+
+def _documents(batch: PackedBatch) -> Documents:
+    rows, inverse, offsets = batch.kv_rows, batch.kv_inverse, batch.kv_offsets
+    if rows is None or inverse is None or offsets is None:
+        return Documents(batch.cu_seqlens, batch.max_seqlen)
+    index = RowIndex(rows, inverse, offsets)
+    return Documents(batch.cu_seqlens, batch.max_seqlen, index, batch.cu_seqlens_kv, batch.max_seqlen_kv)

@@ -42,7 +42,9 @@ def write_data(data: Path, videos: int = 6, images: int = 3) -> Path:
     for i in range(videos):
         write_video(data / f"stage2/videos/v{i}.mp4", 10 + 3 * i)
     narratives = [{"image_id": f"i{i}", "caption": "A.", "timed_caption": [], "traces": []} for i in range(images)]
-    clips = [{"id": f"v{i}", "conversations": [], "meta": {"duration": 1.0, "token": {}}} for i in range(videos)]
+    clips = [
+        {"id": f"v{i}", "conversations": [], "meta": {"duration": 1 + 0.3 * i, "token": {}}} for i in range(videos)
+    ]
     _write_lines(data / "stage1/localized_narratives.jsonl", narratives)
     _write_lines(data / "stage2/pite_143k.jsonl", clips)
     (data / "stage3/videos").symlink_to("../stage2/videos")

@@ -32,7 +32,7 @@ class _Flash(torch.autograd.Function):
         q, k, v, _, lse, cu_seqlens = ctx.saved_tensors
         _wide = q.new_empty((len(q) + 128 * len(cu_seqlens), *q.shape[1:]), dtype=torch.float32)
         _sums = torch.empty_like(lse)
-        return *(torch.empty_like(t) for t in (q, k, v)), *[None] * 4
+        return *(torch.empty_like(t) for t in (q, k, v)), *[None] * 6
 
 
 @contextmanager

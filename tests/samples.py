@@ -51,9 +51,52 @@ def random_samples(count: int, config: PiTeConfig, seed: int = 0) -> tuple[list[
     return samples, features
 
 
+def related_samples(
+    videos: int,
+    questions: int,
+    config: PiTeConfig,
+    *,
+    head: int = 9,
+    frames: int | None = None,
+    turns: int = 1,
+    points: int | None = None,
+    seed: int = 0,
+) -> tuple[list[TokenizedSample], list[np.ndarray]]:
+    """Samples with one head of the prompt; `questions` about each video, which differ from their third token on.
+
+    frames, points  1 and 1 in stage 1; None: the config's
+    turns           questions and answers in a sample; the tokens of all answers are supervised
+    """
+    rng = np.random.default_rng(seed)
+    frames = config.num_frames if frames is None else frames
+    points = config.num_points if points is None else points
+    beginning, after = rng.integers(3, config.llm.vocab_size, head), rng.integers(3, config.llm.vocab_size, 2)
+    samples, features = [], []
+    for video in range(videos):
+        record = rng.standard_normal((frames, config.vision_feature_size)).astype(np.float32)
+        for question in range(questions):
+            ids = [*beginning, *[0] * frames, *after]
+            targets: list[int] = []
+            for _ in range(turns):
+                ids += rng.integers(3, config.llm.vocab_size, int(rng.integers(1, 6))).tolist()
+                answer = int(rng.integers(2, 9))
+                targets += range(len(ids), len(ids) + answer)
+                ids += rng.integers(3, config.llm.vocab_size, answer).tolist()
+            placed = np.array(targets)[rng.random(len(targets)) < 0.5]
+            trajectory = rng.random((len(placed), points, frames, 2), dtype=np.float32)
+            trajectory[rng.random(trajectory.shape[:3]) < 0.3] = ABSENT
+            name = f"v{video}q{question}"
+            samples.append(
+                TokenizedSample(name, f"v{video}", np.array(ids), head, frames, np.array(targets), placed, trajectory)
+            )
+            features.append(record)
+    return samples, features
+
+
 def without_trajectories(sample: TokenizedSample) -> TokenizedSample:
     return replace(sample, trajectory=sample.trajectory[:0], trajectory_positions=sample.trajectory_positions[:0])
 
 
 def random_batch(count: int, config: PiTeConfig, seed: int = 0) -> PackedBatch:
-    return collate(*random_samples(count, config, seed))
+    """Each sample is a segment."""
+    return collate(*random_samples(count, config, seed), share=False)

@@ -1,7 +1,8 @@
 """The training step and its peers: `python -m bench.step --model 7b` on a GPU, `pytest bench/test_step.py` on a CPU.
 
 Every implementation trains the same LoRA and trajectory head with the same weights, samples and AdamW. They are timed
-in turn, and only after their loss agrees with ours. Useful tokens are those of the samples; padding is not counted.
+in turn, and only after their loss agrees with ours. Sample tokens are those of the
+samples, not padding; ours computes the rows that samples share once, so it computes fewer.
 
   pite             packed: forward, backward, clipping and update as in engine.train
   pite loop        engine.loop.train: also with collation, copies to the device and the check for finite numbers; timed
@@ -34,7 +35,6 @@ from bench.measure import Timing, environment, interleaved
 from bench.step.loop import loop_timing
 from bench.step.peers import packed_step, padded_step, unsloth_step
 from bench.step.problem import RECIPE, Problem, Step, copy_trainable, make_problem, paper_shape, tiny_shape
-from dataloaders.samples.plan import split_batch
 from engine.distributed.gradients import Gradients
 from engine.distributed.world import grow_segments
 from engine.hardware import peak_of
@@ -74,8 +74,7 @@ def fp8_step(problem: Problem) -> Step:
 
 def pite_step(problem: Problem) -> Step:
     model = problem.model
-    (bins,) = split_batch([len(s.token_ids) for s in problem.samples], 1, problem.token_budget)
-    batches = [problem.pack(members) for members in bins if members]
+    batches = [problem.pack(members) for members in problem.split()]
     optimizer = make_optimizer(model, RECIPE)
     gradients = Gradients(backward_order(model), 1)
 
@@ -110,6 +109,8 @@ TOGETHER = (LOOP, *(name for name in PEERS if name != UNSLOTH))
 class Row:
     """The numbers of one implementation, or the `problem`, the reason for no numbers.
 
+    tokens_per_second, slow, fast  tokens of the samples, shared ones counted for each: median, slowest and fastest 10%
+    rows_per_second, mfu           of what was computed
     peak_gb       peak memory of tensors. Of ours: measured before the peers are built. Of a peer: what it allocated,
                   plus the frozen weights that it shares with ours
     reserved_gb   memory that the allocator reserved; only of ours
@@ -127,6 +128,7 @@ class Row:
     estimated_gb: float | None = None
     problem: str | None = None
     reserved_gb: float | None = None
+    rows_per_second: float | None = None
 
 
 def measure(model: str, problem: Problem, rounds: int, peers: Sequence[str] = TOGETHER) -> list[Row]:
@@ -168,25 +170,33 @@ def measure(model: str, problem: Problem, rounds: int, peers: Sequence[str] = TO
         if not disagrees(name, loss):
             steps[name] = step
     timings |= interleaved(steps, device, rounds)
-    count = count_parameters(problem.model.config, RECIPE)
     peak = peak_of(device)
     for name, timing in timings.items():
-        rate = problem.tokens / timing.median
-        row = Row(
-            model,
-            name,
-            rate,
-            problem.tokens / timing.high,
-            problem.tokens / timing.low,
-            len(problem.samples) / timing.median,
-            None if peak is None else rate * 4 * count.linear / peak,
-        )
+        row = _row(model, name, timing, problem, peak)
         if name in memory:
             row = replace(row, peak_gb=memory[name][0] / 1e9)
         if name == OURS and name in memory:
             row = replace(row, reserved_gb=memory[name][1] / 1e9, estimated_gb=problem.needed.total / 1e9)
         rows.append(row)
     return rows
+
+
+def _row(model: str, name: str, timing: Timing, problem: Problem, peak: float | None) -> Row:
+    """The speeds of an implementation, and its MFU by what it computes: ours computes shared rows once."""
+    ours = name in (OURS, LOOP, COMPILED, FP8)
+    rows = problem.rows if ours else problem.tokens
+    read = sum(len(sample.target_positions) for sample in problem.samples) if ours else rows
+    flops = count_parameters(problem.model.config, RECIPE).flops(rows, read)
+    return Row(
+        model,
+        name,
+        problem.tokens / timing.median,
+        problem.tokens / timing.high,
+        problem.tokens / timing.low,
+        len(problem.samples) / timing.median,
+        None if peak is None else flops / timing.median / peak,
+        rows_per_second=rows / timing.median,
+    )
 
 
 def _peak(step: Any, device: torch.device) -> tuple[float, float]:
@@ -213,7 +223,7 @@ def show(rows: Sequence[Row]) -> None:
         extra += "" if row.peak_gb is None else f"  {row.peak_gb:.1f} GB"
         extra += "" if row.estimated_gb is None else f" (estimated {row.estimated_gb:.1f})"
         print(
-            f"  {row.implementation:16} {row.tokens_per_second:10,.0f} useful tokens/s "
+            f"  {row.implementation:16} {row.tokens_per_second:10,.0f} sample tokens/s "
             f"({row.slow:,.0f} to {row.fast:,.0f})  {row.videos_per_second:8,.1f} videos/s{extra}"
         )
 
@@ -245,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench.step: {error}, or measure fewer at once (--only)", file=sys.stderr)
         return 1
     rows = measure(options.model, problem, options.rounds, options.only)
-    print(f"{options.model}: {len(problem.samples)} samples, {problem.tokens:,} tokens")
+    print(f"{options.model}: {len(problem.samples)} samples, {problem.tokens:,} tokens, {problem.rows:,} computed rows")
     show(rows)
     described = environment(device)
     path = options.output or RESULTS / f"step_{described['device'].split(',')[0].replace(' ', '_')}.json"

@@ -10,7 +10,6 @@ import torch
 from bench.measure import Timing, timing
 from bench.step.problem import RECIPE, Problem, copy_trainable
 from dataloaders.samples.batch import collate
-from dataloaders.samples.plan import split_batch
 from dataloaders.samples.prefetch import prefetch
 from engine.batches import StepBatches
 from engine.distributed.world import World
@@ -39,16 +38,16 @@ def run_loop(problem: Problem, steps: int, warm: Callable[[], None] = lambda: No
     warm  called after the warm-up steps
     """
     model = copy_trainable(problem.model)
-    (bins,) = split_batch([len(s.token_ids) for s in problem.samples], 1, problem.token_budget)
-    device = model.device
+    bins, device = problem.split(), model.device
 
     def prepare(step: int) -> StepBatches:
         batches = []
-        for members in filter(None, bins):
+        for members in bins:
             samples, features = [problem.samples[i] for i in members], [problem.features[i] for i in members]
             batch = collate(samples, features, normalizers=problem.normalizers)
             batches.append(batch.pin_memory() if device.type == "cuda" else batch)
-        return StepBatches(tuple(batches), problem.tokens, len(problem.samples))
+        targets = sum(len(batch.target_ids) for batch in batches)
+        return StepBatches(tuple(batches), problem.tokens, len(problem.samples), targets)
 
     times, total, world = _StepTimes(), WARM_UPS + steps, World(0, 1, device)
     reporter = Reporter(world, cast(Metrics, cast(Any, times)), on_nonfinite=_stop, efficiency=lambda *_: {})

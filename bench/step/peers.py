@@ -115,7 +115,7 @@ def _padded(model: HuggingFace) -> Step:
         for row, (i, length) in enumerate(zip(members, lengths)):
             sample = problem.samples[i]
             with torch.no_grad():
-                embedded[row, :length] = model.embed(problem.pack([i]))
+                embedded[row, :length] = model.embed(problem.pack_whole([i]))
             mask[row, :length] = 1
             at = torch.from_numpy(sample.target_positions - 1).to(device)
             labels[row, at] = torch.from_numpy(sample.token_ids[sample.target_positions]).to(device)
@@ -155,13 +155,11 @@ def packed_step(problem: Problem) -> Step:
     (bins,) = split_batch([len(s.token_ids) for s in problem.samples], 1, problem.token_budget)
     batches = []
     for members in filter(None, bins):
-        batch = problem.pack(members)
-        labels = torch.full((1, batch.num_tokens), -100, device=device)
-        labels[0, batch.target_rows] = batch.target_ids
-        tracks = torch.full(
-            (1, batch.num_tokens, config.num_points, config.num_frames, 2), float(ABSENT), device=device
-        )
-        tracks[0, batch.trajectory_rows] = batch.trajectory
+        batch = problem.pack_whole(members)
+        labels = torch.full((1, batch.num_rows), -100, device=device)
+        labels[0, batch.read_rows[batch.target_rows]] = batch.target_ids
+        tracks = torch.full((1, batch.num_rows, config.num_points, config.num_frames, 2), float(ABSENT), device=device)
+        tracks[0, batch.read_rows[batch.trajectory_rows]] = batch.trajectory
         batches.append((model.embed(batch)[None], batch, labels, tracks))
 
     def forward(embedded: Tensor, batch: PackedBatch, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from dataloaders.records import ABSENT, TokenizedSample
 from dataloaders.samples.batch import PackedBatch, collate
+from dataloaders.samples.plan import Prefixes, split_batch
 from engine.layout import Memory, choose_layout, count_parameters
 from engine.recipes import PAPER, Recipe
 from pite import checkpoint
@@ -27,11 +28,17 @@ Step = Callable[[], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and a global batch of samples like PiTe-143k's; `answer` is the mean of gamma-distributed lengths."""
+    """A model and a global batch of samples like PiTe-143k's.
+
+    head      tokens before the frames, the same in all samples
+    question  tokens between the frames and the answer
+    answer    mean of the gamma-distributed number of answer tokens
+    """
 
     config: PiTeConfig
     samples: int
-    prompt: int
+    head: int
+    question: int
     answer: int
 
 
@@ -39,11 +46,17 @@ def tiny_shape() -> Shape:
     llm = LlamaConfig(
         hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, vocab_size=4000
     )
-    return Shape(PiTeConfig(llm, num_frames=32, num_points=3, vision_feature_size=64), samples=32, prompt=24, answer=32)
+    return Shape(
+        PiTeConfig(llm, num_frames=32, num_points=3, vision_feature_size=64),
+        samples=32,
+        head=12,
+        question=12,
+        answer=32,
+    )
 
 
 def paper_shape(size: str) -> Shape:
-    return Shape(PiTeConfig.preset("13b" if size == "13b" else "7b"), samples=256, prompt=50, answer=65)
+    return Shape(PiTeConfig.preset("13b" if size == "13b" else "7b"), samples=256, head=35, question=15, answer=65)
 
 
 def make_samples(shape: Shape, seed: int = 0) -> tuple[list[TokenizedSample], list[np.ndarray]]:
@@ -51,11 +64,11 @@ def make_samples(shape: Shape, seed: int = 0) -> tuple[list[TokenizedSample], li
     rng = np.random.default_rng(seed)
     config = shape.config
     samples, features = [], []
+    start, head = shape.head, rng.integers(3, config.llm.vocab_size, shape.head)
     for i in range(shape.samples):
         answer = 8 + int(rng.gamma(2.0, (shape.answer - 8) / 2))
-        start = shape.prompt // 2
-        ids = rng.integers(3, config.llm.vocab_size, shape.prompt + config.num_frames + answer)
-        ids[start : start + config.num_frames] = 0
+        ids = rng.integers(3, config.llm.vocab_size, start + config.num_frames + shape.question + answer)
+        ids[:start], ids[start : start + config.num_frames] = head, 0
         targets = np.arange(len(ids) - answer, len(ids))
         placed = targets[rng.random(answer) < 0.4]
         trajectory = rng.random((len(placed), config.num_points, config.num_frames, 2), dtype=np.float32)
@@ -77,7 +90,20 @@ class Problem:
 
     @property
     def tokens(self) -> int:
+        """Tokens of the samples: what a trainer without padding computes."""
         return sum(len(s.token_ids) for s in self.samples)
+
+    @property
+    def rows(self) -> int:
+        """Rows that ours computes."""
+        return sum(self.pack(members).num_rows for members in self.split())
+
+    def split(self) -> list[list[int]]:
+        """The samples of each of our micro-batches."""
+        first, count = self.samples[0], len(self.samples)
+        prefixes = Prefixes(first.frame_start, first.frame_start + first.num_frames, np.arange(count))
+        (bins,) = split_batch([len(s.token_ids) for s in self.samples], 1, self.token_budget, prefixes)
+        return [members for members in bins if members]
 
     @property
     def normalizers(self) -> tuple[float, float]:
@@ -87,6 +113,13 @@ class Problem:
     def pack(self, members: Sequence[int]) -> PackedBatch:
         samples, features = [self.samples[i] for i in members], [self.features[i] for i in members]
         return collate(samples, features, normalizers=self.normalizers).to(self.model.device)
+
+    def pack_whole(self, members: Sequence[int]) -> PackedBatch:
+        """All tokens of all samples, as other trainers compute them: nothing is shared, and the last token is a row."""
+        # The collator leaves out a sample's last token, so this appends one.
+        samples = [replace(s, token_ids=np.append(s.token_ids, 0)) for s in (self.samples[i] for i in members)]
+        features = [self.features[i] for i in members]
+        return collate(samples, features, normalizers=self.normalizers, share=False).to(self.model.device)
 
 
 def copy_trainable(model: PiTe) -> PiTe:

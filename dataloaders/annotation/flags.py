@@ -14,12 +14,15 @@ from dataloaders.logs import LogFlags
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotationFlags(LogFlags):
-    """Make PiTe-143k records from videos and their event captions."""
+    """Make PiTe-143k records from videos and their event captions, or add trajectories to records."""
 
-    captions: Path
-    """ActivityNet Captions' {id: {duration, timestamps, sentences}}"""
+    captions: Path | None = None
+    """ActivityNet Captions' {id: {duration, timestamps, sentences}}, or InternVid's lines of YoutubeID, Start_timestamp,
+    End_timestamp and Caption; or give --records"""
+    records: Path | None = None
+    """records such as VTimeLLM's stage2.json, which keep their conversations and get trajectories; or give --captions"""
     videos: Path
-    """folder of {id}.mp4, or .mkv, .webm, ..."""
+    """folder of {id}.mp4, or .mkv, .webm, ..., or of the sources of clips named {YouTube id}_{start}_{end}"""
     output: Path
     """such as DATA/stage2/pite_143k.jsonl; an existing file is replaced"""
     work: Path | None = None
@@ -40,6 +43,8 @@ class AnnotationFlags(LogFlags):
     """N frames that PiTe will see"""
     num_points: int = 3
     """P key points of a trajectory"""
+    when_questions: bool = True
+    """add a question for the time of one event, as in grounding, to each record that has none"""
     workers: int | None = None
     """worker processes, each with its own models; 0 for none; one per core, or one for a GPU, unless given"""
     time_limit: float = TIME_LIMIT
@@ -48,6 +53,8 @@ class AnnotationFlags(LogFlags):
     """share of videos that may fail"""
 
     def __post_init__(self) -> None:
+        if (self.captions is None) == (self.records is None):
+            raise ValueError("give one of --captions and --records: what to annotate")
         if self.segmenter and not self.detector:
             raise ValueError("--segmenter needs the boxes of a detector; give --detector, too")
         at_least(self, 0, "workers")
@@ -59,6 +66,7 @@ class AnnotationFlags(LogFlags):
     def check_paths(self) -> None:
         """Raise ValueError for a path that does not exist or cannot be written."""
         paths.input_file("--captions", self.captions)
+        paths.input_file("--records", self.records)
         for name in ("videos", "stanza", "detector", "segmenter"):
             paths.input_folder(f"--{name}", getattr(self, name))
         paths.output_file("--output", self.output)

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataloaders.annotation import steps
 from dataloaders.annotation.key_points import key_points
-from dataloaders.annotation.record import pite_record
+from dataloaders.annotation.record import Existing, pite_record, with_trajectories
 from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, Step, step_path
 from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, first_frames, track_events
-from dataloaders.decode.containers import duration
 from dataloaders.decode.video import DecodeError
 from dataloaders.failures import Failure
 from dataloaders.formats.activitynet import EventVideo
 from dataloaders.formats.pite_143k import read_pite
+from dataloaders.media import wrong_duration
+from dataloaders.records import Media
 
 if TYPE_CHECKING:
     from dataloaders.annotation.grounding import Grounding
-
-DURATION_TOLERANCE = 0.02
-"""Share by which a file's duration may differ from that in its captions, or a second where that is more."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class Settings:
     threshold   minimum score of the detector
     device      where the models run
     until       last step to run, of `steps.STEPS`
+    when_questions  add a question for the time of one event to each record that has none
     """
 
     work: Path
@@ -49,6 +48,7 @@ class Settings:
     threshold: float = 0.35
     device: str = "cpu"
     until: Step = "records"
+    when_questions: bool = True
 
     def by_step(self) -> dict[str, dict[str, Any]]:
         """By step, the settings that its files depend on; without the steps that this run cannot make."""
@@ -59,7 +59,7 @@ class Settings:
             segmenter = self.segmenter and _name(self.segmenter)
             made["masks"] = {"detector": _name(self.detector), "segmenter": segmenter, "threshold": self.threshold}
         made["tracks"] = {"num_frames": self.num_frames, **asdict(LucasKanade())}
-        made["records"] = {"num_points": self.num_points}
+        made["records"] = {"num_points": self.num_points, "when_questions": self.when_questions}
         return {step: made[step] for step in STEPS[: STEPS.index(self.until) + 1] if step in made}
 
 
@@ -69,12 +69,25 @@ def _name(directory: Path) -> str:
 
 @dataclass(frozen=True)
 class Video:
-    """A captioned video and its file. `name` is its id in the captions."""
+    """A captioned video.
+
+    name      name of its files in each step: its id in the captions
+    media     its file, or the clip in it
+    source    name of the data set, for the record
+    captions  its events, in seconds within the clip
+    record    a record to which trajectories are added, with the turn and the character of each event's sentence in its
+              answer; None to write a new record
+    """
 
     name: str
-    path: Path
+    media: Media
     source: str
     captions: EventVideo
+    record: Existing | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.media.path
 
 
 def annotate(video: Video, settings: Settings) -> None:
@@ -92,12 +105,15 @@ def annotate(video: Video, settings: Settings) -> None:
     phrases = steps.read_phrases(path["phrases"], video.captions)
     if last == 0:
         return
-    if not path["masks"].exists():
-        _make_masks(path["masks"], video, phrases, settings)
-    masks = steps.read_masks(path["masks"], phrases)
+    masks: Masks | None = None
+    if last == 1 or path["masks"].exists() or not path["tracks"].exists():  # Tracks of another tool need no masks.
+        if not path["masks"].exists():
+            _make_masks(path["masks"], video, phrases, settings)
+        masks = steps.read_masks(path["masks"], phrases)
     if last == 1:
         return
     if not path["tracks"].exists():
+        assert masks is not None
         moments = _moments(video, settings)
         steps.write_tracks(path["tracks"], track_events(video.path, moments, masks))
     tracks = steps.read_tracks(path["tracks"], phrases)
@@ -106,13 +122,16 @@ def annotate(video: Video, settings: Settings) -> None:
     points = {
         key: found for key, track in tracks.items() if (found := key_points(track, settings.num_points)) is not None
     }
-    record = pite_record(name, video.source, video.captions, phrases, points)
+    if video.record is None:
+        record = pite_record(name, video.source, video.captions, phrases, points, settings.when_questions)
+    else:
+        record = with_trajectories(video.record, video.captions, phrases, points, settings.when_questions)
     # Validate with the reader that training uses: here the record can still be corrected.
     read_pite(record, name, work, num_frames=settings.num_frames, num_points=settings.num_points)
     counts = {
         "events": len(phrases),
         "phrases": sum(map(len, phrases)),
-        "found": sum(mask is not None for event in masks for mask in event),
+        "found": len(tracks) if masks is None else sum(mask is not None for event in masks for mask in event),
         "followed": len(tracks),
         "trajectories": len(points),
     }
@@ -151,17 +170,12 @@ def _make_masks(path: Path, video: Video, phrases: Phrases, settings: Settings) 
 
 def _moments(video: Video, settings: Settings) -> Sequence[Moments]:
     """Moments of each event. Raises DecodeError if the file's duration is not that of its captions."""
-    expected = video.captions.duration
-    try:
-        lasts = duration(video.path)
-    except OSError as error:
-        raise DecodeError(f"{video.path}: {error.strerror}") from None
-    if lasts is not None and abs(lasts - expected) > max(1.0, DURATION_TOLERANCE * expected):
-        raise DecodeError(
-            f"{video.path}: lasts {lasts:.1f} s, but its captions are for {expected:.1f} s; is it another video?"
-        )
-    total = count_frames(video.path)
-    return [Moments.of(event, expected, total, settings.num_frames) for event in video.captions.events]
+    reason = wrong_duration(replace(video.media, duration=video.captions.duration))
+    if reason is not None:
+        raise DecodeError(reason)
+    first, total = count_frames(video.path, video.media.clip)
+    events = video.captions.events
+    return [Moments.of(e, video.captions.duration, total, settings.num_frames).after(first) for e in events]
 
 
 @lru_cache(1)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +27,7 @@ QUESTIONS = {
         "Describe the video in detail, with the time of each event last.",
     ),
 }
-"""Questions, by whether the times come first. The published questions are not known."""
+"""Questions for a description, in our own words, by whether the times come first."""
 
 _WORDS = """
     a an the this that these those he she it they we you his her its their my our your one two three four five some
@@ -34,19 +38,56 @@ _LOWERED = frozenset(_WORDS.split())
 """Words that are written in lower case inside a sentence. Any other word may be a name."""
 
 
-def pite_record(
-    name: str, source: str, video: EventVideo, phrases: Phrases, points: dict[tuple[int, int], np.ndarray]
-) -> dict[str, Any]:
-    """The record of a whole video file (`meta.split` null).
+WHEN_QUESTIONS = (
+    "During which frames does this happen: {}?",
+    "When can one see the following: {}?",
+    "From which frame to which does the video show this: {}?",
+    "Give the first and the last frame of this event: {}.",
+    "In which frames is this seen: {}?",
+)
+"""Questions for the time of an event, in our own words. Evaluation has such questions (temporal grounding)."""
 
-    points  (P, K, 2) key points by event and phrase, evenly spaced over the event; a phrase may have none
-    A hash of `name` selects the question and the form of the answer, so they are the same in every run. Raises
-    RecordError for an empty caption.
+_WHOLE = 0.95
+"""Share of a video that an event may last for a question about its time."""
+
+_TIME_ONLY = re.compile(
+    r"<[se]\d+>|</?s>|\b(?:from|to|between|and|until|during|in|frames?|the)\b|[\W\d_]", re.IGNORECASE
+)
+"""What an answer to such a question consists of."""
+
+
+@dataclass(frozen=True)
+class Existing:
+    """A record whose conversation is kept: where each event's sentence is, and the marks of its times.
+
+    spots  turn, and character in its answer, of each event's sentence
+    marks  such as ("<s0>", "<e0>"), of each event
+    """
+
+    record: dict[str, Any]
+    spots: tuple[tuple[int, int], ...]
+    marks: tuple[tuple[str, str], ...]
+
+
+def pite_record(
+    name: str,
+    source: str,
+    video: EventVideo,
+    phrases: Phrases,
+    points: dict[tuple[int, int], np.ndarray],
+    when_question: bool = False,
+) -> dict[str, Any]:
+    """The record of a whole video file, or of a clip that its name describes (`meta.split` null).
+
+    points         (P, K, 2) key points by event and phrase, evenly spaced over the event; a phrase may have none
+    when_question  add a question for the time of one event: before the description, or after it
+    A hash of `name` selects the questions, their order and the form of the answer, so they are the same in every run.
+    Raises RecordError for an empty caption.
     """
     choice = hashlib.sha256(name.encode()).digest()
     times_first = choice[0] % 2 == 0
     questions = QUESTIONS[times_first]
-    answer, trajectories = "", []
+    answer, spots = "", []
     marks: dict[str, float] = {}
     for i, event in enumerate(video.events):
         begin, end = f"<s{i}>", f"<e{i}>"
@@ -56,31 +97,91 @@ def pite_record(
         if not sentence:
             raise RecordError(f"{name}: the caption of event {i} is {event.sentence!r}, which holds no text")
         text = _uncapitalised(sentence) if times_first else sentence
-        offset = len(answer) + bool(answer) + len(lead)
+        spots.append((0, len(answer) + bool(answer) + len(lead)))
         answer += f"{' ' * bool(answer)}{lead}{text}" + ("." if times_first else f", from {begin} to {end}.")
+    pairs = [(questions[choice[1] % len(questions)], answer)]
+    if when_question and (when := _when(name, video, [(f"<s{i}>", f"<e{i}>") for i in range(len(video.events))])):
+        pairs.insert(choice[2] % 2, when)
+        spots = [(pairs.index(when) ^ 1, offset) for _, offset in spots]
+    texts = [text for pair in pairs for text in pair]
+    texts[0] = f"<video>\n{texts[0]}"
+    return {
+        "source": source,
+        "id": name,
+        "conversations": [_message(i, text) for i, text in enumerate(texts)],
+        "meta": {"split": None, "duration": video.duration, "token": marks},
+        "trajectories": _trajectories([answer for _, answer in pairs], spots, video, phrases, points),
+    }
+
+
+def with_trajectories(
+    existing: Existing,
+    video: EventVideo,
+    phrases: Phrases,
+    points: dict[tuple[int, int], np.ndarray],
+    when_question: bool = False,
+) -> dict[str, Any]:
+    """A record with its conversation as it is, and trajectories of its phrases.
+
+    when_question  add a question for the time of one event as the last turn, if no answer consists of a time only
+    """
+    record, messages = existing.record, existing.record["conversations"]
+    answers = [message["value"] for message in messages[1::2]]
+    trajectories = _trajectories(answers, existing.spots, video, phrases, points)
+    lacks = when_question and all(_TIME_ONLY.sub("", answer) for answer in answers)
+    if lacks and (when := _when(str(record["id"]), video, existing.marks)):
+        messages = [*messages, *(_message(i, text) for i, text in enumerate(when))]
+    return {**record, "conversations": messages, "trajectories": trajectories}
+
+
+def _message(index: int, text: str) -> dict[str, str]:
+    return {"from": ("human", "gpt")[index % 2], "value": text}
+
+
+def _when(name: str, video: EventVideo, marks: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+    """A question for the time of one event and its answer.
+
+    None where no event has a sentence of its own, or where it lasts as long as the video: then nothing is to be found.
+    """
+    counts = Counter(event.sentence for event in video.events)
+    single = [
+        i
+        for i, event in enumerate(video.events)
+        if counts[event.sentence] == 1 and event.end - event.start < _WHOLE * video.duration
+    ]
+    if not single:
+        return None
+    choice = hashlib.sha256(f"when {name}".encode()).digest()
+    i = single[choice[0] % len(single)]
+    sentence = _uncapitalised(video.events[i].sentence.rstrip(" .!;,"))
+    return WHEN_QUESTIONS[choice[1] % len(WHEN_QUESTIONS)].format(sentence), f"From {marks[i][0]} to {marks[i][1]}."
+
+
+def _trajectories(
+    answers: Sequence[str],
+    spots: Sequence[tuple[int, int]],
+    video: EventVideo,
+    phrases: Phrases,
+    points: dict[tuple[int, int], np.ndarray],
+) -> list[dict[str, Any]]:
+    """The trajectories of all phrases with key points; `spots` are turn and offset of each event's sentence."""
+    trajectories = []
+    for i, (event, (turn, offset)) in enumerate(zip(video.events, spots)):
+        sentence = event.sentence.rstrip(" .!;,")
         for j, phrase in enumerate(phrases[i]):
             if (i, j) in points:
                 start = offset + phrase.start
                 length = len(sentence[phrase.start : phrase.start + len(phrase.text)])  # Without a last full stop.
                 trajectories.append(
                     {
-                        "turn": 0,
-                        "phrase": answer[start : start + length],
+                        "turn": turn,
+                        "phrase": answers[turn][start : start + length],
                         "start": start,
                         "times": [event.start, event.end],
                         "points": _rounded(points[i, j]),
                     }
                 )
-    return {
-        "source": source,
-        "id": name,
-        "conversations": [
-            {"from": "human", "value": f"<video>\n{questions[choice[1] % len(questions)]}"},
-            {"from": "gpt", "value": answer},
-        ],
-        "meta": {"split": None, "duration": video.duration, "token": marks},
-        "trajectories": trajectories,
-    }
+    return trajectories
 
 
 def _uncapitalised(sentence: str) -> str:

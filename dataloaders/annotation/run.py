@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dataloaders.annotation.flags import AnnotationFlags
 from dataloaders.annotation.pipeline import Settings, Video, attempt, load_models
+from dataloaders.annotation.sources import read_captions, read_records
 from dataloaders.annotation.steps import STEPS, join_records, step_path
 from dataloaders.annotation.tracking import opencv
 from dataloaders.cpu import available_cores
@@ -21,31 +22,11 @@ from dataloaders.decode import TIME_LIMIT
 from dataloaders.decode.workers import TaskLost, Workers
 from dataloaders.failures import LEDGER, Failure, Ledger
 from dataloaders.files import write_atomically
-from dataloaders.formats import Where, iter_json, read_activitynet
-from dataloaders.formats.fields import find_media, identifier
 from dataloaders.ranks import Ranks
-from dataloaders.records import RecordError
 
 log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
-
-
-def read_captions(captions: Path, videos: Path) -> Iterator[Video | Failure]:
-    """Captioned videos in order, and a Failure for each that cannot be read. Raises ValueError if it is not JSON."""
-    seen: set[str] = set()
-    for offset, _, record in iter_json(captions):
-        where = Where(captions, offset)
-        try:
-            name = identifier(record, "id", where)
-            if name in seen:
-                raise RecordError(f"{where}: duplicate id {name!r}")
-            seen.add(name)
-            yield Video(
-                name, find_media(videos / f"{name}.mp4"), captions.stem, read_activitynet(record, where, videos)
-            )
-        except RecordError as error:
-            yield Failure(str(record.get("id")), str(captions), "read", str(error))
 
 
 def annotate_all(
@@ -109,9 +90,11 @@ def run(flags: AnnotationFlags) -> None:
     work = settings.work
     if flags.output.exists() and not (work / SETTINGS).exists():
         raise ValueError(f"{flags.output} exists and was not made from {work}; move it, or choose another --output")
-    entries = list(read_captions(flags.captions, flags.videos))
+    source = flags.captions or flags.records
+    assert source is not None, "AnnotationFlags requires one of the two"
+    entries = list((read_captions if flags.captions else read_records)(source, flags.videos))
     if not entries:
-        raise ValueError(f"{flags.captions}: holds no video")
+        raise ValueError(f"{source}: holds no video")
     videos = [video for video in entries if isinstance(video, Video)]
     check_settings(settings)
     ledger = Ledger(work / LEDGER, len(entries), flags.failure_budget)
@@ -151,6 +134,7 @@ def _settings(flags: AnnotationFlags, ranks: Ranks) -> Settings:
         threshold=flags.threshold,
         device=f"cuda:{ranks.local}" if flags.device == "cuda" else flags.device,
         until=flags.until,
+        when_questions=flags.when_questions,
     )
 
 

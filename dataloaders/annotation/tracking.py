@@ -69,6 +69,10 @@ class Moments:
         times = np.linspace(event.start, event.end, count)
         return Moments(np.rint(times / duration * (total - 1)).astype(np.int64).clip(0, total - 1))
 
+    def after(self, frames: int) -> Moments:
+        """The same moments in a file that has this many frames before the clip."""
+        return Moments(self.frames + frames)
+
     @property
     def first(self) -> int:
         return int(self.frames[0])
@@ -78,13 +82,20 @@ class Moments:
         return int(self.frames[-1])
 
 
-def count_frames(path: Path) -> int:
-    """Number of frames of a video, from its packets where those are reliable, else by decoding. Raises DecodeError."""
-    found = probe(path)
-    total = found.total if found.regular else sum(1 for _ in iter_frames(path, ()))
+def count_frames(path: Path, clip: tuple[float, float] | None = None) -> tuple[int, int]:
+    """The index of a clip's first frame in its file, and the clip's number of frames; of the whole file without a clip.
+
+    From the packets where those are reliable, else by decoding. Raises DecodeError.
+    """
+    found = probe(path, clip)
+    if found.regular or (clip is not None and found.total):
+        return found.first, found.total
+    if clip is not None:
+        raise DecodeError(f"{path}: its frames carry no times, so no clip can be cut from it")
+    total = sum(1 for _ in iter_frames(path, ()))
     if not total:
         raise DecodeError(f"{path}: holds no frame")
-    return total
+    return 0, total
 
 
 def first_frames(path: Path, moments: Sequence[Moments]) -> dict[int, np.ndarray]:

@@ -89,7 +89,7 @@ class Format:
     file     its name, or a pattern
     read     the reader of its records
     media    the function that returns the media of a record, without a look at the disk: a file of another suffix is
-             found later (`fields.find_media`)
+             found later (`fields.locate`)
     options  fields of `Reading` that the reader takes
     """
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataloaders.formats.fields import Place, duration_of, field, identifier, interval
+from dataloaders.formats.fields import Place, duration_of, field, identifier, interval, is_number, shown
 from dataloaders.formats.stream import Record
 from dataloaders.records import Media, RecordError
 
@@ -33,7 +32,8 @@ class EventVideo:
 def activitynet_media(record: Record, where: Place, folder: Path) -> Media:
     """The video `folder`/videos/{vid}.mp4."""
     name = identifier(record, "id", where)
-    return Media(f"{folder.name}/{name}", folder / "videos" / f"{name}.mp4")
+    duration = record.get("duration") if is_number(record.get("duration")) else None
+    return Media(f"{folder.name}/{name}", folder / "videos" / f"{name}.mp4", duration=duration)
 
 
 def read_events(record: Record, where: Place) -> tuple[float, tuple[Event, ...]]:
@@ -49,15 +49,11 @@ def read_events(record: Record, where: Place) -> tuple[float, tuple[Event, ...]]
     events = []
     for i, (times, sentence) in enumerate(zip(timestamps, sentences)):
         if not isinstance(sentence, str):
-            raise RecordError(f"{where}: field 'sentences[{i}]' must be a sentence, not {sentence!r}")
-        if not isinstance(times, list) or len(times) != 2 or not all(map(_is_number, times)):
-            raise RecordError(f"{where}: field 'timestamps[{i}]' must be [start, end] in seconds, not {times!r}")
+            raise RecordError(f"{where}: field 'sentences[{i}]' must be a sentence, not {shown(sentence)}")
+        if not isinstance(times, list) or len(times) != 2 or not all(map(is_number, times)):
+            raise RecordError(f"{where}: field 'timestamps[{i}]' must be [start, end] in seconds, not {shown(times)}")
         events.append(Event(times[0], times[1], sentence))
     return duration, tuple(events)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_activitynet(record: Record, where: Place, folder: Path) -> EventVideo:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dataloaders.formats.stream import Record, Where
-from dataloaders.records import RecordError
+from dataloaders.records import Media, RecordError
 
 TIME_TOLERANCE = 0.1
 """Seconds by which a time may be outside its video: annotations and the durations in containers are rounded."""
@@ -37,6 +37,12 @@ _TAG_AT_END = re.compile(rf"\s*{_MEDIA_TAG}\s*\Z")
 SENTENCE_MARK = re.compile(r"</?s>")
 
 
+def shown(value: object) -> str:
+    """The repr of a value for a message, at most 100 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def field(record: Record, name: str, kind: type | tuple[type, ...], where: Place) -> Any:
     """record[name], which must exist and be of `kind`. Raises RecordError."""
     if name not in record:
@@ -48,22 +54,37 @@ def field(record: Record, name: str, kind: type | tuple[type, ...], where: Place
     return value
 
 
+_LONGEST_NAME = 240
+"""Bytes of a file's name without its suffix; file systems allow 255 with it."""
+
+
 def identifier(record: Record, name: str, where: Place) -> str:
-    """An id that becomes part of a file name: not empty, and not a path out of its folder."""
+    """An id that becomes part of a file name: not empty, not a path out of its folder, no NUL, not too long."""
     value = str(field(record, name, (str, int), where))
     path = PurePosixPath(value)
-    if not value.strip() or path.is_absolute() or ".." in path.parts:
-        raise RecordError(f"{where}: field {name!r} holds {value!r}, which cannot name a media file")
+    too_long = any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in path.parts)
+    if not value.strip() or path.is_absolute() or ".." in path.parts or "\0" in value or too_long:
+        raise RecordError(f"{where}: field {name!r} holds {shown(value)}, which cannot name a media file")
     return value
 
 
-MEDIA_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".jpg", ".jpeg", ".png")
+_VIDEO_SUFFIXES = (
+    ".mp4",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mov",
+    ".m4v",
+    ".flv",
+    ".wmv",
+    ".3gp",
+    ".ts",
+    ".mpg",
+    ".mpeg",
+    ".gif",
+)
+MEDIA_SUFFIXES = (*_VIDEO_SUFFIXES, ".jpg", ".jpeg", ".png", ".webp")
 """Suffixes of media files, in order of preference, since downloaders keep the suffix of their source."""
-
-
-def find_media(path: Path) -> Path:
-    """The file `path`, or the one with another of MEDIA_SUFFIXES if only that exists."""
-    return path.with_name(find_name(path.name, names_in(path.parent)))
 
 
 def find_name(name: str, names: Container[str]) -> str:
@@ -72,6 +93,53 @@ def find_name(name: str, names: Container[str]) -> str:
         return name
     stem = name.rpartition(".")[0]
     return next((other for suffix in MEDIA_SUFFIXES if (other := f"{stem}{suffix}") in names), name)
+
+
+_CUT = re.compile(r"(?P<source>(?:.*/)?[\w-]{11})_(?P<start>\d+(?:\.\d+)?)_(?P<end>\d+(?:\.\d+)?)", re.ASCII)
+"""VATEX's name of a clip: the YouTube id of its source, which has 11 characters, and start and end in seconds."""
+
+
+def cut_of(name: str) -> tuple[str, tuple[float, float]] | None:
+    """The source's name and the (start, end) in seconds in a clip's name such as `Ptf_2VRj-V0_000122_000132`."""
+    found = _CUT.fullmatch(name)
+    if found is None or float(found["start"]) >= float(found["end"]):
+        return None
+    return found["source"], (float(found["start"]), float(found["end"]))
+
+
+def locate(media: Media, names: Container[str]) -> Media:
+    """The media in the file that exists, of the `names` in its folder.
+
+    A video may have another suffix than its record states. The file of a clip that is named like VATEX's (`cut_of`) is
+    used whole. If it does not exist, but the file of its source does, the clip is cut from that: by the record's times,
+    else by those in its name.
+    """
+    file = find_name(media.path.name, names)
+    cut = cut_of(media.path.stem) if media.kind == "video" else None
+    if cut is not None and file not in names:
+        source = find_name(f"{cut[0]}{media.path.suffix}", names)
+        if source in names:
+            return replace(media, path=media.path.with_name(source), clip=media.clip or cut[1])
+    clip = media.clip
+    if cut is not None and clip is not None and max(abs(a - b) for a, b in zip(clip, cut[1])) <= CUT_TOLERANCE:
+        clip = None
+    return (
+        media
+        if (file, clip) == (media.path.name, media.clip)
+        else replace(media, path=media.path.with_name(file), clip=clip)
+    )
+
+
+CUT_TOLERANCE = 1.0
+"""Seconds by which a record's clip may differ from the times in its name, which are often rounded."""
+
+DURATION_TOLERANCE = 0.02
+"""Share by which the durations of a file and of its annotation may differ, or a second where that is more."""
+
+
+def durations_differ(one: float, other: float) -> bool:
+    """Whether two durations in seconds differ too much to be those of one video: all times would be scaled."""
+    return abs(one - other) > max(1.0, DURATION_TOLERANCE * other)
 
 
 def names_in(folder: Path) -> frozenset[str]:
@@ -88,10 +156,18 @@ def _names(folder: Path, changed: int) -> frozenset[str]:
     return frozenset(entry.name for entry in folder.iterdir())
 
 
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a finite number. An integer beyond the range of floats is not."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def seconds(value: Any, name: str, where: Place, duration: float = math.inf) -> float:
     """A finite time in [0, duration]. Clips up to TIME_TOLERANCE outside; raises RecordError beyond that."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RecordError(f"{where}: field {name!r} must be a finite number of seconds, not {value!r}")
+    if not is_number(value):
+        raise RecordError(f"{where}: field {name!r} must be a finite number of seconds, not {shown(value)}")
     if not -TIME_TOLERANCE <= value <= duration + TIME_TOLERANCE:
         raise RecordError(f"{where}: field {name!r}: {value} s is outside the video's 0 to {duration} s")
     return min(max(float(value), 0.0), duration)
@@ -100,7 +176,7 @@ def seconds(value: Any, name: str, where: Place, duration: float = math.inf) -> 
 def interval(value: Any, name: str, where: Place, duration: float = math.inf) -> tuple[float, float]:
     """A pair start <= end of times in [0, duration]."""
     if not isinstance(value, list) or len(value) != 2:
-        raise RecordError(f"{where}: field {name!r} must be [start, end] in seconds, not {value!r}")
+        raise RecordError(f"{where}: field {name!r} must be [start, end] in seconds, not {shown(value)}")
     start, end = (seconds(v, name, where, duration) for v in value)
     if start > end:
         raise RecordError(f"{where}: field {name!r}: start {start} s comes after end {end} s")
@@ -124,7 +200,9 @@ def question_of(text: str, name: str, where: Place) -> str:
     """A question without its media tag, which may be at the start or at the end, and without `</s>`."""
     text = SENTENCE_MARK.sub("", _TAG_AT_END.sub("", _TAG_AT_START.sub("", text))).strip()
     if re.search(_MEDIA_TAG, text):
-        raise RecordError(f"{where}: field {name!r}: a media tag may be at the start or end only, not as in {text!r}")
+        raise RecordError(
+            f"{where}: field {name!r}: a media tag may be at the start or end only, not as in {shown(text)}"
+        )
     return text
 
 
@@ -148,6 +226,6 @@ def conversation(record: Record, where: Place) -> list[tuple[str, str]]:
             raise RecordError(f"{where}: field '{name}' must hold 'from' and 'value' texts")
         speaker = ("human", "gpt")[i % 2]
         if message.get("from") != speaker:
-            raise RecordError(f"{where}: field '{name}.from' must be {speaker!r}, not {message.get('from')!r}")
+            raise RecordError(f"{where}: field '{name}.from' must be {speaker!r}, not {shown(message.get('from'))}")
         values.append(message["value"])
     return list(zip(values[::2], values[1::2]))

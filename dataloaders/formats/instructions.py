@@ -22,9 +22,17 @@ TurnChoice = Literal["first", "last", "any"]
 
 
 def valley_media(record: Record, where: Place, folder: Path) -> Media:
-    """The video in `folder`/videos named by `v_id`, or `video` or `id` in older files, with or without a suffix."""
-    name = next((n for n in ("v_id", "video", "id") if n in record), "v_id")
-    return _video(folder, identifier(record, name, where))
+    """The video in `folder`/videos named by the first of `v_id`, `video` and `id` that holds a value.
+
+    Jukin Media's files are named by `video`, so in its records that comes first. A suffix is optional.
+    """
+    names = ("v_id", "video", "id")
+    if "jukin" in str(record.get("source", "")).lower():
+        names = ("video", "v_id", "id")
+    present = [name for name in names if name in record]
+    good = [name for name in present if record[name] not in (None, "")]
+    named = next(iter([*good, *present, "v_id"]))
+    return _video(folder, identifier(record, named, where))
 
 
 def read_valley(record: Record, where: Place, folder: Path, *, turn: TurnChoice = "first") -> Sample:

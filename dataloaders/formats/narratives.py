@@ -145,7 +145,7 @@ def _traces(segments: list[list[dict[str, float]]], where: Place) -> list[np.nda
         try:
             rows = [(p["x"], p["y"], p["t"]) for p in segment]
             points = np.array(rows, dtype=np.float64).reshape(-1, 3)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise RecordError(f"{where}: field 'traces' must hold lists of points with numbers x, y and t") from None
         # A comparison with NaN is false, so NaN is refused here as well.
         inside = ((points[:, :2] >= -MOUSE_TOLERANCE) & (points[:, :2] <= 1 + MOUSE_TOLERANCE)).all(1)

@@ -10,7 +10,7 @@ The authors did not publish their schema. This one extends the record of VTimeLL
                        "points": [[[0.31, 0.40], [0.33, 0.41], [-1, -1]]]}]}
 
 `turn` is the index of the answer, and `start` the phrase's offset in that answer as written, marks included. All times
-are seconds within the clip.
+are seconds within the clip. Marks may stand in questions too, as in VTimeLLM's "What happens from <s0> to <e0>?".
 """
 
 from __future__ import annotations
@@ -23,22 +23,29 @@ from dataloaders.formats.fields import (
     Within,
     conversation,
     duration_of,
+    durations_differ,
     field,
     identifier,
     interval,
+    is_number,
     question_of,
     seconds,
+    shown,
     time_to_index,
 )
 from dataloaders.formats.stream import Record
 from dataloaders.formats.tracks import TrackError, place_tracks, validate_tracks
 from dataloaders.records import Media, Mention, RecordError, Sample, Turn
 
-_MARK = re.compile(r"\A(?:\s|</?s>)+|(?:\s|</?s>)+\Z|</?s>|(?P<time><[se]\d+>)")
+_TIME_MARK = re.compile(r"<[se]\d+>")
+_MARK = re.compile(rf"\A(?:\s|</?s>)+|(?:\s|</?s>)+\Z|</?s>|(?P<time>{_TIME_MARK.pattern})")
 
 
 def pite_media(record: Record, where: Place, folder: Path) -> Media:
-    """The clip: `folder`/videos/{id}.mp4 between the two times of `meta.split`, or the whole file if that is null."""
+    """The clip: `folder`/videos/{id}.mp4 between the two times of `meta.split`, or the whole file if that is null.
+
+    Raises RecordError for a clip that is not as long as `meta.duration`, by which all times are scaled.
+    """
     name = identifier(record, "id", where)
     meta = field(record, "meta", dict, where)
     clip = None
@@ -46,36 +53,46 @@ def pite_media(record: Record, where: Place, folder: Path) -> Media:
         clip = interval(meta["split"], "meta.split", where)
         if clip[0] == clip[1]:
             raise RecordError(f"{where}: field 'meta.split' is empty: it starts and ends at {clip[0]} s")
-    return Media(f"{folder.name}/{name}", folder / "videos" / f"{name}.mp4", clip=clip)
+    duration = meta.get("duration") if is_number(meta.get("duration")) else None
+    if clip is not None and duration is not None and durations_differ(clip[1] - clip[0], duration):
+        raise RecordError(
+            f"{where}: field 'meta.duration' is {duration:g} s, but 'meta.split' lasts {clip[1] - clip[0]:g} s"
+        )
+    return Media(f"{folder.name}/{name}", folder / "videos" / f"{name}.mp4", clip=clip, duration=duration)
 
 
 def read_pite(record: Record, where: Place, folder: Path, *, num_frames: int, num_points: int) -> Sample:
     """All turns, with marks replaced by two-digit frame indices and tracks placed on `num_frames` frames.
 
+    Marks are replaced in questions and answers, as VTimeLLM's loader does. A record without marks may lack `meta.token`.
     Tracks beyond the first `num_points` are not used. Raises RecordError with place and field for marks without a time,
     times outside the clip, phrases that are not at their `start`, and points that are not tracks.
     """
     meta = field(record, "meta", dict, where)
     duration = duration_of(meta, where)
-    indices = _indices(field(meta, "token", dict, where), duration, num_frames, where)
+    tokens = field(meta, "token", dict, where) if meta.get("token") is not None else {}
+    indices = _indices(tokens, duration, num_frames, where)
     pairs = conversation(record, where)
+    questions = [
+        _question(question, indices, f"conversations[{2 * i}]", where) for i, (question, _) in enumerate(pairs)
+    ]
     answers = [
         _Marked(answer, indices, Within(where, f"field 'conversations[{2 * i + 1}]'"))
         for i, (_, answer) in enumerate(pairs)
     ]
     mentions: list[list[Mention]] = [[] for _ in pairs]
-    for i, trajectory in enumerate(record.get("trajectories") or []):
+    listed = field(record, "trajectories", list, where) if record.get("trajectories") is not None else []
+    for i, trajectory in enumerate(listed):
         name = f"trajectories[{i}]"
         if not isinstance(trajectory, dict):
             raise RecordError(f"{where}: field '{name}' must be an object")
         inside = Within(where, name)
         turn = field(trajectory, "turn", int, inside)
         if not 0 <= turn < len(pairs):
-            raise RecordError(f"{where}: field '{name}.turn' is {turn}, but there are {len(pairs)} answers")
+            raise RecordError(f"{where}: field '{name}.turn' is {shown(turn)}, but there are {len(pairs)} answers")
         mentions[turn].append(_mention(trajectory, inside, answers[turn], duration, num_frames, num_points))
     turns = tuple(
-        Turn(question_of(question, f"conversations[{2 * i}]", where), answers[i].text, tuple(mentions[i]))
-        for i, (question, _) in enumerate(pairs)
+        Turn(question, answer.text, tuple(found)) for question, answer, found in zip(questions, answers, mentions)
     )
     return Sample(identifier(record, "id", where), pite_media(record, where, folder).key, turns)
 
@@ -89,14 +106,28 @@ def _indices(tokens: Record, duration: float, num_frames: int, where: Place) -> 
     return {mark: f"{time_to_index(t, duration, num_frames):02d}" for mark, t in times.items()}
 
 
+def _index_of(mark: str, indices: dict[str, str], where: Place) -> str:
+    if mark not in indices:
+        raise RecordError(f"{where}: mark {mark} has no time in 'meta.token'")
+    return indices[mark]
+
+
+def _question(written: str, indices: dict[str, str], name: str, where: Place) -> str:
+    """A question for training: without media tag and marks."""
+    inside = Within(where, f"field '{name}'")
+    return _TIME_MARK.sub(lambda mark: _index_of(mark[0], indices, inside), question_of(written, name, where))
+
+
 def _mention(
     trajectory: Record, where: Place, answer: _Marked, duration: float, num_frames: int, num_points: int
 ) -> Mention:
     phrase = field(trajectory, "phrase", str, where)
     start = field(trajectory, "start", int, where)
     if not phrase.strip() or start < 0 or answer.written[start : start + len(phrase)] != phrase:
-        raise RecordError(f"{where}: phrase {phrase!r} is not at character {start} of its answer {answer.written!r}")
-    where = Within(where, f"phrase {phrase!r}")
+        raise RecordError(
+            f"{where}: phrase {shown(phrase)} is not at character {shown(start)} of its answer {shown(answer.written)}"
+        )
+    where = Within(where, f"phrase {shown(phrase)}")
     times = interval(field(trajectory, "times", list, where), "times", where, duration)
     try:
         tracks = validate_tracks(field(trajectory, "points", list, where), num_points)
@@ -114,10 +145,7 @@ class _Marked:
         self._edits: list[tuple[int, int]] = []  # (end in the written text, growth up to there)
         parts, end, growth = [], 0, 0
         for match in _MARK.finditer(written):
-            mark = match["time"]
-            if mark and mark not in indices:
-                raise RecordError(f"{where}: mark {mark} has no time in 'meta.token'")
-            replacement = indices[mark] if mark else ""
+            replacement = _index_of(match["time"], indices, where) if match["time"] else ""
             parts += [written[end : match.start()], replacement]
             end = match.end()
             growth += len(replacement) - len(match[0])

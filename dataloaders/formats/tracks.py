@@ -28,7 +28,7 @@ def validate_tracks(points: Any, num_points: int, tolerance: float = TRACK_TOLER
     """
     try:
         tracks = np.asarray(points, dtype=np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise TrackError("points must be P tracks of K samples [x, y], equally many in each track") from None
     if tracks.ndim != 3 or tracks.shape[-1] != 2 or tracks.shape[1] == 0:
         raise TrackError(f"points must be P tracks of K samples [x, y], not of shape {tracks.shape}")

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Container
 from copy import copy
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dataloaders.files import write_if_changed
 from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, present_formats, split_of
 from dataloaders.records import RecordError, TokenizedSample
 from dataloaders.samples.index import open_index
+from dataloaders.samples.plan import Prefixes
 
 _ERRORS_SHOWN = 10
 
@@ -61,21 +63,27 @@ class StageDataset:
         self._stage, self._folder = stage, data / split_of(stage)
         formats = present_formats(data, split_of(stage))
         reading = Reading(num_frames, num_points, turn, narrative_timing)
-        self._index, self.malformed = open_index(self._folder, formats, tokenizer, reading, cache, processes)
-        self._check_budget(failure_budget)
+        index = open_index(self._folder, formats, tokenizer, reading, cache, processes)
+        self._index, self.malformed = index.samples, index.malformed
+        good = np.ones(len(self._index), dtype=bool)
+        good[index.clashing] = False
+        self._check_budget(failure_budget, len(self.malformed) + int(good.sum()))
 
         ids, media = self._index.ids, self._index.media
         fits = self._index.tokens <= max_length
         encoded = np.array([available is None or key in available for key in media], dtype=bool)
-        self.over_length = [ids[row] for row in np.flatnonzero(encoded & ~fits)]
-        self.not_encoded = [media[row] for row in np.flatnonzero(~encoded)]
-        self._select(np.flatnonzero(fits & encoded))
+        self.over_length = [ids[row] for row in np.flatnonzero(good & encoded & ~fits)]
+        self.not_encoded = [media[row] for row in np.flatnonzero(good & ~encoded)]
+        self._select(np.flatnonzero(good & fits & encoded))
         if not self.ids:
-            raise ValueError(f"{self._folder} holds no usable sample: {self.summary()}")
+            remedy = ": run engine.encode first" if self.not_encoded else ""
+            files = ", ".join(kind.file for kind in formats)
+            raise ValueError(f"{self._folder} holds no usable sample: {self.summary()}, in {files}{remedy}")
 
     def _select(self, rows: np.ndarray) -> None:
         """Set the samples to rows of the index."""
         self._rows = rows
+        self.__dict__.pop("_groups", None)  # of other samples, where this is a copy
         self.ids = [self._index.ids[row] for row in rows]
         self.media = [self._index.media[row] for row in rows]
         self.tokens, self.targets = self._index.tokens[rows], self._index.targets[rows]
@@ -96,22 +104,38 @@ class StageDataset:
         Raises ValueError if one of the two would be empty, OSError if the file cannot be read.
         """
         if isinstance(held_out, Path):
-            wanted = set(held_out.read_text(encoding="utf-8").split("\n")) - {""}
-            chosen = np.array([name in wanted or key in wanted for name, key in zip(self.ids, self.media)], dtype=bool)
+            chosen = self.named_in(held_out)
         else:
             chosen = np.array([_fraction(key) < held_out for key in self.media], dtype=bool)
         if chosen.all() or not chosen.any():
-            which = "all" if chosen.all() else "none"
-            raise ValueError(f"--held-out {held_out} holds out {which} of the {len(self):,} samples of {self._folder}")
+            which, change = ("all", "fewer") if chosen.all() else ("none", "more, such as --held-out 0.1")
+            raise ValueError(
+                f"--held-out {held_out} holds out {which} of the {len(self):,} samples of {self._folder}: hold out {change}"
+            )
         views = copy(self), copy(self)
         for view, rows in zip(views, (self._rows[~chosen], self._rows[chosen])):
             view._select(rows)
         return views
 
+    def named_in(self, file: Path) -> np.ndarray:
+        """Whether each sample's id or media key is a line of the file: (n,) bool."""
+        wanted = read_names(file)
+        return np.array([name in wanted or key in wanted for name, key in zip(self.ids, self.media)], dtype=bool)
+
     def groups(self) -> np.ndarray:
         """Group numbers (n,): samples of the same media have the same number."""
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> np.ndarray:
         numbers = {key: number for number, key in enumerate(sorted(set(self.media)))}
         return np.fromiter((numbers[key] for key in self.media), np.int64, len(self.media))
+
+    def prefixes(self, chosen: np.ndarray) -> Prefixes:
+        """What the chosen samples (B,) share: the prompt's head, and the frames of the same media."""
+        # One prompt layout and one tokenizer: the head is the same for all.
+        head = int(self._index.frame_starts[0])
+        return Prefixes(head, head + self.num_frames, self._groups[chosen])
 
     def summary(self) -> str:
         parts = [f"{len(self.ids):,} samples"]
@@ -121,7 +145,7 @@ class StageDataset:
         if self.over_length:
             parts.append(f"{len(self.over_length):,} left out for more than {self.max_length:,} tokens")
         if self.not_encoded:
-            parts.append(f"{len(self.not_encoded):,} left out whose media could not be encoded")
+            parts.append(f"{len(self.not_encoded):,} left out whose media are not in the feature store")
         if self.malformed:
             parts.append(f"{len(self.malformed):,} malformed records left out")
         return ", ".join(parts)
@@ -163,12 +187,17 @@ class StageDataset:
             contents.update(counts.tobytes())
         return f"{len(self):,} samples {contents.hexdigest()[:16]}"
 
-    def _check_budget(self, budget: float) -> None:
-        count, total = len(self.malformed), len(self.malformed) + len(self._index)
+    def _check_budget(self, budget: float, total: int) -> None:
+        count = len(self.malformed)
         if count > budget * total:
             errors = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed[:_ERRORS_SHOWN]]
             errors.append(f"{count:,} of {total:,} records are malformed, {over_budget(count, total, budget)}")
             raise RecordError("\n".join(errors))
+
+
+def read_names(file: Path) -> set[str]:
+    """The lines of a file that are not empty."""
+    return set(file.read_text(encoding="utf-8").splitlines()) - {""}
 
 
 def _fraction(key: str) -> float:

@@ -13,20 +13,39 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import astuple
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from dataloaders import formats, records
-from dataloaders.derived import Malformed, NotWritableError, Records, Result, Task, checksum_of_code, make_once
+from dataloaders.derived import (
+    Malformed,
+    NotWritableError,
+    Records,
+    Result,
+    Task,
+    checksum_of_code,
+    line_numbers,
+    make_once,
+)
 from dataloaders.files import sha256
 from dataloaders.formats import Format, Reading, parse_json
-from dataloaders.records import RecordError
+from dataloaders.records import Media, RecordError, clash
 from dataloaders.samples import prompts, tokenized
 from dataloaders.samples.prompts import tokenize
 from dataloaders.samples.tokenized import Columns, TokenizedFile
+
+
+@dataclass(frozen=True)
+class Part:
+    """The good records of a task: their columns, and each one's file, place in the file, and media."""
+
+    columns: Columns
+    file: str
+    offsets: list[int]
+    media: list[Media]
 
 
 class TokenizeRecords:
@@ -35,24 +54,42 @@ class TokenizeRecords:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> None:
         self.tokenizer, self.reading = tokenizer, reading
 
-    def __call__(self, task: Task) -> Result[Columns]:
-        """Columns of the good records, and (offset, reason) of the malformed ones."""
-        samples, texts, digests, errors = [], [], [], []
+    def __call__(self, task: Task) -> Result[Part]:
+        """The good records, and (offset, reason) of the malformed ones."""
+        samples, texts, digests, offsets, media, errors = [], [], [], [], [], []
         for offset, raw in task.records():
             # Lines are counted later, and only if a message needs them.
             place = f"@{offset}"
             try:
                 record = parse_json(raw, place)
                 sample = task.kind.sample(record, place, task.path.parent, self.reading)
+                media.append(task.kind.media(record, place, task.path.parent))
             except RecordError as error:
                 errors.append((offset, str(error).removeprefix(f"{place}: ")))
                 continue
             n, p = self.reading.num_frames, self.reading.num_points
             samples.append(tokenize(sample, self.tokenizer, num_frames=n, num_points=p))
+            offsets.append(offset)
             texts += [sample.id.encode(), sample.media.encode()]
             # Of the record's bytes: an edited answer or trajectory may keep all lengths.
             digests.append(hashlib.sha256(raw).digest()[:16])
-        return (tokenized.pack(samples, texts, digests) if samples else None), errors
+        if not samples:
+            return None, errors
+        return Part(tokenized.pack(samples, texts, digests), task.path.name, offsets, media), errors
+
+
+@dataclass(frozen=True)
+class Index:
+    """All good records of a split's annotation files, tokenized, in order.
+
+    malformed  the records that are not among them
+    clashing   rows of samples whose media are not those that their key has in an earlier record; they are in `malformed`
+               too, and must not be used, since the features under this key are of other frames
+    """
+
+    samples: TokenizedFile
+    malformed: list[Malformed]
+    clashing: list[int]
 
 
 def open_index(
@@ -62,8 +99,8 @@ def open_index(
     reading: Reading,
     cache: Path | None,
     processes: int | None = None,
-) -> tuple[TokenizedFile, list[Malformed]]:
-    """All samples of a split's annotation files, in order, and its malformed records.
+) -> Index:
+    """The index of a split.
 
     folder     of the split, such as DATA/stage2
     cache      folder for the tokenized samples; None for no cache
@@ -72,7 +109,7 @@ def open_index(
     """
 
     def make(path: Path) -> None:
-        _build(path, Records(folder, formats, TokenizeRecords(tokenizer, reading), processes), reading)
+        _build(path, folder, Records(folder, formats, TokenizeRecords(tokenizer, reading), processes), reading)
 
     with tempfile.TemporaryDirectory() if cache is None else nullcontext(cache) as directory:
         path = Path(directory) / f"{folder.name}-{_identity(folder, formats, tokenizer, reading)}.safetensors"
@@ -80,8 +117,9 @@ def open_index(
             make_once(path, "tokenized samples", make)
         except NotWritableError as error:
             raise ValueError(f"{error}; choose another folder with --cache") from error
-        index = TokenizedFile(path)
-    return index, [Malformed(*entry) for entry in json.loads(index.notes["malformed"])]
+        samples = TokenizedFile(path)
+    malformed = [Malformed(*entry) for entry in json.loads(samples.notes["malformed"])]
+    return Index(samples, malformed, json.loads(samples.notes["clashing"]))
 
 
 def _identity(folder: Path, formats: Sequence[Format], tokenizer: PreTrainedTokenizerBase, reading: Reading) -> str:
@@ -103,11 +141,28 @@ def _code() -> str:
     return checksum_of_code(formats, records, prompts, tokenized, sys.modules[__name__])
 
 
-def _build(path: Path, samples: Records[Columns], reading: Reading) -> None:
+def _build(path: Path, folder: Path, parts: Records[Part], reading: Reading) -> None:
     notes: dict[str, str] = {}
+    known: dict[str, tuple[float, float] | None] = {}  # key -> clip; a key contains the name of the file
+    clashing: list[int] = []
+    clashes: dict[str, list[tuple[int, str]]] = {}
 
-    def parts() -> Iterator[Columns]:
-        yield from samples
-        notes["malformed"] = json.dumps([astuple(m) for m in samples.malformed])
+    def columns() -> Iterator[Columns]:
+        row = 0
+        for part in parts:
+            for offset, media in zip(part.offsets, part.media):
+                clip = known.setdefault(media.key, media.clip)
+                if clip != media.clip:
+                    clashing.append(row)
+                    clashes.setdefault(part.file, []).append((offset, clash(replace(media, clip=clip), media)))
+                row += 1
+            yield part.columns
+        found = [
+            Malformed(file, line, reason)
+            for file, entries in clashes.items()
+            for line, (_, reason) in zip(line_numbers(folder / file, [offset for offset, _ in entries]), entries)
+        ]
+        notes["malformed"] = json.dumps([astuple(m) for m in [*parts.malformed, *found]])
+        notes["clashing"] = json.dumps(clashing)
 
-    tokenized.write(path, parts(), reading.num_frames, reading.num_points, notes)
+    tokenized.write(path, columns(), reading.num_frames, reading.num_points, notes)

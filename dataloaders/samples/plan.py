@@ -7,6 +7,7 @@ the global batch is the same on any number of ranks. The price is an O(n) shuffl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -29,7 +30,9 @@ class BatchPlan:
         if global_batch < 1:
             raise ValueError(f"the global batch must be at least 1, not {global_batch}")
         if num_samples < global_batch:
-            raise ValueError(f"{num_samples} samples do not fill one global batch of {global_batch}")
+            raise ValueError(
+                f"{num_samples} samples do not fill one global batch of {global_batch}: lower --global-batch"
+            )
         if groups is not None and len(groups) != num_samples:
             raise ValueError(f"{len(groups)} group labels for {num_samples} samples")
         self.num_samples = num_samples
@@ -78,22 +81,127 @@ class InOrder:
         return np.arange(step * self.batch, min((step + 1) * self.batch, self.num_samples))
 
 
-def split_batch(lengths: Sequence[int] | np.ndarray, ranks: int, token_budget: int) -> list[list[list[int]]]:
-    """Split one global batch over ranks and micro-batches, balanced by token count (longest first).
+@dataclass(frozen=True)
+class Prefixes:
+    """What the samples of a global batch share, known before any of them is read.
 
-    lengths       (B,) tokens of each sample
-    token_budget  most tokens of a micro-batch
+    head    rows at the start of every sample, equal in all of them: the head of the prompt
+    media   rows at the start of the samples of one group, equal in these: the head and the frames
+    groups  (B,) int, the group of each sample
+    """
+
+    head: int
+    media: int
+    groups: np.ndarray
+
+
+def nothing_shared(count: int) -> Prefixes:
+    """Of `count` samples."""
+    return Prefixes(0, 0, np.arange(count))
+
+
+def split_batch(
+    lengths: Sequence[int] | np.ndarray, ranks: int, token_budget: int, prefixes: Prefixes | None = None
+) -> list[list[list[int]]]:
+    """Split one global batch over ranks and micro-batches, balanced by computed rows (longest first).
+
+    lengths       (B,) tokens of each sample; it has one row less, because its last token is not computed
+    token_budget  most rows of a micro-batch
+    prefixes      rows that samples of one micro-batch share; None if all rows of all samples are computed
     Returns bins[rank][micro_batch] = positions in `lengths`. Every rank has the same number of micro-batches, the
-    smallest that respects the budget. With fewer samples than bins some are empty. Raises ValueError if a single sample
-    exceeds the budget.
+    smallest that respects the budget. Samples of one group are in one micro-batch, except a few that level the ranks.
+    With fewer samples than bins some are empty. Raises ValueError if a single sample exceeds the budget.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     longest = int(lengths.max(initial=0))
-    if longest > token_budget:
+    if longest - 1 > token_budget:
         raise ValueError(f"a sample of {longest} tokens does not fit a micro-batch of {token_budget}")
-    micro_batches = max(1, -(-int(lengths.sum()) // (token_budget * ranks)))
+    prefixes = prefixes or nothing_shared(len(lengths))
+    pieces, weights = _pieces(lengths, prefixes, token_budget)
+    micro_batches = max(1, -(-sum(weights) // ((token_budget - prefixes.head) * ranks)))
     while True:
-        bins, loads = longest_first(lengths, ranks * micro_batches)
-        if max(loads) <= token_budget:
-            return [[sorted(b) for b in bins[r * micro_batches : (r + 1) * micro_batches]] for r in range(ranks)]
+        bins, loads = longest_first(weights, ranks * micro_batches)
+        if max(loads) + prefixes.head <= token_budget:
+            break
         micro_batches += 1
+    filled = [[i for piece in b for i in pieces[piece]] for b in bins]
+    plan = [filled[r * micro_batches : (r + 1) * micro_batches] for r in range(ranks)]
+    if len(pieces) < len(lengths):
+        _level(plan, lengths, token_budget, prefixes)
+    return [[sorted(members) for members in rank] for rank in plan]
+
+
+def computed_rows(lengths: Sequence[int] | np.ndarray, members: Sequence[int], prefixes: Prefixes) -> int:
+    """Rows of a micro-batch of the samples at the positions `members`, which are computed once where they are shared.
+
+    The collator compares what it packs, so it finds a few more equal rows where questions begin with equal words.
+    """
+    if not len(members):
+        return 0
+    own = np.asarray(lengths)[members] - 1 - prefixes.media
+    groups = len(np.unique(prefixes.groups[members]))
+    return prefixes.head + groups * (prefixes.media - prefixes.head) + int(own.sum())
+
+
+def attended_rows(lengths: Sequence[int] | np.ndarray, members: Sequence[int], prefixes: Prefixes) -> int:
+    """Rows of keys and values that attention reads for such a micro-batch: the length of its `kv_rows`.
+
+    Divided by `computed_rows`, less one, it is the share of copies, which the memory estimate needs.
+    """
+    own = int((np.asarray(lengths)[members] - 1).sum())
+    counts = np.unique(prefixes.groups[members], return_counts=True)[1]
+    # A prefix is a segment of its own if several samples follow it.
+    return own + prefixes.head * (len(counts) > 1) + prefixes.media * int((counts > 1).sum())
+
+
+def _pieces(lengths: np.ndarray, prefixes: Prefixes, token_budget: int) -> tuple[list[list[int]], list[int]]:
+    """The samples of each group, in several pieces where they exceed the budget, and each piece's rows below the head."""
+    order = np.argsort(prefixes.groups, kind="stable")
+    pieces: list[list[int]] = []
+    weights: list[int] = []
+    last = None
+    for i, group, own in zip(
+        order.tolist(), prefixes.groups[order].tolist(), (lengths[order] - 1 - prefixes.media).tolist()
+    ):
+        if group == last and prefixes.head + weights[-1] + own <= token_budget:
+            pieces[-1].append(i)
+            weights[-1] += own
+        else:
+            pieces.append([i])
+            weights.append(prefixes.media - prefixes.head + own)
+        last = group
+    return pieces, weights
+
+
+def _level(plan: list[list[list[int]]], lengths: np.ndarray, token_budget: int, prefixes: Prefixes) -> None:
+    """Move samples of one group at a time from the rank with most rows to the one with fewest, while that helps.
+
+    A group is the heavier the more samples it has, so whole groups leave the ranks uneven.
+    """
+
+    def rows(members: list[int]) -> int:
+        return computed_rows(lengths, members, prefixes)
+
+    for _ in range(4 * len(plan)):
+        loads = [sum(map(rows, rank)) for rank in plan]
+        heavy, light = int(np.argmax(loads)), int(np.argmin(loads))
+        source, target = max(plan[heavy], key=rows), min(plan[light], key=rows)
+        room = min((loads[heavy] - loads[light] - prefixes.media) // 2, token_budget - rows(target) - prefixes.media)
+        moved = _most_rows(source, lengths - 1 - prefixes.media, room, prefixes.groups)
+        kept = [i for i in source if i not in moved]
+        if not moved or loads[light] + rows(target + moved) - rows(target) >= loads[heavy]:
+            return
+        source[:] = kept
+        target.extend(moved)
+
+
+def _most_rows(members: list[int], own: np.ndarray, room: int, groups: np.ndarray) -> list[int]:
+    """Samples of one group with as many own rows as fit in `room`, taken in order."""
+    best: list[int] = []
+    for group in np.unique(groups[members]):
+        taken: list[int] = []
+        for i in members:
+            if groups[i] == group and own[[*taken, i]].sum() <= room:
+                taken.append(i)
+        best = max(best, taken, key=lambda samples: own[samples].sum())
+    return best

@@ -110,7 +110,7 @@ class TokenizedFile:
 
     tokens, targets, coordinates  (n,) int32 of each sample: length, supervised tokens, present coordinates
     mentions                      (n,) int32, mentions with different trajectories
-    largest_tokens                (n,) int32, the largest token id of each sample
+    largest_tokens, frame_starts  (n,) int32 of each sample: the largest token id, the position of the first frame
     digests                       (n, 16) uint8, checksum of each record's bytes
     """
 
@@ -138,7 +138,7 @@ class TokenizedFile:
         np.cumsum(lengths, axis=0, out=self._starts[1:])
         self.tokens, self.targets, self.mentions = lengths[:, 0], lengths[:, 1], lengths[:, 3]
         self.coordinates, self.digests = columns["coordinates"], columns["digests"]
-        self.largest_tokens = columns["largest_tokens"]
+        self.largest_tokens, self.frame_starts = columns["largest_tokens"], columns["frame_starts"]
         joined = columns["texts"].tobytes()
         ends = np.cumsum(lengths[:, 4:].reshape(-1)).tolist()
         texts = [joined[a:b].decode() for a, b in zip([0, *ends], ends)]

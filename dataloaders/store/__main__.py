@@ -14,18 +14,8 @@ from dataloaders.cli import at_least, flag, parse_command, run
 from dataloaders.failures import LEDGER, read_failures, report
 from dataloaders.logs import LogFlags
 from dataloaders.store.features import MANIFEST, FeatureStore, Manifest
-from dataloaders.store.tools import (
-    PITE_SAMPLING,
-    NpyFolder,
-    Report,
-    check_import,
-    discard,
-    import_npy,
-    log_missing,
-    merge,
-    stores_in,
-    verify,
-)
+from dataloaders.store.imports import FeatureFolder, check_import, import_features, log_missing
+from dataloaders.store.tools import PITE_SAMPLING, Report, discard, merge, stores_in, verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +59,12 @@ class MergeFlags(ShardFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportFlags(ShardFlags):
-    """Copy a folder of {id}.npy, each (N, channels), into a store."""
+    """Copy a folder of {id}.npy or {id}.pt, each (N, channels), into a store."""
 
     folder: Path = flag(positional=True)
-    """folder of {id}.npy"""
+    """folder of {id}.npy or {id}.pt"""
     output: Path = flag(positional=True)
-    """store, such as FEATURES/videos"""
+    """store: FEATURES/{split}, so that engine.encode fills FEATURES/videos for the other splits"""
     split: str
     """split of the ids: stage2, stage3 or evaluation"""
     encoder: str | None = None
@@ -83,16 +73,19 @@ class ImportFlags(ShardFlags):
     """take the manifest of this store; or give --encoder"""
     sampling: str = PITE_SAMPLING
     """frame sampling rule"""
+    num_frames: int | None = None
+    """rows to take of each file, by the frame sampling rule; all unless given"""
     preprocess: str = "imported"
     """resize, crop and normalisation"""
     data: Path | None = None
     """data folder; media of this split without a file are logged in the ledger next to OUTPUT, and training leaves them
     out"""
     failure_budget: float = 0.01
-    """with --data: share of the split's media that may have no file"""
+    """share of the files that may be unreadable, and with --data of the split's media that may have no file"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(self, 1, "num_frames")
         if (self.encoder is None) == (self.like is None):
             raise ValueError("import needs one of --encoder and --like: where the manifest's settings come from")
 
@@ -153,14 +146,16 @@ def _import(flags: ImportFlags) -> int:
     paths.input_folder("FOLDER", flags.folder)
     check_import(flags.data, flags.split, flags.failure_budget)
     manifest = None if flags.like is None else Manifest.load(flags.like)
-    folder = NpyFolder(flags.folder, flags.split)
+    folder = FeatureFolder(flags.folder, flags.split, flags.num_frames)
     if manifest is None:
         assert flags.encoder is not None, "ImportFlags requires one of the two"
         manifest = Manifest(
             flags.encoder, folder.tokens, flags.sampling, flags.preprocess, folder.tokens, folder.channels
         )
-    copied = import_npy(folder, flags.output, manifest, flags.shard_records)
-    print(f"{copied:,} records copied; {flags.output} holds {len(FeatureStore(flags.output)):,}")
+    imported = import_features(folder, flags.output, manifest, flags.shard_records, flags.failure_budget)
+    print(f"{imported.copied:,} records copied; {flags.output} holds {len(FeatureStore(flags.output)):,}")
+    if imported.failures:
+        print(f"{len(imported.failures):,} files could not be imported, the first: {imported.failures[0].reason}")
     if flags.data is not None:
         missing = log_missing(flags.folder, flags.output, flags.data, flags.split, flags.failure_budget)
         where = (

@@ -35,8 +35,8 @@ from safetensors.numpy import save
 
 from dataloaders import locks
 from dataloaders.files import write_atomically
+from dataloaders.store.layout import MANIFEST as MANIFEST
 
-MANIFEST = "manifest.json"
 _TENSOR = "features"
 _MAPPED_SHARDS = 32
 """Shards that stay mapped per store. Each uses a file descriptor; a stage has more shards than a process may open."""

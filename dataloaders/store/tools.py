@@ -1,4 +1,4 @@
-"""Tools for feature stores: verify, merge, import.
+"""Tools for feature stores: verify, discard, merge.
 
 Opening a store compares sizes only; `verify` reads every byte. A damaged shard loses only its own records: without its
 index it is ignored, and engine.encode makes the missing records.
@@ -15,15 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from dataloaders.failures import LEDGER, Failure, Ledger, over_budget, read_failures
 from dataloaders.files import abandoned
-from dataloaders.formats import SPLITS, Split, present_formats
-from dataloaders.media import CACHE, list_media
 from dataloaders.store.features import MANIFEST, FeatureStore, FeatureWriter, Manifest, lock, read_indices
 
 PITE_SAMPLING = "linspace truncated"
@@ -135,72 +131,6 @@ def merge(output: Path, sources: Sequence[Path], shard_records: int = 1024) -> i
     return copied
 
 
-class NpyFolder:
-    """A folder of `{id}.npy`, each (N, channels) of floats, the feature format of VTimeLLM and its descendants.
-
-    split  prefix of the keys, such as `stage2`
-    It has the reading methods of a FeatureStore. Raises ValueError if the folder holds no .npy file, and for a file of
-    another shape.
-    """
-
-    def __init__(self, path: Path, split: str) -> None:
-        self.path = path
-        self._files = {f"{split}/{file.stem}": file for file in sorted(path.glob("*.npy"))}
-        if not self._files:
-            raise ValueError(f"{path} holds no .npy file")
-        first = next(iter(self._files))
-        shape = self._load(first).shape
-        if len(shape) != 2:
-            raise ValueError(f"{self._files[first]} holds an array of shape {shape}, not (frames, channels)")
-        self.tokens, self.channels = shape
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return tuple(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._files
-
-    def read(self, key: str) -> np.ndarray:
-        """The record (tokens, channels), in the floating-point type of the file."""
-        record = self._load(key)
-        if record.shape != (self.tokens, self.channels):
-            raise ValueError(
-                f"{self._files[key]} holds an array of shape {record.shape}, the others {self.tokens, self.channels}"
-            )
-        return record
-
-    def _load(self, key: str) -> np.ndarray:
-        try:
-            record = np.load(self._files[key], allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{self._files[key]} is no readable .npy file ({error})") from None
-        if not np.issubdtype(record.dtype, np.floating):
-            raise ValueError(f"{self._files[key]} holds {record.dtype}, not floating-point numbers")
-        return record
-
-
-def import_npy(folder: NpyFolder, output: Path, manifest: Manifest, shard_records: int = 1024) -> int:
-    """Copy a folder of `.npy` files into a store. Returns the number of new records. May be repeated after a kill.
-
-    Raises ValueError for files of another shape than in the manifest, and for numbers that float16 cannot hold.
-    """
-    if (manifest.tokens, manifest.channels) != (folder.tokens, folder.channels):
-        raise ValueError(
-            f"{folder.path} holds records of {folder.tokens, folder.channels}, the store {output} is for "
-            f"{manifest.tokens, manifest.channels}"
-        )
-    store = FeatureStore.create_or_open(output, manifest)
-    new = [key for key in folder.keys if key not in store]
-    with FeatureWriter(store, shard_records=shard_records) as writer:
-        for key in new:
-            writer.add({key: folder.read(key)})
-    return len(new)
-
-
 def stores_in(path: Path) -> list[Path]:
     """The store at `path`, or the stores in a folder that engine.encode filled. Raises ValueError without any."""
     if (path / MANIFEST).exists():
@@ -209,54 +139,3 @@ def stores_in(path: Path) -> list[Path]:
     if not stores:
         raise ValueError(f"{path} is no feature store and holds none: make one with engine.encode")
     return stores
-
-
-def check_import(data: Path | None, split: str, budget: float) -> None:
-    """Check the flags of an import before anything is copied. Raises ValueError.
-
-    data  data folder for `log_missing`, or None
-    """
-    if not 0 <= budget <= 1:
-        raise ValueError(f"--failure-budget is a share between 0 and 1, not {budget}")
-    name = split_of_keys(split)
-    if data is not None:
-        present_formats(data, name)
-
-
-def split_of_keys(prefix: str) -> Split:
-    """The split that keys of this prefix belong to, such as `stage1` of `stage1/coco`. Raises ValueError for none."""
-    name = prefix.partition("/")[0]
-    if name not in SPLITS:
-        raise ValueError(f"--split must begin with {', '.join(SPLITS)}, not {name!r}")
-    return cast(Split, name)
-
-
-def log_missing(folder: Path, output: Path, data: Path, split: str, budget: float) -> int:
-    """Log the media of a split that the store `output` lacks, in the ledger next to it, so that training leaves them
-    out.
-
-    folder  of the imported `.npy` files; each line contains the missing file
-    split   a split, such as `stage2`, or a part of one, such as `stage1/coco`
-    budget  share of the split's media that may be missing
-    Returns the number of missing media. Media in the ledger are not logged again. Raises ValueError, and logs nothing,
-    for a split without media and if more media are missing than the budget allows.
-    """
-    # Training counts records without media.
-    named = list_media(data, [split_of_keys(split)], output.parent / CACHE).media
-    media = [m for m in named if m.key.rpartition("/")[0] == split]
-    if not media:
-        raise ValueError(f"{data} names no media whose keys begin with {split}/")
-    store = FeatureStore(output)
-    missing = [m.key for m in media if m.key not in store]
-    if len(missing) > budget * len(media):
-        raise ValueError(
-            f"{len(missing):,} of {len(media):,} media of {split} have no file in {folder}, such as {missing[0]!r}, "
-            f"{over_budget(len(missing), len(media), budget)}"
-        )
-    ledger = Ledger(output.parent / LEDGER, len(media))
-    known = {failure.id for failure in read_failures(ledger.path)}
-    files = {key: folder / f"{key.rpartition('/')[2]}.npy" for key in missing if key not in known}
-    ledger.log(
-        Failure(key, str(file), "import", f"{file.name}: not among the imported files") for key, file in files.items()
-    )
-    return len(missing)

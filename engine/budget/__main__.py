@@ -8,26 +8,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dataloaders import logs
+from dataloaders import logs, paths
 from dataloaders.cli import parse
 from dataloaders.ranks import Ranks
 from engine.config import DataConfig, TrainConfig
 
 
-def estimate(config: TrainConfig) -> int:
+def estimate(config: TrainConfig, program: str = "engine.budget") -> int:
     """Print the dry run; returns the exit status. The same for all ranks of torchrun: rank 0 prints it."""
     if Ranks.read().rank:
         return 0
     try:
         if not config.data.folder.is_dir() and config.data.folder != DataConfig.folder:
-            raise ValueError(f"{config.data.folder}: no such data folder")
+            paths.input_folder("--data", config.data.folder)
         # Imported here, since they import torch.
         from engine.budget.costs import run_costs
         from engine.budget.text import report
 
         print(report(run_costs(config)))
     except (ValueError, OSError) as error:
-        print(f"engine.budget: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     return 0
 

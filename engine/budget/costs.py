@@ -1,37 +1,33 @@
 """The costs of a run in numbers: parameters, tokens, FLOPs, and for each kind of device memory and hours.
 
-LoRA on frozen weights takes 2N FLOPs per token forward and 2N for the gradient of the activations, and none for a
-gradient of the frozen weights. There is no padding, so all tokens are useful ones.
+LoRA on frozen weights takes 2N FLOPs per computed row forward and 2N for the gradient of the activations, and none for a
+gradient of the frozen weights. There is no padding, and what the samples of a micro-batch share is computed once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPVisionConfig
 
 from dataloaders.formats import split_of
 from dataloaders.samples.dataset import StageDataset
-from dataloaders.samples.plan import BatchPlan, split_batch
+from dataloaders.samples.plan import BatchPlan
 from dataloaders.store.features import MANIFEST, FeatureStore
 from engine.build import load_tokenizer, model_config, random_shape
 from engine.config import TrainConfig
 from engine.hardware import ASSUMED_FP8_GAIN, ASSUMED_MFU, DEVICES, measured_mfu
-from engine.layout import Layout, Memory, ParameterCount, choose_layout, count_parameters, memory
+from engine.layout import MAX_TOKEN_BUDGET, Layout, Memory, ParameterCount, choose_layout, count_parameters, memory
 from engine.prepare import check_tokens, dtype_of
 from engine.recipes import LANGUAGE_MODELS, RANDOM, Recipe, Stage
+from engine.sharing import PROMPT_HEAD, Lengths, Sharing, assume_sharing, count_sharing, lengths_of
 from pite.clip import frame_flops
 from pite.config import PiTeConfig
 from pite_kernels.attention import choose_backend
-
-COUNTED_STEPS = 100
-"""Number of global batches whose micro-batches the dry run plans."""
 
 VIT_L_14 = CLIPVisionConfig(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
@@ -47,7 +43,19 @@ class Corpus:
     targets: float
     media: int
     origin: str
-    batches: tuple[np.ndarray, ...] = ()
+    batches: tuple[Lengths, ...] = ()
+
+    @property
+    def longest(self) -> int:
+        return max((int(batch.tokens.max()) for batch in self.batches), default=0)
+
+    def sharing(self, recipe: Recipe, ranks: int, token_budget: int) -> Sharing:
+        """What the samples of the micro-batches share. Raises ValueError if a sample exceeds the budget."""
+        if self.batches:
+            return count_sharing(self.batches, ranks, token_budget)
+        # One micro-batch a rank, or as many samples as fit.
+        samples = min(recipe.global_batch / ranks, token_budget / self.tokens)
+        return assume_sharing(self.tokens, self.targets, samples)
 
 
 _UNKNOWN = "samples over length not known"
@@ -67,7 +75,8 @@ class MachineCost:
     needed    estimated memory of a device
     hours     None where the speed is not known
     rate      share of the device's peak that the hours assume; `measured` if bench/results holds it
-    fullness  share of the micro-batches' token budget that is used; None without data
+    sharing   what its micro-batches share
+    filled    share of the micro-batches' token budget that is used; None without data
     """
 
     device: str
@@ -78,13 +87,15 @@ class MachineCost:
     hours: float | None = None
     rate: float = 0.0
     measured: bool = False
-    fullness: float | None = None
+    sharing: Sharing | None = None
+    filled: float | None = None
 
 
 @dataclass(frozen=True)
 class StageCost:
     """A stage in numbers: `flops` of its training, and `encoding` those of CLIP for its media.
 
+    rows          computed rows, on eight devices; `tokens` are those of the samples
     model, shape  its configuration, and where that is from
     attention     the attention back end of this machine
     """
@@ -98,6 +109,7 @@ class StageCost:
     corpus: Corpus
     steps: int
     tokens: float
+    rows: float
     flops: float
     encoding: float
     attention: str
@@ -116,11 +128,15 @@ def stage_cost(config: TrainConfig, stage: Stage) -> StageCost:
     count = count_parameters(model, recipe)
     steps = corpus.samples // recipe.global_batch * recipe.epochs
     if not steps:
-        raise ValueError(f"{corpus.samples} samples do not fill one global batch of {recipe.global_batch}")
+        raise ValueError(
+            f"stage {stage}: {corpus.samples} samples do not fill one global batch of {recipe.global_batch}: "
+            "lower --global-batch"
+        )
     samples = steps * recipe.global_batch
     tokens = samples * corpus.tokens
+    sharing = corpus.sharing(recipe, 8, max(MAX_TOKEN_BUDGET, corpus.longest))
     machines = (
-        _machine_cost(config, recipe, name, ranks, model, count, corpus, 4 * count.linear * tokens)
+        _machine_cost(config, recipe, name, ranks, model, count, corpus, samples)
         for name in DEVICES
         for ranks in config.run.devices
     )
@@ -135,28 +151,25 @@ def stage_cost(config: TrainConfig, stage: Stage) -> StageCost:
         corpus=corpus,
         steps=steps,
         tokens=tokens,
-        flops=step_flops(model, count.linear, tokens, samples * corpus.targets, corpus.tokens),
+        rows=tokens * sharing.computed,
+        flops=step_flops(model, count, tokens, tokens * sharing.computed, samples * corpus.targets, corpus.tokens),
         encoding=corpus.media * frames * frame_flops(VIT_L_14, model.vision_feature_size),
         attention=_attention(config, model),
         machines=tuple(machines),
     )
 
 
-def fullness(batches: Sequence[np.ndarray], ranks: int, token_budget: int) -> float:
-    """Useful tokens of the global batches, divided by the token budget of all micro-batches that they are split into.
+def step_flops(
+    config: PiTeConfig, count: ParameterCount, tokens: float, rows: float, targets: float, mean_length: float
+) -> float:
+    """FLOPs of training: 4N per computed row, causal attention, vocabulary head.
 
-    Raises ValueError if a sample exceeds the budget.
+    mean_length  tokens of a sample. A row that is not computed would have attended to half the prompt's head on average
     """
-    planned = sum(len(of_rank) for batch in batches for of_rank in split_batch(batch, ranks, token_budget))
-    return sum(int(batch.sum()) for batch in batches) / (planned * token_budget)
-
-
-def step_flops(config: PiTeConfig, linear: int, tokens: float, targets: float, mean_length: float) -> float:
-    """FLOPs of training on `tokens` packed tokens: 4N each, causal attention at the mean length, vocabulary head."""
     llm = config.llm
-    width = llm.num_attention_heads * config.head_dim
-    attention = 6 * width * mean_length * llm.num_hidden_layers
-    return tokens * (4 * linear + attention) + targets * 4 * llm.vocab_size * llm.hidden_size
+    width = 6 * llm.num_attention_heads * config.head_dim * llm.num_hidden_layers
+    attention = width * max(0.0, tokens * mean_length - (tokens - rows) * PROMPT_HEAD)
+    return count.flops(rows, targets) + attention + targets * 4 * llm.vocab_size * llm.hidden_size
 
 
 def _machine_cost(
@@ -167,35 +180,39 @@ def _machine_cost(
     model: PiTeConfig,
     count: ParameterCount,
     corpus: Corpus,
-    flops: float,
+    samples: int,
 ) -> MachineCost:
     device, fp8 = DEVICES[name], config.model.frozen_dtype == "fp8"
     width = 4 if config.model.dtype == "float32" else 2
     if fp8 and not device.fp8:
         return MachineCost(name, ranks, refusal="has no float8 arithmetic")
-    longest = max((int(batch.max()) for batch in corpus.batches), default=0)
     try:
+        sharing = corpus.sharing(recipe, ranks, config.parallel.token_budget or max(MAX_TOKEN_BUDGET, corpus.longest))
         layout = choose_layout(
             model, count, device.bytes, ranks=ranks, width=width, fp8=fp8, parallel=config.parallel.parallel,
-            recompute=config.parallel.recompute, token_budget=config.parallel.token_budget, longest=longest,
+            recompute=config.parallel.recompute, token_budget=config.parallel.token_budget, longest=corpus.longest,
+            read=sharing.read, copied=sharing.copied,
         )  # fmt: skip
-        full = fullness(corpus.batches, ranks, layout.token_budget) if corpus.batches else None
+        sharing = corpus.sharing(recipe, ranks, layout.token_budget)
     except ValueError as error:
         return MachineCost(name, ranks, refusal=f"does not fit: {error}")
-    # A rank's share of a global batch may have fewer tokens than its memory can hold.
-    share = math.ceil(recipe.global_batch / ranks) * corpus.tokens
-    planned = min(layout.token_budget, max(math.ceil(share), longest))
-    needed = memory(model, count, planned, width, fp8=fp8, recompute=layout.recompute, shards=layout.shards)
+    # A rank's share of a global batch may have fewer rows than its memory can hold.
+    share = math.ceil(math.ceil(recipe.global_batch / ranks) * corpus.tokens * sharing.computed)
+    needed = memory(
+        model, count, min(layout.token_budget, max(share, corpus.longest)), width, fp8=fp8, recompute=layout.recompute,
+        shards=layout.shards, read=sharing.read, copied=sharing.copied,
+    )  # fmt: skip
+    cost = MachineCost(
+        name, ranks, layout, needed=needed, sharing=sharing, filled=sharing.filled if corpus.batches else None
+    )
     if width != 2:
-        return MachineCost(name, ranks, layout, needed=needed, fullness=full)
+        return cost
     ours = "pite fp8" if fp8 else "pite compiled" if config.parallel.compile else "pite"
     measured = measured_mfu(config.model.size, name, config.run.measured, ours)
     rate = measured or ASSUMED_MFU * (ASSUMED_FP8_GAIN if fp8 else 1)
+    flops = count.flops(samples * corpus.tokens * sharing.computed, samples * corpus.targets)
     flops *= 1 + layout.extra_flops(model.llm.num_hidden_layers)
-    hours = flops / (ranks * device.peak * rate) / 3600
-    return MachineCost(
-        name, ranks, layout, needed=needed, hours=hours, rate=rate, measured=measured is not None, fullness=full
-    )
+    return replace(cost, hours=flops / (ranks * device.peak * rate) / 3600, rate=rate, measured=measured is not None)
 
 
 def _attention(config: TrainConfig, model: PiTeConfig) -> str:
@@ -223,7 +240,7 @@ def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
                 f"{llm} is neither a directory nor in the Hugging Face cache, and a dry run downloads nothing"
             )
         directory = Path(cached).parent
-    if (config.data.store / "videos").is_dir():
+    if config.data.features(2).is_dir():
         return model_config(directory, config.data.store, points), llm
     return PiTeConfig.load(directory, num_points=points), llm
 
@@ -232,10 +249,17 @@ def _corpus(config: TrainConfig, stage: Stage, model: PiTeConfig) -> Corpus:
     """A stage's training set on disk, or the assumed one if it is not there."""
     if not (config.data.folder / split_of(stage)).is_dir():
         return ASSUMED_CORPORA[stage]
-    try:
-        tokenizer = load_tokenizer(config.model.llm or LANGUAGE_MODELS[config.model.size])
-    except OSError:
-        return ASSUMED_CORPORA[stage]
+    name = config.model.llm or LANGUAGE_MODELS[config.model.size]
+    if name != RANDOM and not Path(name).expanduser().is_dir():
+        cached = try_to_load_from_cache(name, "tokenizer_config.json")
+        if not isinstance(cached, str):
+            assumed = ASSUMED_CORPORA[stage]
+            why = (
+                f"{config.data.folder / split_of(stage)} is not counted: the tokenizer of {name} is not on this machine"
+            )
+            return replace(assumed, origin=f"{assumed.origin}; {why}")
+        name = str(Path(cached).parent)
+    tokenizer = load_tokenizer(name)
     frames, points = (1, 1) if stage == 1 else (model.num_frames, model.num_points)
     data = StageDataset(
         config.data.folder,
@@ -262,7 +286,7 @@ def _corpus(config: TrainConfig, stage: Stage, model: PiTeConfig) -> Corpus:
         float(data.targets.mean()),
         len(set(data.media)),
         f"counted: {data.summary()}{over}{_not_encoded(config, stage, data)}",
-        tuple(data.tokens[plan.samples(step)] for step in range(min(COUNTED_STEPS, plan.steps_per_epoch))),
+        tuple(lengths_of(data, plan)),
     )
 
 

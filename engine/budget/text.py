@@ -30,7 +30,9 @@ def _stage_lines(cost: StageCost) -> list[str]:
         f" each ({corpus.origin})",
         f"  steps           {cost.steps:,} of {recipe.global_batch} samples, {recipe.epochs} epochs,"
         f" {cost.tokens / 1e6:,.1f} M tokens, no padding",
-        f"  arithmetic      {cost.flops:.2e} FLOPs (4N per token, attention, vocabulary head)",
+        f"  computed        {cost.rows / 1e6:,.1f} M rows, {cost.rows / cost.tokens:.0%} of the tokens: what samples share"
+        " is computed once",
+        f"  arithmetic      {cost.flops:.2e} FLOPs (4N per computed row, attention, vocabulary head)",
         f"  attention       {cost.attention}",
         f"  {'GB of a device:':<25} hours   of peak   needed of   {'   '.join(_PARTS)}",
     ]
@@ -72,7 +74,7 @@ def _machine_text(machine: MachineCost, layers: int) -> str:
     text = "      -       -  "
     if machine.hours is not None:
         text = f"{machine.hours:7.2f}{machine.rate:9.0%}{' ' if machine.measured else '*'}"
-    full = "" if machine.fullness is None else f", {machine.fullness:.0%} full"
+    full = "" if machine.filled is None else f", {machine.filled:.0%} full"
     return (
         f"{text}{machine.needed.total / 1e9:10.0f} of {DEVICES[machine.device].bytes / 1e9:3.0f}{_parts(machine.needed)}"
         f"   {machine.layout.describe(layers)}{full}"

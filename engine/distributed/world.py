@@ -99,6 +99,14 @@ class World:
         dist.broadcast_object_list(shared, src=0)
         return cast(T, shared[0])
 
+    def from_host_main(self, make: Callable[[], T]) -> T:
+        """Run `make` on the first rank of each host and return its result on the ranks of that host.
+
+        For long work on files that each host may have of its own.
+        """
+        local = Ranks.read().local if self.size > 1 else 0
+        return cast(T, self.gather(make() if local == 0 else None)[self.rank - local])
+
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in order of the ranks."""
         if self.size == 1:

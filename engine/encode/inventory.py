@@ -15,6 +15,7 @@ from dataloaders.media import CACHE, list_media
 from dataloaders.ranks import ALONE, Ranks
 from dataloaders.records import Media, RecordError
 from dataloaders.store.features import FeatureStore
+from dataloaders.store.layout import has_own_store
 from engine.encode.config import EncodeConfig
 from engine.encode.work import in_threads
 
@@ -67,7 +68,13 @@ def take_inventory(config: EncodeConfig, ranks: Ranks = ALONE) -> Inventory:
 
     Raises ValueError for a folder without data, and if more records name no media than the failure budget allows.
     """
-    found = list_media(config.data, present_splits(config.data), config.store / CACHE)
+    splits = present_splits(config.data)
+    own = [split for split in splits if has_own_store(config.store, split)]
+    if own and ranks.rank == 0:
+        log.info(
+            "not encoded, because they have stores of their own: %s", ", ".join(str(config.store / s) for s in own)
+        )
+    found = list_media(config.data, [split for split in splits if split not in own], config.store / CACHE)
     count, total = len(found.malformed), len(found.malformed) + len(found.media)
     if count > config.failure_budget * total:
         budget = over_budget(count, total, config.failure_budget)

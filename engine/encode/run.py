@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dataloaders.decode.decoder import Decoded, is_fallback
 from dataloaders.failures import LEDGER, Failure, Ledger, read_failures, reason_kind, report
+from dataloaders.media import duration_error, wrong_duration
 from dataloaders.ranks import ALONE, Ranks
 from dataloaders.records import Media
 from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest, NonFiniteError
@@ -26,6 +27,8 @@ from engine.encode.job import Job
 from engine.encode.work import features_of, groups_of, partition_by_length
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pite.clip import ClipEncoder
 
 log = logging.getLogger(__name__)
@@ -35,11 +38,14 @@ log = logging.getLogger(__name__)
 class Summary:
     """Result of a run: media encoded, media that failed, and the number of files that each decoder decoded.
 
+    inexact  media whose file differs in duration from its annotation by more than the share of a frame, though not so much
+             that it is refused
     shown  kinds of failures and fallbacks whose first example was logged
     """
 
     encoded: int = 0
     failed: int = 0
+    inexact: int = 0
     decoders: Counter[str] = field(default_factory=Counter)
     shown: set[str] = field(default_factory=set)
 
@@ -49,6 +55,12 @@ class Summary:
         self.decoders[decoded.by] += 1
         if is_fallback(decoded.by):
             self.show_first(decoded.by, "%s: decoded by %s", group[0].path, decoded.by)
+
+    def fail(self, group: Sequence[Media], stage: str, reason: str, ledger: Ledger) -> None:
+        """Log media that gave no features. Raises BudgetExceeded if they are too many."""
+        self.show_first(reason_kind(reason, str(group[0].path), group[0].key), "%s", reason)
+        for m in group:
+            ledger.add(Failure(m.key, str(m.path), stage, reason))
 
     def show_first(self, kind: str, message: str, *arguments: object) -> None:
         """Log the first example of a kind when it happens. The end of the run counts them."""
@@ -76,6 +88,11 @@ def run(config: EncodeConfig, ranks: Ranks) -> None:
     if failed and not ranks.rank:
         keys = {key for kind in ("images", "videos") for key in FeatureStore(config.store / kind).keys}
         print(report(read_failures(config.store / LEDGER), keys))
+    if summary.inexact:
+        log.warning(
+            "%s files differ in duration from their annotation by more than a frame's share, though less than is refused",
+            f"{summary.inexact:,}",
+        )
     for by, files in summary.decoders.most_common():
         log.log(logging.WARNING if is_fallback(by) else logging.INFO, "decoded by %s: %s files", by, f"{files:,}")
 
@@ -135,6 +152,36 @@ def _manifest(encoder: ClipEncoder, num_frames: int, sampling: str) -> Manifest:
     )
 
 
+def _store(
+    group: Sequence[Media],
+    decoded: Decoded,
+    record: np.ndarray | None,
+    writer: FeatureWriter,
+    ledger: Ledger,
+    summary: Summary,
+) -> bool:
+    """Store the record of a file under each of its keys, or log why not. Returns whether it was stored."""
+    if record is None:
+        summary.fail(group, "decode", decoded.reason, ledger)
+        return False
+    kept = []
+    for m in group:
+        # After decoding, which finds the reason why a damaged file is short.
+        if reason := wrong_duration(m):
+            summary.fail([m], "check", reason, ledger)
+        else:
+            kept.append(m)
+            summary.inexact += m.duration is not None and abs(duration_error(m) or 0.0) > m.duration / len(record)
+    try:
+        writer.add({m.key: record for m in kept})
+    except NonFiniteError as error:
+        summary.fail(kept, "encode", str(error), ledger)
+        return False
+    if kept:
+        summary.add(kept, decoded)
+    return bool(kept)
+
+
 def _encode(job: Job, ledger: Ledger, ranks: Ranks, summary: Summary) -> None:
     """Encode the files of a job that the store lacks, and add to the summary."""
     groups = job.missing
@@ -164,18 +211,8 @@ def _encode(job: Job, ledger: Ledger, ranks: Ranks, summary: Summary) -> None:
                 return
             features = features_of([decoded for _, decoded in batch], job.encoder, num_frames, batch_size)
             for (group, decoded), record in zip(batch, features):
-                stage, reason = "decode", decoded.reason
-                if record is not None:
-                    try:
-                        writer.add({m.key: record for m in group})
-                        summary.add(group, decoded)
-                        frames += num_frames
-                        continue
-                    except NonFiniteError as error:
-                        stage, reason = "encode", str(error)
-                summary.show_first(reason_kind(reason, str(group[0].path), group[0].key), "%s", reason)
-                for m in group:
-                    ledger.add(Failure(m.key, str(m.path), stage, reason))
+                if _store(group, decoded, record, writer, ledger, summary):
+                    frames += num_frames
             elapsed = time.perf_counter() - started
             rate = f"{frames / elapsed:,.0f} frames/s, {waited / elapsed:.0%} waiting for decode"
             bar.set_postfix_str(rate, refresh=False)

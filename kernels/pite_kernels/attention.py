@@ -4,6 +4,9 @@ flash-attn, xformers and PyTorch already maintain attention kernels, so this fil
 signature. An installed back end may still fail, so a trial chooses one for each kind of call; the caller can also name
 one. The CPU has no varlen kernel: documents of similar length are padded into a few batched SDPA calls. A causal mask
 is enough there, because the padding at a document's end is in the future of all its tokens.
+
+A document may have more keys than queries: the keys of a prefix that other documents share, and that is computed once.
+The mask is then aligned at the end (the last query attends to all keys), as in flash-attn from 2.1 on.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pite_kernels.rows import RowIndex, gather_rows
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +49,9 @@ def packed_attention(
     cu_seqlens: Tensor,
     max_seqlen: int,
     *,
+    kv_rows: RowIndex | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    max_seqlen_kv: int | None = None,
     causal: bool = True,
     scale: float | None = None,
     backend: str = "auto",
@@ -54,21 +62,36 @@ def packed_attention(
     k, v        (T, K, D) with H a multiple of K: grouped-query attention shares each key head among H / K queries
     cu_seqlens  (S + 1,) int32, the documents' boundaries: 0, ..., T
     max_seqlen  at least the longest document's length, a Python int, so that the host never waits for the device
+    kv_rows     the rows of k and v that each document attends to, one document after the other: those of the prefix
+                that it shares, then its own. None if k and v hold them in this order already
+    cu_seqlens_kv, max_seqlen_kv  boundaries (S + 1,) int32 of the documents' keys, and the longest; None: those of q.
+                A causal mask is aligned at the end, so a document has at least as many keys as queries
     scale       factor of the scores; 1 / sqrt(D) when None
-    backend     "auto" or one of BACKENDS; "sdpa" runs on every device but copies `cu_seqlens` to the host
+    backend     "auto" or one of BACKENDS; "sdpa" runs on every device but copies the boundaries to the host
     Returns (T, H, D). Raises ValueError on shapes that do not fit or a back end that is not installed.
     """
-    if q.dim() != 3 or k.shape != v.shape or k.shape[::2] != q.shape[::2] or q.shape[1] % k.shape[1]:
+    if kv_rows is not None:
+        if cu_seqlens_kv is None:
+            raise ValueError("packed_attention: kv_rows needs cu_seqlens_kv and max_seqlen_kv")
+        k, v = gather_rows(k, kv_rows), gather_rows(v, kv_rows)
+    rows_fit = k.shape[0] == q.shape[0] or cu_seqlens_kv is not None
+    if q.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1] or not rows_fit:
         raise ValueError(f"packed_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError("packed_attention: cu_seqlens must be a one-dimensional int32 tensor")
+    if cu_seqlens_kv is None or max_seqlen_kv is None:
+        if cu_seqlens_kv is not max_seqlen_kv:
+            raise ValueError("packed_attention: give both cu_seqlens_kv and max_seqlen_kv, or neither")
+        cu_seqlens_kv, max_seqlen_kv = cu_seqlens, max_seqlen
+    for bounds in (cu_seqlens, cu_seqlens_kv):
+        if bounds.dim() != 1 or bounds.dtype != torch.int32 or len(bounds) != len(cu_seqlens):
+            raise ValueError(
+                "packed_attention: cu_seqlens must be a one-dimensional int32 tensor, and cu_seqlens_kv as long"
+            )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     name = backend
     if backend == "auto":
         name = choose_backend(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2], causal)
-    if name == "sdpa":
-        return _sdpa(q, k, v, cu_seqlens, causal, scale)
-    return _load(name)(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+    attend = _sdpa if name == "sdpa" else _load(name)
+    return attend(q, k, v, cu_seqlens, cu_seqlens_kv, max_seqlen, max_seqlen_kv, causal, scale)
 
 
 # Plain dictionaries, so that torch.compile can read them.
@@ -135,24 +158,30 @@ def _trial_error(
     head_dim: int,
     causal: bool,
 ) -> str | None:
-    """Run one forward and backward pass over two documents; returns what is wrong with the back end, or None."""
-    lengths, parts, scale = (33, 95), (heads, key_heads, key_heads), 0.8 * head_dim**-0.5
+    """Run one forward and backward pass over three documents; returns what is wrong with the back end, or None.
+
+    The second is longer than a tile of any back end. The third continues it: its keys are the second's and its own.
+    """
+    lengths, parts, scale = (33, 300, 95), (heads, key_heads, key_heads), 0.8 * head_dim**-0.5
     # A separate generator, so that the caller's random numbers do not change.
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     fused = normal(sum(lengths), sum(parts), head_dim).to(device, dtype)
     upstream = normal(sum(lengths), heads, head_dim).to(device, dtype)
-    bounds = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
+    queries, keys = (0, 33, 333, 428), (0, 33, 333, 728)
+    bounds, key_bounds = (torch.tensor(b, dtype=torch.int32, device=device) for b in (queries, keys))
+    rows = torch.tensor([*range(333), *range(33, 428)], device=device)
 
     def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         # q, k and v are slices of one fused tensor, as in a model.
         leaf = fused.to(dtype, copy=True).requires_grad_()
-        out = function(*leaf.split(parts, 1))
+        _, k, v = leaf.index_select(0, rows).split(parts, 1)
+        out = function(leaf[:, :heads], k, v, bounds, key_bounds, 300, 395, causal, scale)
         (gradient,) = torch.autograd.grad(out, leaf, upstream.to(dtype))
         return [out.detach(), *gradient.split(parts, 1)]
 
-    expected = results(lambda q, k, v: _sdpa(q, k, v, bounds, causal, scale), torch.float32)
+    expected = results(_sdpa, torch.float32)
     try:
-        found = results(lambda q, k, v: attend(q, k, v, bounds, max(lengths), causal, scale), dtype)
+        found = results(attend, dtype)
         if found[0].dtype != dtype or found[0].shape != expected[0].shape:
             return f"it returns {found[0].dtype} {tuple(found[0].shape)}"
         errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected)]
@@ -188,17 +217,16 @@ def _import(name: str) -> Callable[..., Tensor]:
 def _flash_attn(module: str) -> Callable[..., Tensor]:
     function: Any = import_module(module).flash_attn_varlen_func
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-    ) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, *rest: Any) -> Tensor:
+        longest_q, longest_k, causal, scale = rest
         out = function(
             q,
             k,
             v,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
+            cu_seqlens_q=of_q,
+            cu_seqlens_k=of_k,
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k,
             softmax_scale=scale,
             causal=causal,
         )
@@ -212,15 +240,19 @@ def _xformers() -> Callable[..., Tensor]:
     bias: Any = import_module("xformers.ops.fmha.attn_bias")
     lengths_of: Any = bias._SeqLenInfo
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-    ) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, *rest: Any) -> Tensor:
+        longest_q, longest_k, causal, scale = rest
         # Built from the device tensor: the public `from_seqlens` needs lengths on the host and would synchronize.
-        info = lengths_of(seqstart=cu_seqlens, max_seqlen=max_seqlen, min_seqlen=1, seqstart_py=[])
-        mask = (bias.BlockDiagonalCausalMask if causal else bias.BlockDiagonalMask)(q_seqinfo=info, k_seqinfo=info)
+        queries, keys = (
+            lengths_of(seqstart=bounds, max_seqlen=longest, min_seqlen=1, seqstart_py=[])
+            for bounds, longest in ((of_q, longest_q), (of_k, longest_k))
+        )
+        # Without "FromBottomRight" the mask is aligned at the start. For equal lengths the two are the same mask.
+        kind = bias.BlockDiagonalCausalFromBottomRightMask if causal else bias.BlockDiagonalMask
+        mask = kind(q_seqinfo=queries, k_seqinfo=keys)
         groups = k.shape[1]
         q5 = q.unflatten(1, (groups, -1))
-        k5, v5 = (t.unsqueeze(2).expand_as(q5) for t in (k, v))
+        k5, v5 = (t.unsqueeze(2).expand(-1, -1, q5.shape[2], -1) for t in (k, v))
         out = fmha.memory_efficient_attention(q5[None], k5[None], v5[None], attn_bias=mask, scale=scale)
         return out[0].flatten(1, 2)
 
@@ -234,9 +266,8 @@ def _varlen_attn() -> Callable[..., Tensor]:
     parameters = signature(function).parameters
     windowed, grouped = "window_size" in parameters, "enable_gqa" in parameters
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-    ) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, *rest: Any) -> Tensor:
+        longest_q, longest_k, causal, scale = rest
         options: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)} if windowed else {"is_causal": causal}
         if k.shape[1] != q.shape[1]:
             if grouped:
@@ -247,64 +278,108 @@ def _varlen_attn() -> Callable[..., Tensor]:
             options["scale"] = scale
         else:
             q = q * (scale * q.shape[-1] ** 0.5)
-        return function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+        return function(q, k, v, of_q, of_k, longest_q, longest_k, **options)
 
     return attend
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float) -> Tensor:
-    bounds = tuple(cu_seqlens.tolist())
-    if bounds[:1] != (0,) or bounds[-1] != q.shape[0] or any(a > b for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"packed_attention: cu_seqlens must rise from 0 to the {q.shape[0]} rows of q")
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, _longest: int, _longest_k: int, causal: bool,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    bounds, key_bounds = tuple(of_q.tolist()), tuple(of_k.tolist()) if of_k is not of_q else None
+    for name, ends, rows in (("cu_seqlens", bounds, q), ("cu_seqlens_kv", key_bounds or bounds, k)):
+        if ends[:1] != (0,) or ends[-1] != rows.shape[0] or any(a > b for a, b in itertools.pairwise(ends)):
+            raise ValueError(f"packed_attention: {name} must rise from 0 to the number of rows, {rows.shape[0]}")
     if q.shape[0] == 0:
         return q * (k.sum() + v.sum())  # empty, but still part of the autograd graph of all three inputs
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    groups, order = _plan(bounds, q.shape[1] * q.shape[2], causal)
-    parts = [_attend_group(q, k, v, slots, length, padded, causal, scale) for slots, length, padded in groups]
+    groups, order = _plan(bounds, key_bounds or bounds, q.shape[1] * q.shape[2], causal)
+    parts = [_attend_group(q, k, v, group, causal, scale) for group in groups]
     out = torch.cat(parts) if len(parts) > 1 else parts[0]
     return out if order is None else out.index_select(0, order.to(q.device))
 
 
-def _attend_group(
-    q: Tensor, k: Tensor, v: Tensor, slots: Tensor, length: int, padded: Tensor | None, causal: bool, scale: float
-) -> Tensor:
-    rows = slots.to(q.device)
-    qs, ks, vs = (t.index_select(0, rows).view(-1, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+class _Group(NamedTuple):
+    """Documents that share an SDPA call.
+
+    documents      their number B
+    queries, keys  (B * M,) and (B * N,) gathered rows of q and of k, v
+    last_key       (B, 1, M, 1) the last of the N keys that a query attends to, where a document has more keys than
+                   queries and attention is causal; else None. The mask would be N times as large, and plans are kept
+    real           positions of the real queries among the B * M, None if all are
+    """
+
+    documents: int
+    queries: Tensor
+    keys: Tensor
+    last_key: Tensor | None
+    real: Tensor | None
+
+
+def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: _Group, causal: bool, scale: float) -> Tensor:
+    queries = group.queries.to(q.device)
+    keys = queries if group.keys is group.queries else group.keys.to(q.device)
+    qs, ks, vs = (
+        t.index_select(0, rows).view(group.documents, -1, *t.shape[1:]).transpose(1, 2)
+        for t, rows in ((q, queries), (k, keys), (v, keys))
+    )
+    mask = None
+    if group.last_key is not None:
+        mask = torch.arange(ks.shape[2], device=q.device) <= group.last_key.to(q.device)  # (B, 1, M, N)
     # The padding of a document repeats its last token: all scores stay finite, and the padding's gradients are zero.
-    out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale).transpose(1, 2).flatten(0, 1)
-    return out if padded is None else out.index_select(0, padded.to(q.device))
-
-
-Group = tuple[Tensor, int, Tensor | None]
+    out = F.scaled_dot_product_attention(qs, ks, vs, mask, is_causal=causal and mask is None, scale=scale)
+    out = out.transpose(1, 2).flatten(0, 1)
+    return out if group.real is None else out.index_select(0, group.real.to(q.device))
 
 
 @lru_cache(maxsize=64)
-def _plan(bounds: tuple[int, ...], width: int, causal: bool) -> tuple[list[Group], Tensor | None]:
-    """Batches of documents, longest first: (gathered rows, padded length, positions of the real tokens in the batch).
+def _plan(
+    bounds: tuple[int, ...], key_bounds: tuple[int, ...], width: int, causal: bool
+) -> tuple[list[_Group], Tensor | None]:
+    """Batches of documents, those with most keys first.
 
-    The second result is the index that undoes the sorting by length (None if the order has not changed).
+    The second result is the index that undoes the sorting (None if the order has not changed).
     """
-    documents = sorted(((b - a, a) for a, b in itertools.pairwise(bounds) if b > a), key=lambda d: (-d[0], d[1]))
-    batches: list[list[tuple[int, int]]] = []
-    for length, start in documents:
-        longest = batches[-1][0][0] if batches else 0
-        waste = width * (longest**2 - length**2)
-        # Without a causal mask queries would attend to the padding, so only documents of equal length share a call.
-        if batches and (length == longest or (causal and waste < _CALL_COST)):
-            batches[-1].append((length, start))
-        else:
-            batches.append([(length, start)])
-    groups: list[Group] = []
-    for batch in batches:
-        longest = batch[0][0]
-        starts = torch.tensor([s for _, s in batch])[:, None]
-        lengths = torch.tensor([n for n, _ in batch])[:, None]
-        step = torch.arange(longest)
-        slots = (starts + step.minimum(lengths - 1)).flatten()
-        real = (step < lengths).flatten()
-        groups.append((slots, longest, None if bool(real.all()) else real.nonzero().flatten()))
-    visited = torch.cat([torch.arange(s, s + n) for n, s in documents])
+    starts, key_starts = bounds[:-1], key_bounds[:-1]
+    queries, keys = ([b - a for a, b in itertools.pairwise(ends)] for ends in (bounds, key_bounds))
+    documents = sorted((d for d, n in enumerate(queries) if n), key=lambda d: (-keys[d], -queries[d], d))
+    if any((queries[d] if causal else 1) > keys[d] for d in documents):
+        raise ValueError("packed_attention: a document has fewer keys than queries, or none")
+    groups: list[_Group] = []
+    for batch in _batches(documents, queries, keys, width, causal):
+        first_query, m, first_key, n = (
+            torch.tensor([values[d] for d in batch])[:, None] for values in (starts, queries, key_starts, keys)
+        )
+        query, key = torch.arange(int(m.max())), torch.arange(int(n.max()))
+        rows = (first_query + query.minimum(m - 1)).flatten()
+        key_rows = rows if bounds == key_bounds else (first_key + key.minimum(n - 1)).flatten()
+        last_key = None
+        if causal and not torch.equal(m, n):
+            last_key = (n - m + query).minimum(n - 1)[:, None, :, None]
+        real = (query < m).flatten()
+        groups.append(
+            _Group(len(batch), rows, key_rows, last_key, None if bool(real.all()) else real.nonzero().flatten())
+        )
+    visited = torch.cat([torch.arange(starts[d], starts[d] + queries[d]) for d in documents])
     order = visited.argsort()
     return groups, None if torch.equal(order, torch.arange(len(order))) else order
+
+
+def _batches(documents: list[int], queries: list[int], keys: list[int], width: int, causal: bool) -> list[list[int]]:
+    """Documents that are padded to one shape, where padding takes less time than one more call."""
+    batches: list[list[int]] = []
+    for d in documents:
+        last = batches[-1] if batches else []
+        most, longest = max((queries[i] for i in last), default=0), keys[last[0]] if last else 0
+        area = longest * max(most, queries[d]) * (len(last) + 1)
+        waste = width * (area - longest * most * len(last) - queries[d] * keys[d])
+        # Without a causal mask queries would attend to the padding, so only documents of equal length share a call.
+        equal = keys[d] == longest and queries[d] == most
+        if last and (equal or (causal and waste < _CALL_COST)):
+            last.append(d)
+        else:
+            batches.append([d])
+    return batches

@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+NAMESPACE = "pite_kernels"
+"""Of the operators registered with torch.library."""
+
 OPERATORS = ("trajectory_forward", "trajectory_grad_hidden", "trajectory_grad_weight", "softmax_rows")
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pite_kernels.rows import RowIndex
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums: float64 for float64 inputs, float32 for everything else."""
@@ -100,19 +102,28 @@ def packed_attention(
     cu_seqlens: Tensor,
     max_seqlen: int,
     *,
+    kv_rows: RowIndex | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    max_seqlen_kv: int | None = None,
     causal: bool = True,
     scale: float | None = None,
 ) -> Tensor:
+    if kv_rows is not None:
+        k, v = k[kv_rows.rows], v[kv_rows.rows]
     bounds = cu_seqlens.tolist()
+    key_bounds = bounds if cu_seqlens_kv is None else cu_seqlens_kv.tolist()
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    documents = [
-        F.scaled_dot_product_attention(
-            q[a:b].transpose(0, 1), k[a:b].transpose(0, 1), v[a:b].transpose(0, 1), is_causal=causal, scale=scale
-        ).transpose(0, 1)
-        for a, b in itertools.pairwise(bounds)
-        if b > a
-    ]
+    documents = []
+    for (a, b), (c, d) in zip(itertools.pairwise(bounds), itertools.pairwise(key_bounds)):
+        if a == b:
+            continue
+        parts = (q[a:b].transpose(0, 1), k[c:d].transpose(0, 1), v[c:d].transpose(0, 1))
+        mask = None
+        if causal and b - a != d - c:  # SDPA's own mask is aligned at the start, this one at the end
+            mask = torch.ones(b - a, d - c, dtype=torch.bool, device=q.device).tril(d - c - (b - a))
+        out = F.scaled_dot_product_attention(*parts, attn_mask=mask, is_causal=causal and mask is None, scale=scale)
+        documents.append(out.transpose(0, 1))
     # Without tokens the result is empty, but still part of the autograd graph of all three inputs.
     return torch.cat(documents) if documents else q * (k.sum() + v.sum())
 

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pite_kernels.dispatch import autocast, cpp, uses_triton, with_unit_stride, without_autocast
+from pite_kernels.dispatch import NAMESPACE, autocast, cpp, uses_triton, with_unit_stride, without_autocast
 from pite_kernels.reference import accumulator, reciprocal
-
-NAMESPACE = "pite_kernels"
 
 
 def trajectory_l1(

@@ -129,7 +129,7 @@ def test_the_report_begins_with_one_line_per_case(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "| a case | 2.00 (1.90 to 2.20) | 5.00 | 4.00 (x) |" in text
     assert "| another | wrong: off by 3 | | |" in text
-    assert "| 7b: ours | 18,000 (17,000 to 19,000) | 20.0 | 40.0% | 70.0 |" in text
+    assert "| 7b: ours | 18,000 (17,000 to 19,000) | 20.0 |  | 40.0% | 70.0 |" in text
     assert "| 7b: peer | not installed |" in text
 
 

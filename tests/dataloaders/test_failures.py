@@ -46,13 +46,19 @@ def test_budget(tmp_path: Path) -> None:
     )
 
 
+def test_more_than_half_is_not_left_out() -> None:
+    """A wrong file, or a field of another name everywhere: a larger budget would leave out everything."""
+    assert over_budget(3, 5, 0.01) == (
+        "more than the failure budget of 1.00%, and more than half: check the files and their format"
+    )
+
+
 @pytest.mark.parametrize(
     ("failed", "total", "share"),
     [
         (2, 15, "0.14"),
         (3, 200, "0.015"),
         (1, 2, "0.5"),
-        (5, 5, "1"),
         (1, 7_000, "0.00015"),
         (29, 100, "0.3"),  # 0.29 * 100 is below 29 in floating point
         (1, 3, "0.34"),

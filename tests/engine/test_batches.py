@@ -36,10 +36,10 @@ def dataset(workspace: Path) -> StageDataset:
 
 
 def source(dataset: StageDataset, workspace: Path, rank: int = 0, ranks: int = 1, **options: object) -> StepSource:
-    """As a separate process would make it, with its own plan and store."""
+    """As a separate process would make it, with its own plan and store. Samples are separate, to be compared."""
     plan = BatchPlan(len(dataset), GLOBAL_BATCH, seed=5)
     store = FeatureStore(workspace / "features" / "videos")
-    options = {"token_budget": 300, **options}
+    options = {"token_budget": 300, "share": False, **options}
     return StepSource(dataset, plan, store, rank=rank, ranks=ranks, **options)  # type: ignore[arg-type]
 
 
@@ -53,8 +53,8 @@ def samples(batch: PackedBatch) -> Iterator[tuple[str, Content]]:
         }
         for rows, values in (
             (batch.feature_rows, batch.features),
-            (batch.target_rows, batch.target_ids),
-            (batch.trajectory_rows, batch.trajectory),
+            (batch.read_rows[batch.target_rows], batch.target_ids),
+            (batch.read_rows[batch.trajectory_rows], batch.trajectory),
         ):
             own = (rows >= begin) & (rows < end)
             content[f"{len(content)} rows"] = (rows[own] - begin).numpy().tobytes()
@@ -98,7 +98,7 @@ def test_the_reference_run(dataset: StageDataset, expected: list[Step]) -> None:
         assert tokens == sum(len(m.token_ids) for m in members)
         assert targets == sum(len(m.target_positions) for m in members)
         assert coordinates == sum(m.num_coordinates for m in members)
-        assert all(contents[m.id]["token_ids"] == m.token_ids.tobytes() for m in members)
+        assert all(contents[m.id]["token_ids"] == m.token_ids[:-1].tobytes() for m in members)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -155,6 +155,24 @@ def test_samples_left_out_are_listed_and_part_of_the_fingerprint(
     file.write_text("".join([*good, "{}\n"]))
     assert main(train_arguments(workspace, tmp_path / "out", "1", **flags)) == 1
     assert "left_out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_sharing_changes_the_rows_and_not_the_samples(
+    dataset: StageDataset, workspace: Path, expected: list[Step], ranks: int
+) -> None:
+    """Every sample is in one micro-batch, the head of the prompt is one segment of each, and the plan counts the rows."""
+    for step, (tokens, normalizers, contents) in enumerate(expected):
+        sources = [source(dataset, workspace, rank, ranks, share=True) for rank in range(ranks)]
+        shares = [each.step(step) for each in sources]
+        batches = [b for share in shares for b in share.micro_batches if not math.isinf(b.normalizers[0])]
+        assert sorted(name for b in batches for name in b.sample_ids) == sorted(contents)
+        assert {tuple(b.normalizers.tolist()) for b in batches} == {normalizers}
+        assert sum(b.num_tokens for b in batches) == tokens == shares[0].tokens
+        rows = sum(b.num_rows for b in batches)
+        (planned,) = {each.split(each.plan.samples(step))[1] for each in sources}
+        assert 0.98 * planned <= rows <= planned < tokens - GLOBAL_BATCH
+        assert max(b.num_rows for b in batches) <= 300
 
 
 def test_ranks_agree_on_the_number_of_micro_batches_without_communication(

@@ -25,20 +25,34 @@ from tests.fake_cuda import fake_cuda  # noqa: E402
 from tests.peak_memory import PeakMemory  # noqa: E402
 
 
-def packed_batch(config: PiTeConfig, tokens: int, stage: Stage) -> PackedBatch:
-    """Samples of 216 tokens, of which 65 are supervised and 25 have a trajectory, or in stage 1 a point."""
-    documents = tokens // 216
+def packed_batch(config: PiTeConfig, rows: int, stage: Stage, head: int = 0) -> PackedBatch:
+    """Samples of 216 rows, of which 65 are supervised and 25 have a trajectory, or in stage 1 a point.
+
+    head  rows of a prefix that all of them share, in addition
+    """
+    tokens, documents = rows, (rows - head) // 216
     frames, targets, placed = documents * config.num_frames, documents * 65, documents * 25
     points = (1, 1) if stage == 1 else (config.num_points, config.num_frames)
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int64)
 
+    segments, copies = documents + (head > 0), rows + documents * head
+    keys = {
+        "kv_rows": integers(copies),
+        "kv_inverse": integers(copies),
+        "kv_offsets": integers(rows + 1),
+        "cu_seqlens_kv": integers(segments + 1).int(),
+        "max_seqlen_kv": 2048,
+    }
     return PackedBatch(
         token_ids=integers(tokens),
         position_ids=integers(tokens).int(),
-        cu_seqlens=integers(documents + 1).int(),
+        cu_seqlens=integers(segments + 1).int(),
         max_seqlen=2048,
+        **(keys if head else dict.fromkeys(keys)),
+        read_rows=integers(targets),
+        num_tokens=rows + documents,
         features=torch.empty(frames, config.vision_feature_size, dtype=torch.float16),
         feature_rows=integers(frames),
         target_ids=integers(targets),
@@ -50,7 +64,9 @@ def packed_batch(config: PiTeConfig, tokens: int, stage: Stage) -> PackedBatch:
     )
 
 
-def training_step(size: str, tokens: int, *, stage: Stage = 2, recompute: int = 0, fp8: bool = False) -> PeakMemory:
+def training_step(
+    size: str, tokens: int, *, stage: Stage = 2, recompute: int = 0, fp8: bool = False, head: int = 0
+) -> PeakMemory:
     """Bytes of a step. AdamW's moments exist from an earlier step."""
     config, recipe_ = PiTeConfig.preset(size), recipe(size, stage)
     peak = PeakMemory(block=512)
@@ -67,7 +83,7 @@ def training_step(size: str, tokens: int, *, stage: Stage = 2, recompute: int = 
         optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
         gradients = Gradients(backward_order(model), 1)
         optimizer.step()
-        batch = packed_batch(config, tokens, stage)
+        batch = packed_batch(config, tokens, stage, head)
         before = peak.now
         compute_losses(model, batch, recipe_).total.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in model.trainable()], 1.0)
@@ -78,24 +94,56 @@ def training_step(size: str, tokens: int, *, stage: Stage = 2, recompute: int = 
 
 
 @pytest.mark.parametrize(
-    ("size", "tokens", "recompute", "fp8"),
-    [("7b", 16384, 0, False), ("7b", 8192, 8, True), ("13b", 5120, 0, False), ("13b", 4096, 40, False)],
+    ("size", "tokens", "recompute", "fp8", "head"),
+    [
+        ("7b", 16384, 0, False, 0),
+        ("7b", 8192, 0, False, 96),
+        ("7b", 8192, 8, True, 35),
+        ("13b", 5120, 0, False, 35),
+        ("13b", 4096, 40, False, 35),
+    ],
 )
-def test_the_estimate_is_what_a_step_allocates(size, tokens, recompute, fp8, monkeypatch, capsys):
+def test_the_estimate_is_what_a_step_allocates(size, tokens, recompute, fp8, head, monkeypatch, capsys):
     """Never less, and at most 5% more."""
     config = PiTeConfig.preset(size)
-    needed = memory(config, count_parameters(config, recipe(size, 2)), tokens, fp8=fp8, recompute=recompute).total
+    documents = (tokens - head) // 216
+    shares = {"read": documents * 65 / tokens, "copied": documents * head / tokens}
+    count = count_parameters(config, recipe(size, 2))
+    needed = memory(config, count, tokens, fp8=fp8, recompute=recompute, **shares).total
     with fake_cuda(monkeypatch):
-        counted = training_step(size, tokens, recompute=recompute, fp8=fp8).peak
+        counted = training_step(size, tokens, recompute=recompute, fp8=fp8, head=head).peak
     with capsys.disabled():
         print(f"\n{size}, {tokens:,} tokens: {needed / 1e9:.2f} GB estimated, {counted / 1e9:.2f} counted")
     assert 1.0 <= needed / counted <= 1.05
 
 
+def test_shared_keys_are_kept_once(monkeypatch):
+    """Memory grows by the copies of a shared row, not by a second set of k and v."""
+    config, rows, head = PiTeConfig.preset("7b"), 8192, 35
+    with fake_cuda(monkeypatch):
+        separate, shared = (training_step("7b", rows, head=h).peak for h in (0, head))
+    copies = (rows - head) // 216 * head
+    width = 2 * config.llm.hidden_size * 2  # of k and v, in bytes
+    # The last term: the gradients of all copies in the layer whose backward runs.
+    assert shared - separate <= copies * width * (config.llm.num_hidden_layers + 2)
+    # With half of the rows shared, one more copy of k and v would be twice that.
+    assert rows * width > 5 * copies * width
+
+
 @pytest.mark.parametrize(
     ("fp8", "capabilities", "expected"),
     [
-        (False, (80, 90), {"rope_rotate_kernel", "trajectory_l1_fwd_kernel", "lora_bwd_thin_products_kernel"}),
+        (
+            False,
+            (80, 90),
+            {
+                "rope_rotate_kernel",
+                "gather_rows_bwd_kernel",
+                "rope_sum_bwd_kernel",
+                "trajectory_l1_fwd_kernel",
+                "lora_bwd_thin_products_kernel",
+            },
+        ),
         (True, (90,), {"fp8_quantize_rows_kernel"}),
     ],
 )
@@ -104,7 +152,7 @@ def test_everything_a_step_launches_compiles(fp8, capabilities, expected, monkey
     assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
     with fake_cuda(monkeypatch) as launches:
         for stage in (1, 2):
-            training_step("7b", 16384, stage=stage, recompute=1, fp8=fp8)
+            training_step("7b", 16384, stage=stage, recompute=1, fp8=fp8, head=0 if stage == 1 else 35)
     for launch in launches:
         divisible = {(i,): [["tt.divisibility", 16]] for i in launch.divisible}
         source = ASTSource(launch.kernel, dict(launch.types), dict(launch.constants), divisible)

@@ -89,7 +89,7 @@ def test_a_read_only_store_takes_a_cache_elsewhere(workspace: Path, tmp_path: Pa
     flags = {"store": store, "max_steps": 1}
     assert main(train_arguments(workspace, tmp_path / "out", "1", **flags)) == 1
     assert capsys.readouterr().err.endswith(
-        f"\nengine.train: tokenized samples cannot be kept in {store / 'samples'} ({os.strerror(number)}); "
+        f"\nengine.train: stage 1: tokenized samples cannot be kept in {store / 'samples'} ({os.strerror(number)}); "
         "choose another folder with --cache\n"
     )
     assert main(train_arguments(workspace, tmp_path / "out", "1", **flags, cache=tmp_path / "cache" / "new")) == 0

@@ -55,7 +55,7 @@ def test_the_attention_backend_is_printed(workspace: Path, tmp_path: Path, capsy
     calls: list[tuple[object, ...]] = []
     monkeypatch.setattr(prepare, "choose_backend", lambda *kind: calls.append(kind) or "varlen_attn")
     assert main(train_arguments(workspace, tmp_path, "1", llm="random", max_steps=1)) == 0
-    (layout,) = (line for line in capsys.readouterr().err.splitlines() if "tokens a micro-batch" in line)
+    (layout,) = (line for line in capsys.readouterr().err.splitlines() if "rows a micro-batch" in line)
     assert layout.endswith(", attention by varlen_attn")
     llama = random_shape("tiny", 3, 1, 1).llm
     heads = llama.num_attention_heads
@@ -153,7 +153,7 @@ def test_missing_data_of_a_later_stage_are_reported_before_the_first(workspace: 
     assert not (tmp_path / "run").exists()
     missing = {"data": tmp_path / "nowhere"}
     assert main([*train_arguments(workspace, tmp_path / "run", **missing), "--dry-run"]) == 1
-    assert "nowhere: no such data folder" in capsys.readouterr().err
+    assert "nowhere: no such folder" in capsys.readouterr().err
 
 
 def test_two_runs_do_not_share_a_folder(workspace: Path, tmp_path: Path, capsys):

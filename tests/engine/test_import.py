@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,7 +66,7 @@ def test_training_goes_on_without_the_missing_file(
 
     assert trained(workspace, folder) == 0
     assert (
-        "23 samples, 23 with mentions, 23 with a trajectory, 1 left out whose media could not be encoded"
+        "23 samples, 23 with mentions, 23 with a trajectory, 1 left out whose media are not in the feature store"
         in capsys.readouterr().err
     )
     (left_out,) = read_failures(folder.parent / "out" / "stage2" / "left_out.jsonl")
@@ -77,6 +79,20 @@ def test_a_whole_folder_leaves_no_ledger(workspace: Path, folder: Path, capsys: 
     assert imported(folder, "--data", str(workspace / "data")) == 0
     assert capsys.readouterr().out.endswith("0 media of " + f"{workspace}/data/stage2 have no features\n")
     assert not list((folder.parent / "features").glob("failures*"))
+
+
+def test_a_store_of_its_own_is_what_the_stage_trains_on(
+    workspace: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Next to a store of another encoder with the other splits."""
+    gone, features = (folder.parent / "gone").read_text(), folder.parent / "features"
+    np.save(folder / f"{gone.removeprefix('stage2/')}.npy", np.zeros((FRAMES, 16), np.float16))
+    shutil.copytree(workspace / "features", features)
+    own = ["import", str(folder), str(features / "stage2"), "--split", "stage2", "--encoder", "VTimeLLM's"]
+    assert store_main(own) == 0
+    assert trained(workspace, folder) == 0
+    lineage = json.loads(next((folder.parent / "out").rglob("state.json")).read_text())
+    assert "VTimeLLM's" in json.dumps(lineage)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_a_finished_stage_is_compared_with_its_data(workspace: Path, data: Path,
 @pytest.mark.parametrize("flags, words", [
     ({"llm": "./nowhere"}, "--llm ./nowhere is neither a directory nor a Hugging Face model name"),
     ({"init": "nowhere"}, "--init nowhere: no such folder"),
-    ({"stage": "2"}, "stage 2 starts from an earlier stage's output, and"),
+    ({"stage": "2"}, "stage 2 starts from stage 1's output, and"),
     ({"output": "/dev/null/run"}, "--output /dev/null/run: /dev/null is a file, not a folder"),
 ])  # fmt: skip
 def test_missing_paths_are_named_before_anything_is_read(workspace: Path, tmp_path: Path, capsys, flags, words: str):
@@ -221,3 +221,93 @@ def test_the_flags_are_written_and_read_again(workspace: Path, tmp_path: Path, c
 def test_quiet_runs_print_only_problems(workspace: Path, tmp_path: Path, capsys):
     assert main(train_arguments(workspace, tmp_path, "1", max_steps=1, log_level="warning")) == 0
     assert "INFO" not in capsys.readouterr().err
+
+
+def test_a_refused_run_changes_nothing_in_the_folder(workspace: Path, data: Path, tmp_path: Path, capsys):
+    """Neither the flags of the run before nor its list of samples that are left out."""
+    run = tmp_path / "run"
+    assert main(train_arguments(workspace, run, "1", data=data, max_steps=2)) == 0
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    edit_records(data / "stage1" / "localized_narratives.jsonl", lambda records: [{}, *records])
+    assert main(train_arguments(workspace, run, "1", data=data, seed=7, failure_budget=0.5)) == 1
+    assert "the config.yaml of that --output has its flags" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_stage_starts_from_the_stage_before_it(workspace: Path, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    assert main(train_arguments(workspace, run, epochs=1)) == 0
+    capsys.readouterr()
+    for stage, init, words in (
+        ("2", run / "stage3" / "final", "stage 2 starts from stage 1's output, and"),
+        ("3", run / "stage1" / "final", "is stage 1's; --no-trajectory-stage leaves stage 2 out"),
+        ("1", run / "stage1" / "final", "stage 1 has none: leave it out"),
+        ("2", run / "stage1", f"give --init {run / 'stage1' / 'final'}"),
+        ("3", run, f"give --init {run / 'stage3' / 'final'}"),
+    ):
+        assert words in refused(train_arguments(workspace, tmp_path / "x", stage, init=init), tmp_path / "x", capsys)
+
+
+def test_features_that_were_never_made_are_named_as_such(workspace: Path, tmp_path: Path, capsys):
+    """A store without one record of the stage, and annotations without one record."""
+    for kind in ("images", "videos"):
+        (tmp_path / "features" / kind).mkdir(parents=True)
+        shutil.copy(workspace / "features" / kind / MANIFEST, tmp_path / "features" / kind)
+    arguments = train_arguments(workspace, tmp_path / "run", store=tmp_path / "features")
+    error = refused(arguments, tmp_path / "run", capsys)
+    assert (
+        "24 left out whose media are not in the feature store, in localized_narratives.jsonl: run engine.encode"
+        in error
+    )
+
+
+def test_an_empty_annotation_file_is_named(workspace: Path, data: Path, tmp_path: Path, capsys):
+    (data / "stage2" / "pite_143k.jsonl").write_text("")
+    error = refused(train_arguments(workspace, tmp_path / "run", data=data), tmp_path / "run", capsys)
+    assert "stage 2: " in error and "holds no usable sample: 0 samples, in pite_143k.jsonl" in error
+
+
+def test_weights_are_compared_with_the_shape_before_data_are_read(workspace: Path, tmp_path: Path, capsys):
+    llm = tmp_path / "llm"
+    shutil.copytree(workspace / "llm", llm)
+    weights = load_file(llm / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, llm / "model.safetensors", {"format": "pt"})
+    error = refused(train_arguments(workspace, tmp_path / "run", llm=llm), tmp_path / "run", capsys)
+    assert "model.layers.1.mlp.up_proj.weight" in error and str(llm) in error
+    assert not (tmp_path / "run" / "stage1").exists()
+
+
+def test_held_out_lines_of_no_sample_are_counted(workspace: Path, tmp_path: Path, capsys):
+    """A file may name samples of some stages only."""
+    file = tmp_path / "held_out.txt"
+    file.write_text("v000001\nno-such-id\n")
+    assert main(train_arguments(workspace, tmp_path / "run", held_out=file, validate_every=100, epochs=1)) == 0
+    error = capsys.readouterr().err
+    assert "1 of its lines are no sample, such as 'no-such-id'" in error
+    assert error.count("are held out for validation") == 2
+
+
+def test_a_dry_run_names_data_that_it_did_not_count(workspace: Path, capsys):
+    """Without a network and without Vicuna's tokenizer on this machine."""
+    arguments = ["--model", "7b", "--stage", "2", "--data", str(workspace / "data"), "--dry-run"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "stage2 is not counted: the tokenizer of lmsys/vicuna-7b-v1.5 is not on this machine" in printed
+
+
+def test_a_record_on_a_line_with_others_is_named_by_its_number(workspace: Path, data: Path, tmp_path: Path, capsys):
+    def spoil(records):
+        records[6].pop("a")
+        return records
+
+    edit_records(data / "stage3" / "video_instruct.json", spoil)
+    assert (data / "stage3" / "video_instruct.json").read_text().count("\n") == 0
+    assert main(train_arguments(workspace, tmp_path / "run", data=data)) == 1
+    assert "video_instruct.json:1: record 7: field 'a' is missing" in capsys.readouterr().err
+
+
+def test_a_wrong_file_has_no_budget_to_raise(workspace: Path, data: Path, tmp_path: Path, capsys):
+    edit_records(data / "stage2" / "pite_143k.jsonl", lambda records: [{"video": record["id"]} for record in records])
+    error = refused(train_arguments(workspace, tmp_path / "run", data=data), tmp_path / "run", capsys)
+    assert "and more than half: check the files and their format" in error and "add --failure-budget" not in error

@@ -21,6 +21,7 @@ from engine import job, loop, report, run
 from engine.metrics import read_metrics
 from engine.train import main
 from pite.checkpoint import from_pretrained
+from pite.decoder import Documents
 from tests.engine.workspace import train_arguments
 
 
@@ -63,7 +64,7 @@ def test_a_trained_chain_of_adapters_loads_in_peft(trained: Path, workspace: Pat
     with torch.no_grad():
         x = torch.nn.functional.embedding(ids, ours.decoder.embed_tokens)
         bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
-        hidden = ours.decoder(x, torch.arange(len(ids), dtype=torch.int32), bounds, len(ids))
+        hidden = ours.decoder(x, torch.arange(len(ids), dtype=torch.int32), Documents(bounds, len(ids)))
         torch.testing.assert_close(ours.logits(hidden), llama(input_ids=ids[None]).logits[0], rtol=1e-4, atol=1e-4)
 
 
@@ -89,7 +90,7 @@ def test_a_finished_stage_of_another_run_is_refused(trained: Path, workspace: Pa
 
 def test_an_interrupted_run_refuses_other_data(workspace: Path, tmp_path: Path, capsys):
     assert main(train_arguments(workspace, tmp_path, "2", init=tmp_path, max_steps=2)) == 1
-    assert "train that first" in capsys.readouterr().err
+    assert "train stage 1 first" in capsys.readouterr().err
     data = tmp_path / "data"
     shutil.copytree(workspace / "data", data, symlinks=True)
     assert main(train_arguments(workspace, tmp_path, "1", data=data, max_steps=2)) == 0
@@ -162,7 +163,7 @@ def test_a_sample_with_nan_features_is_named_before_any_update(
     monkeypatch.setattr(FeatureStore, "read", poisoned)
     assert main(train_arguments(workspace, tmp_path, "2", init=trained / "stage1/final", checkpoint_every=1)) == 1
     error = capsys.readouterr().err
-    assert "the loss or gradient of v000003 is not finite" in error
+    assert "the loss or gradient of v000003 is not finite, because the features of v000003 in " in error
     assert "rank 0" in error
     failed = int(error.split("engine.train: step ")[1].split(",")[0])
     saved = sorted(p.name for p in (tmp_path / "stage2" / "checkpoints").iterdir())

@@ -92,7 +92,7 @@ def _with_heads(directory: Path, config: dict[str, Any]) -> PiTe:
 def _check_case(model: PiTe, case: str, cases: dict[str, Tensor], numbers: dict[str, Any]) -> Iterator[Check]:
     batch = pack(case, cases, numbers)
     head = HEADS.get(numbers["stage"])
-    hidden = model.hidden_states(batch)
+    hidden = model.hidden_states(batch, all_rows=True)
     yield Check(f"{case}: hidden states", _hidden_error(model, case, cases, numbers))
     last = model.logits(hidden[batch.cu_seqlens[1:].long() - 1])
     yield Check(f"{case}: last logits", _relative(last, cases[f"{case}.logits_last"]))
@@ -131,7 +131,7 @@ def _check_greedy(model: PiTe, cases: dict[str, Tensor]) -> Check:
 
 
 def pack(case: str, cases: dict[str, Tensor], numbers: dict[str, Any]) -> PackedBatch:
-    """A padded case as one packed row."""
+    """A padded case as one packed row. A token is added to each sample, because the last one is not computed."""
     key = f"{case}.{HEADS.get(numbers['stage'], 'none')}"
     samples, features = [], []
     for i, length in enumerate(numbers["lens"]):
@@ -147,7 +147,7 @@ def pack(case: str, cases: dict[str, Tensor], numbers: dict[str, Any]) -> Packed
             TokenizedSample(
                 id=f"{case}.{i}",
                 media=f"{case}.{i}",
-                token_ids=token_ids,
+                token_ids=np.append(token_ids, 0),
                 frame_start=frame_start,
                 num_frames=numbers["frames"],
                 target_positions=answer + numbers["frames"] - 1,
@@ -157,7 +157,7 @@ def pack(case: str, cases: dict[str, Tensor], numbers: dict[str, Any]) -> Packed
         )
         features.append(cases[f"{case}.videos"][i].numpy())
         assert answer.min() > frame_start, "the frames come before the answer"
-    return collate(samples, features)
+    return collate(samples, features, share=False)
 
 
 def _splice(token_ids: np.ndarray, num_frames: int) -> tuple[np.ndarray, int]:
@@ -182,7 +182,7 @@ def gradient_norms(model: PiTe) -> dict[str, float]:
 def _hidden_error(model: PiTe, case: str, cases: dict[str, Tensor], numbers: dict[str, Any]) -> float:
     """Largest relative error of any sample's hidden states."""
     batch = pack(case, cases, numbers)
-    samples = model.hidden_states(batch).split(batch.cu_seqlens.diff().tolist())
+    samples = model.hidden_states(batch, all_rows=True).split(batch.cu_seqlens.diff().tolist())
     return max(_relative(hidden, cases[f"{case}.hidden.{i}"]) for i, hidden in enumerate(samples))
 
 

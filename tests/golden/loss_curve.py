@@ -119,7 +119,8 @@ def golden_steps(batches: int = 5) -> Iterator[StepBatches]:
         micro = tuple(
             collate(samples[part], features[part], normalizers=normalizers) for part in (slice(half), slice(half, None))
         )
-        steps.append(StepBatches(micro, sum(b.num_tokens for b in micro), len(samples)))
+        tokens, targets = sum(b.num_tokens for b in micro), sum(len(b.target_ids) for b in micro)
+        steps.append(StepBatches(micro, tokens, len(samples), targets))
     while True:
         yield from steps
 

@@ -1,18 +1,13 @@
-"""Packed attention: every document attends only to itself, and the choice of a back end."""
+"""Packed attention: every document attends only to itself and to the prefix that it shares."""
 
 from __future__ import annotations
 
-import re
-import sys
-from types import ModuleType, SimpleNamespace
-
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
-from pite_kernels import attention, packed_attention, reference
+from pite_kernels import attention, packed_attention, reference, row_index
 from tests.kernels.helpers import assert_as_accurate, assert_bitwise
+from tests.operators import Operators
 
 LENGTHS = [[17], [5, 5, 5, 5], [40, 3, 0, 38, 1, 7, 7, 30], [1] * 9, [0, 4, 0], [0]]
 
@@ -54,6 +49,65 @@ def test_against_float64(dtype, lengths, causal, key_heads):
     assert_as_accurate(ours, plain, truth)
 
 
+def make_shared(dtype=torch.float32, heads=4, key_heads=4, width=8, lengths=((0, 7), (0, 9), (7, 30), (0, 2), (4, 1))):
+    """A prefix of 7 rows, and documents of own rows after the prefix' first rows: (rows of the prefix, own rows)."""
+    own = [rows for _, rows in lengths]
+    q, k, v, bounds, longest = make(own, dtype, heads, key_heads, width)
+    starts = bounds.tolist()
+    keys = [[*range(shared), *range(a, a + n)] for (shared, n), a in zip(lengths, starts)]
+    ends = torch.tensor([0, *torch.tensor([len(k) for k in keys]).cumsum(0)], dtype=torch.int32)
+    index = row_index(torch.tensor([row for rows in keys for row in rows]), len(k))
+    shared = {"kv_rows": index, "cu_seqlens_kv": ends, "max_seqlen_kv": max(map(len, keys))}
+    return q, k, v, bounds, longest, shared
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("key_heads", [4, 1])
+@pytest.mark.parametrize("lengths", [((0, 7), (7, 1), (7, 30), (7, 29)), ((0, 40), (40, 5), (16, 1), (0, 3), (9, 70))])
+def test_shared_keys_against_float64(dtype, causal, key_heads, lengths):
+    q, k, v, *rest, shared = make_shared(dtype, key_heads=key_heads, lengths=lengths)
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    ours, plain, truth = (
+        results(*tensors, *rest, function=f, causal=causal, scale=0.3, **shared)
+        for tensors, f in (
+            ((q, k, v), packed_attention),
+            ((q, k, v), reference.packed_attention),
+            (exact, reference.packed_attention),
+        )
+    )
+    assert_as_accurate(ours, plain, truth)
+
+
+def test_a_shared_prefix_gives_what_its_copies_give():
+    q, k, v, bounds, longest, shared = make_shared(torch.float64, lengths=((0, 7), (7, 5), (7, 8)))
+    ours = results(q, k, v, bounds, longest, **shared)
+    rows = torch.tensor([*range(7), *range(7), *range(7, 12), *range(7), *range(12, 20)])
+    copies = [t[rows] for t in (q, k, v)]
+    out = packed_attention(*copies, torch.tensor([0, 7, 19, 34], dtype=torch.int32), 15)
+    own = out[torch.tensor([*range(7), *range(14, 19), *range(26, 34)])]
+    upstream = torch.linspace(-1, 1, own.numel()).view_as(own).double()
+    for a, b in zip(ours, [own, *torch.autograd.grad(own, (q, k, v), upstream)]):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_without_shared_rows_nothing_is_added():
+    """A back end's own operators, and no other: q, k and v reach it as they are."""
+    inputs = make([6, 6])
+    attention._loaded["identity"] = lambda q, k, v, *rest: q
+    with Operators() as operators:
+        out = packed_attention(*inputs, backend="identity")
+    del attention._loaded["identity"]
+    assert out is inputs[0] and operators.names == []
+
+
+def test_keys_that_are_gathered_already():
+    q, k, v, bounds, longest, shared = make_shared()
+    index = shared.pop("kv_rows")
+    gathered = packed_attention(q, k[index.rows], v[index.rows], bounds, longest, **shared)
+    assert torch.equal(gathered, packed_attention(q, k, v, bounds, longest, kv_rows=index, **shared))
+
+
 def test_views_of_one_projection():
     """q, k and v as strided slices of a fused projection's output; their gradients are summed into one tensor."""
     fused = torch.randn(30, 6, 8, requires_grad=True)
@@ -78,11 +132,12 @@ def test_documents_do_not_attend_to_each_other():
 
 
 def test_similar_lengths_share_a_call():
-    groups, order = attention._plan((0, 9, 20, 30, 130), width=64, causal=True)
-    assert [(length, len(slots)) for slots, length, _ in groups] == [(100, 100), (11, 33)]
+    bounds = (0, 9, 20, 30, 130)
+    groups, order = attention._plan(bounds, bounds, width=64, causal=True)
+    assert [(group.documents, len(group.queries)) for group in groups] == [(1, 100), (3, 33)]
     assert order is not None
-    same, unchanged = attention._plan((0, 10, 20, 30), width=10**9, causal=False)
-    assert len(same) == 1 and same[0][2] is None and unchanged is None
+    same, unchanged = attention._plan((0, 10, 20, 30), (0, 10, 20, 30), width=10**9, causal=False)
+    assert len(same) == 1 and same[0].real is None and unchanged is None
 
 
 def test_repeats_bitwise():
@@ -99,276 +154,13 @@ def test_invalid_arguments_raise():
         packed_attention(q, k, v, bounds.long(), longest)
     with pytest.raises(ValueError, match="do not fit"):
         packed_attention(q, k[:, :3], v[:, :3], bounds, longest)
+    shared = make_shared()
+    with pytest.raises(ValueError, match="kv_rows needs cu_seqlens_kv"):
+        packed_attention(*shared[:5], kv_rows=shared[5]["kv_rows"])
+    with pytest.raises(ValueError, match="give both"):
+        packed_attention(q, k, v, bounds, longest, cu_seqlens_kv=bounds)
+    with pytest.raises(ValueError, match="fewer keys than queries"):
+        fewer = torch.tensor([0, 8, 20], dtype=torch.int32)
+        packed_attention(q, k, v, bounds, longest, cu_seqlens_kv=fewer, max_seqlen_kv=12)
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         packed_attention(q, k, v, bounds, longest, backend="fast")
-
-
-def test_the_error_names_a_backend_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(attention, "_loaded", {})
-    monkeypatch.setitem(sys.modules, "xformers.ops.fmha", None)
-    with pytest.raises(ValueError, match="'xformers' is not usable here"):
-        packed_attention(*make([3]), backend="xformers")
-
-
-def flash(recorded):
-    def flash_attn_varlen_func(q, k, v, **options):
-        recorded.update(options)
-        bounds, scale = options["cu_seqlens_q"], options["softmax_scale"]
-        out = reference.packed_attention(
-            q, k, v, bounds, options["max_seqlen_q"], causal=options["causal"], scale=scale
-        )
-        return out, None
-
-    return ModuleType("flash_attn_interface"), flash_attn_varlen_func
-
-
-def old_varlen(recorded):
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
-        recorded.update(is_causal=is_causal)
-        return reference.packed_attention(query, key, value, cu_seq_q, max_q, causal=is_causal)
-
-    return varlen_attn
-
-
-def new_varlen(recorded):
-    def varlen_attn(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
-    ):
-        recorded.update(window_size=window_size, enable_gqa=enable_gqa)
-        assert enable_gqa or query.shape[1] == key.shape[1]
-        return reference.packed_attention(
-            query, key, value, cu_seq_q, max_q, causal=window_size == (-1, 0), scale=scale
-        )
-
-    return varlen_attn
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("which", ["flash_attn_interface", "varlen_attn, old", "varlen_attn, new", "xformers"])
-def test_adapters_match_the_signature_of_each_backend(which, causal, monkeypatch):
-    """The back ends need a GPU, their call signatures do not: each fake has the parameters of the real function."""
-    recorded: dict[str, object] = {}
-    if which == "flash_attn_interface":
-        module, function = flash(recorded)
-        module.flash_attn_varlen_func = function
-        monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    elif which == "xformers":
-        infos = lambda name: lambda q_seqinfo, k_seqinfo: SimpleNamespace(kind=name, info=q_seqinfo)  # noqa: E731
-        bias = ModuleType("attn_bias")
-        bias._SeqLenInfo = lambda **options: SimpleNamespace(**options)
-        bias.BlockDiagonalCausalMask, bias.BlockDiagonalMask = infos("causal"), infos("full")
-        fmha = ModuleType("fmha")
-
-        def attend(q, k, v, attn_bias, scale):
-            q, k, v = (t[0].flatten(1, 2) for t in (q, k, v))
-            info, kind = attn_bias.info, attn_bias.kind
-            out = reference.packed_attention(
-                q, k, v, info.seqstart, info.max_seqlen, causal=kind == "causal", scale=scale
-            )
-            return out.unflatten(1, (2, -1))[None]
-
-        fmha.memory_efficient_attention = attend
-        monkeypatch.setitem(sys.modules, "xformers.ops.fmha", fmha)
-        monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", bias)
-    else:
-        fake = ModuleType("varlen")
-        fake.varlen_attn = (old_varlen if which.endswith("old") else new_varlen)(recorded)
-        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake)
-    monkeypatch.setattr(attention, "_loaded", {})
-    inputs = make([9, 14, 3], key_heads=2)
-    ours = results(*inputs, backend=which.split(",")[0], causal=causal, scale=0.3)
-    plain = results(*inputs, function=reference.packed_attention, causal=causal, scale=0.3)
-    for a, b in zip(ours, plain):
-        torch.testing.assert_close(a, b)
-    assert recorded.get("causal", causal) == causal
-
-
-CPU = torch.device("cpu")
-KIND = (CPU, torch.bfloat16, 4, 2, 16, True)
-
-
-@pytest.fixture
-def backends(monkeypatch):
-    """Fake back ends by name: the only ones that count as installed, for bfloat16 on the CPU."""
-    installed = {}
-
-    def load(name):
-        if name not in installed:
-            raise ValueError(f"no {name}") from ModuleNotFoundError(name)
-        return installed[name]
-
-    monkeypatch.setattr(attention, "_load", load)
-    monkeypatch.setattr(attention, "_chosen", {})
-    monkeypatch.setattr(attention, "_KERNEL_DEVICES", ("cpu",))
-    return installed
-
-
-def good(q, k, v, cu_seqlens, max_seqlen, causal, scale):
-    return reference.packed_attention(q, k, v, cu_seqlens, max_seqlen, causal=causal, scale=scale)
-
-
-def raises(*_):
-    raise RuntimeError("no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
-
-
-def lacks_an_argument(q, k, v, cu_seqlens, max_seqlen, causal, scale):
-    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
-        return good(q, k, v, cu_seqlens_q, max_seqlen, causal, softmax_scale)
-
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        softmax_scale=scale,
-        causal=True,
-    )
-
-
-def one_document(q, k, v, cu_seqlens, max_seqlen, causal, scale):
-    return good(q, k, v, torch.tensor([0, len(q)], dtype=torch.int32), len(q), causal, scale)
-
-
-def no_mask(q, k, v, cu_seqlens, max_seqlen, causal, scale):
-    return good(q, k, v, cu_seqlens, max_seqlen, False, scale)
-
-
-def own_scale(q, k, v, cu_seqlens, max_seqlen, causal, scale):
-    return good(q, k, v, cu_seqlens, max_seqlen, causal, None)
-
-
-def heads_interleaved(q, k, v, cu_seqlens, max_seqlen, causal, scale):
-    return good(q, k.repeat(1, 2, 1), v.repeat(1, 2, 1), cu_seqlens, max_seqlen, causal, scale)
-
-
-def no_number(*inputs):
-    return good(*inputs) * float("nan")
-
-
-def forward_only(*inputs):
-    return good(*inputs).detach()
-
-
-def half_a_gradient(q, k, v, *rest):
-    return good(q, k / 2 + k.detach() / 2, v, *rest)
-
-
-def float32_out(*inputs):
-    return good(*inputs).float()
-
-
-BAD = {
-    raises: "RuntimeError: no kernel image is available",
-    lacks_an_argument: "TypeError: .*unexpected keyword argument 'max_seqlen_q'",
-    one_document: "its output is off by",
-    no_mask: "its output is off by",
-    own_scale: "its gradient of [qk] is off by|its output is off by",
-    heads_interleaved: "its output is off by",
-    no_number: "its output is off by nan%",
-    forward_only: "RuntimeError: .*does not require grad",
-    half_a_gradient: "its gradient of k is off by 50%",
-    float32_out: "it returns torch.float32",
-}
-
-
-@pytest.mark.parametrize("bad", BAD, ids=lambda f: f.__name__)
-def test_an_installed_backend_that_fails_the_trial_is_skipped(backends, caplog, bad):
-    backends.update({"flash_attn.cute": bad, "varlen_attn": good})
-    with caplog.at_level("INFO"):
-        assert attention.choose_backend(*KIND) == "varlen_attn"
-    assert [m for m in caplog.messages if re.match("packed_attention skips flash_attn.cute: (" + BAD[bad] + ")", m)]
-    assert caplog.messages[-1] == "packed_attention uses varlen_attn"
-    backends.clear()  # the trial runs once
-    assert attention.choose_backend(*KIND) == "varlen_attn"
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("heads", "key_heads", "width"), [(1, 1, 8), (8, 2, 128), (40, 40, 128)])
-def test_the_first_backend_that_works_is_chosen(backends, causal, dtype, heads, key_heads, width):
-    backends.update({"flash_attn": good, "varlen_attn": raises})
-    assert attention.choose_backend(CPU, dtype, heads, key_heads, width, causal) == "flash_attn"
-
-
-def test_falls_back_to_sdpa_if_nothing_works_or_no_kernel_supports_the_inputs(backends, caplog):
-    backends["xformers"] = raises
-    assert attention.choose_backend(*KIND) == "sdpa"
-    assert "copies the document boundaries to the host" in caplog.text
-    backends["flash_attn"] = good
-    assert attention.choose_backend(CPU, torch.float32, 4, 2, 16) == "sdpa"
-    assert attention.choose_backend(torch.device("cuda", 0), torch.bfloat16, 4, 2, 16) == "sdpa"
-    assert attention.choose_backend(CPU, torch.bfloat16, 4, 2, 32) == "flash_attn"
-
-
-def test_a_failed_import_is_a_warning_and_a_missing_package_is_not(monkeypatch, caplog):
-    def undefined_symbol(name):
-        if name == "flash_attn":
-            raise ImportError("flash_attn_2_cuda.so: undefined symbol")
-        if name == "flash_attn.cute":
-            raise RuntimeError("no driver")
-        raise ModuleNotFoundError(f"No module named {name!r}")
-
-    monkeypatch.setattr(attention, "import_module", undefined_symbol)
-    monkeypatch.setattr(attention, "_chosen", {})
-    monkeypatch.setattr(attention, "_loaded", {})
-    monkeypatch.setattr(attention, "_KERNEL_DEVICES", ("cpu",))
-    assert attention.choose_backend(*KIND) == "sdpa"
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "'flash_attn.cute' is not usable here: no driver" in warnings[0]
-    assert "undefined symbol" in warnings[1]
-    assert len(warnings) == 3  # the third: the fallback to SDPA
-
-
-@pytest.mark.parametrize("surrounding", ["no_grad", "inference_mode", "autocast", "checkpoint", "fake tensors"])
-def test_the_trial_ignores_the_modes_of_the_caller(backends, surrounding):
-    backends["varlen_attn"] = good
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
-    inputs = make([9, 14, 3], torch.bfloat16, key_heads=2)
-    if surrounding == "checkpoint":
-        again = lambda q, k, v: packed_attention(q, k, v, *inputs[3:]) * 2  # noqa: E731
-        out = checkpoint(again, *inputs[:3], use_reentrant=False)
-        expected = results(*inputs, function=lambda *t, **o: reference.packed_attention(*t, **o) * 2)
-        upstream = torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype)
-        assert_bitwise([out.detach(), *torch.autograd.grad(out, inputs[:3], upstream)], expected)
-    else:
-        modes = {
-            "no_grad": torch.no_grad(),
-            "inference_mode": torch.inference_mode(),
-            "autocast": torch.autocast("cpu", torch.float16),
-            "fake tensors": FakeTensorMode(),
-        }
-        with modes[surrounding]:
-            assert attention.choose_backend(CPU, torch.bfloat16, 4, 2, 8) == "varlen_attn"
-    assert list(attention._chosen.values()) == ["varlen_attn"]
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_the_trial_can_run_while_torch_compile_traces(backends):
-    backends.update({"flash_attn": raises, "varlen_attn": good})
-    inputs = make([9, 14, 3], torch.bfloat16, key_heads=2)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def which(q, k):
-        return q * ["flash_attn", "varlen_attn", "sdpa"].index(
-            attention.choose_backend(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2])
-        )
-
-    assert torch.equal(which(*inputs[:2]), inputs[0])
-    assert list(attention._chosen.values()) == ["varlen_attn"]
-    assert torch.equal(which(*inputs[:2]), inputs[0])
-
-
-def test_a_chosen_backend_compiles_without_a_graph_break(monkeypatch):
-    def attend(q, k, v, cu_seqlens, max_seqlen, causal, scale):
-        return q * scale + k + v * max_seqlen
-
-    monkeypatch.setattr(attention, "_loaded", {"varlen_attn": attend})
-    monkeypatch.setattr(attention, "_chosen", {(CPU, torch.bfloat16, 4, 4, 8, True): "varlen_attn"})
-    monkeypatch.setattr(attention, "_KERNEL_DEVICES", ("cpu",))
-    compiled = torch.compile(packed_attention, fullgraph=True, backend="aot_eager")
-    for lengths in ([9, 14, 3], [4, 7], [20, 1]):  # lengths become symbolic
-        inputs = make(lengths, torch.bfloat16)
-        assert_bitwise(results(*inputs), results(*inputs, function=compiled))

@@ -13,7 +13,18 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from pite_kernels import apply_rope, elementwise, reference, rms_norm, rope_qkv, rope_tables, swiglu
+from pite_kernels import (
+    apply_rope,
+    elementwise,
+    reference,
+    rms_norm,
+    rope_kv,
+    rope_q,
+    rope_qkv,
+    rope_tables,
+    row_index,
+    swiglu,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,6 +64,11 @@ def test_rope_of_a_fused_projection_equals_rope_of_its_parts():
     ours = rope_qkv(qkv, *tables, head_dim=16, key_heads=2)
     for a, b in zip(ours, (*apply_rope(q, k, *tables), v)):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+    index = row_index(torch.tensor([0, 1, 1, 8, 2, 0]), 9)
+    gathered = rope_qkv(qkv, *tables, head_dim=16, key_heads=2, kv_rows=index)
+    parts = rope_q(qkv[:, :64], *tables, head_dim=16), *rope_kv(qkv[:, 64:], *tables, head_dim=16, kv_rows=index)
+    for a, b, expected in zip(gathered, parts, (ours[0], ours[1][index.rows], ours[2][index.rows])):
+        assert torch.equal(a, expected) and torch.equal(b, expected)
     for options in (
         {"head_dim": 15, "key_heads": 2},
         {"head_dim": 16, "key_heads": 3},

@@ -13,7 +13,7 @@ from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from pite_kernels.fp8 import LARGEST  # noqa: E402
-from pite_kernels.gpu import fp8, rope, shared  # noqa: E402
+from pite_kernels.gpu import fp8, rope, rows, shared  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one program may use
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -24,9 +24,21 @@ def quantize_rows(dtype, width):
     return fp8.fp8_quantize_rows_kernel, signature, {"LARGEST": LARGEST} | fp8.tiles(width)
 
 
-def rotate(dtype, width, back):
+def rotate(dtype, width, back, gathered=False):
     x = TYPES[dtype]
-    return rope.rope_rotate_kernel, [x, x, x, x, *["i32"] * 8], {"BACK": back} | rope.tiles(width // 2)
+    signature = [x, x, x, x, "*i64" if gathered else None, *["i32"] * 8]
+    return rope.rope_rotate_kernel, signature, {"BACK": back} | rope.tiles(width // 2)
+
+
+def sum_rows(dtype, width):
+    x = TYPES[dtype]
+    return rows.gather_rows_bwd_kernel, [x, "*i64", "*i64", x, "i32", "i32"], rows.tiles(width)
+
+
+def sum_and_rotate(dtype, heads, width):
+    x, pairs = TYPES[dtype], heads * width // 2
+    signature = [x, "*i64", "*i64", x, x, x, "i32", "i32", "i32"]
+    return rope.rope_sum_bwd_kernel, signature, {"HALF": width // 2} | rope.sum_tiles(pairs)
 
 
 VARIANTS = {
@@ -34,6 +46,11 @@ VARIANTS = {
     **{f"rotate {d}": rotate(d, 128, False) for d in TYPES},
     "rotate bfloat16, back": rotate(torch.bfloat16, 128, True),
     "rotate bfloat16, heads of 64": rotate(torch.bfloat16, 64, False),
+    "rotate bfloat16, into copies": rotate(torch.bfloat16, 128, False, True),
+    **{f"sum of copies {d}": sum_rows(d, 4096) for d in TYPES},
+    "sum of copies bfloat16, one key head": sum_rows(torch.bfloat16, 128),
+    **{f"sum and rotate {d}": sum_and_rotate(d, 32, 128) for d in TYPES},
+    "sum and rotate bfloat16, one head of 64": sum_and_rotate(torch.bfloat16, 1, 64),
 }
 
 

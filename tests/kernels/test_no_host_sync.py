@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from pite_kernels.gpu import cross_entropy, lora, shared, trajectory
+from pite_kernels.gpu import cross_entropy, lora, rows, shared, trajectory
 from tests.kernels.helpers import Heads, make_heads
 from tests.peak_memory import PeakMemory
 
@@ -35,7 +35,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
     made: list[str] = []
-    for module in (shared, trajectory, cross_entropy, lora):
+    for module in (shared, trajectory, cross_entropy, lora, rows):
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(name, made))
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132, raising=False)
@@ -100,6 +100,12 @@ def test_lora(heads, launches):
     grad_low, grad_b = lora.thin_products(grad, lora_b, low, 2.0, [64, 16, 16])
     assert grad_low.shape == low.shape and grad_b.shape == lora_b.shape
     assert launches == ["lora_bwd_thin_products_kernel"], "one launch for all parts"
+
+
+def test_gathered_rows(heads, launches):
+    out = heads.hidden.new_empty(5000, 128)
+    rows.sum_rows(heads.hidden.new_empty(7000, 128), heads.rows.new_empty(7000), heads.rows.new_empty(5001), out)
+    assert launches == ["gather_rows_bwd_kernel"]
 
 
 @pytest.mark.parametrize("depth", [4096, 5120])

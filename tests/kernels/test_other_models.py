@@ -24,7 +24,7 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
-from pite_kernels import FusedLinearCrossEntropyLoss, FusedTrajectoryL1Loss, packed_attention
+from pite_kernels import FusedLinearCrossEntropyLoss, FusedTrajectoryL1Loss, packed_attention, row_index
 
 VOCABULARY, VIDEO, PAD = 64, 60, 0
 POINTS, FRAMES = 2, 3
@@ -49,9 +49,11 @@ VISION = dict(
 )
 
 
-def attend(module, q, k, v, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
+def attend(module, q, k, v, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, kv=(None, None, None), **_):
     q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
-    return packed_attention(q, k, v, cu_seq_lens_q, max_length_q, scale=scaling)[None], None
+    rows, bounds, longest = kv
+    keys = {"kv_rows": rows, "cu_seqlens_kv": bounds, "max_seqlen_kv": longest}
+    return packed_attention(q, k, v, cu_seq_lens_q, max_length_q, **keys, scale=scaling)[None], None
 
 
 AttentionInterface.register("pite_kernels", attend)
@@ -132,6 +134,23 @@ def document(family: Family, words: int, seed: int) -> Document:
     return Document({"input_ids": ids[None], "mm_token_type_ids": types[None], **video}, labels, rows, targets)
 
 
+def another_question(d: Document, words: int, seed: int) -> Document:
+    """A document about the same video: equal to `d` up to the mark after the video."""
+    g = torch.Generator().manual_seed(seed)
+    ids = d.inputs["input_ids"][0]
+    ids = torch.cat([ids[: shared_length(d)], torch.randint(1, 50, (3 + words,), generator=g)])
+    labels = torch.full_like(ids, -100)
+    labels[-words:] = ids[-words:]
+    rows = torch.arange(len(ids) - words, len(ids), 2) - 1
+    targets = torch.rand(len(rows), POINTS, FRAMES, 2, generator=g)
+    types = torch.where(ids == VIDEO, 2, 0)
+    return Document({**d.inputs, "input_ids": ids[None], "mm_token_type_ids": types[None]}, labels, rows, targets)
+
+
+def shared_length(d: Document) -> int:
+    return int((d.inputs["input_ids"][0] == 63).nonzero()) + 1
+
+
 def inputs_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Qwen2-VL needs the type of each token; the other models do not accept this argument."""
     return (
@@ -191,13 +210,51 @@ def packed_loss(model: PreTrainedModel, head: nn.Linear, documents: list[Documen
     return ce + FusedTrajectoryL1Loss()(hidden, head.weight, head.bias, targets, trajectory_rows)
 
 
+def shared_loss(model: PreTrainedModel, head: nn.Linear, documents: list[Document]) -> Tensor:
+    """Questions about one video: what stands before them is one segment, each question and answer another."""
+    n = shared_length(documents[0])
+    own = [len(d.labels) - n for d in documents]
+    ends = torch.tensor([n, *own]).cumsum(0)
+    prefix = [*range(n)]
+    keys = [prefix, *([*prefix, *range(end - rows, end)] for end, rows in zip(ends[1:].tolist(), own))]
+    bounds, key_bounds = (
+        torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+        for lengths in ([n, *own], [len(k) for k in keys])
+    )
+    index = row_index(torch.tensor([row for document in keys for row in document]), int(ends[-1]))
+    first = documents[0].inputs
+    joined = {
+        name: torch.cat([first[name][:, :n], *(d.inputs[name][:, n:] for d in documents)], 1)
+        for name in ("input_ids", "mm_token_type_ids")
+    }
+    positions = [position_ids(model, d) for d in documents]
+    hidden = model.model(
+        **inputs_of(model, {**first, **joined}),
+        position_ids=torch.cat([positions[0][..., :n], *(p[..., n:] for p in positions)], -1),
+        cu_seq_lens_q=bounds,
+        max_length_q=max(n, *own),
+        kv=(index, key_bounds, max(map(len, keys))),
+        use_cache=False,
+    ).last_hidden_state[0]
+    starts = [end - len(d.labels) for d, end in zip(documents, ends[1:].tolist())]
+    supervised = [(d.labels != -100).nonzero().flatten() for d in documents]
+    ids = torch.cat([d.labels[s] for d, s in zip(documents, supervised)])
+    rows = torch.cat([s - 1 + start for s, start in zip(supervised, starts)])
+    ce = FusedLinearCrossEntropyLoss()(hidden, model.lm_head.weight, ids, rows)
+    targets, at = (torch.cat(parts) for parts in zip(*((d.targets, d.rows + s) for d, s in zip(documents, starts))))
+    return ce + FusedTrajectoryL1Loss()(hidden, head.weight, head.bias, targets, at)
+
+
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_loss_and_gradients_equal_those_of_the_models_own_code(name):
+def test_loss_and_gradients_equal_those_of_the_models_own_code(name, shared):
     torch.manual_seed(0)
     family = FAMILIES[name]()
     model = family.model.eval()
     head = nn.Linear(32, POINTS * FRAMES * 2)
     documents = [document(family, words, seed) for seed, words in enumerate((5, 8))]
+    if shared:
+        documents = [documents[0], *(another_question(documents[0], words, words) for words in (4, 7))]
     trainable = {**dict(model.named_parameters()), "head.weight": head.weight, "head.bias": head.bias}
 
     def gradients(loss: Tensor) -> dict[str, Tensor]:
@@ -208,7 +265,7 @@ def test_loss_and_gradients_equal_those_of_the_models_own_code(name):
     own = own_loss(model, head, documents)
     expected = gradients(own)
     model.set_attn_implementation({"text_config": "pite_kernels"})
-    packed = packed_loss(model, head, documents)
+    packed = (shared_loss if shared else packed_loss)(model, head, documents)
     torch.testing.assert_close(packed, own)
     got = gradients(packed)
     assert got.keys() == expected.keys()

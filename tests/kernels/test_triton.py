@@ -1,4 +1,4 @@
-"""Runs `triton_checks.py` and `triton_lora_checks.py` in a new process: on a GPU if there is one, else with TRITON_INTERPRET=1."""
+"""Runs the `*_checks.py` of this folder in a new process: on a GPU if there is one, else with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CHECKS = [Path(__file__).with_name(name) for name in ("triton_checks.py", "triton_lora_checks.py")]
+CHECKS = [Path(__file__).with_name(f"{name}_checks.py") for name in ("triton", "triton_lora", "rope")]
 
 
 def test_triton_kernels():

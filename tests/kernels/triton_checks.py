@@ -1,6 +1,6 @@
 """The Triton kernels against float64, on a GPU or in Triton's interpreter; `test_triton.py` runs this file.
 
-`triton_lora_checks.py` has those of LoRA.
+`triton_lora_checks.py` has those of LoRA, `rope_checks.py` those of the rotary embedding and of gathered rows.
 
 bfloat16 is tested on a GPU only: the interpreter multiplies its raw bits.
 """
@@ -12,12 +12,11 @@ import torch
 
 import pite_kernels.cross_entropy
 import pite_kernels.fp8
-import pite_kernels.rope
 import pite_kernels.trajectory
 from bench.kernels import tiles
 from bench.kernels.inputs import Case
-from pite_kernels import reference, rope_qkv, rope_tables, two_head_loss
-from pite_kernels.gpu import cross_entropy, fp8, rope, shared, trajectory
+from pite_kernels import reference, two_head_loss
+from pite_kernels.gpu import cross_entropy, fp8, shared, trajectory
 from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,81 +207,6 @@ def test_far_rows_are_addressed_in_64_bits():
     assert_bitwise(near, got)
     weights = [trajectory.grad_weight(near[2], h.hidden, h.weight, near[1], h.rows) for h in (heads, moved)]
     assert torch.equal(*weights)
-
-
-def rope_results(qkv, cos, sin, width, key_heads, upstream) -> list[torch.Tensor]:
-    with torch.enable_grad():
-        leaf = qkv.detach().requires_grad_()
-        # `leaf * 1` plays the projection: rope_qkv overwrites its output.
-        parts = rope_qkv(leaf * 1, cos, sin, head_dim=width, key_heads=key_heads)
-        return [*(t.detach() for t in parts), torch.autograd.grad(parts, leaf, upstream)[0]]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("tokens", "heads", "key_heads", "width"),
-    [(37, 4, 4, 16), (130, 9, 3, 64), (5, 2, 1, 40), (1, 1, 1, 128), (0, 2, 2, 8)],
-)
-def test_rope_in_place(dtype, tokens, heads, key_heads, width, monkeypatch):
-    monkeypatch.setattr(pite_kernels.rope, "uses_triton", lambda tensor: tensor.dtype != torch.float64)
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
-
-    qkv = normal(tokens, (heads + 2 * key_heads) * width)
-    # Attention's backward may give such gradients: one is strided, one has a last dimension that is not dense.
-    upstream = (
-        normal(tokens, 2 * heads, width)[:, ::2],
-        normal(tokens, width, key_heads).transpose(1, 2),
-        normal(tokens, key_heads, width),
-    )
-    tables = rope_tables(torch.arange(tokens) * 7 % 100, width, dtype=dtype)
-    inputs = (qkv, *(t.to(DEVICE) for t in tables))
-    ours, again = (rope_results(*inputs, width, key_heads, upstream) for _ in range(2))
-    assert_bitwise(ours, again)
-
-    def plain(to: torch.dtype) -> list[torch.Tensor]:
-        with torch.enable_grad():
-            leaf = qkv.to(to).requires_grad_()
-            q, k, v = leaf.unflatten(-1, (-1, width)).split([heads, key_heads, key_heads], 1)
-            parts = *reference.apply_rope(q, k, *(t.to(to) for t in inputs[1:])), v
-            return [*(t.detach() for t in parts), torch.autograd.grad(parts, leaf, [u.to(to) for u in upstream])[0]]
-
-    assert_as_accurate(ours, plain(dtype), plain(torch.float64))
-
-
-def test_rope_of_strided_tables_and_of_an_output_that_was_saved_for_backward(monkeypatch):
-    monkeypatch.setattr(pite_kernels.rope, "uses_triton", lambda tensor: True)
-    qkv = torch.randn(6, 3 * 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    cos, sin = (t.to(DEVICE) for t in rope_tables(torch.arange(6), 16))
-    strided_tables = cos.t().contiguous().t(), torch.stack([sin, sin], 1)[:, 0]
-    dense, strided = (
-        rope_qkv(qkv.clone(), *tables, head_dim=16, key_heads=1) for tables in ((cos, sin), strided_tables)
-    )
-    assert_bitwise(dense, strided)
-    with torch.enable_grad():
-        leaf = qkv.requires_grad_()
-        q, *_ = rope_qkv(leaf.exp(), cos, sin, head_dim=16, key_heads=1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            q.sum().backward()
-
-
-def test_rope_in_place_addresses_far_rows_in_64_bits():
-    stride = (1 << 31) // 3 + 16
-    try:
-        far = torch.zeros(4 * stride, dtype=torch.float16, device=DEVICE).as_strided((4, 2, 32), (stride, 32, 1))
-    except RuntimeError:
-        pytest.skip("not enough memory for a tensor of more than 2^31 elements")
-    near = torch.randn(4, 2, 32).to(far)
-    far.copy_(near)
-    cos, sin = (t.to(DEVICE) for t in rope_tables(torch.arange(4), 32, dtype=torch.float16))
-    out = torch.empty_like(near)
-    rope.rotate(near, out, cos, sin, back=False)
-    rope.rotate(far, far, cos, sin, back=False)
-    assert torch.equal(far, out) and not torch.equal(out, near)
-    rope.rotate(far, far, cos, sin, back=True)
-    torch.testing.assert_close(far, near, rtol=0, atol=4e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -81,7 +81,7 @@ def peft(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_computes_the_same(language_model: torch.nn.Module, run: Path) -> None:
     ours = from_pretrained(run / "stage3" / "final")
     batch = random_batch(4, ours.config)
-    expected = ours.logits(ours.hidden_states(batch))
+    expected = ours.logits(ours.hidden_states(batch, all_rows=True))
     torch.testing.assert_close(hf_logits(language_model, ours, batch), expected, rtol=1e-4, atol=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(run / "llm")
     assert (hf_logits(plain, ours, batch) - expected).abs().max() > 0.1, "the stages show in the numbers"
@@ -110,7 +110,7 @@ def test_every_export_loads_here(kind: str, run: Path, request: pytest.FixtureRe
     folder = request.getfixturevalue(kind)
     ours, loaded = from_pretrained(run / "stage3" / "final"), from_pretrained(folder)
     batch = random_batch(4, ours.config)
-    hidden, expected = loaded.hidden_states(batch), ours.hidden_states(batch)
+    hidden, expected = loaded.hidden_states(batch, all_rows=True), ours.hidden_states(batch, all_rows=True)
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
     for name, tensor in names.head_tensors(ours).items():
         assert torch.equal(names.head_tensors(loaded)[name], tensor), name

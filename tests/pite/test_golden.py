@@ -48,7 +48,7 @@ def test_missing_head_counts_are_found(tmp_path: Path, kv_heads: int) -> None:
         "case.videos": torch.randn(1, frames, channels, generator=torch.Generator().manual_seed(0)),
     }
     with torch.no_grad():
-        cases["case.hidden.0"] = model.hidden_states(pack("case", cases, numbers))
+        cases["case.hidden.0"] = model.hidden_states(pack("case", cases, numbers), all_rows=True)
     found = load_model(tmp_path, cases, {"case": numbers}).config.llm
     assert (found.num_attention_heads, found.num_key_value_heads) == (4, kv_heads)
 

@@ -33,7 +33,7 @@ def test_logits_are_transformers(tmp_path, kv_heads, tied):
     loaded = checkpoint.load_language_model(directory, model.config, dtype=torch.float32)
     batch = random_batch(4, model.config)
     with torch.no_grad():
-        ours = loaded.logits(loaded.hidden_states(batch))
+        ours = loaded.logits(loaded.hidden_states(batch, all_rows=True))
         theirs = hf_logits(llama, loaded, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -55,7 +55,7 @@ def test_rope_scaling_is_transformers(scaling):
     model = tiny_model(lora=False, rope_parameters={"rope_theta": 500.0, **scaling})
     batch = random_batch(3, model.config)
     with torch.no_grad():
-        ours = model.logits(model.hidden_states(batch))
+        ours = model.logits(model.hidden_states(batch, all_rows=True))
         torch.testing.assert_close(ours, hf_logits(language_model(model), model, batch), rtol=1e-4, atol=1e-4)
 
 
@@ -83,12 +83,12 @@ def test_a_stage_loads_in_peft(tmp_path, kv_heads):
     peft = PeftModel.from_pretrained(language_model(plain), str(stage))
     batch = random_batch(4, model.config)
     with torch.no_grad():
-        ours = model.logits(model.hidden_states(batch))
+        ours = model.logits(model.hidden_states(batch, all_rows=True))
         theirs = hf_logits(peft, model, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     reloaded = from_pretrained(stage)
     with torch.no_grad():
-        torch.testing.assert_close(reloaded.logits(reloaded.hidden_states(batch)), ours, rtol=0, atol=0)
+        torch.testing.assert_close(reloaded.logits(reloaded.hidden_states(batch, all_rows=True)), ours, rtol=0, atol=0)
 
 
 def test_peft_adapters_load_here(tmp_path):
@@ -104,7 +104,7 @@ def test_peft_adapters_load_here(tmp_path):
     checkpoint.load_lora(plain, tmp_path)
     batch = random_batch(3, plain.config)
     with torch.no_grad():
-        ours = plain.logits(plain.hidden_states(batch))
+        ours = plain.logits(plain.hidden_states(batch, all_rows=True))
         torch.testing.assert_close(ours, hf_logits(peft, plain, batch), rtol=1e-4, atol=1e-4)
 
 
@@ -116,9 +116,9 @@ def test_merging_stays_within_rounding(dtype):
             tensor.copy_(tensor.to(dtype))
     batch = random_batch(4, model.config)
     with torch.no_grad():
-        before = model.logits(model.hidden_states(batch))
+        before = model.logits(model.hidden_states(batch, all_rows=True))
         model.merge_lora()
-        after = model.logits(model.hidden_states(batch))
+        after = model.logits(model.hidden_states(batch, all_rows=True))
     rounding = before.abs().max() * torch.finfo(torch.bfloat16).eps
     assert (after - before).abs().max() < rounding
 
@@ -140,7 +140,9 @@ def test_earlier_stages_are_merged_underneath(tmp_path):
     batch = random_batch(3, first.config)
     with torch.no_grad():
         loaded = from_pretrained(tmp_path / "two")
-        torch.testing.assert_close(loaded.hidden_states(batch), second.hidden_states(batch), rtol=0, atol=0)
+        torch.testing.assert_close(
+            loaded.hidden_states(batch, all_rows=True), second.hidden_states(batch, all_rows=True), rtol=0, atol=0
+        )
 
 
 def test_an_altered_adapter_is_refused(tmp_path):
@@ -165,7 +167,7 @@ def test_a_saved_model_loads_unchanged(tmp_path, monkeypatch):
     batch = random_batch(3, model.config)
     with torch.no_grad():
         model.merge_lora()
-        assert torch.equal(loaded.hidden_states(batch), model.hidden_states(batch))
+        assert torch.equal(loaded.hidden_states(batch, all_rows=True), model.hidden_states(batch, all_rows=True))
         assert torch.equal(
             loaded.predict(torch.ones(1, 64), "trajectory"), model.predict(torch.ones(1, 64), "trajectory")
         )
@@ -265,7 +267,7 @@ def test_a_batch_without_trajectories_gives_no_l1_and_no_nan():
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_compiled_layers_compute_what_plain_ones_do(monkeypatch, fp8):
-    """Traced without graph breaks, one program for all layers but the first. Another number of tokens compiles each
+    """Traced without graph breaks, one program for all layers but the first and the last. Another number of tokens compiles each
     program once more, for all lengths.
     """
     torch._dynamo.reset()
@@ -296,4 +298,6 @@ def test_compiled_layers_compute_what_plain_ones_do(monkeypatch, fp8):
                 assert ours is None
             else:
                 assert (ours - expected).norm() <= 1e-5 * expected.norm() + 1e-9
-    assert len(programs) == 3 * 2, "before attention (in the first layer, with nothing to add; in the others), after it"
+    assert len(programs) == 4 * 2, (
+        "before attention (in the first layer, with nothing to add; in the middle; in the last, which computes rows that are read), after it"
+    )

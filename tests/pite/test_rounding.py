@@ -95,7 +95,7 @@ def test_three_stages_summed_lose_one_rounding(stages: list[Path]) -> None:
 def test_generation_computes_what_training_did() -> None:
     exact = random_bfloat16_model()
     batch = random_batch(64, exact.config)
-    truth = exact.logits(exact.hidden_states(batch))
+    truth = exact.logits(exact.hidden_states(batch, all_rows=True))
     model, merged = (checkpoint.empty(exact.config, torch.bfloat16, "cpu") for _ in range(2))
     for half in (model, merged):
         half.add_lora(RANK, ALPHA)
@@ -103,7 +103,7 @@ def test_generation_computes_what_training_did() -> None:
     merged.merge_lora()
 
     logits = {
-        "packed": model.logits(model.hidden_states(batch)),
+        "packed": model.logits(model.hidden_states(batch, all_rows=True)),
         "generated": hf_logits(language_model(model), model, batch),
         "merged": hf_logits(language_model(merged), merged, batch),
     }

@@ -25,7 +25,7 @@ from dataloaders.formats import (
     read_video_instruct,
 )
 from dataloaders.formats.activitynet import activitynet_media
-from dataloaders.formats.fields import find_media
+from dataloaders.formats.fields import find_name, names_in
 from dataloaders.formats.instructions import valley_media, video_instruct_media
 from dataloaders.formats.pite_143k import pite_media
 from dataloaders.records import ABSENT, Media, RecordError
@@ -161,6 +161,20 @@ class TestInstructions:
             record = {"video": name, "conversations": VALLEY["conversations"]}
             assert valley_media(record, WHERE, Path("d/stage3")) == expected
 
+    @pytest.mark.parametrize(
+        ("fields", "name"),
+        [
+            ({"v_id": None, "video": "v_001.mp4"}, "v_001"),
+            ({"v_id": "", "video": None, "id": 7}, "7"),
+            ({"source": "jukinmedia", "v_id": "1062342", "video": "Dog vs. Cat #2.mp4"}, "Dog vs. Cat #2"),
+            ({"source": "vatex", "v_id": "Ptf_2VRj-V0_000122_000132", "video": "x.mp4"}, "Ptf_2VRj-V0_000122_000132"),
+            ({"source": "jukinmedia", "v_id": "1062342", "video": None}, "1062342"),
+        ],
+    )
+    def test_the_field_that_names_a_valley_video(self, fields: dict[str, Any], name: str) -> None:
+        media = valley_media({**fields, "conversations": VALLEY["conversations"]}, WHERE, Path("d/stage3"))
+        assert media == Media(f"stage3/{name}", Path(f"d/stage3/videos/{name}.mp4"))
+
     def test_any_turn_is_the_same_in_every_run(self) -> None:
         def chosen(number: int) -> str:
             record = changed(VALLEY, "conversations.1.value", f"Answer {number}.")
@@ -175,14 +189,17 @@ class TestInstructions:
             read_valley(dirty, WHERE, FOLDER, turn="last")
 
     def test_videos_are_found_with_any_suffix(self, tmp_path: Path) -> None:
+        def found(name: str) -> str:
+            path = tmp_path / f"{name}.mp4"
+            return str(path.with_name(find_name(path.name, names_in(path.parent))).relative_to(tmp_path))
+
         for name in ("v_001.mkv", "v_2.x.webm", "v_2.x.mp4", "sub/v_3.avi"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
-        found = [find_media(tmp_path / f"{name}.mp4") for name in ("v_001", "v_2.x", "sub/v_3", "v_4", "none/v_5")]
-        names = [str(path.relative_to(tmp_path)) for path in found]
+        names = [found(name) for name in ("v_001", "v_2.x", "sub/v_3", "v_4", "none/v_5")]
         assert names == ["v_001.mkv", "v_2.x.mp4", "sub/v_3.avi", "v_4.mp4", "none/v_5.mp4"]
         (tmp_path / "v_001.mp4").touch()
-        assert find_media(tmp_path / "v_001.mp4").name == "v_001.mp4", "a folder that changed is listed again"
+        assert found("v_001") == "v_001.mp4", "a folder that changed is listed again"
 
     def test_video_instruct(self) -> None:
         sample = read_video_instruct(INSTRUCT, WHERE, Path("d/stage3"))
@@ -200,6 +217,7 @@ class TestInstructions:
         ("path", "value", "reason"),
         [
             ("v_id", ..., "field 'v_id' is missing"),
+            ("v_id", ["a"], "field 'v_id' must be str or int, not list"),
             ("conversations.1.value", "</s>", "'conversations[1]': the answer is empty"),
             ("conversations.0.value", "<video>", "'conversations[0]': the question is empty"),
             ("conversations.0.from", "gpt", "'conversations[0].from' must be 'human'"),

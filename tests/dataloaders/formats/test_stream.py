@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dataloaders.formats import Where, iter_json, parse_json
+from dataloaders.formats import Where, iter_json, iter_raw, parse_json
 from dataloaders.records import RecordError
 
 AWKWARD = [
@@ -73,18 +73,21 @@ def test_places(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1}\n, {"a": 2]', ":2", "not valid JSON"),
         ("a.json", "", ":1", "empty"),
         ("a.json", "   ", ":1", "cut off"),
-        ("a.json", "[1, 2]", ":1:2", "expected an object"),
-        ("a.json", '["x", {"a": 1}]', ":1:7", "expected an object"),
-        ("a.json", '[{"a": 1}, "x"]', ":1:10", "expected an object"),
-        ("a.json", "[[]]", ":1:2", "expected an object"),
+        ("a.json", "[1, 2]", ":1:2", "expected a JSON object, not int"),
+        ("a.json", '["x", {"a": 1}]', ":1:2", "expected a JSON object, not str"),
+        ("a.json", '[{"a": 1}, "x"]', ":1:12", "expected a JSON object, not str"),
+        ("a.json", "[[]]", ":1:2", "expected a JSON object, not list"),
+        ("a.json", '[{"a": 1},]', ":1:10", "separated by commas"),
         ("a.json", '[{"a": 1} {"a": 2}]', ":1:10", "separated by commas"),
         ("a.json", '[{"a": 1},, {"a": 2}]', ":1:10", "separated by commas"),
         ("a.json", '[{"a": 1}] trailing [', ":1:21", "expected one JSON array"),
         ("a.json", 'text [{"a": 1}]', ":1:6", "expected one JSON array"),
         ("a.json", '[\n{"a": }\n]', ":2", "not valid JSON"),
-        ("a.json", '{"k": [1]}', ":1:7", "expected an object"),
-        ("a.json", '{"k": 1}', ":1", "expected an object"),
-        ("a.json", '{"k": 1, "l": {"a": 1}}', ":1", "expected"),
+        ("a.json", '{"k": [1]}', ":1:2", "expected a JSON object, not list"),
+        ("a.json", '{"k": 1}', ":1:2", "expected a JSON object, not int"),
+        ("a.json", '{"k": 1, "l": {"a": 1}}', ":1:2", "expected a JSON object, not int"),
+        ("a.json", '{{"a": 1}}', ":1:2", "expected a key and a colon"),
+        ("a.json", "\xff\xfe[\x00", ":1", "UTF-16; convert it to UTF-8"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', ":2", "not valid JSON"),
         ("a.jsonl", '{"a": 1}\n[1]\n', ":2", "expected a JSON object, not list"),
         ("a.jsonl", '{"a": "\xff"}\n', ":1", "not valid JSON"),
@@ -116,7 +119,53 @@ def test_whole_surrogate_pairs_are_characters(tmp_path: Path) -> None:
     check(path, [{"a": "🎈", "b": "\\ud83d"}, {"b": "é 🎈"}])
 
 
-def test_missing_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_the_first_bytes_decide_not_the_name(tmp_path: Path, mark: str, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    for content in (json.dumps(AWKWARD), json.dumps(AWKWARD, indent=2), f"\n {json.dumps(AWKWARD)}\n"):
+        path.write_text(mark + content, encoding="utf-8")
+        check(path, AWKWARD)
+    for end in ("\n", "\r\n", "\n\n"):
+        path.write_bytes((mark + "".join(json.dumps(r) + end for r in AWKWARD)).encode())
+        check(path, AWKWARD)
+
+
+def test_a_byte_order_mark_before_an_object_of_objects(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for options in ({}, {"indent": 1}):
+        path.write_text("\ufeff" + json.dumps({"k": {"a": 1}, "l": {"a": {}}}, **options), encoding="utf-8")
+        check(path, [{"a": 1, "id": "k"}, {"a": {}, "id": "l"}])
+
+
+def test_a_single_line_named_json(tmp_path: Path) -> None:
+    record = {"id": "v", "meta": {"a": {}}, "more": [{}]}
+    check(lines(tmp_path / "a.json", [record]), [record])
+
+
+def test_entries_that_are_no_objects_are_refused_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    stray = ["null", '"a, b ] \\" {"', "[1, [2]]", "-1.5e3", "tru", "true"]
+    path.write_text(f"[{stray[0]}, {stray[1]}, {{}}, {stray[2]} , {stray[3]},{stray[4]},\n{{}}, {stray[5]} ]")
+    texts = [text.decode() for _, text in iter_raw(path)]
+    assert texts == [*stray[:2], "{}", *stray[2:5], "{}", stray[5]]
+    for offset, text in iter_raw(path):
+        if text != b"{}":
+            with pytest.raises(RecordError, match=r"a\.json:[12](:\d+)?: (expected a JSON object|not valid JSON)"):
+                parse_json(text, Where(path, offset))
+
+
+@pytest.mark.parametrize(
+    "content", ["[1,,2]", '[1 {"a": 1}]', "[,1]", "[1,]", '[{"a": 1} 1]', '{"a": 1,}', '{"a": {} "b": 1}']
+)
+def test_wrong_commas(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(RecordError, match=r"a\.json:1(:\d+)?: expected entries separated by commas"):
+        list(iter_raw(path))
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read .*nothing\.json: No such file"):
         list(iter_json(tmp_path / "nothing.json"))
 
@@ -128,3 +177,18 @@ def test_memory_is_that_of_a_record(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < path.stat().st_size / 20
+
+
+def test_a_last_line_that_is_cut_off_is_an_error_of_the_file(tmp_path: Path):
+    """However large the failure budget; a whole last line needs no line break."""
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"a": 1}\n{"a": {"b": 2}}')
+    assert [record for _, _, record in iter_json(path)] == [{"a": 1}, {"a": {"b": 2}}]
+    path.write_text('{"a": 1}\n{"a": {"b": 2}')
+    with pytest.raises(
+        RecordError, match=r"records.jsonl:2: the file ends in the middle of a record; was it cut off\?"
+    ):
+        list(iter_json(path))
+    path.write_text('{"a": 1}\n{"a": {"b": 2}\n')
+    with pytest.raises(RecordError, match=r"records\.jsonl:2: not valid JSON"):
+        list(iter_json(path))

@@ -9,7 +9,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dataloaders.samples.plan import BatchPlan, split_batch
+from dataloaders.samples.batch import collate
+from dataloaders.samples.plan import BatchPlan, Prefixes, attended_rows, computed_rows, nothing_shared, split_batch
+from tests.samples import related_samples, tiny_config
 
 
 def test_an_epoch_visits_each_sample_once_and_epochs_differ():
@@ -74,6 +76,51 @@ def test_the_heaviest_of_eight_ranks_is_within_two_percent():
         lengths = 110 + rng.gamma(2.0, 60.0, 256).astype(int)
         loads = [sum(lengths[i] for micro in rank for i in micro) for rank in split_batch(lengths, 8, 16384)]
         assert max(loads) <= 1.02 * np.mean(loads)
+
+
+GROUPS = np.random.default_rng(0).integers(0, 35, 256)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("budget", [2048, 4096, 16384])
+def test_samples_of_a_group_are_computed_together(ranks, budget):
+    """As in stage 3 with 7.5 questions a video: a tenth of the prefixes at most is computed on several ranks."""
+    lengths = np.random.default_rng(ranks).integers(180, 340, 256)
+    prefixes = Prefixes(35, 135, GROUPS)
+    bins = split_batch(lengths, ranks, budget, prefixes)
+    assert sorted(i for rank in bins for micro in rank for i in micro) == list(range(256))
+    rows = [[computed_rows(lengths, micro, prefixes) for micro in rank] for rank in bins]
+    assert max(map(max, rows)) <= budget
+    separate = int((lengths - 1).sum())
+    assert sum(map(sum, rows)) <= 0.75 * separate
+    loads = [sum(rank) for rank in rows]
+    assert max(loads) <= 1.06 * np.mean(loads)
+
+
+def test_computed_rows_counts_what_is_shared_once():
+    prefixes = Prefixes(3, 8, np.array([0, 1, 0]))
+    assert computed_rows([10, 12, 14], [0, 1, 2], prefixes) == 3 + 2 * 5 + (1 + 3 + 5)
+    assert computed_rows([10, 12, 14], [0], prefixes) == 9
+    assert computed_rows([10, 12, 14], [], prefixes) == 0
+    assert computed_rows([10, 12, 14], [0, 1, 2], nothing_shared(3)) == 33
+
+
+@pytest.mark.parametrize(("videos", "questions"), [(1, 1), (6, 1), (1, 4), (3, 4)])
+def test_the_counted_rows_are_those_of_the_packed_batch(videos, questions):
+    """Where questions follow two equal tokens, the collator finds those too."""
+    samples, features = related_samples(videos, questions, tiny_config())
+    batch = collate(samples, features)
+    lengths = [len(s.token_ids) for s in samples]
+    prefixes = Prefixes(9, 9 + 8 + (2 if questions > 1 else 0), np.arange(videos).repeat(questions))
+    everything = range(len(samples))
+    assert computed_rows(lengths, everything, prefixes) == batch.num_rows
+    keys = batch.num_rows if batch.kv_rows is None else len(batch.kv_rows)
+    assert attended_rows(lengths, everything, prefixes) == keys
+
+
+def test_a_group_larger_than_the_budget_is_divided():
+    bins = split_batch([50] * 8, 1, 64, Prefixes(5, 20, np.zeros(8, dtype=int)))
+    assert sorted(len(micro) for micro in bins[0]) == [1] * 8
 
 
 def test_a_sample_over_the_budget_is_refused():

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from dataloaders.failures import read_failures
 from dataloaders.files import ABANDONED_AFTER, temporary_sibling
 from dataloaders.store import tools as store_tools
 from dataloaders.store.__main__ import main
 from dataloaders.store.features import FeatureStore, FeatureWriter
-from dataloaders.store.tools import NpyFolder, discard, import_npy, merge, verify
+from dataloaders.store.tools import discard, merge, verify
 from tests.dataloaders.store.test_store import KEYS, MANIFEST, check, record, write
 
 
@@ -185,95 +182,8 @@ def test_merge_refuses_stores_that_differ(tmp_path: Path) -> None:
         merge(tmp_path / "out", [tmp_path / "a", tmp_path / "c"])
 
 
-def npy_folder(path: Path, count: int = 5, dtype: type = np.float16) -> Path:
-    path.mkdir()
-    for i in range(count):
-        np.save(path / f"v{i}.npy", record(f"stage2/v{i}").astype(dtype))
-    return path
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_a_folder_of_npy_files(tmp_path: Path, dtype: type) -> None:
-    folder, store = npy_folder(tmp_path / "npy", dtype=dtype), tmp_path / "store"
-    arguments = ["import", str(folder), str(store), "--split", "stage2", "--shard-records", "2"]
-    assert main([*arguments, "--encoder", "abc", "--sampling", "linspace", "--preprocess", "224"]) == 0
-    assert check(store, [f"stage2/v{i}" for i in range(5)]).manifest == MANIFEST
-    np.save(folder / "v5.npy", record("stage2/v5"))
-    assert main([*arguments, "--like", str(store)]) == 0
-    check(store, [f"stage2/v{i}" for i in range(6)])
-
-
-def test_npy_folder_has_the_methods_of_a_store(tmp_path: Path) -> None:
-    folder = NpyFolder(npy_folder(tmp_path / "npy"), "stage2")
-    assert len(folder) == 5 and "stage2/v3" in folder and "v3" not in folder
-    assert np.array_equal(folder.read("stage2/v3"), record("stage2/v3").astype(np.float16))
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (np.zeros((2, 4), np.float16), r"v1\.npy holds an array of shape \(2, 4\), the others \(3, 4\)"),
-        (np.zeros((3, 4), np.int64), r"v1\.npy holds int64, not floating-point"),
-        (b"junk", r"v1\.npy is no readable \.npy file"),
-        (np.array([[{}]]), r"v1\.npy is no readable \.npy file"),
-        (np.full((3, 4), np.nan), "'stage2/v1' are not finite"),
-    ],
-)
-def test_npy_files_that_are_refused(tmp_path: Path, content: np.ndarray | bytes, reason: str) -> None:
-    folder = npy_folder(tmp_path / "npy", 1)
-    if isinstance(content, bytes):
-        (folder / "v1.npy").write_bytes(content)
-    else:
-        np.save(folder / "v1.npy", content, allow_pickle=True)
-    with pytest.raises(ValueError, match=reason):
-        import_npy(NpyFolder(folder, "stage2"), tmp_path / "store", MANIFEST)
-
-
 def test_refusals_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"dataloaders.store: {tmp_path} is no feature store")
     assert main(["import", str(tmp_path), str(tmp_path / "s"), "--split", "stage2", "--encoder", "x"]) == 1
-    assert capsys.readouterr().err == f"dataloaders.store: {tmp_path} holds no .npy file\n"
-
-
-def test_flags_of_an_import_are_checked_before_it_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, output = npy_folder(tmp_path / "npy"), tmp_path / "features/videos"
-    for flags, sentence in [
-        (["--split", "stage9"], "--split must begin with stage1, stage2, stage3, evaluation, not 'stage9'"),
-        (["--split", "stage2", "--data", str(tmp_path / "gone")], f"{tmp_path / 'gone'}: no such data folder"),
-        (["--split", "stage2", "--data", str(tmp_path)], "holds none of pite_143k.jsonl"),
-        (["--split", "stage2", "--failure-budget", "2"], "--failure-budget is a share between 0 and 1, not 2.0"),
-    ]:
-        assert main(["import", str(folder), str(output), "--encoder", "x", *flags]) == 1
-        error = capsys.readouterr().err
-        assert sentence in error and error.count("\n") == 1 and not output.exists()
-
-
-def test_an_import_names_the_budget_that_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And reads the keys of the annotations once."""
-    folder, output = npy_folder(tmp_path / "npy"), tmp_path / "features/videos"
-    (tmp_path / "data/stage2").mkdir(parents=True)
-    records = [{"id": f"v{i}", "meta": {}} for i in range(7)]
-    (tmp_path / "data/stage2/pite_143k.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    arguments = [
-        "import",
-        str(folder),
-        str(output),
-        "--split",
-        "stage2",
-        "--encoder",
-        "x",
-        "--data",
-        str(tmp_path / "data"),
-    ]
-    assert main(arguments) == 1
-    error = capsys.readouterr().err
-    assert (
-        f"2 of 7 media of stage2 have no file in {folder}, such as 'stage2/v5', more than the failure budget" in error
-    )
-    assert error.endswith("; add --failure-budget 0.29 or more to leave them out\n")
-    (listed,) = (tmp_path / "features/media").iterdir()
-    before = listed.stat().st_mtime_ns
-    assert main([*arguments, "--failure-budget", "0.29"]) == 0
-    assert "2 media of" in capsys.readouterr().out and listed.stat().st_mtime_ns == before
-    assert [f.id for f in read_failures(tmp_path / "features/failures.jsonl")] == ["stage2/v5", "stage2/v6"]
+    assert capsys.readouterr().err == f"dataloaders.store: {tmp_path} holds no .npy or .pt or .pth file\n"

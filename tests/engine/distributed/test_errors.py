@@ -55,13 +55,13 @@ def test_a_missing_path_is_printed_once(workspace: Path, tmp_path: Path):
     """Before the ranks join."""
     ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path, "1", data="nowhere"))
     assert ranks.wait_like_torchrun(END_WITHIN) == [1, None]
-    assert len(printed_lines(ranks, "engine.train: nowhere")) == 1
+    assert len(printed_lines(ranks, "engine.train: --data nowhere")) == 1
 
 
 def test_an_error_of_all_ranks_is_printed_once(workspace: Path, tmp_path: Path):
     ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path, "1", global_batch=100))
     assert ranks.wait(END_WITHIN) == [1, 1]
-    assert len(printed_lines(ranks, "engine.train: 24 samples do not fill")) == 1
+    assert len(printed_lines(ranks, "engine.train: stage 1: 24 samples do not fill")) == 1
     assert len(printed_lines(ranks, "engine.train:")) == 1
 
 

@@ -7,13 +7,14 @@ from contextlib import closing
 from pathlib import Path
 from unittest.mock import MagicMock, patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from dataloaders.samples.batch import collate
-from dataloaders.samples.plan import split_batch
+from dataloaders.samples.plan import Prefixes, split_batch
 from engine.distributed import watchdog
 from engine.distributed.gradients import Gradients
 from engine.distributed.world import World, shard_frozen
@@ -23,16 +24,21 @@ from engine.train import main
 from pite import devices
 from tests.engine.distributed.ranks import launch, train
 from tests.engine.workspace import train_arguments
-from tests.samples import random_samples, tiny_model
+from tests.samples import random_samples, related_samples, tiny_model
 
 SAMPLES = 20
 MICRO_BATCHES = (1, 2, 4)
 
 
-def losses_and_gradients(world: World, micro_batches: int, sharded: bool, steps: int = 1) -> dict[str, torch.Tensor]:
-    """The summed losses and gradients after `steps` equal steps, computed as in the training loop."""
+def losses_and_gradients(
+    world: World, micro_batches: int, sharded: bool, steps: int = 1, share: bool = True
+) -> dict[str, torch.Tensor]:
+    """The summed losses and gradients after `steps` equal steps, computed as in the training loop.
+
+    All samples have one head of the prompt, and four are about each video.
+    """
     model = tiny_model(2)
-    samples, features = random_samples(SAMPLES, model.config)
+    samples, features = related_samples(SAMPLES // 4, 4, model.config)
     normalizers = tuple(collate(samples, features).normalizers.tolist())
     model.decoder.checkpoint_activations(1 if micro_batches == 2 else 0)
     if sharded:
@@ -40,7 +46,8 @@ def losses_and_gradients(world: World, micro_batches: int, sharded: bool, steps:
         for module in (*model.decoder.layers, model):
             shard_frozen(module, mesh)
     lengths = [len(s.token_ids) for s in samples]
-    bins = split_batch(lengths, world.size * micro_batches, token_budget=10_000)
+    groups = np.unique([s.media for s in samples], return_inverse=True)[1]
+    bins = split_batch(lengths, world.size * micro_batches, 10_000, Prefixes(9, 9 + 8, groups))
     mine = [b[0] for b in bins[world.rank * micro_batches : (world.rank + 1) * micro_batches]]
     # Small buckets of a few parameters, so that most are reduced while backward runs.
     gradients = Gradients(backward_order(model), world.size, bucket_bytes=8_000)
@@ -48,7 +55,9 @@ def losses_and_gradients(world: World, micro_batches: int, sharded: bool, steps:
         gradients.zero()
         sums = torch.zeros(3)
         for left, members in zip(range(micro_batches)[::-1], mine):
-            batch = collate([samples[i] for i in members], [features[i] for i in members], normalizers=normalizers)
+            batch = collate(
+                [samples[i] for i in members], [features[i] for i in members], normalizers=normalizers, share=share
+            )
             losses = model(batch, head="trajectory", label_smoothing=0.1, trajectory_weight=2.0)
             if left == 0:
                 gradients.reduce_in_next_backward()
@@ -87,7 +96,7 @@ def write_every_layout(directory: Path) -> int:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_layout_gives_the_same_loss_and_gradients(tmp_path: Path, size: int):
-    reference = losses_and_gradients(World(0, 1, torch.device("cpu")), 1, sharded=False)
+    reference = losses_and_gradients(World(0, 1, torch.device("cpu")), 1, sharded=False, share=False)
     ranks = launch(size, tmp_path, write_every_layout, tmp_path)
     assert ranks.wait() == [0] * size, ranks.stderr(0)
     for sharded in (False, True):

@@ -77,7 +77,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[s
             (folder / f"stage2/videos/{name}{source.suffix}").write_bytes(source.read_bytes())
         names.insert(i * 9, name)
     for folder, listed in ((mixed, names), (alone, [n for n in names if n not in kinds])):
-        records = [{"id": name, "conversations": [], "meta": {"duration": 1.0, "token": {}}} for name in listed]
+        records = [{"id": name, "conversations": [], "meta": {}} for name in listed]
         (folder / "stage2/pite_143k.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return mixed, alone, kinds
 
@@ -154,7 +154,7 @@ def test_dali_hangs_and_so_does_one_file(clip: Path, tmp_path: Path, monkeypatch
     names = [f"v{i}" for i in range(20)]
     for i, name in enumerate(names):
         write_video(videos / f"{name}.mp4", 12 + i, codec="libvpx-vp9", options={"cpu-used": "8"})
-    annotations = [{"id": name, "conversations": [], "meta": {"duration": 1.0, "token": {}}} for name in names]
+    annotations = [{"id": name, "conversations": [], "meta": {}} for name in names]
     (tmp_path / "data/stage2/pite_143k.jsonl").write_text("".join(json.dumps(r) + "\n" for r in annotations))
     config = EncodeConfig(
         data=tmp_path / "data", store=tmp_path / "pyav", clip=str(clip), num_frames=N, batch_size=N, workers=0

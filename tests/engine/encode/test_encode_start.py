@@ -11,12 +11,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dataloaders import derived
 from dataloaders.decode.dali import decoder as dali
 from dataloaders.failures import BudgetExceeded, read_failures
 from dataloaders.ranks import Ranks
+from dataloaders.store.__main__ import main as store_main
 from dataloaders.store.features import FeatureStore
 from engine.encode import backend, job, run
 from engine.encode.__main__ import main
@@ -245,3 +247,40 @@ def test_answers_need_no_torch(tmp_path: Path, arguments: list[str], status: int
     assert done.returncode == status, done.stderr
     assert answer in done.stdout + done.stderr and done.stdout.endswith("imported []\n")
     assert status == 0 or done.stderr.count("\n") == 1
+
+
+def test_a_file_of_another_duration_than_its_record_is_logged(config: EncodeConfig, caplog) -> None:
+    """Its events would be at other frames than their marks."""
+    file = config.data / "stage2/pite_143k.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    seconds = records[1]["meta"]["duration"]
+    records[1]["meta"]["duration"] = 28.8
+    records[2]["meta"]["duration"] += 0.5
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with caplog.at_level(logging.WARNING, "engine"):
+        summary = encode(replace(config, failure_budget=0.1))
+    assert (summary.failed, summary.inexact) == (1, 1), "records[2] differs by half a second"
+    (failure,) = read_failures(config.store / "failures.jsonl")
+    assert (failure.id, failure.stage) == (f"stage2/{records[1]['id']}", "check")
+    assert f"lasts {seconds:.1f} s, but its annotation is for 28.8 s; is it another video?" in failure.reason
+    assert failure.reason in caplog.text
+    assert f"stage3/{records[1]['id']}" in stored(config), "another record of the same file gives no duration"
+    records[3]["meta"]["duration"] = 28.8
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(BudgetExceeded, match=r"1 of 15 media failed.*another video"):
+        encode(replace(config, failure_budget=0.0))
+
+
+def test_a_split_with_a_store_of_its_own_is_left_alone(config: EncodeConfig, tmp_path: Path, caplog) -> None:
+    """Imported features of stage 2 leave the other splits to be encoded, with another encoder."""
+    (tmp_path / "npy").mkdir()
+    for i in range(VIDEOS):
+        np.save(tmp_path / f"npy/v{i}.npy", np.full((N, 8), i, np.float16))
+    own = ["import", str(tmp_path / "npy"), str(config.store / "stage2"), "--split", "stage2", "--encoder", "other"]
+    assert store_main(own) == 0
+    with caplog.at_level(logging.INFO, "engine"):
+        summary = encode(config)
+    assert (summary.encoded, summary.failed) == (VIDEOS + IMAGES, 0)
+    assert {key.partition("/")[0] for key in stored(config)} == {"stage1", "stage3"}
+    assert f"not encoded, because they have stores of their own: {config.store / 'stage2'}" in caplog.text
+    assert len(FeatureStore(config.store / "stage2")) == VIDEOS

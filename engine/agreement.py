@@ -1,0 +1,103 @@
+"""Ranks that do not run the same thing are refused before the first step, with the first difference.
+
+Otherwise they would train on, silently and wrongly: the sum of gradients of two data sets, seeds or versions of the code is
+the gradient of neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import socket
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataloaders.cli import dump
+from engine.config import TrainConfig
+from engine.distributed.world import World
+from engine.identity import Identity, first_difference
+from engine.layout import Layout
+from pite.model import PiTe
+from pite_kernels.attention import choose_backend
+from pite_kernels.dispatch import backend_name
+
+_PACKAGES = ("engine", "pite", "dataloaders", "pite_kernels")
+_OF_A_HOST = ("data", "store", "cache", "llm", "init", "output", "workers", "log-level", "measured", "wandb")
+"""Flags that may differ between hosts: paths of the same files, and what changes no number."""
+
+
+def check_same_run(world: World, config: TrainConfig, identity: Identity, layout: Layout, steps: int) -> None:
+    """Raise ValueError, on all ranks, if a rank would train something else than rank 0.
+
+    Compared are the identity (data, features, recipe, model), the layout, the number of steps, the flags, the code of our
+    packages, the versions and the back ends.
+    """
+    if world.size == 1:
+        return
+    flags = {name: value for group in dump(config).values() for name, value in group.items() if name not in _OF_A_HOST}
+    head_dim = identity.model.arithmetic["attention_heads"]
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[identity.dtype]
+    _check_same(
+        world,
+        {
+            **identity.as_dict(),
+            "steps": steps,
+            "layout": {"shards": layout.shards, "recompute": layout.recompute, "token_budget": layout.token_budget},
+            "flags": flags,
+            "code": {package: _checksum_of_code(package) for package in _PACKAGES},
+            "versions": _versions(),
+            "attention": choose_backend(world.device, dtype, *head_dim),
+            "losses": backend_name(world.device, dtype),
+        },
+    )
+
+
+def check_same_weights(world: World, model: PiTe, step: int) -> None:
+    """Raise ValueError, on all ranks, if a trainable parameter of a rank differs from rank 0's in any bit.
+
+    The comparison is of sums of the parameters' bits, computed on the device; it waits for it.
+    """
+    if world.size > 1:
+        named = dict(model.trainable())
+        sums = torch.stack([_sum_of_bits(parameter) for parameter in named.values()]).tolist()
+        _check_same(world, {f"after step {step}, the parameter {name}": total for name, total in zip(named, sums)})
+
+
+def _check_same(world: World, values: Mapping[str, Any]) -> None:
+    ranks = world.gather((socket.gethostname(), values))
+    (first, expected), *others = ranks
+    for rank, (host, found) in enumerate(others, start=1):
+        difference = first_difference(expected, found)
+        if difference is not None:
+            name, was, now = difference
+            raise ValueError(
+                f"rank {rank} ({host}) does not run what rank 0 ({first}) runs: {name} is {now} on rank {rank} and {was} on "
+                "rank 0"
+            )
+
+
+def _sum_of_bits(parameter: Tensor) -> Tensor:
+    """The sum of a parameter's bits, as whole numbers weighted by their position; exact, in any order."""
+    bits = parameter.detach().flatten().view(torch.int32).long()
+    weights = torch.arange(1, len(bits) + 1, device=bits.device) % 65_521
+    return (bits * weights).sum()
+
+
+@cache
+def _checksum_of_code(package: str) -> str:
+    """16 hexadecimal digits of a checksum of all source files of a package."""
+    folder = Path(str(import_module(package).__file__)).parent
+    content = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        content.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def _versions() -> dict[str, str | None]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
