@@ -15,6 +15,7 @@ from bench.machine_code.launches import Launch, recorded_launches
 from pite_kernels import rope_qkv
 from pite_kernels.fp8 import FP8, SMALLEST_ROW
 from pite_kernels.gpu import cross_entropy, fp8, lora, trajectory
+from pite_kernels.rows import RowIndex
 
 HALF = (torch.bfloat16, torch.float16)
 TYPES = (*HALF, torch.float32)
@@ -68,6 +69,16 @@ def call_rope(dtype: torch.dtype, head_dim: int, heads: int, key_heads: int) -> 
     torch.autograd.grad(parts, qkv, [torch.empty_like(part) for part in parts])
 
 
+def call_shared_rope(dtype: torch.dtype, head_dim: int, heads: int, key_heads: int) -> None:
+    """Keys and values are gathered, because samples share segments."""
+    qkv = torch.empty(TOKENS, (heads + 2 * key_heads) * head_dim, dtype=dtype, requires_grad=True)
+    tables = (torch.empty(TOKENS, head_dim, dtype=dtype) for _ in range(2))
+    copies = torch.empty(TOKENS + ROWS, dtype=torch.int64)
+    index = RowIndex(copies, torch.empty_like(copies), torch.empty(TOKENS + 1, dtype=torch.int64))
+    parts = rope_qkv(qkv * 1, *tables, head_dim=head_dim, key_heads=key_heads, kv_rows=index)
+    torch.autograd.grad(parts, qkv, [torch.empty_like(part) for part in parts])
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -89,6 +100,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "bfloat16, rows of 11008": partial(call_fp8, torch.bfloat16, 11_008),
     **{f"{name_of(d)}, heads of 128": partial(call_rope, d, 128, 32, 32) for d in TYPES},
     "bfloat16, grouped heads of 64": partial(call_rope, torch.bfloat16, 64, 14, 2),
+    "bfloat16, gathered heads of 128": partial(call_shared_rope, torch.bfloat16, 128, 32, 32),
+    "bfloat16, gathered heads of 64": partial(call_shared_rope, torch.bfloat16, 64, 14, 2),
 }  # fmt: skip
 """Name of the call -> a function that makes it."""
 

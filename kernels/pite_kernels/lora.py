@@ -2,10 +2,9 @@
 
 y_i = x W_i' + scale (x A_i') B_i', with W (all parts stacked) multiplied in one GEMM. The low-rank term is computed
 first, and the large GEMM accumulates onto it: its epilogue reads y while the tensor cores are busy. In the other order
-a thin GEMM would have to wait while y is read and written again. dX works the same way. Saved for backward are x, the
-product x A' (T, parts * r), and A and B in x's dtype, so that they are cast once per call and not in both directions.
-dW is never computed, because the weight is frozen. docs/kernels.md counts the bytes and compares with concatenation
-along K.
+a thin GEMM would have to wait while y is read and written again. dX works the same way. Saved for backward are x and
+the product x A' (T, parts * r). dW is never computed, because the weight is frozen. docs/kernels.md counts the bytes
+and compares with concatenation along K.
 
 The weight may be in float8 (`pite_kernels.fp8`). Float8 GEMMs cannot accumulate, so they come first, and the thin
 products are added in x's dtype. All computations with A and B are in x's dtype.
@@ -104,6 +103,7 @@ def _(x: Tensor, weight: list[Tensor], lora_a: Tensor, *_: Any) -> tuple[Tensor,
     return x.new_empty(x.shape[0], weight[0].shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
 
 
+@without_autocast
 def _gradients(
     grad: Tensor,
     x: Tensor,
@@ -118,48 +118,29 @@ def _gradients(
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dA, dB); a gradient that is not needed is an empty tensor."""
-    grads = _products(
-        grad, x, weight, lora_a.to(x.dtype), lora_b.to(x.dtype), low, scale, splits, need_x, need_a, need_b
-    )
-    return grads[0], grads[1].to(lora_a.dtype), grads[2].to(lora_b.dtype)
-
-
-@without_autocast
-def _products(
-    grad: Tensor,
-    x: Tensor,
-    weight: list[Tensor],
-    a: Tensor,
-    b: Tensor,
-    low: Tensor,
-    scale: float,
-    splits: list[int],
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX, dA, dB) from A and B in x's dtype; dB may be float32."""
-    grad_x, grad_a, grad_b = x.new_empty(0), a.new_empty(0), b.new_empty(0)
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     grad_low = x.new_empty(0)
     if need_b and (need_x or need_a) and _one_pass(x, b):
         from pite_kernels.gpu import lora as gpu
 
         with torch.cuda.device_of(x):
             grad_low, grad_b = gpu.thin_products(with_unit_stride(grad), b, low, scale, splits)
+        grad_b = grad_b.to(lora_b.dtype)
     else:
         parts = grad.split(splits, 1)
         if need_x or need_a:
             grad_low = torch.cat([torch.mm(g, b_i) for g, b_i in zip(parts, b.split(splits))], 1).mul_(scale)
         if need_b:
             columns = (low * scale).split(b.shape[1], 1)
-            grad_b = torch.cat([torch.mm(g.t(), low_i) for g, low_i in zip(parts, columns)])
+            grad_b = torch.cat([torch.mm(g.t(), low_i) for g, low_i in zip(parts, columns)]).to(lora_b.dtype)
     if need_x and len(weight) > 1:
         fp8 = Fp8Weight(*weight)
         grad_x = product(grad, fp8.columns, fp8.column_scales).addmm_(grad_low, a)
     elif need_x:
         grad_x = torch.mm(grad_low, a).addmm_(grad, weight[0].to(x.dtype))
     if need_a:
-        grad_a = torch.mm(grad_low.t(), x)
+        grad_a = torch.mm(grad_low.t(), x).to(lora_a.dtype)
     return grad_x, grad_a, grad_b
 
 
@@ -203,18 +184,16 @@ class _LoRALinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: list[Tensor], lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]
     ) -> Tensor:
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        y, low = _forward(x, weight, a, b, scale, splits)
-        ctx.save_for_backward(x, a, b, low, *weight)
-        ctx.scale, ctx.splits, ctx.dtypes = scale, splits, (lora_a.dtype, lora_b.dtype)
+        y, low = _forward(x, weight, lora_a, lora_b, scale, splits)
+        ctx.save_for_backward(x, lora_a, lora_b, low, *weight)
+        ctx.scale, ctx.splits = scale, splits
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, low, *weight = ctx.saved_tensors
+        x, lora_a, lora_b, low, *weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4]
-        grads = _products(grad, x, weight, a, b, low, ctx.scale, ctx.splits, *needs)
-        dtypes = x.dtype, *ctx.dtypes
-        grad_x, grad_a, grad_b = (g.to(dtype) if need else None for g, need, dtype in zip(grads, needs, dtypes))
+        grads = _gradients(grad, x, weight, lora_a, lora_b, low, ctx.scale, ctx.splits, *needs)
+        grad_x, grad_a, grad_b = (g if need else None for g, need in zip(grads, needs))
         return grad_x, None, grad_a, grad_b, None, None
