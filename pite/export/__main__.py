@@ -117,6 +117,8 @@ def push(folder: Path, name: str, private: bool) -> None:
     """Upload an export to a repository on the hub, which is created if necessary. Raises ValueError."""
     from huggingface_hub import HfApi
 
+    from pite.hub import why_not
+
     try:
         api = HfApi()
         api.create_repo(name, private=private, exist_ok=True)
@@ -124,9 +126,8 @@ def push(folder: Path, name: str, private: bool) -> None:
             repo_id=name, folder_path=str(folder), commit_message="pite.export", delete_patterns=list(_WRITTEN)
         )
     except Exception as error:  # errors of the hub, and of the HTTP library that it uses
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{folder} is complete, but was not pushed to {name}: {reason}; log in with `hf auth login`"
+            f"{folder} is complete, but was not pushed to {name} on the Hugging Face hub: {why_not(error)}"
         ) from None
 
 

@@ -251,7 +251,9 @@ def test_a_push_that_fails_is_one_sentence_and_leaves_the_folder(
     arguments = ["--model", f"{run}/stage3/final", "--output", f"{tmp_path}/folder"]
     assert export.main([*arguments, "--push", "owner/pite"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pite.export")]
-    assert "is complete, but was not pushed to owner/pite: Token is required; " in line
+    assert (
+        "is complete, but was not pushed to owner/pite on the Hugging Face hub: it needs a token: log in with" in line
+    )
     assert from_pretrained(tmp_path / "folder").config.num_frames == 8
 
 
