@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     logs.configure(flags.log_level)
     (command,) = (function for cls, function in COMMANDS.values() if type(flags) is cls)
-    return run("dataloaders.store", lambda: command(flags), status=1)
+    return run("dataloaders.store", lambda: command(flags))
 
 
 if __name__ == "__main__":

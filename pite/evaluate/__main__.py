@@ -25,7 +25,7 @@ COMMANDS: dict[str, type[GroundingFlags] | type[TrajectoriesFlags]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status, 2 after a one-sentence error."""
+    """Command line; returns the exit status, 1 after a one-sentence error, 2 for a wrong flag."""
     flags = parse_command(COMMANDS, argv, "python -m pite.evaluate", __doc__ or "")
     logs.configure(flags.log_level)
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.scores is not None:
             write_atomically(flags.scores, json.dumps(scores, indent=1) + "\n")
 
-    return run("pite.evaluate", evaluate, status=2)
+    return run("pite.evaluate", evaluate)
 
 
 # What imports torch is imported after the flags and paths are checked: it takes seconds.

@@ -76,10 +76,10 @@ class ExportFlags(LogFlags):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status, 2 after a one-sentence error."""
+    """Command line; returns the exit status, 1 after a one-sentence error, 2 for a wrong flag."""
     flags = parse(ExportFlags, argv, prog="python -m pite.export")
     logs.configure(flags.log_level)
-    return run("pite.export", lambda: _export(flags), status=2)
+    return run("pite.export", lambda: _export(flags))
 
 
 def _export(flags: ExportFlags) -> None:

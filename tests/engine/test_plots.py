@@ -61,5 +61,5 @@ def test_unreadable_logs_are_named(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_a_missing_log_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "none.jsonl")]) == 2
+    assert main([str(tmp_path / "none.jsonl")]) == 1
     assert capsys.readouterr().err == f"engine.plots: STAGES {tmp_path / 'none.jsonl'}: no such file\n"

@@ -35,7 +35,7 @@ def test_the_scores_file_holds_the_printed_numbers(tmp_path: Path, capsys: pytes
     assert {name: f"{scores[name]:.2f}" for name in printed} == printed
     card = dict(read_scores(tmp_path / "grounding.json").rows)
     assert card["task"] == "grounding" and card["answers"] == str(scores["answers"])
-    assert main(["grounding", *files, "--scores", f"{tmp_path}/grounding.json/none.json"]) == 2
+    assert main(["grounding", *files, "--scores", f"{tmp_path}/grounding.json/none.json"]) == 1
     assert capsys.readouterr().err.startswith(f"pite.evaluate: --scores {tmp_path}/grounding.json/none.json cannot be ")
 
 
@@ -183,5 +183,5 @@ def test_malformed_predictions_are_named(tmp_path: Path, lines: list[str], messa
 
 def test_a_missing_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["grounding", "--predictions", f"{tmp_path}/p.jsonl", "--ground-truth", f"{tmp_path}/none.json"])
-    assert status == 2
+    assert status == 1
     assert capsys.readouterr().err == f"pite.evaluate: --ground-truth {tmp_path}/none.json: no such file\n"
