@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dataloaders.files import write_atomically
 from dataloaders.formats import lone_surrogate
 from dataloaders.formats.activitynet import read_events
 from pite.evaluate.metrics import Interval, interval_iou, parse_interval
@@ -116,8 +117,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
         )
         for prediction in predictions
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
 def answer_questions(

@@ -21,7 +21,7 @@ from pite.chat.__main__ import main as chat_main
 from pite.evaluate.__main__ import main as evaluate
 from pite.generate import Answer, Generator
 from pite.mentions import find_phrases
-from tests.commands import status_of
+from tests.commands import full_disk, status_of
 from tests.held_out import CHANNELS, FRAMES, make_held_out, save_clip
 from tests.samples import tiny_model
 
@@ -352,3 +352,12 @@ def test_the_log_level_is_a_flag(made: Path, capsys: pytest.CaptureFixture[str])
     for level, logged in (("info", True), ("warning", False)):
         assert run_chat(made, "--log-level", level) == 0
         assert (" INFO    device " in capsys.readouterr().err) == logged
+
+
+def test_a_full_disk_is_named_by_its_path(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--predictions", "--scores"):
+        path = tmp_path / flag
+        with full_disk(100):
+            assert evaluated(made, "grounding", flag, str(path)) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == f"pite.evaluate: {path}: File too large"
+        assert not path.exists()

@@ -26,7 +26,7 @@ from pite.evaluate.trajectories import trajectory_head_warning
 from pite.export import __main__ as export
 from pite.generate import Generator
 from tests.clips import save_clip
-from tests.commands import status_of
+from tests.commands import full_disk, status_of
 from tests.engine.workspace import make_workspace, train_arguments
 from tests.media import write_video
 from tests.peak_memory import PeakMemory
@@ -389,3 +389,15 @@ def test_reading_a_weight_twice_gives_the_same(run: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     first = loader.weight(name).clone()
     assert torch.equal(loader.weight(name), first)
+
+
+@pytest.mark.parametrize("kind", ["full", "peft"])
+@pytest.mark.parametrize("size", [100, 20_000])
+def test_a_full_disk_names_the_output(run: Path, tmp_path: Path, kind: str, size: int, capsys) -> None:
+    """With 20 kB the weights fit, but not the tokenizer or the heads."""
+    arguments = ["--model", f"{run}/stage3/final", "--output", f"{tmp_path}/folder", "--format", kind]
+    with full_disk(size):
+        assert export.main(arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"pite.export: --output {tmp_path}/folder cannot be written: "), error
+    assert not list(tmp_path.iterdir()), "nothing remains"

@@ -25,6 +25,7 @@ from engine.encode.config import EncodeConfig
 from engine.encode.run import encode, prepare
 from pite.clip import ClipEncoder
 from tests.clips import write_data
+from tests.commands import full_disk
 from tests.media import needs_dali
 
 N = 5
@@ -245,3 +246,12 @@ def test_answers_need_no_torch(tmp_path: Path, arguments: list[str], status: int
     assert done.returncode == status, done.stderr
     assert answer in done.stdout + done.stderr and done.stdout.endswith("imported []\n")
     assert status == 0 or done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_named_by_its_path(config: EncodeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(config, "--dry-run")) == 0, "the lists of media are written"
+    capsys.readouterr()
+    with full_disk(400):
+        assert main(flags(config)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"engine\.encode: {config.store}/\S+: File too large", error), error
