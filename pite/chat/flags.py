@@ -9,6 +9,7 @@ from pathlib import Path
 from dataloaders import paths
 from dataloaders.cli import at_least
 from pite.flags import DeviceFlags
+from pite.lineage import check_model_flag
 
 CLIP = "openai/clip-vit-large-patch14"
 """The paper's encoder."""
@@ -48,7 +49,7 @@ class ChatFlags(DeviceFlags):
 
     def check_paths(self) -> None:
         """Raise ValueError for a path that does not exist or cannot be written."""
-        paths.model("--model", self.model)
+        check_model_flag("--model", self.model)
         paths.input_file("--video", self.video)
         paths.model("--clip", self.clip)
         paths.output_file("--trajectory", self.trajectory)

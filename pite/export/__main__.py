@@ -16,6 +16,7 @@ from dataloaders.files import directory_written_atomically
 from dataloaders.logs import LogFlags
 from pite.export import RECORD
 from pite.export.card import Scores, model_card, read_scores
+from pite.lineage import check_model_flag
 
 if TYPE_CHECKING:
     from pite.export.formats import TrainedModel
@@ -74,7 +75,7 @@ class ExportFlags(LogFlags):
             raise ValueError(f"--output {output} is a clone, whose history would be lost: give another folder")
         if output.resolve() == Path(self.model).resolve():
             raise ValueError(f"--output {output} is the same folder as --model: give another folder")
-        paths.model("--model", self.model)
+        check_model_flag("--model", self.model)
         for path in self.scores:
             paths.input_file("--scores", path)
 
