@@ -27,6 +27,9 @@ from dataloaders.media import CACHE, list_media
 from dataloaders.store.features import MANIFEST, FeatureStore, FeatureWriter, Manifest, lock, read_indices
 
 PITE_SAMPLING = "linspace truncated"
+OTHER_OUTPUT = "give another OUTPUT"
+"""Remedy for an output that holds records which were made with other settings."""
+
 _RANK = re.compile(r"\.?(\d{5})[-.]")
 """Start of the name of a rank's files: shards, their indices, temporary files and locks."""
 
@@ -119,8 +122,9 @@ def merge(output: Path, sources: Sequence[Path], shard_records: int = 1024) -> i
     """
     stores = [FeatureStore(source) for source in sources]
     for store in stores[1:]:
-        store.manifest.check(stores[0].manifest, store.path)
-    merged = FeatureStore.create_or_open(output, stores[0].manifest)
+        remedy = f"{stores[0].path} was made with the latter: merge only stores of the same settings"
+        store.manifest.check(stores[0].manifest, store.path, remedy)
+    merged = FeatureStore.create_or_open(output, stores[0].manifest, OTHER_OUTPUT)
     origin: dict[str, FeatureStore] = {key: merged for key in merged.keys}
     copied = 0
     with FeatureWriter(merged, shard_records=shard_records) as writer:
@@ -193,7 +197,7 @@ def import_npy(folder: NpyFolder, output: Path, manifest: Manifest, shard_record
             f"{folder.path} holds records of {folder.tokens, folder.channels}, the store {output} is for "
             f"{manifest.tokens, manifest.channels}"
         )
-    store = FeatureStore.create_or_open(output, manifest)
+    store = FeatureStore.create_or_open(output, manifest, OTHER_OUTPUT)
     new = [key for key in folder.keys if key not in store]
     with FeatureWriter(store, shard_records=shard_records) as writer:
         for key in new:
@@ -201,12 +205,12 @@ def import_npy(folder: NpyFolder, output: Path, manifest: Manifest, shard_record
     return len(new)
 
 
-def stores_in(path: Path) -> list[Path]:
+def stores_in(path: Path, none_is_error: bool = True) -> list[Path]:
     """The store at `path`, or the stores in a folder that engine.encode filled. Raises ValueError without any."""
     if (path / MANIFEST).exists():
         return [path]
     stores = [manifest.parent for manifest in sorted(path.glob(f"*/{MANIFEST}"))]
-    if not stores:
+    if not stores and none_is_error:
         raise ValueError(f"{path} is no feature store and holds none: make one with engine.encode")
     return stores
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloaders.failures import read_failures
+from dataloaders.failures import LEDGER, Failure, Ledger, read_failures
 from dataloaders.files import ABANDONED_AFTER, temporary_sibling
 from dataloaders.store import tools as store_tools
 from dataloaders.store.__main__ import main
@@ -277,3 +277,34 @@ def test_an_import_names_the_budget_that_passes(tmp_path: Path, capsys: pytest.C
     assert main([*arguments, "--failure-budget", "0.29"]) == 0
     assert "2 media of" in capsys.readouterr().out and listed.stat().st_mtime_ns == before
     assert [f.id for f in read_failures(tmp_path / "features/failures.jsonl")] == ["stage2/v5", "stage2/v6"]
+
+
+def test_stores_of_two_encoders_are_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The remedy fits the command: nothing is to be removed or encoded again."""
+    for name, encoder in (("a", "abc"), ("b", "other")):
+        store = FeatureStore.create_or_open(tmp_path / name, replace(MANIFEST, encoder=encoder))
+        with FeatureWriter(store) as writer:
+            writer.add({KEYS[0]: record(KEYS[0])})
+    a, b = tmp_path / "a", tmp_path / "b"
+    for argv, message in (
+        ([tmp_path / "new", a, b], f"'abc' is expected; {a} was made with the latter: merge only stores of the same"),
+        ([a, b], "'other' is expected; give another OUTPUT"),
+    ):
+        assert main(["merge", *map(str, argv)]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_failures_of_a_folder_that_holds_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["failures", str(tmp_path)]) == 1
+    refusal = capsys.readouterr().err
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == refusal and "is no feature store and holds none" in refusal
+    Ledger(tmp_path / LEDGER, 10, 1.0).add(Failure("stage2/v", "v.mp4", "find", "v.mp4: No such file"))
+    assert main(["failures", str(tmp_path)]) == 0, "a run that stopped before its first record"
+    printed = capsys.readouterr().out
+    assert printed.startswith("1 media failed")
+    write(tmp_path / "videos", KEYS)
+    for folder in (tmp_path, tmp_path / "videos"):
+        assert main(["failures", str(folder)]) == 0
+        assert capsys.readouterr().out == printed
