@@ -110,6 +110,10 @@ class PlotFlags(LogFlags):
     output: Path = Path("losses.png")
     """the picture"""
 
+    def __post_init__(self) -> None:
+        if self.output.suffix.lower() != ".png":
+            raise ValueError(f"--output {self.output}: a PNG is written, so give a name that ends in .png")
+
     @property
     def metrics(self) -> list[Path]:
         """The metrics.jsonl of each stage."""

@@ -47,7 +47,13 @@ def chat(flags: ChatFlags) -> None:
     if warning := trajectory_head_warning(flags.model):
         log.warning(warning)
     save_video(flags.trajectory, frames, tracks)
-    log.info("%s: %s", flags.trajectory, ", ".join(track.label for track in tracks) or "the answer names no object")
+    if tracks:
+        log.info("%s: %s", flags.trajectory, ", ".join(track.label for track in tracks))
+    else:
+        log.warning(
+            "%s: written without points, because no object was found in the answer; name one with --phrase",
+            flags.trajectory,
+        )
 
 
 def _encoder(flags: ChatFlags, config: PiTeConfig, device: str) -> ClipEncoder:

@@ -46,6 +46,14 @@ class ChatFlags(DeviceFlags):
         at_least(self, 1, "max_new_tokens")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature must be 0 or more, not {self.temperature}")
+        if not self.query.strip():
+            raise ValueError("--query is empty: give a question about the video")
+        if self.phrase and self.trajectory is None:
+            raise ValueError("--phrase chooses what is drawn: give --trajectory FILE.mp4 too")
+        if not all(phrase.strip() for phrase in self.phrase):
+            raise ValueError("--phrase is empty: give words of the answer")
+        if self.trajectory is not None and self.trajectory.suffix.lower() != ".mp4":
+            raise ValueError(f"--trajectory {self.trajectory}: an MP4 is written, so give a name that ends in .mp4")
 
     def check_paths(self) -> None:
         """Raise ValueError for a path that does not exist or cannot be written."""

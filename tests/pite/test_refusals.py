@@ -70,3 +70,25 @@ def test_the_folder_of_a_run_names_its_last_finished_stage(
     where[1] = f"{tmp_path}/stage3"
     assert status_of(chat_main, where) == 1
     assert "is the folder of a training run without a finished stage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--query", " "], "--query is empty: give a question about the video"),
+        (["--phrase", "a dog"], "--phrase chooses what is drawn: give --trajectory FILE.mp4 too"),
+        (["--phrase", "", "--trajectory", "out.mp4"], "--phrase is empty: give words of the answer"),
+        (["--trajectory", "out.avi"], "--trajectory out.avi: an MP4 is written, so give a name that ends in .mp4"),
+    ],
+)
+def test_flags_without_an_effect_are_refused(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(chat_main, ["--model", "m", "--video", "v.mp4", "--query", "What?", *flags]) == 2
+    assert capsys.readouterr().err == f"pite.chat: {message}\n"
+
+
+def test_a_video_without_points_is_explained(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_chat(made, "--max-new-tokens", "1", "--trajectory", f"{tmp_path}/o.mp4") == 0
+    assert f"{tmp_path}/o.mp4: written without points, because no object was found" in capsys.readouterr().err
+    assert (tmp_path / "o.mp4").exists()
