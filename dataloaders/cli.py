@@ -7,26 +7,33 @@ It uses argparse, because users know its help; each of its errors is replaced by
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import difflib
 import inspect
 import socket
 import sys
-import textwrap
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
+from dataloaders.errors import sentence
+from dataloaders.options import (
+    MISSING,
+    Setting,
+    converter,
+    default_of,
+    first_line,
+    flag_of,
+    from_file,
+    settings_of,
+    text_of,
+    written,
+)
 from dataloaders.ranks import Ranks
-from dataloaders.settings import read_settings
 
 T = TypeVar("T")
-
-_MISSING = object()
 
 WAIT_SECONDS = 5.0
 """Seconds that other ranks wait for rank 0 to print an error and end the job."""
@@ -75,20 +82,20 @@ def parse_command(
     if name in commands:
         cls = commands[name]
         return _build(cls, _Parser(f"{prog} {name}", cls.__doc__), rest)
-    lines = [f"  {each:<14} {_first_line(cls.__doc__)}" for each, cls in commands.items()]
+    lines = [f"  {each:<14} {first_line(cls.__doc__)}" for each, cls in commands.items()]
     if name in ("-h", "--help"):
         print("\n".join([f"usage: {prog} COMMAND ...; COMMAND --help describes its flags", "", about, "", *lines]))
         raise SystemExit(0)
     exit_with_error(_name(prog), f"there is no command {name!r}; give {', '.join(commands)}")
 
 
-def run(program: str, command: Callable[[], int | None], status: int = 2) -> int:
-    """Call `command` and return its exit status, or `status` after one sentence for an error that a user can mend."""
+def run(program: str, command: Callable[[], int | None]) -> int:
+    """Call `command` and return its exit status, or 1 after one sentence for an error that a user can mend."""
     try:
         return command() or 0
     except (ValueError, OSError, MemoryError) as error:
-        print_once(program, str(error) or type(error).__name__)
-        return status
+        print_once(program, sentence(error))
+        return 1
 
 
 def print_on_rank0(program: str, error: str) -> bool:
@@ -122,7 +129,7 @@ def dump(config: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        name = f.name if dataclasses.is_dataclass(value) else _flag(f).removeprefix("--")
+        name = f.name if dataclasses.is_dataclass(value) else flag_of(f).removeprefix("--")
         values[name] = dump(value) if dataclasses.is_dataclass(value) else _plain(value)
     return values
 
@@ -131,26 +138,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the string literal under the field, for a class and its bases."""
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(definition, ast.ClassDef)
-        for statement, following in zip(definition.body, definition.body[1:]):
-            if (
-                isinstance(statement, ast.AnnAssign)
-                and isinstance(statement.target, ast.Name)
-                and isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-                and isinstance(following.value.value, str)
-            ):
-                docs[statement.target.id] = inspect.cleandoc(following.value.value)
-    return docs
 
 
 class _Parser(argparse.ArgumentParser):
@@ -162,57 +149,43 @@ class _Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
+        self.must_be_given: list[argparse.Action] = []
+
+    def format_usage(self) -> str:
+        with self._as_required():
+            return super().format_usage()
+
+    def format_help(self) -> str:
+        with self._as_required():
+            return super().format_help()
+
+    @contextmanager
+    def _as_required(self) -> Iterator[None]:
+        """Required flags stand without brackets in the usage; argparse itself takes them as optional (`_add_flag`)."""
+        before = [(action, action.required, action.nargs) for action in self.must_be_given]
+        for action in self.must_be_given:
+            action.required = True
+            if not action.option_strings:
+                action.nargs = "+" if action.nargs == "*" else None
+        try:
+            yield
+        finally:
+            for action, required, nargs in before:
+                action.required, action.nargs = required, nargs
 
     def error(self, message: str) -> NoReturn:
         exit_with_error(_name(self.prog), message)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setting:
-    """A leaf field: its name on the command line and in files, and the conversion of a value."""
-
-    field: dataclasses.Field[Any]
-    hint: Any
-    optional: bool
-    doc: str
-
-    @property
-    def name(self) -> str:
-        return _flag(self.field).removeprefix("--")
-
-    @property
-    def positional(self) -> bool:
-        return bool(self.field.metadata.get("positional"))
-
-    @property
-    def items(self) -> tuple[Any, int | None]:
-        """The type of an item, and the number of items of a tuple: 0 for any number, None for no tuple."""
-        if get_origin(self.hint) is not tuple:
-            return self.hint, None
-        items = get_args(self.hint)
-        return items[0], 0 if items[-1] is Ellipsis else len(items)
-
-
-def _settings(cls: type) -> Iterator[tuple[str | None, type, _Setting]]:
-    """(Name of the group, its class, setting) for each leaf field; the group is None for a field of `cls` itself."""
-    hints, docs = get_type_hints(cls), field_docs(cls)
-    # The flags of a base class, which several commands share, come after the command's own.
-    depth = {name: i for i, base in reversed([*enumerate(cls.__mro__)]) for name in inspect.get_annotations(base)}
-    for f in sorted(dataclasses.fields(cls), key=lambda f: depth[f.name]):
-        if dataclasses.is_dataclass(hints[f.name]):
-            yield from ((f.name, hints[f.name], setting) for _, _, setting in _settings(hints[f.name]))
-        elif f.init:
-            hint, optional = _strip_optional(hints[f.name])
-            yield None, cls, _Setting(f, hint, optional, docs.get(f.name, ""))
-
-
 def _build(cls: type[T], parser: _Parser, argv: Sequence[str] | None) -> T:
-    settings = list(_settings(cls))
+    settings = list(settings_of(cls))
     titles: dict[str | None, Any] = {None: parser}
     for group, owner, setting in settings:
         if group not in titles:
-            titles[group] = parser.add_argument_group(group, _first_line(owner.__doc__))
-        _add_flag(titles[group], setting)
+            titles[group] = parser.add_argument_group(group, first_line(owner.__doc__))
+        action = _add_flag(titles[group], setting)
+        if default_of(setting.field) is MISSING:
+            parser.must_be_given.append(action)
     assert len({s.name for _, _, s in settings}) == len(settings), "two groups have a flag of one name"
     about = "YAML or TOML file of flags, by name; flags of the command line override it"
     parser.add_argument("--config", type=Path, metavar="FILE", help=about)
@@ -220,16 +193,16 @@ def _build(cls: type[T], parser: _Parser, argv: Sequence[str] | None) -> T:
     known, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         parser.error(_unknown(unknown, list(parser._option_string_actions)))
-    values = {name: value for name, value in vars(known).items() if value is not _MISSING}
+    values = {name: value for name, value in vars(known).items() if value is not MISSING}
     try:
         if "config" in values:
-            values = {**_from_file(values.pop("config"), settings), **values}
-        missing = [_shown(s) for _, _, s in settings if s.name not in values and _default(s.field) is _MISSING]
+            values = {**from_file(values.pop("config"), settings), **values}
+        missing = [written(s) for _, _, s in settings if s.name not in values and default_of(s.field) is MISSING]
         if missing:
             parser.error(f"{' and '.join(missing)} must be given; see --help")
         return _instance(cls, {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(sentence(error))
 
 
 def _instance(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -238,107 +211,38 @@ def _instance(cls: type[T], values: Mapping[str, Any]) -> T:
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         if dataclasses.is_dataclass(hints[f.name]):
             arguments[f.name] = _instance(hints[f.name], values)
-        elif (name := _flag(f).removeprefix("--")) in values:
+        elif (name := flag_of(f).removeprefix("--")) in values:
             arguments[f.name] = values[name]
     return cls(**arguments)
 
 
-def _add_flag(parser: Any, setting: _Setting) -> None:
-    default = _default(setting.field)
-    shown = "required" if default is _MISSING else f"default: {setting.field.metadata.get('shown') or _text(default)}"
+def _add_flag(parser: Any, setting: Setting) -> argparse.Action:
+    default = default_of(setting.field)
+    shown = "required" if default is MISSING else f"default: {setting.field.metadata.get('shown') or text_of(default)}"
     # argparse expands %-formats in help texts.
     options: dict[str, Any] = {"help": f"{setting.doc} ({shown})".strip().replace("%", "%%")}
+    if not setting.positional:
+        options["dest"] = setting.name
+    if setting.items[0] is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        _add_type(options, setting)
+    names = [setting.name] if setting.positional else [written(setting)]
+    action: argparse.Action = parser.add_argument(*names, **options)
+    return action
+
+
+def _add_type(options: dict[str, Any], setting: Setting) -> None:
+    """Add to the options of an argument how its text becomes a value."""
     item, count = setting.items
-    if item is bool:
-        parser.add_argument(_shown(setting), dest=setting.name, action=argparse.BooleanOptionalAction, **options)
-        return
-    options["type"], options["metavar"] = _converter(item, setting.optional)
+    options["type"], options["metavar"] = converter(item, setting.optional)
     if count is not None:
         options["nargs"] = count or "+"
     if setting.positional:
         # Optional for argparse: what is missing is reported for all flags together.
-        options |= {"metavar": _shown(setting), "nargs": "?" if count is None else "*", "default": _MISSING}
-        parser.add_argument(setting.name, **options)
-        return
-    if count == 0:
+        options |= {"metavar": written(setting), "nargs": "?" if count is None else "*", "default": MISSING}
+    elif count == 0:
         options["action"] = "extend"
-    parser.add_argument(_shown(setting), dest=setting.name, **options)
-
-
-def _from_file(path: Path, settings: Sequence[tuple[str | None, type, _Setting]]) -> dict[str, Any]:
-    """The values of a file of settings. Raises ValueError, naming file and setting."""
-    groups = {group for group, _, _ in settings if group is not None}
-    by_name = {setting.name: setting for _, _, setting in settings}
-    values: dict[str, Any] = {}
-    for name, value in read_settings(path, groups):
-        if name not in by_name:
-            close = difflib.get_close_matches(name, by_name, n=1)
-            raise ValueError(
-                f"{path}: there is no setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-            )
-        try:
-            values[name] = _convert(by_name[name], value)
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"{path}: {name}: {error}") from None
-    return values
-
-
-def _convert(setting: _Setting, value: Any) -> Any:
-    """A file's value as the command line would give it."""
-    item, count = setting.items
-    if value is None and setting.optional:
-        return None
-    if item is bool:
-        if not isinstance(value, bool):
-            raise argparse.ArgumentTypeError(f"{value!r} is not accepted; give true or false")
-        return value
-    convert = partial(_from_text, *_converter(item, setting.optional)[:1])
-    if count is None:
-        return convert(value)
-    items = value if isinstance(value, list) else [value]
-    if count and len(items) != count:
-        raise argparse.ArgumentTypeError(f"{value!r} is not accepted; give {count} values")
-    return tuple(map(convert, items))
-
-
-def _from_text(convert: Callable[[str], Any], value: Any) -> Any:
-    # YAML reads 1e-4 as a text and 3 as a number: both have the form that the command line accepts.
-    if isinstance(value, bool | list | dict) or value is None:
-        raise argparse.ArgumentTypeError(f"{value!r} is not accepted; give a text or a number")
-    return convert(str(value))
-
-
-def _strip_optional(hint: Any) -> tuple[Any, bool]:
-    if get_origin(hint) in (Union, types.UnionType):
-        kinds = [a for a in get_args(hint) if a is not type(None)]
-        assert len(kinds) == 1, f"a flag cannot be {hint}"
-        return kinds[0], len(kinds) < len(get_args(hint))
-    return hint, False
-
-
-def _converter(hint: Any, optional: bool) -> tuple[Callable[[str], Any], str]:
-    """The conversion of text to a value, and the placeholder in the help. Errors name what is accepted."""
-    if get_origin(hint) is Literal:
-        choices = {str(choice): choice for choice in get_args(hint)}
-        accepted = ", ".join([*choices, *["none"] * optional])
-        metavar = "{" + ",".join(choices) + "}"
-        convert: Callable[[str], Any] = choices.__getitem__
-    else:
-        assert hint in (str, int, float, Path), f"a flag cannot be {hint}"
-        metavar = {str: "TEXT", int: "INT", float: "NUMBER", Path: "PATH"}[hint]
-        accepted = {str: "a text", int: "a whole number", float: "a number", Path: "a path"}[hint]
-        accepted += " or none" * optional
-        convert = hint
-
-    def checked(text: str) -> Any:
-        if optional and text == "none":
-            return None
-        try:
-            return convert(text)
-        except (KeyError, ValueError):
-            raise argparse.ArgumentTypeError(f"{text!r} is not accepted; give {accepted}") from None
-
-    return checked, metavar
 
 
 def _unknown(arguments: list[str], flags: list[str]) -> str:
@@ -347,33 +251,6 @@ def _unknown(arguments: list[str], flags: list[str]) -> str:
         return f"unexpected argument {arguments[0]!r}; see --help"
     close = difflib.get_close_matches(name, flags, n=1)
     return f"there is no flag {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
-
-
-def _flag(f: dataclasses.Field[Any]) -> str:
-    return "--" + (f.metadata.get("flag") or f.name).replace("_", "-")
-
-
-def _shown(setting: _Setting) -> str:
-    """How a setting is written on the command line: its flag, or the placeholder of a positional argument."""
-    return setting.name.replace("-", "_").upper() if setting.positional else f"--{setting.name}"
-
-
-def _default(f: dataclasses.Field[Any]) -> Any:
-    if f.default_factory is not dataclasses.MISSING:
-        return f.default_factory()
-    return _MISSING if f.default is dataclasses.MISSING else f.default
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(_text, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else str(value)
-
-
-def _first_line(doc: str | None) -> str:
-    return inspect.cleandoc(doc or "").partition("\n")[0]
 
 
 def _name(prog: str) -> str:

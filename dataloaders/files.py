@@ -127,7 +127,8 @@ def sync(path: Path) -> None:
 def file_written_atomically(path: Path, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write a file at, which becomes `path` when the block ends without an exception.
 
-    A kill at any moment leaves the old file or the new one; an exception leaves the old one and nothing else.
+    A kill at any moment leaves the old file or the new one; an exception leaves the old one and nothing else. An OSError
+    of the block that names no file, or the temporary one, names `path` instead.
 
     flush  flush to disk as well, so that the file survives a power failure
     """
@@ -137,6 +138,11 @@ def file_written_atomically(path: Path, flush: bool = True) -> Iterator[Path]:
         if flush:
             sync(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        # A full disk is found in a write, whose error has no path.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     if flush:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from dataloaders.files import check_model_name, temporary_sibling
@@ -38,6 +37,8 @@ def output_file(flag: str, path: Path | None) -> None:
         return
     if path.is_dir():
         raise ValueError(f"{flag} {path}: this is a folder, not a file")
+    if fault := _under_a_file(path.parent):
+        raise ValueError(f"{flag} {path} cannot be written: {fault}")
     trial = temporary_sibling(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,9 +49,27 @@ def output_file(flag: str, path: Path | None) -> None:
 
 
 def output_folder(flag: str, path: Path) -> None:
-    """Raise ValueError if the folder `path` does not exist and cannot be made; nothing is made."""
-    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if not existing.is_dir():
-        raise ValueError(f"{flag} {path}: {'this' if existing == path else existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"{flag} {path} cannot be written: no permission to write in {existing}")
+    """Raise ValueError if the folder `path` does not exist and cannot be made, or nothing can be written to it.
+
+    A trial folder is made and removed: permissions do not show that a file system is read-only, or is none, as /proc.
+    """
+    if fault := _under_a_file(path):
+        raise ValueError(f"{flag} {path}: {'this is a file, not a folder' if path.exists() else fault}")
+    existing = _existing(path)
+    trial = temporary_sibling(existing / path.name)
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written: {existing}: {error.strerror}") from None
+
+
+def _existing(path: Path) -> Path:
+    """The path itself or the nearest folder above it that exists."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
+def _under_a_file(folder: Path) -> str:
+    """Why a folder cannot be made because of a file at its place or above it; empty if there is none."""
+    existing = _existing(folder)
+    return "" if existing.is_dir() else f"{existing} is a file, not a folder"

@@ -6,20 +6,23 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dataloaders.errors import reason
 from dataloaders.files import write_if_changed
 
 
-def read_settings(path: Path, groups: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
-    """(Name with hyphens, value) of each setting of a file; a table named as one of `groups` holds further settings.
+def read_settings(path: Path, groups: Collection[str] = ()) -> Iterator[tuple[str | None, str, Any]]:
+    """(Group or None, name with hyphens, value) of each setting of a file.
+
+    A table named as one of `groups` holds the settings of this group.
 
     Raises ValueError, naming the file, for another suffix than .yaml, .yml or .toml and for a file that is not a
-    mapping of names to values; OSError if it cannot be read.
+    mapping of names to values or cannot be read.
     """
     for name, value in _load(path).items():
         if name in groups and isinstance(value, Mapping):
-            yield from ((str(key).replace("_", "-"), each) for key, each in value.items())
+            yield from ((str(name), str(key).replace("_", "-"), each) for key, each in value.items())
         else:
-            yield str(name).replace("_", "-"), value
+            yield None, str(name).replace("_", "-"), value
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
@@ -30,7 +33,12 @@ def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {reason(error)}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--config {path} cannot be read: it is not a text file in UTF-8") from None
     if path.suffix == ".toml":
         import tomllib
 

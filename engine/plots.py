@@ -110,6 +110,10 @@ class PlotFlags(LogFlags):
     output: Path = Path("losses.png")
     """the picture"""
 
+    def __post_init__(self) -> None:
+        if self.output.suffix.lower() != ".png":
+            raise ValueError(f"--output {self.output}: a PNG is written, so give a name that ends in .png")
+
     @property
     def metrics(self) -> list[Path]:
         """The metrics.jsonl of each stage."""
@@ -123,7 +127,7 @@ class PlotFlags(LogFlags):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status, 2 after a one-sentence error."""
+    """Command line; returns the exit status, 1 after a one-sentence error, 2 for a wrong flag."""
     flags = parse(PlotFlags, argv, prog="python -m engine.plots")
     logs.configure(flags.log_level)
 
@@ -132,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plot_losses({path.parent.name: path for path in flags.metrics}, flags.output)
         print(flags.output)
 
-    return run("engine.plots", plot, status=2)
+    return run("engine.plots", plot)
 
 
 if __name__ == "__main__":

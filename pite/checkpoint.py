@@ -58,6 +58,26 @@ def from_pretrained(directory: Path | str, dtype: torch.dtype = torch.float32, d
     return load_language_model(path, PiTeConfig.load(path), dtype=dtype, device=device)
 
 
+def check_trained(directory: Path) -> None:
+    """Raise ValueError for a language model without PiTe's adapter and heads, whose answers would be random.
+
+    Reads the names of the tensors. Weights that cannot be read are left to what loads them.
+    """
+    if (directory / LINEAGE).exists() or (directory / HEADS_FILE).exists():
+        return
+    try:
+        weights = hub.Weights(directory)
+    except ValueError:
+        return
+    if not any(f"model.{head}.weight" in weights for head in names.HEADS):
+        raise ValueError(untrained(directory))
+
+
+def untrained(directory: Path) -> str:
+    """The message for a model that cannot be used for videos."""
+    return f"{directory} holds a language model without PiTe's adapter and heads: train it first"
+
+
 def load_language_model(
     directory: Path, config: PiTeConfig, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0
 ) -> PiTe:

@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from dataloaders.decode.preprocess import Preprocess
+from dataloaders.errors import reason
 from dataloaders.files import read_json_object
 from pite import devices, hub
 
@@ -52,7 +53,11 @@ class ClipEncoder:
 
     def __init__(self, path: str, device: str = "cpu", *, compiled: bool = False) -> None:
         self.device = devices.resolve(device)
-        directory = hub.resolve(path, _FILES)
+        try:
+            directory = hub.resolve(path, _FILES)
+        except hub.DownloadError as error:
+            # Chat and engine.encode have a name as the default.
+            raise ValueError(f"{error}; give a folder with --clip") from None
         self.preprocess = Preprocess.load(directory)
         with _quiet():
             model = _load(directory)
@@ -112,13 +117,17 @@ def _layer(layer: Any, hidden: Tensor, rows: int) -> Tensor:
 
 def _load(directory: Path) -> CLIPVisionModelWithProjection:
     """The vision tower in float32, from a complete CLIP or from a vision tower saved alone."""
+    path = directory / "config.json"
     try:
-        values = read_json_object(directory / "config.json")
+        values = read_json_object(path)
+    except ValueError as error:
+        raise ValueError(f"{directory} is not a CLIP model: {error}") from None
+    try:
         config = CLIPVisionConfig.from_pretrained(directory)
-        # projection_dim belongs to the complete model's config; its vision_config may lack it.
-        config.projection_dim = values.get("projection_dim", config.projection_dim)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory} is not a CLIP model: {_first_line(error)}") from None
+    except Exception as error:  # a wrong value makes transformers and its validators raise any exception
+        raise ValueError(f"{path} is not a CLIP configuration: {reason(error)}") from None
+    # projection_dim belongs to the complete model's config; its vision_config may lack it.
+    config.projection_dim = values.get("projection_dim", config.projection_dim)
     try:
         # With a state_dict transformers opens no file, so it cannot execute a malicious one.
         loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
@@ -129,19 +138,13 @@ def _load(directory: Path) -> CLIPVisionModelWithProjection:
             output_loading_info=True,
         )
     except RuntimeError as error:
-        raise ValueError(
-            f"{directory} is not a CLIP model of the shape in its config.json: {_first_line(error)}"
-        ) from None
+        raise ValueError(f"{directory} is not a CLIP model of the shape in its config.json: {reason(error)}") from None
     model, report = loaded
     if report["missing_keys"]:
         # transformers would have filled them with random numbers.
         raise ValueError(f"{directory} is not a CLIP vision tower: it lacks {min(report['missing_keys'])}")
     assert isinstance(model, CLIPVisionModelWithProjection)
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from transformers import LlamaConfig
 
+from dataloaders.errors import reason
 from dataloaders.files import read_json_object, write_atomically
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -39,8 +40,8 @@ class PiTeConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if (reason := next(_unlike_llama(self.llm), None)) is not None:
-            raise ValueError(reason)
+        if (fault := next(_unlike_llama(self.llm), None)) is not None:
+            raise ValueError(fault)
 
     @property
     def head_dim(self) -> int:
@@ -107,8 +108,7 @@ class PiTeConfig:
         try:
             llm = LlamaConfig(**values)
         except Exception as error:  # a wrong value makes transformers and its validators raise any exception
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{path} is not a valid Llama configuration: {reason}") from None
+            raise ValueError(f"{path} is not a valid Llama configuration: {reason(error)}") from None
         try:
             return PiTeConfig(llm, **own)
         except ValueError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dataloaders.errors import reason
 from pite.flags import check_device_name
 
 log = logging.getLogger(__name__)
@@ -20,8 +21,8 @@ def resolve(name: str) -> torch.device:
     """
     check_device_name(name)
     if name == "auto":
-        if reason := unusable_gpu():
-            log.warning("%s; using the CPU", reason)
+        if fault := unusable_gpu():
+            log.warning("%s; using the CPU", fault)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
@@ -68,9 +69,8 @@ def check_computes(device: torch.device) -> None:
     try:
         (torch.zeros(1, device=device) + 1).item()
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{device} cannot be used by torch {torch.__version__}: {reason} (docs/install.md lists the builds)"
+            f"{device} cannot be used by torch {torch.__version__}: {reason(error)} (docs/install.md lists the builds)"
         ) from None
 
 

@@ -14,14 +14,24 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dataloaders.errors import reason
 from dataloaders.files import check_model_name, read_json_object, require_file
 
 _SUBFOLDERS = "*/*"
 """The hub's patterns match across slashes, so `*.safetensors` alone would also match files in subfolders."""
+
+_CONNECTION = {"TransportError", "ConnectionError", "Timeout"}
+"""Base classes of what requests and httpx raise without a connection."""
 
 
 def resolve(path_or_name: str | Path, files: Sequence[str]) -> Path:
@@ -35,11 +45,9 @@ def resolve(path_or_name: str | Path, files: Sequence[str]) -> Path:
     if path.is_dir():
         return path
     name = str(path_or_name)
-    check_model_name(name)
-    try:
-        # The snapshot shows which weights exist; the hub's file list would need a network.
-        patterns = [*files, *_patterns("model", ".safetensors")]
-        directory = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=_SUBFOLDERS))
+    # The snapshot shows which weights exist; the hub's file list would need a network.
+    directory = fetch(name, [*files, *_patterns("model", ".safetensors")])
+    with _downloading(name):
         if not standard_files(directory) and not standard_files(directory, "adapter_model"):
             # The snapshot's folder is named after its commit: take the weights from the same commit.
             patterns = _patterns("pytorch_model", ".bin")
@@ -49,9 +57,52 @@ def resolve(path_or_name: str | Path, files: Sequence[str]) -> Path:
                 # Offline, huggingface_hub 1 requests the commit's file list even if the files are cached.
                 if not standard_files(directory, "pytorch_model", ".bin"):
                     raise
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"{name} could not be downloaded from the Hugging Face hub: {_first_line(error)}") from None
     return directory
+
+
+def fetch(name: str, files: Sequence[str]) -> Path:
+    """Local directory of the files of a Hugging Face name that match `files`, downloaded unless cached.
+
+    Raises ValueError as `resolve`. Without a network it fails after one request: the hub's client repeats requests for
+    single files, but not the one for a snapshot.
+    """
+    check_model_name(name)
+    with _downloading(name):
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=_SUBFOLDERS))
+
+
+class DownloadError(ValueError):
+    """A model that is given by name cannot be downloaded. The message has the reason and the name."""
+
+
+@contextmanager
+def _downloading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise DownloadError(
+            f"{name} could not be downloaded from the Hugging Face hub: {why_not(error)}, and there is no folder {name} here"
+        ) from None
+
+
+def why_not(error: BaseException) -> str:
+    """Why a request to the hub failed, with a remedy for what a user can mend."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set, and the files are not in the cache"
+        if isinstance(found, LocalTokenNotFoundError):
+            return "it needs a token: log in with `hf auth login`"
+        status = getattr(getattr(found, "response", None), "status_code", None)
+        if status in (401, 403):
+            return f"it gives no access ({status}): check the name, and log in with `hf auth login`"
+        if status == 404:
+            return "it has no model of this name"
+        # Its client is requests, httpx or httpx2, depending on the version.
+        if _CONNECTION & {kind.__name__ for kind in type(found).__mro__}:
+            return f"it cannot be reached ({reason(found)})"
+        found = found.__cause__ or found.__context__
+    return reason(error)
 
 
 def _patterns(stem: str, suffix: str) -> list[str]:
@@ -169,7 +220,7 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {_first_line(error)}") from None
+        raise ValueError(f"{file} cannot be read: {reason(error)}") from None
 
 
 def _safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
@@ -188,7 +239,3 @@ def _torch_file(file: Path) -> dict[str, Callable[[], Tensor]]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} cannot be read: it holds no tensors by name, but {type(content).__name__}")
     return {name: partial(content.__getitem__, name) for name in content}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,12 +11,35 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dataloaders import paths
 from dataloaders.files import read_json_object, require_file, sha256
 from pite.export import RECORD
 
 log = logging.getLogger(__name__)
 
 LINEAGE, HEADS_FILE, ADAPTER_FILE = "lineage.json", "pite.safetensors", "adapter_model.safetensors"
+
+
+def check_model_flag(flag: str, path_or_name: Path | str | None) -> None:
+    """Raise ValueError unless it is a folder or can be a name on Hugging Face's hub; None is accepted.
+
+    For a run's folder or a stage's, which hold no model themselves, the message names the last finished stage in it.
+    """
+    paths.model(flag, path_or_name)
+    if path_or_name is None:
+        return
+    folder = Path(path_or_name).expanduser()
+    if (folder / "config.json").exists():
+        return
+    found = [each for pattern in ("final", "stage*/final") for each in sorted(folder.glob(pattern))]
+    if finished := [each for each in found if (each / LINEAGE).exists()]:
+        raise ValueError(
+            f"{flag} {folder} is the folder of a training run: give its last finished stage, {finished[-1]}"
+        )
+    if any(folder.glob("stage[123]")) or (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"{flag} {folder} is the folder of a training run without a finished stage: train it to its end"
+        )
 
 
 def read_lineage(directory: Path) -> dict[str, Any]:

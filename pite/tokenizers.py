@@ -7,7 +7,10 @@ from pathlib import Path
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dataloaders.errors import reason
 from dataloaders.files import read_json_object, require_file
+from pite import hub
+from pite.config import PiTeConfig
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -19,7 +22,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's directory.
 
     Raises ValueError (one sentence that names the file) if there is none, if one of its files is damaged or is a
-    git-lfs pointer, and if it loses the spaces between words.
+    git-lfs pointer, if it has no token for the beginning or the
+    end of a text, and if it loses the spaces between words.
     """
     present = [directory / name for name in (*_VOCABULARIES, *_SETTINGS) if (directory / name).exists()]
     if not any(path.name in _VOCABULARIES for path in present):
@@ -32,16 +36,26 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file makes transformers raise any exception
-        raise ValueError(_why_not(present, error)) from None
+        raise ValueError(_why_not(directory, present, error)) from None
+    _check_ends(tokenizer, directory)
     check_spaces(tokenizer, str(directory))
     return tokenizer
 
 
 def fetch_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face model name. Raises OSError if the download fails, and ValueError as above."""
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    check_spaces(tokenizer, name)
-    return tokenizer
+    """The tokenizer of a Hugging Face model name. Raises ValueError if the download fails, and as above."""
+    return load_tokenizer(hub.fetch(name, ("config.json", "tokenizer*", *_VOCABULARIES, *_SETTINGS, "merges.txt")))
+
+
+def _check_ends(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Raise ValueError unless the tokenizer has a token for the beginning of a text, and one for its end."""
+    lacking = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, name) is None]
+    if lacking:
+        file = directory / _SETTINGS[0]
+        raise ValueError(
+            f"{file} {f'names no {lacking[0]}' if file.exists() else 'is missing'}: copy the file of the language model "
+            "that the tokenizer belongs to, which names the tokens of a text's beginning and end"
+        )
 
 
 def check_spaces(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -68,8 +82,13 @@ def check_vocabulary(token: int, tokenizer: PreTrainedTokenizerBase, vocab_size:
         )
 
 
-def _why_not(present: list[Path], error: Exception) -> str:
+def _why_not(directory: Path, present: list[Path], error: Exception) -> str:
     """One sentence about a tokenizer that transformers could not load; it names the damaged file if one is found."""
+    if (directory / "config.json").exists():  # transformers reads it to choose the tokenizer's class
+        try:
+            PiTeConfig.load(directory)
+        except ValueError as broken:
+            return str(broken)
     for path in present:
         if path.suffix == ".json":
             try:
@@ -79,5 +98,4 @@ def _why_not(present: list[Path], error: Exception) -> str:
     vocabulary = next(path for path in present if path.name in _VOCABULARIES)
     if vocabulary.suffix == ".model":
         return f"{vocabulary} cannot be read as a sentencepiece model: it is cut off or damaged, fetch it again"
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{vocabulary} cannot be read as a tokenizer: {reason}"
+    return f"{vocabulary} cannot be read as a tokenizer: {reason(error)}; fetch it again"

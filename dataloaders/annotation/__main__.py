@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run(flags)
 
-    return cli.run("dataloaders.annotation", annotate, status=1)
+    return cli.run("dataloaders.annotation", annotate)
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags.check_paths()
         run(flags)
 
-    return cli.run("dataloaders.annotation.dense", reduce, status=1)
+    return cli.run("dataloaders.annotation.dense", reduce)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataloaders.errors import reason
+
 BATCH = 8
 """Phrases per batch of the detector."""
 
@@ -88,7 +90,7 @@ def _filled(image: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def _load(kind: Any, directory: Path, device: torch.device) -> tuple[Any, Any]:
-    """Load a processor and a model. Raises ValueError with the first line of the library's message if it cannot."""
+    """Load a processor and a model. Raises ValueError with the first sentence of the library's message if it cannot."""
     from transformers import AutoProcessor
 
     if not (directory / "config.json").is_file():
@@ -97,5 +99,5 @@ def _load(kind: Any, directory: Path, device: torch.device) -> tuple[Any, Any]:
         processor = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         model = kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"{directory}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise ValueError(f"{directory}: cannot be loaded: {reason(error)}") from None
     return processor, model.to(device).eval()

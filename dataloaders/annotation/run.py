@@ -74,6 +74,25 @@ def check_settings(settings: Settings) -> None:
     write_atomically(path, json.dumps(known | wanted, indent=1))
 
 
+def check_models(videos: Sequence[Video], settings: Settings, allowed: float) -> None:
+    """Raise ValueError if the model of a step is not given, and more than `allowed` videos lack the file of the step."""
+    last = STEPS.index(settings.until)
+    for step, flag, model in (("phrases", "--stanza", settings.stanza), ("masks", "--detector", settings.detector)):
+        if model is not None or STEPS.index(step) > last:
+            continue
+        files = [
+            step_path(settings.work, step, v.name) for v in videos if not _is_done(settings.work, settings.until, v)
+        ]
+        lacking = [file for file in files if not file.exists()]
+        if step == "masks" and settings.until != "masks":  # tracks of another tool need no masks
+            lacking = [f for f in lacking if not step_path(settings.work, "tracks", f.stem).exists()]
+        if len(lacking) > allowed:
+            raise ValueError(
+                f"{flag} must be given, the folder of the model that makes the {step}: {len(lacking):,} of {len(videos):,} "
+                f"videos have no file of {step}, such as {lacking[0]}; or write these files with another program"
+            )
+
+
 def summary(counts: Sequence[dict[str, int]]) -> str:
     total = sum((Counter(each) for each in counts), Counter[str]())
     return (
@@ -96,6 +115,7 @@ def run(flags: AnnotationFlags) -> None:
     if not entries:
         raise ValueError(f"{source}: holds no video")
     videos = [video for video in entries if isinstance(video, Video)]
+    check_models(videos, settings, flags.failure_budget * len(entries))
     check_settings(settings)
     ledger = Ledger(work / LEDGER, len(entries), flags.failure_budget)
     if ranks.rank == 0:

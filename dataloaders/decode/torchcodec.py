@@ -12,6 +12,7 @@ import numpy as np
 
 from dataloaders.decode.video import Clip, DecodeError, Transform, frame_indices, probe
 from dataloaders.decode.video import decode_video as decode_with_pyav
+from dataloaders.errors import reason
 
 
 def require() -> None:
@@ -20,7 +21,7 @@ def require() -> None:
         import torchcodec.decoders  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:
         raise ValueError(
-            f"torchcodec cannot be used here ({str(error).partition(chr(10))[0]}); install it and FFmpeg, or use pyav"
+            f"torchcodec cannot be used here ({reason(error)}); install it and FFmpeg, or use pyav"
         ) from None
 
 
@@ -41,4 +42,4 @@ def decode_video(path: Path, num_frames: int, clip: Clip = None, transform: Tran
         frames = (decoder.get_frame_at(i).data.permute(1, 2, 0).contiguous().numpy() for i in distinct.tolist())
         return np.stack([frame if transform is None else transform(frame) for frame in frames])[places]
     except RuntimeError as error:
-        raise DecodeError(f"{path}: torchcodec: {str(error).partition(chr(10))[0]}") from None
+        raise DecodeError(f"{path}: torchcodec: {reason(error)}") from None

@@ -170,8 +170,12 @@ def _import(flags: ImportFlags) -> int:
 def _failures(flags: FailuresFlags) -> int:
     folder = flags.features
     paths.input_folder("FEATURES", folder)
-    stores = [FeatureStore(manifest.parent) for manifest in sorted(folder.glob(f"*/{MANIFEST}"))]
-    print(report(read_failures(folder / LEDGER), {key for store in stores for key in store.keys}))
+    if (folder / MANIFEST).exists():
+        folder = folder.resolve().parent  # one of the stores: the log is next to it
+    failures = list(read_failures(folder / LEDGER))
+    # A run that stopped before its first record leaves a log and no store.
+    stores = [FeatureStore(store) for store in (stores_in(folder, none_is_error=not failures))]
+    print(report(failures, {key for store in stores for key in store.keys}))
     return 0
 
 
@@ -192,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     logs.configure(flags.log_level)
     (command,) = (function for cls, function in COMMANDS.values() if type(flags) is cls)
-    return run("dataloaders.store", lambda: command(flags), status=1)
+    return run("dataloaders.store", lambda: command(flags))
 
 
 if __name__ == "__main__":

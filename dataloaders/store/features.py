@@ -20,7 +20,7 @@ import os
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, KeysView, Mapping
+from collections.abc import Iterable, Iterator, KeysView, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -34,10 +34,14 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save
 
 from dataloaders import locks
-from dataloaders.files import write_atomically
+from dataloaders.files import read_json_object, write_atomically
 from dataloaders.store.layout import MANIFEST as MANIFEST
 
 _TENSOR = "features"
+REMAKE = "encode into another folder (--store), or remove this one"
+"""Remedy for a store that engine.encode made with other settings."""
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _MAPPED_SHARDS = 32
 """Shards that stay mapped per store. Each uses a file descriptor; a stage has more shards than a process may open."""
 
@@ -68,29 +72,49 @@ class Manifest:
 
     @staticmethod
     def load(path: Path) -> Manifest:
-        try:
-            values = json.loads((path / MANIFEST).read_text())
-            return Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
-        except FileNotFoundError:
-            raise ValueError(
-                f"{path} is no feature store: it holds no {MANIFEST}; make one with engine.encode"
-            ) from None
-        except KeyError as error:
-            raise ValueError(
-                f"{path / MANIFEST} has no field {error}: it is damaged, or of an earlier version; encode into another "
-                "folder, or remove this one"
-            ) from None
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path / MANIFEST} is damaged: {error!r}") from None
+        """The manifest of the store at `path`. Raises ValueError, naming file and field, if it cannot be one."""
+        file = path / MANIFEST
+        if not file.exists():
+            raise ValueError(f"{path} is no feature store: it holds no {MANIFEST}; make one with engine.encode")
+        values = read_json_object(file)
+        for f in fields(Manifest):
+            if f.name not in values:
+                raise ValueError(
+                    f"{file} has no field {f.name!r}: it is damaged, or of an earlier version; encode into another "
+                    "folder, or remove this one"
+                )
+        manifest = Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
+        if fault := next(manifest._faults(), None):
+            raise ValueError(f"{file}: {fault}; it is damaged: encode into another folder, or fetch this one again")
+        return manifest
 
-    def check(self, wanted: Manifest, path: Path) -> None:
-        """Raise ValueError with the first field in which the manifest of the store at `path` differs from `wanted`."""
+    def _faults(self) -> Iterator[str]:
+        """A sentence for each field whose value no writer of stores gives it."""
+        for name, value in asdict(self).items():
+            if name in ("num_frames", "tokens", "channels"):
+                if type(value) is not int or value < 1:
+                    yield f"field {name!r} must be a whole number of at least 1, not {value!r}"
+            elif not isinstance(value, str) or not value:
+                yield f"field {name!r} must be a text, not {value!r}"
+        for name, known in (("dtype", ("float16",)), ("compute_dtype", COMPUTE_DTYPES)):
+            if getattr(self, name) not in known:
+                yield f"field {name!r} must be {' or '.join(known)}, not {getattr(self, name)!r}"
+        if self.tokens != self.num_frames:
+            yield (
+                f"field 'tokens' is {self.tokens}, but 'num_frames' {self.num_frames}, and a record has one token for "
+                "each frame"
+            )
+
+    def check(self, wanted: Manifest, path: Path, remedy: str = REMAKE) -> None:
+        """Raise ValueError with the first field in which the manifest of the store at `path` differs from `wanted`.
+
+        remedy  the end of the message
+        """
         for f in fields(Manifest):
             stored, expected = getattr(self, f.name), getattr(wanted, f.name)
             if stored != expected:
                 raise ValueError(
-                    f"the feature store {path} was made with {f.name} {stored!r}, but {expected!r} is expected; "
-                    "encode into another folder (--store), or remove this one"
+                    f"the feature store {path} was made with {f.name} {stored!r}, but {expected!r} is expected; {remedy}"
                 )
 
 
@@ -117,14 +141,14 @@ class FeatureStore:
         self._mapped = lru_cache(_MAPPED_SHARDS)(self._map)
 
     @staticmethod
-    def create_or_open(path: Path, manifest: Manifest) -> FeatureStore:
+    def create_or_open(path: Path, manifest: Manifest, remedy: str = REMAKE) -> FeatureStore:
         """Open a store to extend it, or create an empty one.
 
         Removes the index of a damaged shard, so that its records are made again. Raises ValueError if the store was
-        made with another encoder, sampling or preprocessing.
+        made with another encoder, sampling or preprocessing; the message ends with `remedy`.
         """
         if (path / MANIFEST).exists():
-            Manifest.load(path).check(manifest, path)
+            Manifest.load(path).check(manifest, path, remedy)
         else:
             path.mkdir(parents=True, exist_ok=True)
             write_atomically(path / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")

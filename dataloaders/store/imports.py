@@ -144,7 +144,7 @@ def import_features(
             f"{folder.path} holds records of {folder.tokens, folder.channels}, the store {output} is for "
             f"{manifest.tokens, manifest.channels}"
         )
-    store = FeatureStore.create_or_open(output, manifest)
+    store = FeatureStore.create_or_open(output, manifest, "give another OUTPUT")
     failures: list[Failure] = []
     copied = 0
     with FeatureWriter(store, shard_records=shard_records) as writer:

@@ -23,6 +23,9 @@ from dataloaders.files import abandoned
 from dataloaders.store.features import MANIFEST, FeatureStore, FeatureWriter, Manifest, lock, read_indices
 
 PITE_SAMPLING = "linspace truncated"
+OTHER_OUTPUT = "give another OUTPUT"
+"""Remedy for an output that holds records which were made with other settings."""
+
 _RANK = re.compile(r"\.?(\d{5})[-.]")
 """Start of the name of a rank's files: shards, their indices, temporary files and locks."""
 
@@ -115,8 +118,9 @@ def merge(output: Path, sources: Sequence[Path], shard_records: int = 1024) -> i
     """
     stores = [FeatureStore(source) for source in sources]
     for store in stores[1:]:
-        store.manifest.check(stores[0].manifest, store.path)
-    merged = FeatureStore.create_or_open(output, stores[0].manifest)
+        remedy = f"{stores[0].path} was made with the latter: merge only stores of the same settings"
+        store.manifest.check(stores[0].manifest, store.path, remedy)
+    merged = FeatureStore.create_or_open(output, stores[0].manifest, OTHER_OUTPUT)
     origin: dict[str, FeatureStore] = {key: merged for key in merged.keys}
     copied = 0
     with FeatureWriter(merged, shard_records=shard_records) as writer:
@@ -131,11 +135,11 @@ def merge(output: Path, sources: Sequence[Path], shard_records: int = 1024) -> i
     return copied
 
 
-def stores_in(path: Path) -> list[Path]:
+def stores_in(path: Path, none_is_error: bool = True) -> list[Path]:
     """The store at `path`, or the stores in a folder that engine.encode filled. Raises ValueError without any."""
     if (path / MANIFEST).exists():
         return [path]
     stores = [manifest.parent for manifest in sorted(path.glob(f"*/{MANIFEST}"))]
-    if not stores:
+    if not stores and none_is_error:
         raise ValueError(f"{path} is no feature store and holds none: make one with engine.encode")
     return stores

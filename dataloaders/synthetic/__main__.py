@@ -12,10 +12,10 @@ from dataloaders.synthetic.config import SyntheticFlags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status, 2 after a one-sentence error."""
+    """Command line; returns the exit status, 1 after a one-sentence error, 2 for a wrong flag."""
     flags = parse(SyntheticFlags, argv, prog="python -m dataloaders.synthetic")
     logs.configure(flags.log_level)
-    return run("dataloaders.synthetic", lambda: _make(flags), status=2)
+    return run("dataloaders.synthetic", lambda: _make(flags))
 
 
 def _make(flags: SyntheticFlags) -> None:

@@ -55,7 +55,7 @@ class SyntheticFlags(LogFlags):
     images: int | None = None
     """narrated stills of stage 1; as many as --videos unless given"""
     frames: int = WorldConfig.frames
-    """N frames for the indices in stage 3's answers"""
+    """N frames of a video that the answers count, such as "From 03 to 17": encode with the same --num-frames"""
     size: int = WorldConfig.size
     """width and height in pixels"""
     seed: int = WorldConfig.seed

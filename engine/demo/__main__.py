@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status, 1 after a step that failed."""
     config = cli.parse(DemoConfig, argv, prog="python -m engine.demo")
     logs.configure(config.log_level)
-    return cli.run("engine.demo", lambda: run(config), status=1)
+    return cli.run("engine.demo", lambda: run(config))
 
 
 def run(config: DemoConfig) -> None:

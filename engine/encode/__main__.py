@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from dataloaders import logs
 from dataloaders.cli import parse, print_once
+from dataloaders.errors import sentence
 from dataloaders.ranks import Ranks
 from engine.distributed.errors import print_error
 from engine.encode.config import EncodeConfig
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config.check_paths()
     except (ValueError, OSError) as error:
-        print_once("engine.encode", str(error))
+        print_once("engine.encode", sentence(error))
         return 1
     # Imported after the flags and paths are checked: it takes seconds.
     from engine.encode.run import run
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(config, Ranks.read())
     except (ValueError, OSError) as error:
-        print_error("engine.encode", str(error))
+        print_error("engine.encode", sentence(error))
         return 1
     return 0
 

@@ -6,7 +6,7 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -28,38 +28,46 @@ _SAMPLE = 6
 
 
 def verify(jobs: Sequence[Job], records: int) -> str:
-    """Decode and encode a random sample of stored records again, and return a one-line comparison.
+    """Decode and encode a random sample of the records of all stores again, and return a one-line comparison.
 
     Raises ValueError if a record does not match its file: a cosine below LEAST_COSINE in any frame.
     """
-    stored = [(job, group) for job in jobs for group in job.groups if group[0].key in job.store]
-    drawn = random.sample(stored, min(records, len(stored)))
+    stored = {job.kind: [m for group in job.groups for m in group if m.key in job.store] for job in jobs}
+    number = _shares(records, {kind: len(media) for kind, media in stored.items()})
+    drawn = {kind: random.sample(media, number[kind]) for kind, media in stored.items()}
     equal, least, wrong = 0, 1.0, []
     for job in jobs:
-        groups = [group for its_job, group in drawn if its_job is job]
-        if not groups:
+        media = drawn[job.kind]
+        if not media:
             continue
         num_frames = job.store.manifest.num_frames
-        with job.decoder(len(groups)) as decoder:
-            results = zip(groups, decoder.map(group[0] for group in groups))
+        with job.decoder(len(media)) as decoder:
+            results = zip(media, decoder.map(media))
             while batch := list(islice(results, max(1, job.batch_size // num_frames))):
                 features = features_of([decoded for _, decoded in batch], job.encoder, num_frames, job.batch_size)
-                for (group, decoded), record in zip(batch, features):
-                    key = group[0].key
+                for (m, decoded), record in zip(batch, features):
                     if record is None:
-                        wrong.append(f"{key}: {decoded.reason}")
+                        wrong.append(f"{m.key}: {decoded.reason}")
                         continue
-                    was, now = job.store.read(key), record.astype(np.float16)
+                    was, now = job.store.read(m.key), record.astype(np.float16)
                     equal += was.tobytes() == now.tobytes()
                     cosine = _least_cosine(was, now)
                     least = min(least, cosine)
                     if not cosine >= LEAST_COSINE:
-                        wrong.append(f"{key}: cosine {cosine:.4f} with what {decoded.media.path} gives now")
+                        wrong.append(f"{m.key}: cosine {cosine:.4f} with what {decoded.media.path} gives now")
+    counts = " and ".join(f"{len(drawn[kind]):,} of {len(media):,} {kind}s" for kind, media in stored.items())
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(drawn)} records are wrong, the first {wrong[0]}")
-    return (
-        f"{len(drawn):,} of {len(stored):,} records verified: {equal:,} equal in every byte, least cosine {least:.6f}"
-    )
+        raise ValueError(f"{len(wrong)} records are wrong, of {counts}; the first is {wrong[0]}")
+    return f"{counts} verified: {equal:,} equal in every byte, least cosine {least:.6f}"
+
+
+def _shares(records: int, stored: Mapping[str, int]) -> dict[str, int]:
+    """How many of `records` to draw from each store: in proportion to its size, and at least one while there are any."""
+    shares, left, total = {}, records, sum(stored.values())
+    for kind, count in sorted(stored.items(), key=lambda item: item[1]):
+        shares[kind] = min(count, left, max(1, round(left * count / max(total, 1))))
+        left, total = left - shares[kind], total - count
+    return shares
 
 
 def _least_cosine(one: np.ndarray, two: np.ndarray) -> float:

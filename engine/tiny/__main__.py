@@ -12,10 +12,10 @@ from engine.tiny.config import TinyFlags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status, 2 after a one-sentence error."""
+    """Command line; returns the exit status, 1 after a one-sentence error, 2 for a wrong flag."""
     flags = parse(TinyFlags, argv, prog="python -m engine.tiny")
     logs.configure(flags.log_level)
-    return run("engine.tiny", lambda: _train(flags), status=2)
+    return run("engine.tiny", lambda: _train(flags))
 
 
 def _train(flags: TinyFlags) -> None:

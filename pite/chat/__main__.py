@@ -11,7 +11,7 @@ from pite.chat.flags import ChatFlags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status, 2 after a one-sentence error."""
+    """Command line; returns the exit status, 1 after a one-sentence error, 2 for a wrong flag."""
     flags = parse(ChatFlags, argv, prog="python -m pite.chat")
     logs.configure(flags.log_level)
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         chat(flags)
 
-    return run("pite.chat", chat, status=2)
+    return run("pite.chat", chat)
 
 
 if __name__ == "__main__":

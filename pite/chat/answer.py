@@ -28,6 +28,7 @@ def chat(flags: ChatFlags) -> None:
     """
     device = devices.select(flags.device)
     directory = checkpoint.resolve(flags.model)
+    checkpoint.check_trained(directory)
     config = PiTeConfig.load(directory)
     clip = _encoder(flags, config, device)
     frames = decode_video(flags.video, config.num_frames)
@@ -46,7 +47,13 @@ def chat(flags: ChatFlags) -> None:
     if warning := trajectory_head_warning(flags.model):
         log.warning(warning)
     save_video(flags.trajectory, frames, tracks)
-    log.info("%s: %s", flags.trajectory, ", ".join(track.label for track in tracks) or "the answer names no object")
+    if tracks:
+        log.info("%s: %s", flags.trajectory, ", ".join(track.label for track in tracks))
+    else:
+        log.warning(
+            "%s: written without points, because no object was found in the answer; name one with --phrase",
+            flags.trajectory,
+        )
 
 
 def _encoder(flags: ChatFlags, config: PiTeConfig, device: str) -> ClipEncoder:
@@ -54,7 +61,7 @@ def _encoder(flags: ChatFlags, config: PiTeConfig, device: str) -> ClipEncoder:
     clip, remedy = ClipEncoder(flags.clip, device), "pass --clip the encoder that made its features"
     if clip.channels != config.vision_feature_size:
         raise ValueError(
-            f"{flags.clip} gives {clip.channels} numbers per frame, but {flags.model} was trained on "
+            f"{flags.clip} gives {clip.channels} numbers per frame, but {flags.model} takes "
             f"{config.vision_feature_size}: {remedy}"
         )
     check_encoder(checkpoint.resolve(flags.model), clip.checksum, f"--clip {flags.clip}", remedy)

@@ -9,6 +9,7 @@ from pathlib import Path
 from dataloaders import paths
 from dataloaders.cli import at_least
 from pite.flags import DeviceFlags
+from pite.lineage import check_model_flag
 
 CLIP = "openai/clip-vit-large-patch14"
 """The paper's encoder."""
@@ -45,10 +46,18 @@ class ChatFlags(DeviceFlags):
         at_least(self, 1, "max_new_tokens")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature must be 0 or more, not {self.temperature}")
+        if not self.query.strip():
+            raise ValueError("--query is empty: give a question about the video")
+        if self.phrase and self.trajectory is None:
+            raise ValueError("--phrase chooses what is drawn: give --trajectory FILE.mp4 too")
+        if not all(phrase.strip() for phrase in self.phrase):
+            raise ValueError("--phrase is empty: give words of the answer")
+        if self.trajectory is not None and self.trajectory.suffix.lower() != ".mp4":
+            raise ValueError(f"--trajectory {self.trajectory}: an MP4 is written, so give a name that ends in .mp4")
 
     def check_paths(self) -> None:
         """Raise ValueError for a path that does not exist or cannot be written."""
-        paths.model("--model", self.model)
+        check_model_flag("--model", self.model)
         paths.input_file("--video", self.video)
         paths.model("--clip", self.clip)
         paths.output_file("--trajectory", self.trajectory)

@@ -15,7 +15,7 @@ from dataloaders import logs
 from dataloaders.cli import parse_command, run
 from dataloaders.files import write_atomically
 from pite.evaluate.flags import GroundingFlags, TrajectoriesFlags
-from pite.evaluate.grounding import read_ground_truth, read_predictions
+from pite.evaluate.grounding import frames_of, read_ground_truth, read_predictions
 from pite.evaluate.reports import Report, grounding_report
 
 COMMANDS: dict[str, type[GroundingFlags] | type[TrajectoriesFlags]] = {
@@ -25,7 +25,7 @@ COMMANDS: dict[str, type[GroundingFlags] | type[TrajectoriesFlags]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status, 2 after a one-sentence error."""
+    """Command line; returns the exit status, 1 after a one-sentence error, 2 for a wrong flag."""
     flags = parse_command(COMMANDS, argv, "python -m pite.evaluate", __doc__ or "")
     logs.configure(flags.log_level)
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.scores is not None:
             write_atomically(flags.scores, json.dumps(scores, indent=1) + "\n")
 
-    return run("pite.evaluate", evaluate, status=2)
+    return run("pite.evaluate", evaluate)
 
 
 # What imports torch is imported after the flags and paths are checked: it takes seconds.
@@ -46,7 +46,8 @@ def _grounding(flags: GroundingFlags) -> Report:
     truth = read_ground_truth(flags.truth)
     if flags.model is None:
         assert flags.predictions is not None, "GroundingFlags requires it"
-        return grounding_report(read_predictions(flags.predictions, truth), truth, flags.num_frames)
+        predictions = read_predictions(flags.predictions, truth)
+        return grounding_report(predictions, truth, frames_of(predictions, flags.num_frames, flags.predictions))
     from pite.evaluate.models import answer_all
 
     predictions, num_frames = answer_all(flags, truth)

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from dataloaders import paths
 from dataloaders.cli import at_least
+from dataloaders.formats import Split
 from dataloaders.store.features import Manifest
+from dataloaders.store.layout import store_of
 from pite.evaluate.grounding import QUESTION
 from pite.flags import DeviceFlags
+from pite.lineage import check_model_flag
 
-SPLIT = "evaluation"
+SPLIT: Split = "evaluation"
 """The held-out split: its folder in a data folder, and the first part of its features' keys."""
 
 
@@ -37,8 +40,9 @@ class GroundingFlags(EvaluationFlags):
     """prediction file, JSON lines: read, or with --model written"""
     ground_truth: Path | None = None
     """ActivityNet Captions; with --model DATA/evaluation/activitynet_captions.json unless given"""
-    num_frames: int = 100
-    """frames per video, for the indices in --predictions; --model has its own number"""
+    num_frames: int | None = None
+    """frames per video that the indices in the answers count; that of --model, or that in the file of --predictions, or
+    100 unless given"""
     question: str = QUESTION
     """{} stands for the sentence"""
     batch_size: int = 32
@@ -97,8 +101,8 @@ class TrajectoriesFlags(EvaluationFlags):
 
 
 def _check_inputs(model: Path | None, data: Path | None, store: Path | None) -> None:
-    paths.model("--model", model)
+    check_model_flag("--model", model)
     paths.input_folder("--data", data)
     paths.input_folder("--store", store)
     if store is not None:
-        Manifest.load(store / "videos")
+        Manifest.load(store_of(store, SPLIT))

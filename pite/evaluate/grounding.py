@@ -1,8 +1,8 @@
 """Temporal grounding: ground truth, questions to a model, prediction log, and the IoU of each answer.
 
 Predictions are one JSON object per line: {"video_id", "task": "grounding", "query_id", "answer", "info":
-{"sentence_id"}}. This is the format of the predecessor's evaluation, so each program can score the other's files. Lines
-of other tasks are skipped. Ground truth is ActivityNet Captions: {video_id: {"duration", "timestamps", "sentences"}}.
+{"sentence_id", "num_frames"}}. This is the format of the predecessor's evaluation, with the model's number of frames in
+addition, so each program can score the other's files. Lines of other tasks are skipped. Ground truth is ActivityNet Captions: {video_id: {"duration", "timestamps", "sentences"}}.
 
 The ground truth is read by `dataloaders.formats.activitynet.read_events`. Every event counts, with its times as written.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dataloaders.files import write_atomically
 from dataloaders.formats import lone_surrogate
 from dataloaders.formats.activitynet import read_events
 from pite.evaluate.metrics import Interval, interval_iou, parse_interval
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 QUESTION = "During which frames can we see {}?"
 """The predecessor's (VTimeLLM's) grounding question."""
+
+
+NUM_FRAMES = 100
+"""The paper's number of frames, which the predecessor's files count."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,15 @@ class Events:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's answer to one grounding question: sentence `sentence` of video `video`."""
+    """A model's answer to one grounding question: sentence `sentence` of video `video`.
+
+    num_frames  frames per video of the model, which the indices in the answer count; None in the predecessor's files
+    """
 
     video: str
     sentence: int
     answer: str
+    num_frames: int | None = None
 
 
 def read_ground_truth(path: Path) -> dict[str, Events]:
@@ -82,7 +91,12 @@ def read_predictions(path: Path, truth: dict[str, Events]) -> list[Prediction]:
             continue
         video, answer = _field(record, "video_id", where), _field(record, "answer", where)
         info = _field(record, "info", where)
-        sentence = _field(info if isinstance(info, dict) else {}, "sentence_id", f"{where}: field 'info'")
+        info = info if isinstance(info, dict) else {}
+        sentence, num_frames = _field(info, "sentence_id", f"{where}: field 'info'"), info.get("num_frames")
+        if num_frames is not None and (type(num_frames) is not int or num_frames < 1):
+            raise ValueError(
+                f"{where}: field 'info.num_frames' must be a whole number of at least 1, not {num_frames!r}"
+            )
         if video not in truth:
             raise ValueError(f"{where}: field 'video_id' names {video!r}, which the ground truth does not have")
         if not isinstance(answer, str):
@@ -96,10 +110,27 @@ def read_predictions(path: Path, truth: dict[str, Events]) -> list[Prediction]:
         if key in seen:
             raise ValueError(f"{where}: answers the same question as line {seen[key]}; keep one of the two")
         seen[key] = number
-        predictions.append(Prediction(video, sentence, answer))
+        predictions.append(Prediction(video, sentence, answer, num_frames))
     if not predictions:
         raise ValueError(f"{path}: holds no line whose task is 'grounding'")
     return predictions
+
+
+def frames_of(predictions: Sequence[Prediction], given: int | None, path: Path) -> int:
+    """Frames per video that the indices in the answers of a file count: its own number, else `given`, else 100.
+
+    Raises ValueError if `given` is another number than the file's, and for answers of models with different numbers.
+    """
+    found = sorted({prediction.num_frames for prediction in predictions if prediction.num_frames is not None})
+    if len(found) > 1:
+        raise ValueError(
+            f"{path}: holds answers of models with {found[0]} and with {found[1]} frames: score each alone"
+        )
+    if found and given not in (None, found[0]):
+        raise ValueError(
+            f"--num-frames {given}: the answers in {path} are of a model with {found[0]} frames; leave --num-frames out"
+        )
+    return found[0] if found else NUM_FRAMES if given is None else given
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
@@ -111,13 +142,14 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
                 "task": "grounding",
                 "query_id": 0,
                 "answer": prediction.answer,
-                "info": {"sentence_id": prediction.sentence},
+                "info": {"sentence_id": prediction.sentence}
+                | ({} if prediction.num_frames is None else {"num_frames": prediction.num_frames}),
             }
         )
         for prediction in predictions
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
 def answer_questions(
@@ -136,8 +168,8 @@ def answer_questions(
     Raises ValueError before the first answer for a question that the model cannot hold.
     """
     events = [(video, i) for video, those in truth.items() for i in range(len(those.sentences))]
+    num_frames = generator.model.config.num_frames
     for video, i in events:
-        num_frames = generator.model.config.num_frames
         generator.check_question(question_for(truth[video].sentences[i], question), num_frames)
     for start in range(0, len(events), batch_size):
         batch = events[start : start + batch_size]
@@ -148,7 +180,8 @@ def answer_questions(
             [features[video] for video, _ in batch],
             max_new_tokens=max_new_tokens,
         )
-        yield from (Prediction(video, i, answer.text) for (video, i), answer in zip(batch, answers, strict=True))
+        for (video, i), answer in zip(batch, answers, strict=True):
+            yield Prediction(video, i, answer.text, num_frames)
 
 
 def question_for(sentence: str, question: str = QUESTION) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataloaders.store.features import FeatureStore
+from dataloaders.store.layout import store_of
 from pite import checkpoint, devices
 from pite.config import PiTeConfig
 from pite.evaluate.flags import SPLIT, GroundingFlags, TrajectoriesFlags
@@ -22,12 +23,12 @@ log = logging.getLogger(__name__)
 
 
 def check_features(store: FeatureStore, model: Path) -> None:
-    """Raise ValueError if a store holds other features of videos than a model in a local directory was trained on."""
+    """Raise ValueError if a store holds other features of videos than a model in a local directory takes."""
     config, manifest = PiTeConfig.load(model), store.manifest
     if (manifest.tokens, manifest.channels) != (config.num_frames, config.vision_feature_size):
         raise ValueError(
             f"the feature store {store.path} holds {manifest.channels} numbers for each of {manifest.tokens} frames, but "
-            f"{model} was trained on {config.vision_feature_size} for each of {config.num_frames}: give the features of "
+            f"{model} takes {config.vision_feature_size} for each of {config.num_frames}: give the features of "
             "its own encoder and frames"
         )
     check_encoder(model, manifest.encoder, f"the feature store {store.path}", "give the features of its own encoder")
@@ -36,6 +37,11 @@ def check_features(store: FeatureStore, model: Path) -> None:
 def answer_all(flags: GroundingFlags, truth: dict[str, Events]) -> tuple[list[Prediction], int]:
     """The model's answer for every event, which --predictions stores, and its number of frames."""
     assert flags.model is not None and flags.store is not None, "GroundingFlags requires them"
+    num_frames = PiTeConfig.load(checkpoint.resolve(flags.model)).num_frames
+    if flags.num_frames not in (None, num_frames):
+        raise ValueError(
+            f"--num-frames {flags.num_frames}: {flags.model} has {num_frames} frames; leave --num-frames out"
+        )
     generator, store = _open(flags.model, flags.store, flags.device)
     answers = answer_questions(
         generator,
@@ -47,7 +53,7 @@ def answer_all(flags: GroundingFlags, truth: dict[str, Events]) -> tuple[list[Pr
     predictions = list(tqdm(answers, "answers", num_events(truth), unit="event", file=sys.stderr))
     if flags.predictions is not None:
         write_predictions(flags.predictions, predictions)
-    return predictions, generator.model.config.num_frames
+    return predictions, num_frames
 
 
 def trajectories(flags: TrajectoriesFlags) -> Report:
@@ -61,7 +67,8 @@ def trajectories(flags: TrajectoriesFlags) -> Report:
 
 def _open(model: Path, features: Path, device: str) -> tuple[Generator, FeatureStore]:
     """The model on its device, and the store of the videos' features, checked before the weights are read."""
-    device, store = devices.select(device), FeatureStore(features / "videos")
+    device, store = devices.select(device), FeatureStore(store_of(features, SPLIT))
     directory = checkpoint.resolve(model)
+    checkpoint.check_trained(directory)
     check_features(store, directory)
     return Generator.from_pretrained(directory, device), store

@@ -7,14 +7,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dataloaders import logs, paths
 from dataloaders.cli import parse, run
+from dataloaders.errors import reason
 from dataloaders.files import directory_written_atomically
 from dataloaders.logs import LogFlags
 from pite.export import RECORD
-from pite.export.card import model_card, read_scores
+from pite.export.card import Scores, model_card, read_scores
+from pite.lineage import check_model_flag
+
+if TYPE_CHECKING:
+    from pite.export.formats import TrainedModel
 
 _WRITTEN = (
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "generation_config.json"),
@@ -70,42 +75,37 @@ class ExportFlags(LogFlags):
             raise ValueError(f"--output {output} is a clone, whose history would be lost: give another folder")
         if output.resolve() == Path(self.model).resolve():
             raise ValueError(f"--output {output} is the same folder as --model: give another folder")
-        paths.model("--model", self.model)
+        check_model_flag("--model", self.model)
         for path in self.scores:
             paths.input_file("--scores", path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status, 2 after a one-sentence error."""
+    """Command line; returns the exit status, 1 after a one-sentence error, 2 for a wrong flag."""
     flags = parse(ExportFlags, argv, prog="python -m pite.export")
     logs.configure(flags.log_level)
-    return run("pite.export", lambda: _export(flags), status=2)
+    return run("pite.export", lambda: _export(flags))
 
 
 def _export(flags: ExportFlags) -> None:
     flags.check_paths()
     scores = [read_scores(path) for path in flags.scores]
     # Imported after the flags and paths are checked: it takes seconds.
-    import torch
+    from pite.export.formats import TrainedModel
 
-    from pite.export import formats
-
-    trained = formats.TrainedModel.open(flags.model)
+    trained = TrainedModel.open(flags.model)
     if flags.push is not None and flags.format == "peft" and trained.hub_base is None:
         raise ValueError(
             f"--push of an adapter needs a language model that others can download, but the lineage names the local "
             f"{trained.language_model}: use --format full"
         )
-    output, dtype = flags.output.resolve(), flags.dtype or "bfloat16"
-    with directory_written_atomically(output) as unfinished:
-        if flags.format == "full":
-            formats.write_full(trained, unfinished, getattr(torch, dtype))
-        else:
-            dtype = "float32"
-            formats.write_peft(trained, unfinished)
-        formats.write_record(trained, unfinished, flags.format, dtype)
-        card = model_card(flags.push or output.name, flags.format, dtype, trained.hub_base, trained.stages, scores)
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
+    output = flags.output.resolve()
+    dtype = "float32" if flags.format == "peft" else flags.dtype or "bfloat16"
+    try:
+        with directory_written_atomically(output) as unfinished:
+            _write(flags, trained, unfinished, dtype, scores)
+    except OSError as error:  # a full disk, for which each library that writes a file has a message of its own
+        raise ValueError(f"--output {flags.output} cannot be written: {reason(error)}") from None
     size = sum(file.stat().st_size for file in output.iterdir())
     print(f"{output}: {flags.format}, {size / 1e9:.2f} GB")
     if flags.push is not None:
@@ -113,9 +113,27 @@ def _export(flags: ExportFlags) -> None:
         print(f"https://huggingface.co/{flags.push}")
 
 
+def _write(flags: ExportFlags, trained: TrainedModel, directory: Path, dtype: str, scores: Sequence[Scores]) -> None:
+    """Write all files of an export into an empty directory."""
+    import torch
+
+    from pite.export import formats
+
+    if flags.format == "full":
+        formats.write_full(trained, directory, getattr(torch, dtype))
+    else:
+        formats.write_peft(trained, directory)
+    formats.write_record(trained, directory, flags.format, dtype)
+    name = flags.push or flags.output.resolve().name
+    card = model_card(name, flags.format, dtype, trained.hub_base, trained.stages, scores)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
 def push(folder: Path, name: str, private: bool) -> None:
     """Upload an export to a repository on the hub, which is created if necessary. Raises ValueError."""
     from huggingface_hub import HfApi
+
+    from pite.hub import why_not
 
     try:
         api = HfApi()
@@ -124,9 +142,8 @@ def push(folder: Path, name: str, private: bool) -> None:
             repo_id=name, folder_path=str(folder), commit_message="pite.export", delete_patterns=list(_WRITTEN)
         )
     except Exception as error:  # errors of the hub, and of the HTTP library that it uses
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{folder} is complete, but was not pushed to {name}: {reason}; log in with `hf auth login`"
+            f"{folder} is complete, but was not pushed to {name} on the Hugging Face hub: {why_not(error)}"
         ) from None
 
 

@@ -75,9 +75,7 @@ class TrainedModel:
         weights = hub.Weights(self.directory, "pite") if separate.exists() else hub.Weights(self.directory)
         found = {name: weights[name] for name in expected if name in weights}
         if not found:
-            raise ValueError(
-                f"{self.directory} holds a language model without PiTe's adapter and heads: train it first"
-            )
+            raise ValueError(checkpoint.untrained(self.directory))
         names.compare(expected, found, self.directory)
         return found
 

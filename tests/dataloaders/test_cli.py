@@ -8,7 +8,8 @@ from typing import Literal
 
 import pytest
 
-from dataloaders.cli import field_docs, flag, parse, run
+from dataloaders.cli import flag, parse, run
+from dataloaders.options import field_docs
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def test_abbreviations_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
         (["--seed", "1.5"], ["--seed", "'1.5'", "a whole number"]),
         (["--learning-rate", "fast"], ["--learning-rate", "'fast'", "a number"]),
         (["--stage", "4"], ["--stage", "'4'", "1, 2, all"]),
-        (["--device", "tpu"], ["--device", "'tpu'", "cpu, cuda, none"]),
+        (["--device", "tpu"], ["--device", "'tpu'", "give cpu, cuda\n"]),
         (["--size", "1"], ["--size", "2"]),
         (["--seed"], ["--seed"]),
         (["--learning-rate", "0"], ["--learning-rate must be positive, not 0.0"]),
@@ -144,6 +145,20 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in text, text
 
 
+def test_the_usage_shows_what_must_be_given_without_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    for cls, usage in (
+        (Config, "[-h] --data PATH [--stage"),
+        (Merge, "[-h] [--shards INT] [--config FILE] OUTPUT STORES [STORES ...]"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(cls, ["--help"], prog="train")
+        assert usage in " ".join(capsys.readouterr().out.split())
+    # Several missing flags are still reported together.
+    with pytest.raises(SystemExit):
+        parse(Merge, [], prog="merge")
+    assert capsys.readouterr().err == "merge: OUTPUT and STORES must be given; see --help\n"
+
+
 def test_an_error_names_the_module_and_the_help_its_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(Config, ["--help"], prog="python -m engine.train")
@@ -160,14 +175,14 @@ def test_an_error_names_the_module_and_the_help_its_command(capsys: pytest.Captu
     [
         (ValueError("a is missing"), "a is missing"),
         (MemoryError(), "MemoryError"),
-        (OSError(28, "No space"), "[Errno 28] No space"),
+        (OSError(28, "No space"), "No space"),
     ],
 )
 def test_run_prints_errors_of_users(error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> int:
         raise error
 
-    assert run("pite.chat", fail, status=3) == 3
+    assert run("pite.chat", fail) == 1
     assert capsys.readouterr().err == f"pite.chat: {sentence}\n"
 
 

@@ -28,9 +28,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (input_folder, "none", "--x none: no such folder"),
         (input_folder, "f", "--x f: this is a file, not a folder"),
         (output_file, "d", "--x d: this is a folder, not a file"),
-        (output_file, "f/new/p.jsonl", "--x f/new/p.jsonl cannot be written: Not a directory"),
+        (output_file, "f/new/p.jsonl", "--x f/new/p.jsonl cannot be written: {here}/f is a file, not a folder"),
+        (output_file, "f/p.jsonl", "--x f/p.jsonl cannot be written: f is a file, not a folder"),
         (output_file, "/proc/none/p.jsonl", "--x /proc/none/p.jsonl cannot be written: "),
         (output_folder, "f/new", "--x f/new: {here}/f is a file, not a folder"),
+        (output_folder, "/proc/new", "--x /proc/new cannot be written: /proc: "),
         (output_folder, "f", "--x f: this is a file, not a folder"),
     ],
 )

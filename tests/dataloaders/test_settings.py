@@ -24,10 +24,18 @@ class Inner:
 
 
 @dataclass(frozen=True)
+class Another:
+    """another group"""
+
+    another: int = 0
+
+
+@dataclass(frozen=True)
 class Outer:
     """Do something."""
 
     model: Inner = Inner()
+    other: Another = Another()
     learning_rate: float = 1e-4
     files: tuple[Path, ...] = ()
 
@@ -43,7 +51,7 @@ class Other:
 
 GROUPED = "model:\n  model: 13b\n  shape: [4, 5]\n  init: false\n  name: null\nlearning_rate: 1e-3\nfiles: [a, b]\n"
 FLAT = 'model = "13b"\nshape = [4, 5]\ninit = false\nlearning-rate = 1e-3\nfiles = ["a", "b"]\n'
-EXPECTED = Outer(Inner("13b", (4, 5), False), 1e-3, (Path("a"), Path("b")))
+EXPECTED = Outer(Inner("13b", (4, 5), False), learning_rate=1e-3, files=(Path("a"), Path("b")))
 
 
 def write(path: Path, text: str) -> str:
@@ -68,7 +76,7 @@ def test_flat_and_grouped_files_give_the_flags_values(tmp_path: Path, file: str,
 def test_the_command_line_overrides_the_file(tmp_path: Path):
     path = write(tmp_path / "c.yaml", GROUPED)
     config = parse(Outer, ["--model", "7b", "--config", path, "--files", "c", "--init"])
-    assert config == Outer(Inner("7b", (4, 5), True), 1e-3, (Path("c"),))
+    assert config == Outer(Inner("7b", (4, 5), True), learning_rate=1e-3, files=(Path("c"),))
 
 
 def test_what_is_written_is_read_again(tmp_path: Path):
@@ -80,11 +88,14 @@ def test_what_is_written_is_read_again(tmp_path: Path):
     "file, text, words",
     [
         ("c.yaml", "learning_rte: 1", ["there is no setting 'learning-rte'; did you mean 'learning-rate'?"]),
+        ("c.yaml", "modl: {shape: [4, 5]}", ["there is no setting 'modl'; did you mean 'model'?"]),
+        ("c.yaml", "model: {learning_rate: 1}", ["learning-rate is no setting of the group 'model': write it outside"]),
+        ("c.yaml", "other: {shape: [4, 5]}", ["shape is no setting of the group 'other': write it under 'model'"]),
         ("c.yaml", "learning_rate: fast", ["learning-rate: 'fast' is not accepted; give a number"]),
         ("c.yaml", "init: 1", ["init: 1 is not accepted; give true or false"]),
         ("c.yaml", "shape: [1]", ["shape: [1] is not accepted; give 2 values"]),
         ("c.yaml", "learning_rate: true", ["learning-rate: True is not accepted"]),
-        ("c.yaml", "model: 8b", ["model: '8b' is not accepted; give 7b, 13b"]),
+        ("c.yaml", "model: 8b", ["model: '8b' is not accepted; give 7b, 13b\n"]),
         ("c.yaml", "a: [", ["is not YAML"]),
         ("c.yaml", "- a", ["not a list"]),
         ("c.toml", "a = ", ["is not TOML"]),
@@ -97,7 +108,10 @@ def test_each_error_names_file_and_setting(tmp_path: Path, capsys, file: str, te
 
 
 def test_a_missing_file_is_named(tmp_path: Path, capsys):
-    assert "nowhere.yaml" in refusal(capsys, "--config", str(tmp_path / "nowhere.yaml"))
+    for path, why in ((tmp_path / "nowhere.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert refusal(capsys, "--config", str(path)) == f"train: --config {path} cannot be read: {why}\n"
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe")
+    assert "it is not a text file in UTF-8" in refusal(capsys, "--config", f"{tmp_path}/c.yaml")
 
 
 def test_groups_are_titles_of_the_help(capsys):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from engine.plots import main, plot_losses, read_curves, smooth
+from tests.commands import status_of
 
 
 def write(path: Path, records: list[dict[str, object]]) -> Path:
@@ -61,5 +62,12 @@ def test_unreadable_logs_are_named(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_a_missing_log_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "none.jsonl")]) == 2
+    assert main([str(tmp_path / "none.jsonl")]) == 1
     assert capsys.readouterr().err == f"engine.plots: STAGES {tmp_path / 'none.jsonl'}: no such file\n"
+
+
+def test_a_picture_of_another_kind_is_refused(capsys) -> None:
+    assert status_of(main, ["run/stage1", "--output", "curves.docx"]) == 2
+    assert capsys.readouterr().err == (
+        "engine.plots: --output curves.docx: a PNG is written, so give a name that ends in .png\n"
+    )

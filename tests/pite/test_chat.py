@@ -59,7 +59,7 @@ def test_the_named_objects_are_drawn_on_every_frame(
 def test_an_answer_without_the_phrase_draws_nothing(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_chat(made, "--trajectory", f"{tmp_path}/overlay.mp4", "--phrase", "a flying saucer") == 2
+    assert run_chat(made, "--trajectory", f"{tmp_path}/overlay.mp4", "--phrase", "a flying saucer") == 1
     assert "the answer does not contain 'a flying saucer'" in capsys.readouterr().err
     assert not (tmp_path / "overlay.mp4").exists()
 
@@ -76,7 +76,7 @@ def test_an_answer_without_the_phrase_draws_nothing(
 def test_unusable_inputs_are_named_in_one_sentence(
     made: Path, changed: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_chat(made, **changed) == 2
+    assert run_chat(made, **changed) == 1
     *logged, line = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("pite.chat: ") and message in line
     assert all(" INFO " in each for each in logged)
@@ -87,7 +87,7 @@ def test_another_clip_than_the_models_is_refused(
 ) -> None:
     save_clip(tmp_path, channels=24)
     where = ["--model", f"{made}/model", "--video", f"{made}/data/evaluation/videos/e000000.mp4"]
-    assert chat_main([*where, "--query", "What?", "--clip", str(tmp_path)]) == 2
+    assert chat_main([*where, "--query", "What?", "--clip", str(tmp_path)]) == 1
     assert "gives 24 numbers per frame" in capsys.readouterr().err
 
 
@@ -170,7 +170,7 @@ def test_a_prompt_or_sample_beyond_the_context_is_refused(
         (lambda: evaluated(short, "grounding"), prompt),
         (lambda: evaluated(short, "trajectories"), sample),
     ):
-        assert command() == 2
+        assert command() == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("pite.") and re.search(message, error)
 
@@ -202,10 +202,10 @@ def test_a_token_that_the_model_lacks_is_named(made: Path, tmp_path: Path, capsy
     size = len(tokenizer)
     wanted = f"holds token {size - 1} ('ircle'): the tokenizer has {size:,} tokens and the language model an embedding"
     assert run_chat(grown) == 0
-    assert run_chat(grown, "--query", "Where is the circle?") == 2
+    assert run_chat(grown, "--query", "Where is the circle?") == 1
     assert wanted in capsys.readouterr().err
     for task in ("grounding", "trajectories"):
-        assert evaluated(grown, task) == 2
+        assert evaluated(grown, task) == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("pite.evaluate: ") and wanted in error
 
@@ -214,7 +214,7 @@ def test_a_token_that_the_model_lacks_is_named(made: Path, tmp_path: Path, capsy
 def test_a_git_lfs_pointer_is_named(made: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     cloned = set_config(made, tmp_path)
     (cloned / "model" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n")
-    assert run_chat(cloned) == 2
+    assert run_chat(cloned) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert (
         error
@@ -224,7 +224,7 @@ def test_a_git_lfs_pointer_is_named(made: Path, tmp_path: Path, name: str, capsy
 
 def test_a_query_with_invalid_text_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bytes in another encoding on the command line."""
-    assert run_chat(made, "--query", "Caf\udce9?") == 2
+    assert run_chat(made, "--query", "Caf\udce9?") == 1
     assert r"the question 'Caf\udce9?' holds half of a character" in capsys.readouterr().err
 
 
@@ -239,7 +239,7 @@ def test_a_models_answers_are_scored_as_its_prediction_file_is(
     assert evaluated(made, "grounding", "--predictions", f"{tmp_path}/p.jsonl", "--batch-size", "3") == 0
     printed = capsys.readouterr().out
     truth = f"{made}/data/evaluation/activitynet_captions.json"
-    files = ["--predictions", f"{tmp_path}/p.jsonl", "--ground-truth", truth, "--num-frames", str(FRAMES)]
+    files = ["--predictions", f"{tmp_path}/p.jsonl", "--ground-truth", truth]
     assert evaluate(["grounding", *files]) == 0
     assert capsys.readouterr().out == printed
     assert evaluated(made, "grounding", "--predictions", f"{tmp_path}/one.jsonl", "--batch-size", "1") == 0
@@ -288,7 +288,8 @@ def test_stale_or_untrained_trajectory_head_is_warned_about(
     assert evaluate(["trajectories", *where, "--data", f"{made}/data", "--store", f"{made}/store"]) == 0
     about = ["--video", f"{made}/data/evaluation/videos/e000000.mp4", "--clip", f"{made}/clip", "--query", "What?"]
     assert chat_main([*where, *about, "--max-new-tokens", "4", "--trajectory", f"{tmp_path}/overlay.mp4"]) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if " WARNING " in line]
+    *lines, last = [line for line in capsys.readouterr().err.splitlines() if " WARNING " in line]
+    assert "written without points" in last, "the answer of random weights names no object"
     assert len(lines) == (2 if warning else 0)
     assert all(f"WARNING {stages}/{stage} {warning}" in line for line in lines)
 
@@ -311,7 +312,8 @@ def test_stale_or_untrained_trajectory_head_is_warned_about(
 def test_missing_flags_and_paths_are_named(
     made: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert status_of(evaluate, [each.replace("{made}", str(made)) for each in arguments]) == 2
+    wrong_flag = "needs" in message or "must be given" in message
+    assert status_of(evaluate, [each.replace("{made}", str(made)) for each in arguments]) == (2 if wrong_flag else 1)
     assert message in capsys.readouterr().err
 
 
@@ -329,11 +331,9 @@ def test_features_of_another_shape_are_refused_before_the_weights_are_read(
     (other / "store").unlink()
     FeatureStore.create_or_open(other / "store/videos", Manifest("e", tokens, "none", "none", tokens, channels))
     (other / "model/model.safetensors").unlink()
-    assert evaluated(other, command) == 2
+    assert evaluated(other, command) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        f"store/videos holds {channels} numbers for each of {tokens} frames, but {other}/model was trained on" in error
-    )
+    assert f"store/videos holds {channels} numbers for each of {tokens} frames, but {other}/model takes" in error
 
 
 def test_predictions_that_cannot_be_written_are_refused_before_the_weights_are_read(
@@ -343,7 +343,7 @@ def test_predictions_that_cannot_be_written_are_refused_before_the_weights_are_r
     (broken / "model/model.safetensors").unlink()
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "p.jsonl"):
-        assert evaluated(broken, "grounding", "--predictions", str(path)) == 2
+        assert evaluated(broken, "grounding", "--predictions", str(path)) == 1
         assert capsys.readouterr().err.startswith(f"pite.evaluate: --predictions {path}")
 
 

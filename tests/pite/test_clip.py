@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,26 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     LlamaConfig(hidden_size=32).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is not a CLIP model"):
         ClipEncoder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"num_attention_heads": 3},
+            "is not a CLIP configuration: The hidden size (32) is not a multiple of the number of",
+        ),
+        ({"hidden_size": "32"}, "is not a CLIP configuration: Field 'hidden_size' expected int, got str (value: '32')"),
+    ],
+)
+def test_a_broken_configuration_is_one_whole_sentence(tmp_path: Path, fields: dict[str, object], message: str) -> None:
+    save_clip(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "vision_config": {**values["vision_config"], **fields}}))
+    with pytest.raises(ValueError, match=re.escape(f"{path} {message}")) as caught:
+        ClipEncoder(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_crop_size_must_fit_the_model(tmp_path: Path) -> None:

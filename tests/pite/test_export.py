@@ -26,7 +26,7 @@ from pite.evaluate.trajectories import trajectory_head_warning
 from pite.export import __main__ as export
 from pite.generate import Generator
 from tests.clips import save_clip
-from tests.commands import status_of
+from tests.commands import full_disk, status_of
 from tests.engine.workspace import make_workspace, train_arguments
 from tests.media import write_video
 from tests.peak_memory import PeakMemory
@@ -155,7 +155,7 @@ def test_an_exported_adapter_can_be_exported_merged(run: Path, peft: Path, tmp_p
     assert export.main(["--model", str(peft), "--output", f"{tmp_path}/again", "--dtype", "float32"]) == 0
     assert_computes_the_same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), run)
     assert lineage.stages(tmp_path / "again") == (1, 2, 3)
-    assert export.main(["--model", f"{tmp_path}/again", "--output", f"{tmp_path}/peft", "--format", "peft"]) == 2
+    assert export.main(["--model", f"{tmp_path}/again", "--output", f"{tmp_path}/peft", "--format", "peft"]) == 1
 
 
 def test_a_whole_model_saved_over_an_export_leaves_none_of_it(full: Path, tmp_path: Path) -> None:
@@ -249,9 +249,11 @@ def test_a_push_that_fails_is_one_sentence_and_leaves_the_folder(
 
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(create_repo=refuse))
     arguments = ["--model", f"{run}/stage3/final", "--output", f"{tmp_path}/folder"]
-    assert export.main([*arguments, "--push", "owner/pite"]) == 2
+    assert export.main([*arguments, "--push", "owner/pite"]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pite.export")]
-    assert "is complete, but was not pushed to owner/pite: Token is required; " in line
+    assert (
+        "is complete, but was not pushed to owner/pite on the Hugging Face hub: it needs a token: log in with" in line
+    )
     assert from_pretrained(tmp_path / "folder").config.num_frames == 8
 
 
@@ -305,7 +307,8 @@ def test_wrong_exports_are_refused_in_one_sentence(
     save_file(
         {n: t for n, t in headless.items() if "vision_adapter" not in n}, "llm/model.safetensors", {"format": "pt"}
     )
-    assert status_of(export.main, ["--model", f"{run}/stage3/final", "--output", "folder", *flags]) == 2
+    status = 1 if "use --format" in message or flags[0] not in ("--private", "--push", "--format") else 2
+    assert status_of(export.main, ["--model", f"{run}/stage3/final", "--output", "folder", *flags]) == status
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pite.export")]
     assert message in line
     assert not Path("folder").exists() and list(Path("taken").iterdir()) == [Path("taken/file")]
@@ -317,7 +320,7 @@ def test_numbers_that_a_dtype_cannot_hold_are_named(run: Path, tmp_path: Path, c
     save_pretrained(whole, tmp_path / "whole")
     build_tokenizer().save_pretrained(str(tmp_path / "whole"))
     arguments = ["--model", f"{tmp_path}/whole", "--output", f"{tmp_path}/folder"]
-    assert export.main([*arguments, "--dtype", "float16"]) == 2
+    assert export.main([*arguments, "--dtype", "float16"]) == 1
     assert "model.layers.0.self_attn.o_proj.weight holds numbers that are not finite" in capsys.readouterr().err
     assert not (tmp_path / "folder").exists()
     assert export.main(arguments) == 0
@@ -337,11 +340,11 @@ def test_a_stage_copied_alone_names_what_it_lacks(run: Path, tmp_path: Path, cap
     with pytest.raises(ValueError, match=r"missing; copy the whole run folder") as raised:
         from_pretrained(final)
     assert "stage1/final" in str(raised.value) and ("stage2/final" in str(raised.value)) is not bool(copied)
-    assert export.main(["--model", str(final), "--output", f"{tmp_path}/folder"]) == 2
+    assert export.main(["--model", str(final), "--output", f"{tmp_path}/folder"]) == 1
     save_clip(tmp_path / "clip")
     video = write_video(tmp_path / "v.mp4", 8)
     flags = ["--video", str(video), "--clip", f"{tmp_path}/clip", "--query", "What?", "--device", "cpu"]
-    assert chat(["--model", str(final), *flags]) == 2
+    assert chat(["--model", str(final), *flags]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pite.")]
     assert [line.partition(": ")[2] for line in lines] == [str(raised.value)] * 2
 
@@ -351,7 +354,7 @@ def test_a_missing_language_model_is_named(run: Path, tmp_path: Path, capsys) ->
         shutil.copytree(run / stage, tmp_path / "a" / "b" / stage)
     arguments = ["--model", f"{tmp_path}/a/b/stage3/final", "--output", f"{tmp_path}/folder"]
     for kind in ("full", "peft"):
-        assert export.main([*arguments, "--format", kind]) == 2
+        assert export.main([*arguments, "--format", kind]) == 1
         assert f"builds on the language model {tmp_path}/a/b/llm, which is missing" in capsys.readouterr().err
 
 
@@ -371,10 +374,10 @@ def test_a_clone_and_a_mount_point_are_not_replaced(run: Path, full: Path, tmp_p
     shutil.copytree(full, clone)
     (clone / ".git").mkdir()
     model = f"{run}/stage3/final"
-    assert export.main(["--model", model, "--output", str(clone)]) == 2
+    assert export.main(["--model", model, "--output", str(clone)]) == 1
     assert "is a clone, whose history would be lost" in capsys.readouterr().err
     monkeypatch.setattr(Path, "is_mount", lambda self: True)
-    assert export.main(["--model", model, "--output", str(tmp_path / "mounted")]) == 2
+    assert export.main(["--model", model, "--output", str(tmp_path / "mounted")]) == 1
     assert "is a mount point" in capsys.readouterr().err
 
 
@@ -385,3 +388,13 @@ def test_reading_a_weight_twice_gives_the_same(run: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     first = loader.weight(name).clone()
     assert torch.equal(loader.weight(name), first)
+
+
+@pytest.mark.parametrize("kind", ["full", "peft"])
+@pytest.mark.parametrize("size", [100, 20_000])
+def test_a_full_disk_names_the_output(run: Path, tmp_path: Path, kind: str, size: int, capsys) -> None:
+    arguments = ["--model", f"{run}/stage3/final", "--output", f"{tmp_path}/folder", "--format", kind]
+    with full_disk(size):
+        assert export.main(arguments) == 1
+    assert f"pite.export: --output {tmp_path}/folder cannot be written: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "nothing remains"

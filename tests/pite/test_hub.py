@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
 from pite import checkpoint, clip, hub
+from pite.tokenizers import fetch_tokenizer
 
 SMALL = ["config.json", "preprocessor_config.json", "tokenizer.model", "tokenizer_config.json"]
 REPOSITORIES = {
@@ -65,7 +69,9 @@ def test_failed_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(hub, "snapshot_download", offline)
     with pytest.raises(
-        ValueError, match=r"^owner/a could not be downloaded from the Hugging Face hub: no way to owner/a$"
+        ValueError,
+        match=r"^owner/a could not be downloaded from the Hugging Face hub: no way to owner/a and more, and there is no "
+        r"folder owner/a here$",
     ):
         hub.resolve("owner/a", clip._FILES)
 
@@ -86,3 +92,45 @@ def test_cached_snapshot_works_offline(
         (snapshot / name).touch()
     (snapshot / weight).touch()
     assert hub.resolve(f"owner/{repository}", clip._FILES) == snapshot
+
+
+@pytest.fixture
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own code, with an empty cache and an address that refuses connections."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("load", [checkpoint.resolve, fetch_tokenizer])
+def test_without_a_network_there_is_one_request_and_one_sentence(
+    no_hub: None, load: Callable[[str], object], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    begin = time.monotonic()
+    with pytest.raises(
+        ValueError, match=r"^owner/a could not be .*: it cannot be reached \(.*\), and there is no folder"
+    ):
+        load("owner/a")
+    assert time.monotonic() - begin < 10, "it gives up at once instead of repeating each request five times"
+    assert not capfd.readouterr().err and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(401, "log in with `hf auth login`"), (403, "log in with `hf auth login`"), (404, "no model of this name")],
+)
+def test_a_login_is_the_remedy_only_where_access_is_refused(status: int, reason: str) -> None:
+    error = OSError("Client Error")
+    error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+    assert reason in hub.why_not(error)
+    assert "log in" not in hub.why_not(OSError("Server Error"))
+
+
+def test_a_clip_that_cannot_be_downloaded_can_be_given_as_a_folder(no_hub: None) -> None:
+    with pytest.raises(ValueError, match=r"there is no folder owner/a here; give a folder with --clip$"):
+        clip.ClipEncoder("owner/a")
+
+
+def test_the_hub_that_is_switched_off_is_named(no_hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+        checkpoint.resolve("owner/a")

@@ -115,6 +115,38 @@ def test_a_broken_tokenizer_is_one_sentence(
     assert sentence.startswith(str(tmp_path)) and "\n" not in sentence and "pip install tiktoken" not in sentence
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"hidden_size": 32, "num_attention_heads": 3},
+            r"The hidden size \(32\) is not a multiple of the number .*\(3\)$",
+        ),
+        ({"hidden_size": "32"}, r"Field 'hidden_size' expected int, got str \(value: '32'\)$"),
+        (None, r"is not valid JSON: "),
+    ],
+)
+def test_a_broken_configuration_is_not_blamed_on_the_vocabulary(
+    tmp_path: Path, fields: dict[str, object] | None, message: str
+) -> None:
+    COMPLETE["tiny"](tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", **fields}) if fields else '{"hidden_size": '
+    )
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.json .*{message}"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_file_that_names_the_ends_of_a_text_is_needed(tmp_path: Path) -> None:
+    COMPLETE["tiny"](tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/tokenizer_config\.json is missing: copy the file of"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json names no bos_token: copy the file of"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_token_beyond_the_embedding_is_one_sentence() -> None:
     tokenizer = llama_like()
     tokenizer.add_tokens(["<point>"])

@@ -19,6 +19,7 @@ import numpy as np
 
 from dataloaders.decode.dali.request import BT709, DecodeRequest
 from dataloaders.decode.preprocess import Preprocess
+from dataloaders.errors import reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,9 @@ def require() -> None:
     try:
         import nvidia.dali  # noqa: F401
     except (ImportError, OSError) as error:
-        raise ValueError(f"DALI cannot be used here ({error}); install nvidia-dali-cuda130, or use pyav") from None
+        raise ValueError(
+            f"DALI cannot be used here ({reason(error)}); install nvidia-dali-cuda130, or use pyav"
+        ) from None
 
 
 class Pipeline:

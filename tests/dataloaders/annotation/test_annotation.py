@@ -344,6 +344,25 @@ def test_steps_with_other_settings_are_not_mixed(annotated, capsys):
     assert "give --detector, too" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("step", "flag"), [("phrases", "--stanza"), ("masks", "--detector")])
+def test_a_step_without_its_files_needs_its_model(fresh, capsys, step, flag):
+    shutil.rmtree(fresh.work / "tracks")
+    for number, path in enumerate(sorted((fresh.work / step).iterdir())):
+        path.unlink()
+        if number == 2:
+            break
+    (fresh.work / "settings.json").unlink()
+    assert fresh.run("--failure-budget", 0.3) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"dataloaders.annotation: {flag} must be given, the folder of the model that makes the {step}: "
+    )
+    assert (
+        f"3 of 8 videos have no file of {step}, such as {fresh.work}/{step}/v0.json" in error and error.count("\n") == 1
+    )
+    assert not (fresh.work / "settings.json").exists() and not list(fresh.work.glob("failures*")), "nothing was tried"
+
+
 def test_other_output_files_are_not_replaced(annotated, tmp_path, capsys):
     output = tmp_path / "pite_143k.jsonl"
     output.write_text("precious")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -141,8 +141,31 @@ def test_not_a_store(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"manifest\.json has no field 'encoder'"):
         FeatureStore(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+    with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON: Expecting property name"):
         FeatureStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"num_frames": 16, "tokens": 8}, "field 'tokens' is 8, but 'num_frames' 16"),
+        ({"tokens": 0, "num_frames": 0}, "field 'num_frames' must be a whole number of at least 1, not 0"),
+        ({"tokens": -3}, "field 'tokens' must be a whole number of at least 1, not -3"),
+        ({"channels": "768"}, "field 'channels' must be a whole number of at least 1, not '768'"),
+        ({"channels": True}, "field 'channels' must be a whole number of at least 1, not True"),
+        ({"encoder": None}, "field 'encoder' must be a text, not None"),
+        ({"dtype": "float12"}, "field 'dtype' must be float16, not 'float12'"),
+        ({"dtype": ["float16"]}, "field 'dtype' must be a text, not ['float16']"),
+        ({"compute_dtype": "int8"}, "field 'compute_dtype' must be float32 or bfloat16 or float16, not 'int8'"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_names_the_field(tmp_path: Path, values: dict, fault: str) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({**asdict(MANIFEST), **values}))
+    with pytest.raises(ValueError) as caught:
+        FeatureStore(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/manifest.json: {fault}") and "encode into another" in str(
+        caught.value
+    )
 
 
 def test_unindexed_shard_is_written_again(tmp_path: Path) -> None:
@@ -227,7 +250,7 @@ def test_processes_write_at_the_same_time(tmp_path: Path) -> None:
 
 def test_a_million_records_open_faster_than_pyarrow_lists_their_keys(tmp_path: Path) -> None:
     """977 shards in the form of engine.encode; their features are holes in the files. CPU time, as a ratio in one run."""
-    manifest = replace(MANIFEST, tokens=100, channels=768)
+    manifest = replace(MANIFEST, num_frames=100, tokens=100, channels=768)
     FeatureStore.create_or_open(tmp_path, manifest)
     for number, first in enumerate(range(0, 10**6, 1024)):
         count = min(1024, 10**6 - first)

@@ -74,7 +74,7 @@ def test_another_configuration_in_the_same_folder_is_refused(world, tmp_path, ca
     with pytest.raises(ValueError, match=r"another synthetic world .*choose another folder"):
         make_world(world, WorldConfig(videos=24, evaluation=4, images=6, seed=5), processes=1)
     (tmp_path / "mine.txt").write_text("precious")
-    assert main([str(tmp_path), "--videos", "1"]) == 2
+    assert main([str(tmp_path), "--videos", "1"]) == 1
     assert "is no synthetic world" in capsys.readouterr().err
     assert status_of(main, [str(tmp_path / "new"), "--videos", "0"]) == 2
     assert "--videos must be at least 1" in capsys.readouterr().err

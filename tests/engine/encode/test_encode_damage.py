@@ -235,14 +235,22 @@ def test_verify_finds_a_record_that_does_not_match_its_file(clip: Path, tmp_path
     )
     encode(config)
     report = verify(prepare(config)[1], 100)
-    assert report == "9 of 9 records verified: 9 equal in every byte, least cosine 1.000000"
-    assert verify(prepare(config)[1], 4).startswith("4 of 9 records verified: 4 equal")
+    assert report == "3 of 3 images and 12 of 12 videos verified: 15 equal in every byte, least cosine 1.000000"
+    for number, drawn in (
+        (1, "1 of 3 images and 0 of 12"),
+        (2, "1 of 3 images and 1 of 12"),
+        (5, "1 of 3 images and 4 of"),
+    ):
+        assert verify(prepare(config)[1], number).startswith(drawn)
     right = FeatureStore(config.store / "videos")
     wrong = FeatureStore.create_or_open(tmp_path / "swapped/videos", right.manifest)
     with FeatureWriter(wrong) as writer:
         # Negated, because a random CLIP gives similar features for two shades of grey.
         writer.add({key: np.array(right.read(key)) * (-1 if key == "stage2/v3" else 1) for key in right.keys})
-    with pytest.raises(ValueError, match=r"1 of 6 records are wrong, the first stage2/v3: cosine -1\.0000 with what"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 records are wrong, of 0 of 0 images and 12 of 12 videos; the first is stage2/v3: cosine -1\.0000 with what",
+    ):
         verify(prepare(replace(config, store=tmp_path / "swapped"))[1], 100)
 
 
@@ -254,5 +262,5 @@ def test_what_one_decoder_stored_another_verifies(clip: Path, tmp_path: Path, de
     config = EncodeConfig(data=data, store=tmp_path / "store", clip=str(clip), num_frames=N, batch_size=N, workers=0)
     encode(config)
     report = verify(prepare(replace(config, decoder=decoder))[1], 100)  # type: ignore[arg-type]
-    assert report.startswith("6 of 6 records verified: ") and float(report.rpartition(" ")[2]) >= 0.999
-    assert ("6 equal in every byte" in report) == (decoder == "pyav"), report
+    assert report.startswith("3 of 3 images and 6 of 6 videos verified: ") and float(report.rpartition(" ")[2]) >= 0.999
+    assert ("9 equal in every byte" in report) == (decoder == "pyav"), report

@@ -27,6 +27,7 @@ from engine.encode.config import EncodeConfig
 from engine.encode.run import encode, prepare
 from pite.clip import ClipEncoder
 from tests.clips import write_data
+from tests.commands import full_disk
 from tests.media import needs_dali
 
 N = 5
@@ -284,3 +285,12 @@ def test_a_split_with_a_store_of_its_own_is_left_alone(config: EncodeConfig, tmp
     assert {key.partition("/")[0] for key in stored(config)} == {"stage1", "stage3"}
     assert f"not encoded, because they have stores of their own: {config.store / 'stage2'}" in caplog.text
     assert len(FeatureStore(config.store / "stage2")) == VIDEOS
+
+
+def test_a_full_disk_is_named_by_its_path(config: EncodeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(config, "--dry-run")) == 0, "the lists of media are written"
+    capsys.readouterr()
+    with full_disk(400):
+        assert main(flags(config)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"engine\.encode: {config.store}/\S+: File too large", error), error

@@ -35,7 +35,7 @@ def test_the_scores_file_holds_the_printed_numbers(tmp_path: Path, capsys: pytes
     assert {name: f"{scores[name]:.2f}" for name in printed} == printed
     card = dict(read_scores(tmp_path / "grounding.json").rows)
     assert card["task"] == "grounding" and card["answers"] == str(scores["answers"])
-    assert main(["grounding", *files, "--scores", f"{tmp_path}/grounding.json/none.json"]) == 2
+    assert main(["grounding", *files, "--scores", f"{tmp_path}/grounding.json/none.json"]) == 1
     assert capsys.readouterr().err.startswith(f"pite.evaluate: --scores {tmp_path}/grounding.json/none.json cannot be ")
 
 
@@ -129,9 +129,66 @@ LINE = {"video_id": "v", "task": "grounding", "query_id": 0, "answer": "From 10 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     (tmp_path / "g.json").write_text(json.dumps(TRUTH))
-    predictions = [Prediction("v", 0, 'From 10 to 20, "a dög" runs.')]
+    predictions = [Prediction("v", 0, 'From 10 to 20, "a dög" runs.', 8)]
     write_predictions(tmp_path / "deep" / "p.jsonl", predictions)
     assert read_predictions(tmp_path / "deep" / "p.jsonl", read_ground_truth(tmp_path / "g.json")) == predictions
+
+
+def score(folder: Path, answers: list[str], info: list[dict[str, object]], *more: str) -> int:
+    """Score answers to the events of one video; returns the exit status."""
+    truth = {"duration": 10.0, "timestamps": [[1, 5]] * len(answers), "sentences": ["A dog runs."] * len(answers)}
+    (folder / "g.json").write_text(json.dumps({"v": truth}))
+    lines = [{**LINE, "answer": a, "info": {"sentence_id": i, **x}} for i, (a, x) in enumerate(zip(answers, info))]
+    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    files = ["--predictions", f"{folder}/p.jsonl", "--ground-truth", f"{folder}/g.json"]
+    return main(["grounding", *files, "--scores", f"{folder}/s.json", *more])
+
+
+@pytest.mark.parametrize(
+    ("info", "flags", "frames"),
+    [
+        ([{"num_frames": 8}], [], 8),
+        ([{"num_frames": 8}], ["--num-frames", "8"], 8),
+        ([{}], ["--num-frames", "8"], 8),
+        ([{}], [], 100),
+        ([{"num_frames": 100}], [], 100),
+    ],
+)
+def test_indices_count_the_frames_of_the_file(tmp_path: Path, info: list, flags: list[str], frames: int) -> None:
+    assert score(tmp_path, ["From 01 to 05."], info, *flags) == 0
+    expected = metrics.interval_iou((1 / frames, 5 / frames), (0.1, 0.5))
+    assert json.loads((tmp_path / "s.json").read_text())["mIoU"] == pytest.approx(100 * expected)
+
+
+def test_another_number_of_frames_than_the_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for info, flags, message in (
+        (
+            [{"num_frames": 8}],
+            ["--num-frames", "100"],
+            f"--num-frames 100: the answers in {tmp_path}/p.jsonl are of a model",
+        ),
+        ([{"num_frames": 8}, {"num_frames": 16}], [], "p.jsonl: holds answers of models with 8 and with 16 frames"),
+        ([{"num_frames": 0}], [], "field 'info.num_frames' must be a whole number of at least 1, not 0"),
+    ):
+        assert score(tmp_path, ["From 01 to 05."] * len(info), info, *flags) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_answers_without_an_interval_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for answers, lacking in (
+        (["From 10 to 50."] * 2, 0),
+        (["From 10 to 50.", "A\ndog " + "x" * 99], 1),
+        (["A dog."] * 2, 2),
+    ):
+        caplog.clear()
+        assert score(tmp_path, answers, [{}] * 2) == 0
+        printed = capsys.readouterr().out
+        assert json.loads((tmp_path / "s.json").read_text())["answers without an interval"] == lacking
+        assert (f"{lacking} of 2 answers name no interval, such as 'A dog" in printed) == bool(lacking)
+        assert max(map(len, printed.splitlines())) < 140
+        assert [record.levelname for record in caplog.records] == ["WARNING"] * (lacking == 2)
 
 
 @pytest.mark.parametrize(
@@ -183,5 +240,5 @@ def test_malformed_predictions_are_named(tmp_path: Path, lines: list[str], messa
 
 def test_a_missing_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["grounding", "--predictions", f"{tmp_path}/p.jsonl", "--ground-truth", f"{tmp_path}/none.json"])
-    assert status == 2
+    assert status == 1
     assert capsys.readouterr().err == f"pite.evaluate: --ground-truth {tmp_path}/none.json: no such file\n"
