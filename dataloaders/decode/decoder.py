@@ -14,7 +14,9 @@ import numpy as np
 
 from dataloaders.decode import TIME_LIMIT
 from dataloaders.decode.preprocess import Preprocess
-from dataloaders.decode.video import DecodeError, decode_image, decode_video
+from dataloaders.decode.readable import DecodeError
+from dataloaders.decode.stills import decode_image
+from dataloaders.decode.video import decode_video
 from dataloaders.decode.workers import TaskLost, Workers
 from dataloaders.records import Media
 

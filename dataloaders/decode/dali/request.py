@@ -9,8 +9,10 @@ import numpy as np
 from PIL import Image
 
 from dataloaders.decode.decoder import Decoded, decode_cropped, guarded
+from dataloaders.decode.orientation import UPRIGHT
 from dataloaders.decode.preprocess import Preprocess
-from dataloaders.decode.video import DecodeError, frame_indices, probe
+from dataloaders.decode.readable import DecodeError
+from dataloaders.decode.video import probe
 from dataloaders.records import Media
 
 CODECS: dict[str, frozenset[str]] = {
@@ -64,14 +66,15 @@ def prepare(media: Media, num_frames: int, preprocess: Preprocess, device: str) 
 def _video(media: Media, num_frames: int, device: str) -> DecodeRequest | str:
     """A request for a video, or the reason why DALI cannot decode it."""
     probed = probe(media.path, media.clip)
-    indices, places = np.unique(probed.first + frame_indices(probed.total, num_frames), return_inverse=True)
+    indices, places = np.unique(probed.indices(num_frames), return_inverse=True)
     memory = len(indices) * probed.height * probed.width * 3
     problems = {
         f"DALI has no {probed.codec} on {device}": probed.codec not in CODECS[device],
         f"{probed.pixel_format} pixels": probed.pixel_format not in PIXEL_FORMATS,
-        "rotated": probed.rotation % 360 != 0,
+        "rotated or mirrored": probed.orientation != UPRIGHT,
         f"colour matrix {probed.matrix}": probed.matrix not in BT709 + BT601,
         "full range": probed.full_range != (probed.codec == "mjpeg"),
+        "several video streams": probed.packets.streams > 1,
         "packets without a frame": not probed.regular,
         "a long file": media.path.stat().st_size > MAX_FILE,
         "large frames": memory > FRAME_MEMORY[device],
