@@ -14,8 +14,9 @@ import numpy as np
 from dataloaders.decode.orientation import UPRIGHT
 from dataloaders.decode.packets import Clip
 from dataloaders.decode.readable import DecodeError
-from dataloaders.decode.video import Transform, probe
-from dataloaders.decode.video import decode_video as decode_with_pyav
+from dataloaders.decode.sampling import Sampling
+from dataloaders.decode.video import Sampled, Transform, probe
+from dataloaders.decode.video import sample_video as sample_with_pyav
 
 
 def require() -> None:
@@ -28,22 +29,25 @@ def require() -> None:
         ) from None
 
 
-def decode_video(path: Path, num_frames: int, clip: Clip = None, transform: Transform | None = None) -> np.ndarray:
-    """The same frames as `dataloaders.decode.video.decode_video`, (N, H, W, 3) uint8. Raises DecodeError."""
+def sample_video(
+    path: Path, num_frames: int, clip: Clip = None, transform: Transform | None = None, sampling: Sampling = "index"
+) -> Sampled:
+    """The same frames as `dataloaders.decode.video.sample_video`. Raises DecodeError."""
     from torchcodec.decoders import VideoDecoder
 
     probed = probe(path, clip)
     if not probed.regular or probed.orientation != UPRIGHT:
-        return decode_with_pyav(path, num_frames, clip, transform)
+        return sample_with_pyav(path, num_frames, clip, transform, sampling)
     try:
         decoder = VideoDecoder(
             path.absolute(), stream_index=probed.packets.stream, num_ffmpeg_threads=1, seek_mode="exact"
         )
         if (decoder.metadata.num_frames or 0) < probed.first + probed.total:
-            return decode_with_pyav(path, num_frames, clip, transform)
-        distinct, places = np.unique(probed.indices(num_frames), return_inverse=True)
+            return sample_with_pyav(path, num_frames, clip, transform, sampling)
+        distinct, places = np.unique(probed.indices(num_frames, sampling), return_inverse=True)
         # One frame at a time, to keep no whole frames in memory. Ascending indices need no seeking back.
         frames = (decoder.get_frame_at(i).data.permute(1, 2, 0).contiguous().numpy() for i in distinct.tolist())
-        return np.stack([frame if transform is None else transform(frame) for frame in frames])[places]
+        made = [frame if transform is None else transform(frame) for frame in frames]
+        return Sampled([made[place] for place in places.tolist()], probed.is_uneven(num_frames))
     except RuntimeError as error:
         raise DecodeError(f"{path}: torchcodec: {str(error).partition(chr(10))[0]}") from None
