@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from bench.media import link_ffmpeg
+from dataloaders.decode.dali import request
+from dataloaders.decode.decoder import Decoded, DecodePool, decode_file
 from dataloaders.decode.orientation import UPRIGHT, nearest, upright
+from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.readable import DecodeError
 from dataloaders.decode.video import decode_video, probe, sample_video
+from dataloaders.records import Media
 from tests.media import which_frame, write_video
 from tests.odd_media import (
     CORNERS,
@@ -143,3 +150,50 @@ def test_a_gif_is_a_video(tmp_path: Path) -> None:
     pictures = [Image.fromarray(picture(i)) for i in range(8)]
     pictures[0].save(tmp_path / "v.mp4", "GIF", save_all=True, append_images=pictures[1:], duration=100)
     assert decoded(tmp_path / "v.mp4", 8) == list(range(8))
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Media]:
+    """Videos that decoders treat differently: turned, with several streams, late, reordered in AVI."""
+    d = tmp_path_factory.mktemp("odd")
+    files = {name: write_matrix(d / f"{name}.mp4", matrix, 12, "mpeg4") for name, matrix in MATRICES.items()}
+    files |= {
+        "cover": write_tracks(d / "cover.mkv", [COVER, FILM]),
+        "preview": write_tracks(d / "preview.mp4", [PREVIEW, FILM]),
+        "late": write_tracks(d / "late.mp4", [Track(20, start=3.0)], sound=5.0),
+        "reordered": write_video(d / "b.avi", 40, options={"bf": "3"}),
+        "resized": write_resized(d / "resized.ts"),
+        "narrow": write_video(d / "narrow.mp4", 5, size=(2, 640), codec="mpeg4"),
+    }
+    media = {name: Media(name, path) for name, path in files.items()}
+    media["late, a clip"] = Media("late", files["late"], clip=(3.5, 4.0))
+    media["reordered, a clip"] = Media("reordered", files["reordered"], clip=(2.0, 3.0))
+    return media
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchcodec") is None, reason="pip install torchcodec")
+def test_torchcodec_gives_the_same_frames(
+    odd: dict[str, Media], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link_ffmpeg(tmp_path)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    decode = partial(decode_file, num_frames=9, preprocess=Preprocess(32, 32))
+    with DecodePool(partial(decode, reader="torchcodec"), 1, by="torchcodec") as pool:
+        for media, result in zip(odd.values(), pool.map(odd.values())):
+            assert isinstance(result.frames, np.ndarray), result.reason
+            np.testing.assert_array_equal(result.frames, decode(media).frames, err_msg=media.key)
+
+
+def test_dali_leaves_odd_videos_to_pyav(odd: dict[str, Media], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(request.CODECS, "cpu", frozenset({"mpeg4", "h264"}))
+    expected = {
+        **dict.fromkeys(MATRICES, "PyAV (rotated or mirrored)"),
+        **dict.fromkeys(("cover", "preview"), "PyAV (several video streams)"),
+        **dict.fromkeys(("reordered", "reordered, a clip"), "PyAV (packets without a frame)"),
+        "narrow": "PyAV (a long and narrow picture)",
+    }
+    for name, by in expected.items():
+        found = request.prepare(odd[name], 9, Preprocess(32, 32), "cpu")
+        assert isinstance(found, Decoded) and found.by == by, name
+    late = request.prepare(odd["late, a clip"], 9, Preprocess(32, 32), "cpu")
+    assert isinstance(late, request.DecodeRequest) and late.indices.tolist() == [5, 6, 7, 8, 9]
