@@ -6,7 +6,7 @@ tail. Both have a dark edge, to be visible on any picture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -117,10 +117,16 @@ def save_strip(
     sheet.save(path, format="PNG")
 
 
-def save_video(path: Path, frames: np.ndarray, tracks: Sequence[Track], *, fps: float = 8.0, width: int = 480) -> None:
-    """Write an H.264 MP4 of all frames with their tracks and a legend below, at `fps` frames per second."""
+def save_video(
+    path: Path, frames: Iterable[np.ndarray], tracks: Sequence[Track], *, fps: float = 8.0, width: int = 480
+) -> None:
+    """Write an H.264 MP4 of all frames with their tracks and a legend below, at `fps` frames per second.
+
+    Frames of another size than the first, (H, W, 3) uint8 each, are scaled to its size.
+    """
     legend = _legend(tracks, width - 16)
     panels = [draw_frame(frame, tracks, i, width=width) for i, frame in enumerate(frames)]
+    panels = [panel if panel.size == panels[0].size else panel.resize(panels[0].size) for panel in panels]
     # yuv420p needs even width and height.
     size = (width + width % 2, (panels[0].height + legend.height + 17) // 2 * 2)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from dataloaders.decode.decoder import decode_cropped
+from dataloaders.decode.decoder import Cropped, decode_file
 from dataloaders.decode.preprocess import Preprocess
+from dataloaders.decode.sampling import Sampling
 from dataloaders.records import Media
 from tests.media import write_audio
 
@@ -106,13 +107,15 @@ def endless(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
 KINDS: tuple[Damage, ...] = (truncated, flipped, overwritten, garbled, junk, empty, audio, still, huge, endless)
 
 
-def decode_or_hang(media: Media, num_frames: int, preprocess: Preprocess) -> np.ndarray:
-    """Like `decode_cropped`, but hangs on v2.mp4 with all signals blocked."""
+def decode_or_hang(
+    media: Media, num_frames: int, preprocess: Preprocess, sampling: Sampling = "index"
+) -> np.ndarray | Cropped:
+    """Like `decode_file`, but hangs on v2.mp4 with all signals blocked."""
     if media.path.name == "v2.mp4":
         signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
         while True:
             pass
-    return decode_cropped(media, num_frames, preprocess)
+    return decode_file(media, num_frames, preprocess, sampling=sampling)
 
 
 def damage(good: list[Path], to: Path, count: int, seed: int = 0) -> dict[Path, str]:

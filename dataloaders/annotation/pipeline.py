@@ -13,7 +13,7 @@ from dataloaders.annotation.key_points import key_points
 from dataloaders.annotation.record import Existing, pite_record, with_trajectories
 from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, Step, step_path
 from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, first_frames, track_events
-from dataloaders.decode.video import DecodeError
+from dataloaders.decode.readable import DecodeError
 from dataloaders.failures import Failure
 from dataloaders.formats.activitynet import EventVideo
 from dataloaders.formats.pite_143k import read_pite

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from dataloaders.annotation.steps import Masks, Tracks
-from dataloaders.decode.video import DecodeError, iter_frames, probe
+from dataloaders.decode.readable import DecodeError
+from dataloaders.decode.video import iter_frames, probe
 from dataloaders.formats.activitynet import Event
 from dataloaders.records import ABSENT, RecordError
 

@@ -12,7 +12,10 @@ from typing import BinaryIO
 
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 _INFO, _TIME_UNIT, _LENGTH = b"\x15\x49\xa9\x66", b"\x2a\xd7\xb1", b"\x44\x89"
+_UNKNOWN = 0xFFFFFFFF
+"""Length of a RIFF file that was written into a pipe, where it cannot be corrected at the end."""
 _BOXES_AT_START = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+_STILL_BRANDS = (b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1")
 
 
 def truncation(path: Path) -> str | None:
@@ -24,14 +27,23 @@ def truncation(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(64)
         if head[4:8] in _BOXES_AT_START:
-            return _mp4(file, size)
+            # A still has no index; its own decoder detects truncation.
+            return None if head[8:12] in _STILL_BRANDS else _mp4(file, size)
         if head.startswith(_EBML):
             needed = _matroska_size(head)
         elif head.startswith(b"RIFF") and len(head) >= 8:
-            needed = 8 + struct.unpack("<I", head[4:8])[0]
+            length = struct.unpack("<I", head[4:8])[0]
+            needed = None if length == _UNKNOWN else 8 + length
         else:
             return None
     return f"it should hold {needed} bytes and holds {size}" if needed and needed > size else None
+
+
+def is_avif(path: Path) -> bool:
+    """Whether a file is a still in the container of MP4: AVIF or HEIC. Raises OSError where it cannot be read."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS
 
 
 def _mp4(file: BinaryIO, size: int) -> str | None:

@@ -14,14 +14,16 @@ import numpy as np
 
 from dataloaders.decode import TIME_LIMIT
 from dataloaders.decode.preprocess import Preprocess
-from dataloaders.decode.video import DecodeError, decode_image, decode_video
+from dataloaders.decode.readable import DecodeError
+from dataloaders.decode.sampling import Sampling
+from dataloaders.decode.stills import decode_image
+from dataloaders.decode.video import sample_video
 from dataloaders.decode.workers import TaskLost, Workers
 from dataloaders.records import Media
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Decode = Callable[[Media], np.ndarray]
 Reader = Literal["pyav", "torchcodec"]
 
 
@@ -31,12 +33,25 @@ class Decoded:
 
     frames  a NumPy array, or a tensor on the GPU that decoded it
     by      the decoder, and after a fallback the reason for it
+    uneven  frames sampled by index and by time differ by more than a frame's share
     """
 
     media: Media
     frames: np.ndarray | Tensor | None = None
     reason: str = ""
     by: str = "PyAV"
+    uneven: bool = False
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """Cropped frames (n, S, S, 3) uint8 of a file; `uneven` as in Decoded."""
+
+    frames: np.ndarray
+    uneven: bool = False
+
+
+Decode = Callable[[Media], np.ndarray | Cropped]
 
 
 def is_fallback(by: str) -> bool:
@@ -57,15 +72,24 @@ class Decoder(Protocol):
     ) -> None: ...
 
 
-def decode_cropped(media: Media, num_frames: int, preprocess: Preprocess, reader: Reader = "pyav") -> np.ndarray:
-    """Cropped frames (n, S, S, 3) uint8 of a video, or the one frame of a still. Raises DecodeError."""
+def decode_file(
+    media: Media, num_frames: int, preprocess: Preprocess, reader: Reader = "pyav", sampling: Sampling = "index"
+) -> Cropped:
+    """Cropped frames of a video, or the one frame of a still. Raises DecodeError."""
     if media.kind == "image":
-        return preprocess.cropped(decode_image(media.path))[None]
+        return Cropped(preprocess.cropped(decode_image(media.path))[None])
     if reader == "torchcodec":
-        from dataloaders.decode.torchcodec import decode_video as decode_with_torchcodec
+        from dataloaders.decode.torchcodec import sample_video as sample_with_torchcodec
 
-        return decode_with_torchcodec(media.path, num_frames, media.clip, preprocess.cropped)
-    return decode_video(media.path, num_frames, media.clip, preprocess.cropped)
+        sampled = sample_with_torchcodec(media.path, num_frames, media.clip, preprocess.cropped, sampling)
+    else:
+        sampled = sample_video(media.path, num_frames, media.clip, preprocess.cropped, sampling)
+    return Cropped(np.stack(sampled.frames), sampled.uneven)
+
+
+def decode_cropped(media: Media, num_frames: int, preprocess: Preprocess, reader: Reader = "pyav") -> np.ndarray:
+    """The frames (n, S, S, 3) uint8 of `decode_file`."""
+    return decode_file(media, num_frames, preprocess, reader).frames
 
 
 class DecodePool:
@@ -121,7 +145,9 @@ def result_of(media: Media, future: Future[Any]) -> Any:
 def guarded(decode: Decode, media: Media, by: str = "PyAV") -> Decoded:
     """Decode, and turn any exception into a reason."""
     try:
-        return Decoded(media, decode(media), by=by)
+        found = decode(media)
+        found = found if isinstance(found, Cropped) else Cropped(found)
+        return Decoded(media, found.frames, by=by, uneven=found.uneven)
     except DecodeError as error:
         return Decoded(media, reason=str(error))
     except Exception as error:  # A damaged file can raise anything, and must not stop the others.

@@ -27,6 +27,9 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 ARITHMETIC = {"cpu": "float32", "cuda": "float16"}
 """Precision of the resize, by device. Half precision holds 0 to 255 exactly; rounding its weights costs below 1/255."""
 
+_EXTREME = 128
+"""Ratio of the sides above which only the middle of a picture is resized."""
+
 _PART = 2**27
 """Pixel values to resize at a time, since each needs a copy of the frames in another type and memory layout."""
 
@@ -89,9 +92,22 @@ class Preprocess:
     def cropped(self, frame: np.ndarray) -> np.ndarray:
         """Resize and crop one frame (H, W, 3) uint8 to (S, S, 3) uint8."""
         height, width = self.resized(*frame.shape[:2])
-        resized = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - self.crop) // 2, (height - self.crop) // 2
+        picture = Image.fromarray(frame)
+        if self.is_extreme(*frame.shape[:2]):
+            across, down = frame.shape[1] / width, frame.shape[0] / height
+            box = (left * across, top * down, (left + self.crop) * across, (top + self.crop) * down)
+            return np.array(picture.resize((self.crop, self.crop), Image.Resampling.BICUBIC, box=box))
+        resized = picture.resize((width, height), Image.Resampling.BICUBIC)
         return np.array(resized.crop((left, top, left + self.crop, top + self.crop)))
+
+    def is_extreme(self, height: int, width: int) -> bool:
+        """Whether a picture is so long that only its middle is resized.
+
+        A picture of 1 x 30000 pixels would have 1.5 billion pixels after the resize. For ordinary pictures the whole is
+        resized, which gives the last bit of Hugging Face's processor; a box is rounded to single precision in Pillow.
+        """
+        return max(self.resized(height, width)) > _EXTREME * self.resize
 
     def cropped_batch(self, frames: Tensor) -> Tensor:
         """`cropped` for many frames of one size, on their device: (n, H, W, 3) uint8 to (n, S, S, 3) uint8.

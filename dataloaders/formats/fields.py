@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -88,11 +89,34 @@ MEDIA_SUFFIXES = (*_VIDEO_SUFFIXES, ".jpg", ".jpeg", ".png", ".webp")
 
 
 def find_name(name: str, names: Container[str]) -> str:
-    """`name`, or the same name with another of MEDIA_SUFFIXES if only that is among the `names` in its folder."""
+    """`name`, or the same name with another of MEDIA_SUFFIXES if only that is among the `names` in its folder.
+
+    Else the only name that differs in case or in the form of its accents (macOS decomposes them), also with another
+    suffix. Of several such names none is taken, since they may be different videos.
+    """
     if name in names:
         return name
     stem = name.rpartition(".")[0]
-    return next((other for suffix in MEDIA_SUFFIXES if (other := f"{stem}{suffix}") in names), name)
+    others = [f"{stem}{suffix}" for suffix in MEDIA_SUFFIXES]
+    exact = next((other for other in others if other in names), None)
+    if exact is not None or not isinstance(names, frozenset):
+        return exact or name
+    folded = _folded_names(names)
+    alike = next((found for other in (name, *others) if (found := folded.get(_folded(other)))), ())
+    return alike[0] if len(alike) == 1 else name
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+@lru_cache(16)
+def _folded_names(names: frozenset[str]) -> dict[str, list[str]]:
+    """The names in a folder by their folded form; one frozenset hashes once."""
+    folded: dict[str, list[str]] = {}
+    for name in names:
+        folded.setdefault(_folded(name), []).append(name)
+    return folded
 
 
 _CUT = re.compile(r"(?P<source>(?:.*/)?[\w-]{11})_(?P<start>\d+(?:\.\d+)?)_(?P<end>\d+(?:\.\d+)?)", re.ASCII)

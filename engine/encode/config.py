@@ -29,6 +29,9 @@ class EncodeConfig(LogFlags):
     """CLIP in Hugging Face format, a folder or a name on the hub"""
     num_frames: int = 100
     """frames per video"""
+    sampling: Literal["index", "time"] = "index"
+    """rule that chooses a video's frames: evenly by their index, as published, or evenly in time, which differs for
+    variable frame rates; a store holds features of one rule"""
     batch_size: int = 200
     """frames per forward pass"""
     workers: int | None = None

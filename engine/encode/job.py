@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from dataloaders.decode.dali import decoder as dali
-from dataloaders.decode.decoder import DecodePool, Decoder, decode_cropped
+from dataloaders.decode.decoder import DecodePool, Decoder, decode_file
 from dataloaders.records import Media
 from dataloaders.store.features import FeatureStore
 from engine.encode.backend import Backend
@@ -56,17 +56,19 @@ class Job:
     def decoder(self, files: int) -> AbstractContextManager[Decoder]:
         """A decoder for this many files: PyAV also where DALI was chosen by default and cannot be started."""
         num_frames, preprocess = self.store.manifest.num_frames, self.encoder.preprocess
-        limit, chosen = self.config.time_limit, self.backend.decoder
+        limit, chosen, sampling = self.config.time_limit, self.backend.decoder, self.config.sampling
         workers = min(files, self.backend.workers)
         if chosen == "dali":
             device = self.encoder.device.type
             try:
-                return dali.DaliDecoder(self.kind, num_frames, preprocess, device, workers, time_limit=limit)
+                return dali.DaliDecoder(
+                    self.kind, num_frames, preprocess, device, workers, time_limit=limit, sampling=sampling
+                )
             except ValueError as error:
                 if self.config.decoder != "auto":
                     raise
                 log.warning("%s: falling back to PyAV for all %ss", error, self.kind)
-        decode = partial(decode_cropped, num_frames=num_frames, preprocess=preprocess)
+        decode = partial(decode_file, num_frames=num_frames, preprocess=preprocess, sampling=sampling)
         if chosen == "torchcodec" and self.kind == "video":
             return DecodePool(partial(decode, reader="torchcodec"), workers, time_limit=limit, by="torchcodec")
         return DecodePool(decode, workers, time_limit=limit)

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     from pite.clip import ClipEncoder
 
+SAMPLING = {"index": PITE_SAMPLING, "time": "linspace in time"}
+"""The name of each sampling rule in a store's manifest."""
+
 log = logging.getLogger(__name__)
 
 
@@ -40,12 +43,14 @@ class Summary:
 
     inexact  media whose file differs in duration from its annotation by more than the share of a frame, though not so much
              that it is refused
+    uneven   files of which sampling by index and by time choose frames that are further apart than a frame's share
     shown  kinds of failures and fallbacks whose first example was logged
     """
 
     encoded: int = 0
     failed: int = 0
     inexact: int = 0
+    uneven: int = 0
     decoders: Counter[str] = field(default_factory=Counter)
     shown: set[str] = field(default_factory=set)
 
@@ -53,6 +58,7 @@ class Summary:
         """Count a file that was encoded, and log the first one of each fallback."""
         self.encoded += len(group)
         self.decoders[decoded.by] += 1
+        self.uneven += decoded.uneven
         if is_fallback(decoded.by):
             self.show_first(decoded.by, "%s: decoded by %s", group[0].path, decoded.by)
 
@@ -93,6 +99,12 @@ def run(config: EncodeConfig, ranks: Ranks) -> None:
             "%s files differ in duration from their annotation by more than a frame's share, though less than is refused",
             f"{summary.inexact:,}",
         )
+    if summary.uneven and config.sampling == "index":
+        log.warning(
+            "%s files have a variable frame rate: frames sampled by index are more than a frame's share away from the times"
+            " of their labels; --sampling time, with another --store, avoids it",
+            f"{summary.uneven:,}",
+        )
     for by, files in summary.decoders.most_common():
         log.log(logging.WARNING if is_fallback(by) else logging.INFO, "decoded by %s: %s files", by, f"{files:,}")
 
@@ -128,7 +140,7 @@ def make_jobs(config: EncodeConfig, inventory: Inventory, backend: Backend, rank
     encoder = ClipEncoder(config.clip, backend.device, compiled=backend.device != "cpu")
     manifests = {
         "image": _manifest(encoder, 1, "still"),
-        "video": _manifest(encoder, config.num_frames, PITE_SAMPLING),
+        "video": _manifest(encoder, config.num_frames, SAMPLING[config.sampling]),
     }
     jobs = []
     for kind, manifest in manifests.items():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dataloaders.decode.video import decode_video
+from dataloaders.decode.video import sample_video
 from pite import checkpoint, devices
 from pite.chat.flags import ChatFlags
 from pite.clip import ClipEncoder
@@ -31,7 +31,7 @@ def chat(flags: ChatFlags) -> None:
     checkpoint.check_trained(directory)
     config = PiTeConfig.load(directory)
     clip = _encoder(flags, config, device)
-    frames = decode_video(flags.video, config.num_frames)
+    frames = sample_video(flags.video, config.num_frames).frames
     # Half precision, as the stored features in training.
     features = clip.encode(np.stack([clip.preprocess.cropped(frame) for frame in frames])).half().cpu().numpy()
     generator = Generator.from_pretrained(directory, device)

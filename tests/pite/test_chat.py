@@ -23,6 +23,7 @@ from pite.generate import Answer, Generator
 from pite.mentions import find_phrases
 from tests.commands import status_of
 from tests.held_out import CHANNELS, FRAMES, make_held_out, save_clip
+from tests.odd_media import write_resized
 from tests.samples import tiny_model
 
 
@@ -351,3 +352,12 @@ def test_the_log_level_is_a_flag(made: Path, capsys: pytest.CaptureFixture[str])
     for level, logged in (("info", True), ("warning", False)):
         assert run_chat(made, "--log-level", level) == 0
         assert (" INFO    device " in capsys.readouterr().err) == logged
+
+
+def test_a_video_whose_frames_change_size(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_resized(made / "resized.ts")
+    assert run_chat(made, video="resized.ts") == 0
+    word = capsys.readouterr().out.split()[0]
+    assert run_chat(made, "--trajectory", f"{tmp_path}/overlay.mp4", "--phrase", word, video="resized.ts") == 0
+    with av.open(f"{tmp_path}/overlay.mp4") as container:
+        assert sum(1 for _ in container.decode(video=0)) == FRAMES

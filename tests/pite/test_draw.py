@@ -81,3 +81,14 @@ def test_nothing_to_draw_still_shows_the_video(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "strip.png").width == 3 * 332 + 12
     with av.open(str(tmp_path / "video.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == len(FRAMES)
+
+
+def test_frames_of_another_size_are_scaled_to_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    frames = [*FRAMES[:2], np.full((90, 30, 3), 200, np.uint8)]
+    save_video(path, frames, [])
+    with av.open(str(path)) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(shown) == 3 and len({frame.shape for frame in shown}) == 1
+    height = round(480 * FRAMES.shape[1] / FRAMES.shape[2])
+    assert abs(int(shown[2][: height - 4].mean()) - 200) < 4

@@ -29,8 +29,9 @@ import numpy as np
 from dataloaders.decode import TIME_LIMIT
 from dataloaders.decode.dali.pipeline import Pipeline, require, root_cause
 from dataloaders.decode.dali.request import FRAME_MEMORY, DecodeRequest, prepare
-from dataloaders.decode.decoder import Decoded, decode_cropped, guarded, result_of
+from dataloaders.decode.decoder import Decoded, decode_file, guarded, result_of
 from dataloaders.decode.preprocess import Preprocess
+from dataloaders.decode.sampling import Sampling
 from dataloaders.decode.workers import Workers
 from dataloaders.records import Media
 
@@ -84,10 +85,12 @@ class DaliDecoder:
         workers: int,
         batch: int = 16,
         time_limit: float | None = TIME_LIMIT,
+        sampling: Sampling = "index",
     ) -> None:
         require()
-        self._prepare = partial(prepare, num_frames=num_frames, preprocess=preprocess, device=device)
-        self._decode = partial(guarded, partial(decode_cropped, num_frames=num_frames, preprocess=preprocess))
+        settings: dict[str, Any] = {"num_frames": num_frames, "preprocess": preprocess, "sampling": sampling}
+        self._prepare = partial(prepare, device=device, **settings)
+        self._decode = partial(guarded, partial(decode_file, **settings))
         self._failed, self._succeeded, self._hung = 0, False, 0
         self._agree: dict[tuple[str, int], bool] = {}
         self._device, self._batch, self._time_limit = device, batch, time_limit
@@ -215,7 +218,8 @@ class DaliDecoder:
             _LOG.debug("%s: %s; falling back to PyAV", request.media.path, why)
             return self.workers.submit(self._decode, request.media, f"PyAV ({why})")
         repeated = request.media.kind == "video" and len(request.places) != len(request.indices)
-        return Decoded(request.media, frames[request.places] if repeated else frames, by=f"DALI ({request.codec})")
+        frames = frames[request.places] if repeated else frames
+        return Decoded(request.media, frames, by=f"DALI ({request.codec})", uneven=request.uneven)
 
     def _fallback_reason(self, request: DecodeRequest, frames: np.ndarray | Tensor | str) -> str:
         """Why PyAV must decode a file; empty where DALI's frames are good."""

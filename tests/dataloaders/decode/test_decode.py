@@ -17,7 +17,7 @@ from PIL import Image
 
 from dataloaders.decode.decoder import DecodePool, decode_cropped
 from dataloaders.decode.preprocess import Preprocess
-from dataloaders.decode.video import DecodeError
+from dataloaders.decode.readable import DecodeError
 from dataloaders.decode.workers import Workers
 from dataloaders.records import Media
 from tests import SOURCE_PATH

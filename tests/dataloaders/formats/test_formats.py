@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,16 @@ class TestInstructions:
         assert names == ["v_001.mkv", "v_2.x.mp4", "sub/v_3.avi", "v_4.mp4", "none/v_5.mp4"]
         (tmp_path / "v_001.mp4").touch()
         assert found("v_001") == "v_001.mp4", "a folder that changed is listed again"
+
+    def test_videos_are_found_in_another_case_or_form(self) -> None:
+        decomposed = unicodedata.normalize("NFD", "café.mp4")
+        names = frozenset({"UPPER.MP4", "Clip.WMV", decomposed, "one.MP4", "ONE.mp4", "two.mkv", "Two.MKV"})
+        assert find_name("upper.mp4", names) == "UPPER.MP4"
+        assert find_name("clip.mp4", names) == "Clip.WMV"
+        assert find_name("café.mp4", names) == decomposed != "café.mp4"
+        assert find_name("one.mp4", names) == "one.mp4", "two files could be meant"
+        assert find_name("two.mp4", names) == "two.mkv", "the exact case comes first"
+        assert find_name("three.mp4", names) == "three.mp4"
 
     def test_video_instruct(self) -> None:
         sample = read_video_instruct(INSTRUCT, WHERE, Path("d/stage3"))

@@ -18,17 +18,18 @@ from PIL import Image
 
 from dataloaders.decode.video import decode_video
 from dataloaders.failures import BudgetExceeded, read_failures
+from dataloaders.ranks import ALONE
 from dataloaders.records import Media
 from dataloaders.store.features import FeatureStore
 from engine.encode import job
 from engine.encode.__main__ import main
 from engine.encode.config import EncodeConfig
-from engine.encode.run import encode
+from engine.encode.run import encode, run
 from engine.encode.work import groups_of, partition_by_length, seconds_of
 from pite.clip import ClipEncoder
 from tests.clips import save_clip, write_data
 from tests.damage import decode_or_hang
-from tests.media import truncate, write_audio
+from tests.media import truncate, write_audio, write_video
 
 N = 5
 VIDEOS, IMAGES = 6, 3
@@ -90,8 +91,8 @@ def test_features_are_those_of_the_frames(config: EncodeConfig, data: Path, clip
 
 def test_a_linked_file_is_decoded_once(config: EncodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    real = job.decode_cropped
-    monkeypatch.setattr(job, "decode_cropped", lambda m, **options: decoded.append(m.key) or real(m, **options))
+    real = job.decode_file
+    monkeypatch.setattr(job, "decode_file", lambda m, **options: decoded.append(m.key) or real(m, **options))
     encode(config)
     assert len(decoded) == VIDEOS + IMAGES
 
@@ -336,7 +337,7 @@ def test_dry_run_encodes_nothing(config: EncodeConfig, capsys: pytest.CaptureFix
 
 def test_a_file_that_hangs_is_stopped(config: EncodeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(config)
-    monkeypatch.setattr(job, "decode_cropped", decode_or_hang)
+    monkeypatch.setattr(job, "decode_file", decode_or_hang)
     hanging = replace(config, store=tmp_path / "other", workers=1, time_limit=1.5, failure_budget=0.5)
     assert done(hanging) == (2 * VIDEOS + IMAGES - 2, 2)
     reasons = {f.id: f.reason for f in read_failures(hanging.store / "failures.jsonl")}
@@ -344,3 +345,23 @@ def test_a_file_that_hangs_is_stopped(config: EncodeConfig, tmp_path: Path, monk
     assert all(reason.endswith("v2.mp4: it took more than 1.5 s and was stopped") for reason in reasons.values())
     good = records(config.store)
     assert records(hanging.store) == {key: value for key, value in good.items() if key not in reasons}
+
+
+def test_sampling_by_time_is_another_store(
+    config: EncodeConfig, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "copy", symlinks=True))
+    times = [10 * i for i in range(8)] + [180 * i for i in range(1, 9)]
+    write_video(copy / "stage2/videos/v2.mp4", 16, times=times)
+    by_index = replace(config, data=copy)
+    run(by_index, ALONE)
+    assert "1 files have a variable frame rate" in caplog.text
+    by_time = replace(by_index, store=tmp_path / "time", sampling="time")
+    caplog.clear()
+    run(by_time, ALONE)
+    assert "variable frame rate" not in caplog.text
+    one, two = records(by_index.store), records(by_time.store)
+    assert {key for key in one if one[key] != two[key]} == {"stage2/v2", "stage3/v2"}
+    assert FeatureStore(by_time.store / "videos").manifest.sampling == "linspace in time"
+    with pytest.raises(ValueError, match="sampling"):
+        encode(replace(by_index, sampling="time"))

@@ -170,7 +170,7 @@ def test_dali_hangs_and_so_does_one_file(clip: Path, tmp_path: Path, monkeypatch
         )
 
     monkeypatch.setattr(fn.io.file, "read", read_or_hang)
-    monkeypatch.setattr(dali, "decode_cropped", decode_or_hang)
+    monkeypatch.setattr(dali, "decode_file", decode_or_hang)
     hanging = replace(config, store=tmp_path / "dali", workers=1, decoder="dali", time_limit=2.0, failure_budget=0.1)
     try:
         summary = encode(hanging)

@@ -83,8 +83,8 @@ def test_too_many_absent_files_stop_the_run_before_clip_is_loaded(
 
 def test_absent_files_are_logged_and_not_decoded(incomplete: EncodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    real = job.decode_cropped
-    monkeypatch.setattr(job, "decode_cropped", lambda m, **options: decoded.append(m.key) or real(m, **options))
+    real = job.decode_file
+    monkeypatch.setattr(job, "decode_file", lambda m, **options: decoded.append(m.key) or real(m, **options))
     summary = encode(replace(incomplete, failure_budget=0.4))
     assert (summary.encoded, summary.failed) == (10, 5)
     assert set(decoded) == {"stage1/i0", "stage1/i1", "stage2/v0", "stage2/v2", "stage2/v4", "stage2/v5"}

@@ -1,0 +1,53 @@
+"""Which N frames stand for a video: by index, as published, or by time.
+
+The two agree where all frames are shown equally long. Where they are not, such as in recordings of a screen or of a phone
+in the dark, the published rule gives frame k of N the picture of another time than k / N of the video.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+Sampling = Literal["index", "time"]
+
+_ROUNDING = 1e-3
+"""Seconds to which Matroska rounds the times of frames."""
+
+
+def frame_indices(total: int, num_frames: int) -> np.ndarray:
+    """linspace(0, total - 1, N) truncated: (N,) int64, the published sampling rule. Short videos repeat frames."""
+    return np.linspace(0, total - 1, num_frames, dtype=np.int64)
+
+
+def sampled_indices(times: np.ndarray, end: float, num_frames: int, sampling: Sampling) -> np.ndarray:
+    """Indices (N,) int64 of the frames that stand for a video; (0,) if it has none.
+
+    times  (total,) seconds at which each frame is shown, in order; NaN where unknown, and then indices decide
+    end    seconds at which the last frame ends
+    """
+    if not len(times):
+        return np.zeros(0, dtype=np.int64)
+    return _by_time(times, end, num_frames) if sampling == "time" else frame_indices(len(times), num_frames)
+
+
+def is_uneven(times: np.ndarray, end: float, num_frames: int) -> bool:
+    """Whether the two rules choose frames that are further apart than a frame's share of the video.
+
+    The share is that of one of the N frames, and of one of the file's own, by which both rules round.
+    """
+    total = len(times)
+    if not total or np.isnan(times).any():
+        return False
+    apart = np.abs(times[frame_indices(total, num_frames)] - times[_by_time(times, end, num_frames)]).max()
+    return bool(apart > (end - times[0]) * (1 / num_frames + 1 / total) + _ROUNDING)
+
+
+def _by_time(times: np.ndarray, end: float, num_frames: int) -> np.ndarray:
+    """The frames shown at the moments at which the published rule's would be, if all were shown equally long."""
+    total, lasts = len(times), end - times[0]
+    if not lasts > 0 or np.isnan(times).any():
+        return frame_indices(total, num_frames)
+    moments = times[0] + np.linspace(0, total - 1, num_frames) * lasts / total
+    return (np.searchsorted(times, moments + min(_ROUNDING, lasts / total / 2), side="right") - 1).astype(np.int64)
