@@ -172,11 +172,13 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_memory_is_that_of_a_record(tmp_path: Path) -> None:
     path = written(tmp_path / "a.json", [{"text": "x" * 1000, "i": i} for i in range(4000)])
-    tracemalloc.start()
-    assert sum(1 for _ in iter_json(path)) == 4000
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < path.stat().st_size / 20
+    peaks = []
+    for _ in range(3):  # threads of other tests may allocate memory during one of them
+        tracemalloc.start()
+        assert sum(1 for _ in iter_json(path)) == 4000
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert min(peaks) < path.stat().st_size / 20
 
 
 def test_a_last_line_that_is_cut_off_is_an_error_of_the_file(tmp_path: Path):
