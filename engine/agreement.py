@@ -41,7 +41,7 @@ def check_same_run(world: World, config: TrainConfig, identity: Identity, layout
     if world.size == 1:
         return
     flags = {name: value for group in dump(config).values() for name, value in group.items() if name not in _OF_A_HOST}
-    head_dim = identity.model.arithmetic["attention_heads"]
+    heads = identity.model.arithmetic["attention_heads"]  # of queries, of keys, dimension
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[identity.dtype]
     _check_same(
         world,
@@ -52,7 +52,7 @@ def check_same_run(world: World, config: TrainConfig, identity: Identity, layout
             "flags": flags,
             "code": {package: _checksum_of_code(package) for package in _PACKAGES},
             "versions": _versions(),
-            "attention": choose_backend(world.device, dtype, *head_dim),
+            "attention": choose_backend(world.device, dtype, *heads),
             "losses": backend_name(world.device, dtype),
         },
     )
