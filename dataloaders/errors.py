@@ -8,12 +8,18 @@ _NOISE = re.compile(r"^(class )?validation error for (field|validator) '\w+': ",
 _CLASS = re.compile(r"^[A-Z]\w*(Error|Exception): ")
 """What pydantic-like validators and tracebacks put before a reason: it names no thing that a user has."""
 
+_END = re.compile(r"(?<=[^\W\d][.!?]) ")
+"""The space after a sentence; the number of an item in a list, as in "1. FFmpeg", is no sentence."""
+
+LONGEST = 160
+
 
 def reason(error: BaseException) -> str:
     """The first sentences of an exception's message, on one line and without a full stop at the end.
 
     Lines are joined until one ends a sentence: a message that is wrapped, or that introduces its reason with a colon,
-    is not cut in the middle. Without a message it is the exception's class.
+    is not cut in the middle. After the first sentence there are only whole ones, up to LONGEST characters in all.
+    Without a message it is the exception's class.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -23,7 +29,12 @@ def reason(error: BaseException) -> str:
         if not _continues(text, line):
             break
         text += f" {line}"
-    text = _CLASS.sub("", _NOISE.sub("", text))
+    first, *others = _END.split(_CLASS.sub("", _NOISE.sub("", text)))
+    text = first
+    for other in others:
+        if len(text) + len(other) > LONGEST:
+            break
+        text += f" {other}"
     return text.rstrip(".:, ") or type(error).__name__
 
 
@@ -37,4 +48,4 @@ def sentence(error: BaseException) -> str:
 
 def _continues(text: str, line: str) -> bool:
     """Whether a sentence goes on in the next line."""
-    return text[-1] in ":,(" or (text[-1] not in ".!?" and line[0].islower())
+    return text[-1] in ":,(" or (text[-1] not in ".!?" and (line[0].islower() or line[0] in "\"'"))

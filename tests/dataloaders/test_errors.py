@@ -29,6 +29,8 @@ FIELD = (
             "Could not load libtorchcodec. Likely causes: 1. FFmpeg is not properly installed in your environment. We "
             "support versions 4, 5, 6, 7, and 8",
         ),
+        (ValueError("Short. " + "Long " * 40 + "end.\nMore"), "Short"),
+        (ValueError("You need the\n'full' version"), "You need the 'full' version"),
         (ValueError(VALIDATOR), "The hidden size (32) is odd"),
         (ValueError(FIELD), "Field 'hidden_size' expected int, got str (value: '3')"),
         (ValueError("no way to owner/a\nand more"), "no way to owner/a and more"),
