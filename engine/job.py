@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dataloaders.cli import dump
+from dataloaders.errors import sentence
 from dataloaders.files import directory_written_atomically
 from dataloaders.settings import write_settings
 from engine.agreement import check_same_run
@@ -70,8 +71,8 @@ def run_job(config: TrainConfig) -> int:
         print_error("engine.train", f"{error}\nLower --token-budget, which is one micro-batch's computed rows.")
         reason = "out of memory"
     except (ValueError, OSError) as error:
-        print_error("engine.train", str(error))
-        reason = str(error)
+        reason = sentence(error)
+        print_error("engine.train", reason)
     except RuntimeError:
         # The error of a failed collective does not name its cause. The watchdog may have found it.
         cause = world.watchdog.diagnose() if world is not None and world.watchdog is not None else None

@@ -10,6 +10,7 @@ import sys
 
 from dataloaders import logs
 from dataloaders.cli import parse, print_on_rank0
+from dataloaders.errors import sentence
 from dataloaders.ranks import Ranks
 from engine.config import TrainConfig
 from engine.distributed.errors import exit_process
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_paths(config)
     except (ValueError, OSError) as error:
-        if print_on_rank0("engine.train", str(error)):
+        if print_on_rank0("engine.train", sentence(error)):
             return 1
         # Rank 0 does not have this error: it is raised on all ranks once they have joined.
     # Imported here, since it imports torch: the checks above answer at once.

@@ -128,6 +128,7 @@ def test_a_finished_stage_is_compared_with_its_data(workspace: Path, data: Path,
     ({"llm": "./nowhere"}, "--llm ./nowhere is neither a directory nor a Hugging Face model name"),
     ({"init": "nowhere"}, "--init nowhere: no such folder"),
     ({"stage": "2"}, "stage 2 starts from stage 1's output, and"),
+    ({"cache": "/dev/null/samples"}, "--cache /dev/null/samples: /dev/null is a file, not a folder"),
     ({"output": "/dev/null/run"}, "--output /dev/null/run: /dev/null is a file, not a folder"),
 ])  # fmt: skip
 def test_missing_paths_are_named_before_anything_is_read(workspace: Path, tmp_path: Path, capsys, flags, words: str):
