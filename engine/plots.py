@@ -22,7 +22,7 @@ CURVES = (
     ("loss", "loss"),
     ("ce", "cross-entropy per token"),
     ("l1", "L1 per coordinate"),
-    ("tokens_per_second", "useful tokens / s"),
+    ("tokens_per_second", "sample tokens / s"),
 )
 
 
