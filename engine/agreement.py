@@ -28,20 +28,26 @@ from pite_kernels.attention import choose_backend
 from pite_kernels.dispatch import backend_name
 
 _PACKAGES = ("engine", "pite", "dataloaders", "pite_kernels")
-_OF_A_HOST = ("data", "store", "cache", "llm", "init", "output", "workers", "log-level", "measured", "wandb")
+_OF_A_HOST = ("data", "store", "cache", "llm", "init", "workers", "log-level", "measured", "wandb")
 """Flags that may differ between hosts: paths of the same files, and what changes no number."""
 
 
-def check_same_run(world: World, config: TrainConfig, identity: Identity, layout: Layout, steps: int) -> None:
+def check_same_command(world: World, config: TrainConfig) -> None:
+    """Raise ValueError, on all ranks, if a rank has other flags, code or versions than rank 0.
+
+    Call before any other collective: which ones follow depends on the flags.
+    """
+    flags = {name: value for group in dump(config).values() for name, value in group.items() if name not in _OF_A_HOST}
+    code = {package: _checksum_of_code(package) for package in _PACKAGES}
+    _check_same(world, {"flags": flags, "code": code, "versions": _versions()})
+
+
+def check_same_run(world: World, identity: Identity, layout: Layout, steps: int) -> None:
     """Raise ValueError, on all ranks, if a rank would train something else than rank 0.
 
-    Compared are the identity (data, features, recipe, model), the layout, the number of steps, the flags, the code of our
-    packages, the versions and the back ends.
+    Compared are the identity (data, features, recipe, model), the layout, the number of steps and the back ends.
     """
-    if world.size == 1:
-        return
-    flags = {name: value for group in dump(config).values() for name, value in group.items() if name not in _OF_A_HOST}
-    heads = identity.model.arithmetic["attention_heads"]  # of queries, of keys, dimension
+    shape = identity.model.arithmetic["attention_heads"]  # heads of queries, of keys, their dimension
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[identity.dtype]
     _check_same(
         world,
@@ -49,27 +55,29 @@ def check_same_run(world: World, config: TrainConfig, identity: Identity, layout
             **identity.as_dict(),
             "steps": steps,
             "layout": {"shards": layout.shards, "recompute": layout.recompute, "token_budget": layout.token_budget},
-            "flags": flags,
-            "code": {package: _checksum_of_code(package) for package in _PACKAGES},
-            "versions": _versions(),
-            "attention": choose_backend(world.device, dtype, *heads),
+            "attention": choose_backend(world.device, dtype, *shape),
             "losses": backend_name(world.device, dtype),
         },
     )
 
 
 def check_same_weights(world: World, model: PiTe, step: int) -> None:
-    """Raise ValueError, on all ranks, if a trainable parameter of a rank differs from rank 0's in any bit.
+    """Raise ValueError, on all ranks, if a trainable parameter of a rank differs from rank 0's.
 
-    The comparison is of sums of the parameters' bits, computed on the device; it waits for it.
+    Compared are checksums of the parameters' bits, computed on the device; the host waits for them.
     """
     if world.size > 1:
         named = dict(model.trainable())
         sums = torch.stack([_sum_of_bits(parameter) for parameter in named.values()]).tolist()
-        _check_same(world, {f"after step {step}, the parameter {name}": total for name, total in zip(named, sums)})
+        _check_same(
+            world,
+            {f"after step {step}, the checksum of the parameter {name}": total for name, total in zip(named, sums)},
+        )
 
 
 def _check_same(world: World, values: Mapping[str, Any]) -> None:
+    if world.size == 1:
+        return
     ranks = world.gather((socket.gethostname(), values))
     (first, expected), *others = ranks
     for rank, (host, found) in enumerate(others, start=1):
@@ -85,13 +93,13 @@ def _check_same(world: World, values: Mapping[str, Any]) -> None:
 def _sum_of_bits(parameter: Tensor) -> Tensor:
     """The sum of a parameter's bits, as whole numbers weighted by their position; exact, in any order."""
     bits = parameter.detach().flatten().view(torch.int32).long()
-    weights = torch.arange(1, len(bits) + 1, device=bits.device) % 65_521
+    weights = torch.arange(1, len(bits) + 1, device=bits.device) % 65_521 + 1
     return (bits * weights).sum()
 
 
 @cache
 def _checksum_of_code(package: str) -> str:
-    """16 hexadecimal digits of a checksum of all source files of a package."""
+    """16 hexadecimal digits of a checksum of all Python files of a package."""
     folder = Path(str(import_module(package).__file__)).parent
     content = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -14,7 +15,7 @@ from dataloaders.cli import dump
 from dataloaders.errors import sentence
 from dataloaders.files import directory_written_atomically
 from dataloaders.settings import write_settings
-from engine.agreement import check_same_run
+from engine.agreement import check_same_command, check_same_run
 from engine.build import build_model
 from engine.checkpoint import check_identity, check_resumable
 from engine.config import TrainConfig
@@ -57,6 +58,7 @@ def run_job(config: TrainConfig) -> int:
             require_wandb()
         _check_device(config)
         world = World.join(config.parallel.device, config.parallel.stall_timeout)
+        check_same_command(world, config)
         _log_machine(config, world)
         world.agree(lambda: check_paths(config))
         with claimed(config.run.output, world):
@@ -117,13 +119,17 @@ def train_stage(config: TrainConfig, inputs: StageInputs, world: World) -> Progr
     world.set_status(f"comparing stage {stage} with what is in its folder")
     directory = config.run.directory(stage)
     identity, merged = identify(config, inputs, world)
-    steps = _finished_steps(directory / "final", identity)
+    found: list[int | None] = []
+    world.agree_with_main(lambda: found.append(_finished_steps(directory / "final", identity)))
+    steps = world.from_main(lambda: found[0])
     if steps is not None:
         log.info("stage %s is done: %s", stage, directory / "final")
         return Progress(steps, done=True, stop_requested=False)
-    check_same_run(world, config, identity, inputs.layout, inputs.total)
+    check_same_run(world, identity, inputs.layout, inputs.total)
     world.agree(lambda: check_resumable(directory / "checkpoints", identity.as_dict()))
     world.set_status(f"building the model of stage {stage}")
+    # A compiled or sharded model of the stage before is part of reference cycles.
+    gc.collect()
     model = build_model(
         stage, inputs.recipe, inputs.model, llm=inputs.llm.directory, merged=merged, dataset=inputs.dataset,
         store=inputs.store, seed=config.optimization.seed, dtype=inputs.dtype,

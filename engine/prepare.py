@@ -112,7 +112,7 @@ def prepare(config: TrainConfig, stage: Stage, llm: LanguageModel, world: World)
     opened = _open_dataset(config, stage, world, llm.tokenizer, model, store)
     log.info("stage %s: %s", stage, opened.summary())
     _check_samples(opened, recipe, llm, model, config.data.store)
-    dataset, held_out = _split(opened, config.held_out)
+    dataset, held_out = split_held_out(opened, config.held_out)
     if held_out is not None:
         log.info("stage %s: %s samples are held out for validation", stage, f"{len(held_out):,}")
     plan = BatchPlan(
@@ -189,7 +189,7 @@ def check_tokens(dataset: StageDataset, tokenizer: PreTrainedTokenizerBase, conf
         raise ValueError(f"{why}: --max-length {config.context_length} leaves out {over:,} such samples")
 
 
-def _split(samples: StageDataset, held_out: float | Path | None) -> tuple[StageDataset, StageDataset | None]:
+def split_held_out(samples: StageDataset, held_out: float | Path | None) -> tuple[StageDataset, StageDataset | None]:
     """The samples to train on, and those to validate on, if there are any; a file may name none of this stage."""
     if held_out is None or (isinstance(held_out, Path) and not samples.named_in(held_out).any()):
         return samples, None

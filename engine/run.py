@@ -78,7 +78,7 @@ def run(config: TrainConfig, inputs: StageInputs, model: PiTe, world: World, ide
             model, optimizer, batches, recipe, world,
             start=start, stop=stop, total=total, stop_requested=lambda: interrupt.set,
         )  # fmt: skip
-        with closing(steps):
+        with closing(steps), closing(batches):
             for result in steps:
                 step = result.step
                 profile.after_step(step)

@@ -26,9 +26,9 @@ def main(argv: list[str] | None = None) -> int:
         from engine.budget.__main__ import estimate
 
         return estimate(config, "engine.train")
-    if Ranks.read().rank == 0:
-        remove_marker(config.run.output)
     try:
+        if Ranks.read().rank == 0:
+            remove_marker(config.run.output)
         check_paths(config)
     except (ValueError, OSError) as error:
         if print_on_rank0("engine.train", sentence(error)):

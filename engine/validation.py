@@ -1,7 +1,8 @@
 """Losses of the held-out samples, computed on the training ranks without changing the training.
 
 Nothing here draws random numbers, touches a gradient or a parameter, or changes the order of the batches. A run with
-validation therefore trains bit for bit like one that holds out the same samples and never validates.
+validation therefore trains bit for bit like one that holds out the same samples and never validates, unless --compile
+chooses another program for it.
 """
 
 from __future__ import annotations

@@ -242,7 +242,12 @@ class Decoder(nn.Module):
         """Use torch.compile to fuse the elementwise operations of every layer, before and after its attention.
 
         Attention is not compiled: nothing fuses with it, and not every attention backend can be traced.
+
+        All layers share a program for each kind of call: the first layer or a later one, all rows or the read ones, shared
+        prefixes or none, fixed or varying lengths, with gradients or without (validation). That is more than Dynamo's
+        default of eight, after which it raises.
         """
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for layer in cast("Iterator[DecoderLayer]", self.layers):
             layer._before = torch.compile(layer._before, fullgraph=True)  # type: ignore[method-assign]
             layer._after = torch.compile(layer._after, fullgraph=True)  # type: ignore[method-assign]

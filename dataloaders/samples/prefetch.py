@@ -7,7 +7,7 @@ lock, and pinned memory belongs to the process that allocates it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def prefetch(make: Callable[[S], T], items: Sequence[S], workers: int = 2, ahead: int = 2) -> Iterator[T]:
+def prefetch(make: Callable[[S], T], items: Sequence[S], workers: int = 2, ahead: int = 2) -> Generator[T, None, None]:
     """Yield make(item) for `items`, in order, computed by `workers` threads up to `workers + ahead` items before use.
 
     With 0 workers each is computed on demand. An exception is raised in the place of its item.

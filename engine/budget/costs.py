@@ -22,7 +22,7 @@ from engine.build import load_tokenizer, model_config, random_shape
 from engine.config import TrainConfig
 from engine.hardware import ASSUMED_FP8_GAIN, ASSUMED_MFU, DEVICES, measured_mfu
 from engine.layout import MAX_TOKEN_BUDGET, Layout, Memory, ParameterCount, choose_layout, count_parameters, memory
-from engine.prepare import check_tokens, dtype_of
+from engine.prepare import check_tokens, dtype_of, split_held_out
 from engine.recipes import LANGUAGE_MODELS, RANDOM, Recipe, Stage
 from engine.sharing import PROMPT_HEAD, Lengths, Sharing, assume_sharing, count_sharing, lengths_of
 from pite.clip import frame_flops
@@ -36,7 +36,8 @@ VIT_L_14 = CLIPVisionConfig(
 
 @dataclass(frozen=True)
 class Corpus:
-    """A stage's training set: samples, means per sample, number of media, the lengths of its first global batches."""
+    """A stage's training set: samples, means per sample, number of media, the lengths of its first global batches and of its
+    longest sample, 0 where the data are assumed."""
 
     samples: int
     tokens: float
@@ -44,10 +45,7 @@ class Corpus:
     media: int
     origin: str
     batches: tuple[Lengths, ...] = ()
-
-    @property
-    def longest(self) -> int:
-        return max((int(batch.tokens.max()) for batch in self.batches), default=0)
+    longest: int = 0
 
     def sharing(self, recipe: Recipe, ranks: int, token_budget: int) -> Sharing:
         """What the samples of the micro-batches share. Raises ValueError if a sample exceeds the budget."""
@@ -276,6 +274,8 @@ def _corpus(config: TrainConfig, stage: Stage, model: PiTeConfig) -> Corpus:
         narrative_timing=config.data.narrative_timing,
     )
     check_tokens(data, tokenizer, model)
+    if config.held_out is not None:
+        data, _ = split_held_out(data, config.held_out)
     recipe = config.recipe(stage)
     groups = data.groups() if recipe.group_media else None
     plan = BatchPlan(len(data), recipe.global_batch, config.optimization.seed, groups)
@@ -287,6 +287,7 @@ def _corpus(config: TrainConfig, stage: Stage, model: PiTeConfig) -> Corpus:
         len(set(data.media)),
         f"counted: {data.summary()}{over}{_not_encoded(config, stage, data)}",
         tuple(lengths_of(data, plan)),
+        int(data.tokens.max()),
     )
 
 

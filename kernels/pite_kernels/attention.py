@@ -104,10 +104,12 @@ def choose_backend(
 ) -> str:
     """The name in BACKENDS that "auto" uses for such calls; "sdpa" for all but half precision on CUDA.
 
-    device  with its index On CUDA it is the first back end whose small forward and backward pass agrees with SDPA;
-    back ends that fail are logged with the reason. The trial runs once and waits for the device. The first forward
-    pass of a model runs it. Call this function earlier if that first call would be inside a CUDA graph capture, or
-    inside a backward pass: the trial's backward would wait for that pass.
+    On CUDA it is the first back end whose small forward and backward pass agrees with SDPA; back ends that fail are
+    logged with the reason. The trial runs once and waits for the device. The first forward pass of a model runs it.
+    Call this function earlier if that first call would be inside a CUDA graph capture, or inside a backward pass: the
+    trial's backward would wait for that pass.
+
+    device  with its index
     """
     if device.type not in _KERNEL_DEVICES or dtype not in _KERNEL_DTYPES:
         return "sdpa"

@@ -56,18 +56,23 @@ def put_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
     return _PutRows.apply(x, rows, count)
 
 
+def _matrix(rows: Tensor) -> Tensor:
+    """Rows (T, ...) as (T, width)."""
+    return rows[:, None] if rows.dim() == 1 else rows.flatten(1)
+
+
 def sum_rows(grad: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
     """Row t of the result (T, ...) is the sum of the rows inverse[offsets[t]:offsets[t + 1]] of grad (K, ...).
 
     out  written if given, and returned; its rows may be at any distance, without gaps inside a row
     """
-    flat, count = grad.flatten(1).contiguous(), len(offsets) - 1
+    flat, count = _matrix(grad).contiguous(), len(offsets) - 1
     if uses_triton(grad):
         from pite_kernels.gpu import rows as gpu
 
         out = grad.new_empty(count, *grad.shape[1:]) if out is None else out
         with torch.cuda.device_of(grad):
-            gpu.sum_rows(flat, inverse, offsets, out.flatten(1))
+            gpu.sum_rows(flat, inverse, offsets, _matrix(out))
         return out
     total = F.embedding_bag(inverse, flat, offsets, mode="sum", include_last_offset=True)
     total = total.view(count, *grad.shape[1:])
@@ -130,7 +135,7 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy(0, rows, grad), None
+        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy_(0, rows, grad), None
 
 
 class _PutRows(torch.autograd.Function):

@@ -146,3 +146,21 @@ def test_parameters_of_a_checkpoint_do_not_depend_on_validation(workspace: Path,
         one, two = load_file(file), load_file(newest[1] / file.name)
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     shutil.rmtree(tmp_path / "plain")
+
+
+def test_compiled_layers_validate(workspace: Path, tmp_path: Path, monkeypatch):
+    """Shared prefixes and none, one sample alone, with and without gradients: more programs than Dynamo's default limit."""
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, fullgraph: compile_(function, fullgraph=fullgraph, backend="eager")
+    )
+    flags = {
+        "llm": "random",
+        "held_out": 0.3,
+        "validate_every": 1,
+        "max_steps": 6,
+        "compile": True,
+        "token_budget": 130,
+    }
+    assert main(train_arguments(workspace, tmp_path, "3", **flags)) == 0
+    assert all(name in line for line in metrics(tmp_path, 3) for name in NAMES)

@@ -17,6 +17,13 @@ def results(function, x, upstream):
     return [out.detach(), torch.autograd.grad(out, x, upstream)[0]]
 
 
+def test_rows_of_one_number():
+    index = row_index(torch.tensor([2, 0, 2]), 3)
+    x = torch.randn(3).requires_grad_()
+    _, gradient = results(lambda t: gather_rows(t, index), x, torch.tensor([1.0, 2.0, 4.0]))
+    assert gradient.tolist() == [2, 0, 5]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("count", "rows"), CASES)
 def test_against_float64(dtype, count, rows):

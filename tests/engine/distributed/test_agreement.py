@@ -37,6 +37,9 @@ def refusal(ranks: Ranks, output: Path) -> str:
     (["--seed", "1"], "flags.seed is 1 on rank 1 and 0 on rank 0"),
     (["--learning-rate", "1e-3"], "flags.learning-rate is 0.001 on rank 1 and None on rank 0"),
     (["--max-steps", "3"], "flags.max-steps is 3 on rank 1 and None on rank 0"),
+    (["--frozen-dtype", "fp8"], "flags.frozen-dtype is fp8 on rank 1 and None on rank 0"),
+    (["--stage", "all"], "flags.stage is all on rank 1 and 1 on rank 0"),
+    (["--llm", "random", "--recompute", "1"], "flags.recompute is 1 on rank 1 and None on rank 0"),
     (["--token-budget", "700"], "flags.token-budget is 700 on rank 1 and 600 on rank 0"),
 ])  # fmt: skip
 def test_other_flags(workspace: Path, tmp_path: Path, differs: list[str], words: str):
@@ -77,7 +80,7 @@ def test_other_code(workspace: Path, tmp_path: Path):
 def test_other_start_values(workspace: Path, tmp_path: Path):
     """One number of one parameter differs in its last bits."""
     ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path / "run", "1"), OTHER_WEIGHTS)
-    assert "after step 0, the parameter " in refusal(ranks, tmp_path / "run")
+    assert "after step 0, the checksum of the parameter " in refusal(ranks, tmp_path / "run")
 
 
 DRIFT = """
@@ -96,5 +99,17 @@ def test_weights_that_drift_apart_are_found_at_the_next_checkpoint(workspace: Pa
     ranks = train(2, tmp_path / "logs", arguments, DRIFT)
     assert ranks.wait(60) == [1, 1]
     errors = [line for rank in range(2) for line in ranks.stderr(rank).splitlines() if "engine.train:" in line]
-    assert len(errors) == 1 and "after step 3, the parameter " in errors[0]
+    assert len(errors) == 1 and "after step 3, the checksum of the parameter " in errors[0]
     assert not list((tmp_path / "run" / "stage1" / "checkpoints").glob("step-*")), "nothing wrong is saved"
+
+
+def test_the_checksum_sees_every_element():
+    import torch
+
+    from engine.agreement import _sum_of_bits
+
+    parameter = torch.zeros(70_000)
+    for position in (0, 65_519, 65_520, 65_521, 69_999):
+        changed = parameter.clone()
+        changed[position] = 1e-30
+        assert _sum_of_bits(changed) != _sum_of_bits(parameter)
