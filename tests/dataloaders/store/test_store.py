@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import mmap
 import struct
@@ -262,17 +263,20 @@ def test_a_million_records_open_faster_than_pyarrow_lists_their_keys(tmp_path: P
             file.truncate(8 + len(header) + size)
         keys = [f"stage2/v{i:07d}" for i in range(first, first + count)]
         pq.write_table(pa.table({"key": keys}), tmp_path / f"00000-{number:06d}.parquet", use_dictionary=False)
-    start = time.process_time()
-    store = FeatureStore(tmp_path)
-    opened = time.process_time()
-    keys = [key for file in tmp_path.glob("*.parquet") for key in pq.read_table(file).column("key").to_pylist()]
-    listed = time.process_time()
+    ratios = []
+    for _ in range(3):  # the garbage of other tests may be collected during one of them
+        gc.collect()
+        start = time.process_time()
+        store = FeatureStore(tmp_path)
+        opened = time.process_time()
+        keys = [key for file in tmp_path.glob("*.parquet") for key in pq.read_table(file).column("key").to_pylist()]
+        ratios.append((opened - start) / (time.process_time() - opened))
     assert (
         len(store) == len(keys) == 10**6
         and "stage2/v0999999" in store
         and store.read("stage2/v0500000").shape == (100, 768)
     )
-    assert opened - start < 1.5 * (listed - opened)  # 0.4 to 0.6 of it when measured
+    assert min(ratios) < 1.5, ratios
 
 
 def test_values_beyond_half_precision_are_refused(tmp_path: Path) -> None:

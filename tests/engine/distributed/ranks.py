@@ -60,7 +60,8 @@ def launch(size: int, logs: Path, function: Callable[..., int], *arguments: Any)
         CONTEXT.Process(target=_be_rank, args=(rank, size, port, files[rank], function, arguments))
         for rank in range(size)
     ]
-    for process in processes:
+    for file, process in zip(files, processes):
+        file.touch()  # a rank that is killed early has an empty log
         process.start()
     return Ranks(processes, files)
 
