@@ -1,7 +1,7 @@
 """Ranks that do not run the same thing are refused before the first step, with the first difference.
 
-Otherwise they would train on, silently and wrongly: the sum of gradients of two data sets, seeds or versions of the code is
-the gradient of neither.
+Otherwise they would train on without a message, and the result would be wrong: the sum of the gradients of two data sets, seeds
+or versions of the code is the gradient of neither.
 """
 
 from __future__ import annotations

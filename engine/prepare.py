@@ -47,7 +47,7 @@ class StageInputs:
     """What a stage trains on, opened and checked.
 
     dataset   the training samples; held_out the samples to validate on, or None
-    layout    copied or sharded weights, activation checkpointing, tokens of a micro-batch
+    layout    copied or sharded weights, activation checkpointing, rows of a micro-batch
     """
 
     stage: Stage

@@ -27,7 +27,7 @@ def reads_late(device: torch.device) -> bool:
 class Reporter:
     """Logs each step's numbers to `metrics`.
 
-    on_nonfinite  called with a step and its numbers if the loss or the gradient is not finite; raises
+    on_nonfinite  called with a step's result if the loss or the gradient is not finite; raises
     efficiency    further metrics from a step's computed rows, supervised tokens and seconds
     validation    losses of held-out samples at some steps, or None
     """
