@@ -29,7 +29,7 @@ from dataloaders.files import write_atomically
 from dataloaders.store.features import FeatureStore
 from engine.demo.held_out import measure_grounding, measure_trajectories
 from engine.plots import read_curves, smooth
-from pite.evaluate.grounding import read_ground_truth, read_predictions
+from pite.evaluate.grounding import read_answers, read_truth
 from pite.generate import Generator
 
 
@@ -114,9 +114,9 @@ def train_and_measure(output: Path, variant: Variant, seed: int, flags: Sequence
 
 def measure(output: Path, folder: Path, answers: Path, stage2: Path | None) -> dict[str, float]:
     evaluation = output / "data" / "evaluation"
-    truth = read_ground_truth(evaluation / "activitynet_captions.json")
+    truth = read_truth(evaluation / "activitynet_captions.json")
     frames = Generator.from_pretrained(folder / "stage3" / "final").model.config.num_frames
-    every, _ = measure_grounding(read_predictions(answers, truth), truth, frames)
+    every, _ = measure_grounding(read_answers(answers, truth), truth, frames)
     found = {"miou": every.miou, "blind": every.question_blind}
     if stage2 is not None:
         features = FeatureStore(output / "store" / "videos").read

@@ -42,7 +42,7 @@ def find_phrases(answer: str, num_frames: int) -> list[Phrase]:
     """Noun phrases of an answer in order; each has its sentence's `a to b`, if any, as fractions of the video."""
     phrases = []
     for sentence in _SENTENCE.finditer(answer):
-        interval = parse_interval(sentence[0], num_frames)
+        interval = parse_interval(sentence[0], num_frames, "published")
         words = list(_WORD.finditer(sentence[0]))
         position = 0
         while position < len(words):
@@ -78,7 +78,7 @@ def find_named(answer: str, names: Sequence[str], num_frames: int) -> list[Phras
     """Every occurrence of one of `names` in the answer, in any case; for phrases that the rule cannot find."""
     phrases = []
     for sentence in _SENTENCE.finditer(answer):
-        interval = parse_interval(sentence[0], num_frames)
+        interval = parse_interval(sentence[0], num_frames, "published")
         for name in names:
             for match in re.finditer(re.escape(name), sentence[0], flags=re.IGNORECASE):
                 offset = sentence.start()

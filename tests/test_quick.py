@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"{GROUNDING} --ground-truth {{none}}",
         f"{GROUNDING} --predictions {{f}}/new/p.jsonl",
         f"{GROUNDING} --predictions {{d}}",
-        f"{GROUNDING} --scores {{f}}/new/s.json",
+        f"{GROUNDING} --metrics {{f}}/new/s.json",
         "grounding --predictions {none} --ground-truth {f}",
         "grounding --predictions {f} --ground-truth {none}",
         f"{TRAJECTORIES} --model {{none}}",

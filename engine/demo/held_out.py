@@ -14,7 +14,7 @@ from dataloaders.samples.prompts import tokenize
 from dataloaders.store.features import FeatureStore
 from engine.demo.example import example_event
 from pite.draw import Track, save_strip, save_video
-from pite.evaluate.grounding import Events, Prediction, ious, read_ground_truth, read_predictions
+from pite.evaluate.grounding import Events, ious, read_answers, read_truth
 from pite.evaluate.metrics import (
     TrajectoryScores,
     best_fixed_interval,
@@ -23,10 +23,15 @@ from pite.evaluate.metrics import (
     trajectory_scores,
 )
 from pite.evaluate.models import check_features
+from pite.evaluate.predictions import Prediction
+from pite.evaluate.protocols import Protocol
 from pite.evaluate.trajectories import predict_trajectories, read_samples
 from pite.generate import Generator
 
 Features = Callable[[str], np.ndarray]
+
+PROTOCOL: Protocol = "published"
+"""The demo's answers have two-digit indices, and its numbers are compared with those of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,14 @@ def measure_grounding(
 
 
 def _grounding(predictions: Sequence[Prediction], truth: dict[str, Events], num_frames: int) -> Grounding:
-    scores = grounding_scores(ious(predictions, truth, num_frames))
+    scores = grounding_scores(ious(predictions, truth, num_frames, PROTOCOL))
     videos = sorted({prediction.video for prediction in predictions})
     intervals = [truth[video].intervals for video in videos]
+    every = [interval for those in intervals for interval in those]
     return Grounding(
         miou=scores.miou / 100,
-        best_fixed=best_fixed_interval([interval for those in intervals for interval in those], num_frames)[1],
-        question_blind=question_blind_bound(intervals, num_frames),
+        best_fixed=best_fixed_interval(every, num_frames, PROTOCOL)[1],
+        question_blind=question_blind_bound(intervals, num_frames, PROTOCOL),
         recall={threshold: share / 100 for threshold, share in scores.recall.items()},
         questions=scores.count,
         videos=len(videos),
@@ -103,12 +109,12 @@ def summarize(output: Path) -> dict[str, object]:
     evaluation = output / "data" / "evaluation"
     store = FeatureStore(output / "store" / "videos")
     features = store.read
-    truth = read_ground_truth(evaluation / "activitynet_captions.json")
+    truth = read_truth(evaluation / "activitynet_captions.json")
     models = [output / "run" / f"stage{n}" / "final" for n in (2, 3)]
     for model in models:
         check_features(store, model)
     stage2, stage3 = map(Generator.from_pretrained, models)
-    predictions = read_predictions(output / "grounding.jsonl", truth)
+    predictions = read_answers(output / "grounding.jsonl", truth)
     every, by_objects = measure_grounding(predictions, truth, stage3.model.config.num_frames)
     tracks = evaluation / "pite_143k.jsonl"
     trajectories = measure_trajectories(stage2, tracks, features)

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataloaders import logs
 from dataloaders.cli import parse_command, run
 from dataloaders.files import write_atomically
+from pite.evaluate import grounding
 from pite.evaluate.flags import GroundingFlags, TrajectoriesFlags
-from pite.evaluate.grounding import frames_of, read_ground_truth, read_predictions
-from pite.evaluate.reports import Report, grounding_report
+from pite.evaluate.reports import Report
 
 COMMANDS: dict[str, type[GroundingFlags] | type[TrajectoriesFlags]] = {
     "grounding": GroundingFlags,
@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def evaluate() -> None:
         flags.check_paths()
-        report, scores = _grounding(flags) if isinstance(flags, GroundingFlags) else _trajectories(flags)
-        print(report)
-        if flags.scores is not None:
-            write_atomically(flags.scores, json.dumps(scores, indent=1) + "\n")
+        report = _grounding(flags) if isinstance(flags, GroundingFlags) else _trajectories(flags)
+        print(report.text)
+        if flags.metrics is not None:
+            write_atomically(flags.metrics, json.dumps(report.metrics(), indent=1) + "\n")
 
     return run("pite.evaluate", evaluate)
 
@@ -43,15 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _grounding(flags: GroundingFlags) -> Report:
-    truth = read_ground_truth(flags.truth)
+    truth = grounding.read_truth(flags.truth)
     if flags.model is None:
         assert flags.predictions is not None, "GroundingFlags requires it"
-        predictions = read_predictions(flags.predictions, truth)
-        return grounding_report(predictions, truth, frames_of(predictions, flags.num_frames, flags.predictions))
-    from pite.evaluate.models import answer_all
+        predictions = grounding.read_answers(flags.predictions, truth)
+        num_frames = grounding.frames_of(predictions, flags.num_frames, flags.predictions)
+    else:
+        from pite.evaluate.models import answer_all
 
-    predictions, num_frames = answer_all(flags, truth)
-    return grounding_report(predictions, truth, num_frames)
+        predictions, num_frames = answer_all(flags, truth)
+    return grounding.report(predictions, truth, protocol=flags.protocol, num_frames=num_frames)
 
 
 def _trajectories(flags: TrajectoriesFlags) -> Report:

@@ -11,6 +11,7 @@ from dataloaders.formats import Split
 from dataloaders.store.features import Manifest
 from dataloaders.store.layout import store_of
 from pite.evaluate.grounding import QUESTION
+from pite.evaluate.protocols import Protocol
 from pite.flags import DeviceFlags
 from pite.lineage import check_model_flag
 
@@ -22,8 +23,8 @@ SPLIT: Split = "evaluation"
 class EvaluationFlags(DeviceFlags):
     """The flag of both commands."""
 
-    scores: Path | None = None
-    """also write the scores to this JSON file, for pite.export"""
+    metrics: Path | None = None
+    """also write the scores and counts to this JSON file, which pite.export reads"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class GroundingFlags(EvaluationFlags):
     100 unless given"""
     question: str = QUESTION
     """{} stands for the sentence"""
+    protocol: Protocol = "strict"
+    """strict: indices of one to three digits, exact IoU; published: the predecessor's two digits and rounded IoU"""
     batch_size: int = 32
     """questions per batch"""
 
@@ -74,7 +77,7 @@ class GroundingFlags(EvaluationFlags):
         paths.input_file("--data" if self.ground_truth is None else "--ground-truth", self.truth)
         check = paths.input_file if self.model is None else paths.output_file
         check("--predictions", self.predictions)
-        paths.output_file("--scores", self.scores)
+        paths.output_file("--metrics", self.metrics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ class TrajectoriesFlags(EvaluationFlags):
         """Raise ValueError for a path that does not exist or cannot be written."""
         _check_inputs(self.model, self.data, self.store)
         paths.input_file("--data", self.samples)
-        paths.output_file("--scores", self.scores)
+        paths.output_file("--metrics", self.metrics)
 
 
 def _check_inputs(model: Path | None, data: Path | None, store: Path | None) -> None:

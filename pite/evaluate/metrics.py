@@ -13,29 +13,37 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataloaders.records import ABSENT
+from pite.evaluate.protocols import Protocol
 
 Interval = tuple[float, float]
 RECALL_THRESHOLDS = (0.3, 0.5, 0.7)
-_ANSWER = re.compile(r"(\d{2}) (?:to|and) (\d{2})")
+_ANSWERS: dict[Protocol, re.Pattern[str]] = {
+    "published": re.compile(r"(\d{2}) (?:to|and) (\d{2})"),
+    # No part of a longer number, of a decimal number or of a percentage.
+    "strict": re.compile(r"(?<![\d.,])(\d{1,3}) (?:to|and) (\d{1,3})(?![\d%]|[.,]\d)"),
+}
 
 
-def parse_interval(answer: str, num_frames: int = 100) -> Interval | None:
-    """First two-digit `a to b` or `a and b` of an answer as fractions of the video; None if there is none.
+def parse_interval(answer: str, num_frames: int = 100, protocol: Protocol = "strict") -> Interval | None:
+    """First `a to b` or `a and b` of an answer as fractions of the video; None if there is none.
 
     A frame's time is its index / N, the published convention.
+    protocol  strict: whole indices of one to three digits; published: two digits, also out of a longer number, so
+              `from 100 to 200` is read as 0 to 20
     """
-    match = _ANSWER.search(answer)
+    match = _ANSWERS[protocol].search(answer)
     return (int(match[1]) / num_frames, int(match[2]) / num_frames) if match else None
 
 
-def interval_iou(predicted: Interval, true: Interval) -> float:
-    """Intersection over the hull of two intervals, rounded to two decimals; 0 if they are disjoint or have no length.
+def interval_iou(predicted: Interval, true: Interval, protocol: Protocol = "strict") -> float:
+    """Intersection over the hull of two intervals; 0 if they are disjoint or have no length.
 
-    The published evaluation rounds before it applies thresholds: 0.495 counts for R1@0.5.
+    The published evaluation rounds to two decimals before it applies thresholds: 0.495 counts for R1@0.5.
     """
     hull = max(predicted[1], true[1]) - min(predicted[0], true[0])
     overlap = min(predicted[1], true[1]) - max(predicted[0], true[0])
-    return round(overlap / hull, 2) if hull > 0 and overlap > 0 else 0.0
+    iou = overlap / hull if hull > 0 and overlap > 0 else 0.0
+    return round(iou, 2) if protocol == "published" else iou
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,9 @@ def grounding_scores(ious: Sequence[float]) -> GroundingScores:
     return GroundingScores(float(values.mean()) * 100, recall, len(values))
 
 
-def best_fixed_interval(true: Sequence[Interval], num_frames: int = 100) -> tuple[Interval, float]:
+def best_fixed_interval(
+    true: Sequence[Interval], num_frames: int = 100, protocol: Protocol = "strict"
+) -> tuple[Interval, float]:
     """The one interval that has the highest mean IoU (0..1) when it answers every question, and that mean.
 
     The search covers every pair of frame indices, so every answer that a model can give, and it uses the true
@@ -73,19 +83,24 @@ def best_fixed_interval(true: Sequence[Interval], num_frames: int = 100) -> tupl
     for start, end in true:
         overlap = np.minimum(ends, end) - np.maximum(starts, start)
         hull = np.maximum(ends, end) - np.minimum(starts, start)
-        total += np.where((overlap > 0) & (hull > 0), overlap / np.where(hull > 0, hull, 1.0), 0.0).round(2)
+        iou = np.where((overlap > 0) & (hull > 0), overlap / np.where(hull > 0, hull, 1.0), 0.0)
+        total += iou.round(2) if protocol == "published" else iou
     best = int(total.argmax())
     return (float(starts[best]), float(ends[best])), float(total[best]) / len(true)
 
 
-def question_blind_bound(true: Iterable[Sequence[Interval]], num_frames: int = 100) -> float:
+def question_blind_bound(
+    true: Iterable[Sequence[Interval]], num_frames: int = 100, protocol: Protocol = "strict"
+) -> float:
     """Question-blind upper bound: mean IoU (0..1) over all questions when each video gets its own best interval.
 
     The search uses the true intervals, so no model that sees the video but ignores the question can score higher. Only
     a score above this bound shows that the model uses the question.
     true  the intervals of each video
     """
-    totals = [(best_fixed_interval(intervals, num_frames)[1] * len(intervals), len(intervals)) for intervals in true]
+    totals = [
+        (best_fixed_interval(intervals, num_frames, protocol)[1] * len(intervals), len(intervals)) for intervals in true
+    ]
     count = sum(number for _, number in totals)
     if not count:
         raise ValueError("there is no interval to compare with")

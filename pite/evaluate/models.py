@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
-from tqdm import tqdm
+import numpy as np
 
 from dataloaders.store.features import FeatureStore
 from dataloaders.store.layout import store_of
 from pite import checkpoint, devices
 from pite.config import PiTeConfig
+from pite.evaluate import grounding
 from pite.evaluate.flags import SPLIT, GroundingFlags, TrajectoriesFlags
-from pite.evaluate.grounding import Events, Prediction, answer_questions, write_predictions
-from pite.evaluate.reports import Report, num_events, trajectory_report
-from pite.evaluate.trajectories import predict_trajectories, read_samples, trajectory_head_warning
+from pite.evaluate.predictions import Prediction, PredictionWriter
+from pite.evaluate.reports import Report
+from pite.evaluate.trajectories import predict_trajectories, read_samples, report, trajectory_head_warning
 from pite.generate import Generator
 from pite.lineage import check_encoder
 
@@ -34,7 +34,7 @@ def check_features(store: FeatureStore, model: Path) -> None:
     check_encoder(model, manifest.encoder, f"the feature store {store.path}", "give the features of its own encoder")
 
 
-def answer_all(flags: GroundingFlags, truth: dict[str, Events]) -> tuple[list[Prediction], int]:
+def answer_all(flags: GroundingFlags, truth: grounding.Truth) -> tuple[list[Prediction], int]:
     """The model's answer for every event, which --predictions stores, and its number of frames."""
     assert flags.model is not None and flags.store is not None, "GroundingFlags requires them"
     num_frames = PiTeConfig.load(checkpoint.resolve(flags.model)).num_frames
@@ -43,16 +43,18 @@ def answer_all(flags: GroundingFlags, truth: dict[str, Events]) -> tuple[list[Pr
             f"--num-frames {flags.num_frames}: {flags.model} has {num_frames} frames; leave --num-frames out"
         )
     generator, store = _open(flags.model, flags.store, flags.device)
-    answers = answer_questions(
-        generator,
-        truth,
-        lambda video: store.read(f"{SPLIT}/{video}"),
-        question=flags.question,
-        batch_size=flags.batch_size,
-    )
-    predictions = list(tqdm(answers, "answers", num_events(truth), unit="event", file=sys.stderr))
+    questions = grounding.questions(truth, flags.question)
+    predictions: list[Prediction] = []
+    for start in range(0, len(questions), flags.batch_size):
+        batch = questions[start : start + flags.batch_size]
+        features = [np.array(store.read(f"{SPLIT}/{question.video}")) for question in batch]
+        answers = generator.answer([q.text for q in batch], features, max_new_tokens=grounding.MAX_NEW_TOKENS)
+        predictions += [
+            Prediction.of(question, answer.text, num_frames=num_frames) for question, answer in zip(batch, answers)
+        ]
     if flags.predictions is not None:
-        write_predictions(flags.predictions, predictions)
+        with PredictionWriter(flags.predictions) as writer:
+            writer.append(predictions)
     return predictions, num_frames
 
 
@@ -62,7 +64,7 @@ def trajectories(flags: TrajectoriesFlags) -> Report:
     if warning := trajectory_head_warning(flags.model):
         log.warning(warning)
     samples = list(read_samples(flags.samples, generator.model, generator.tokenizer))
-    return trajectory_report(*predict_trajectories(generator.model, samples, store.read), len(samples))
+    return report(*predict_trajectories(generator.model, samples, store.read), len(samples))
 
 
 def _open(model: Path, features: Path, device: str) -> tuple[Generator, FeatureStore]:

@@ -14,6 +14,8 @@ from dataloaders.records import TokenizedSample
 from dataloaders.samples.batch import collate
 from dataloaders.samples.prompts import tokenize
 from pite import checkpoint, lineage
+from pite.evaluate.metrics import trajectory_scores
+from pite.evaluate.reports import Report
 from pite.model import PiTe
 from pite.tokenizers import check_vocabulary
 
@@ -87,3 +89,16 @@ def _batches(samples: Sequence[TokenizedSample], token_budget: int) -> Iterator[
         tokens += len(sample.token_ids)
     if batch:
         yield batch
+
+
+def report(predicted: np.ndarray, true: np.ndarray, answers: int) -> Report:
+    """Scores of trajectories (M, P, N, 2), of the tokens of `answers` answers."""
+    scores = trajectory_scores(predicted, true)
+    text = (
+        f"L1            {scores.l1:.4f}\n"
+        f"best constant {scores.best_constant:.4f}\n"
+        f"static oracle {scores.static_oracle:.4f}\n"
+        f"over {len(true)} tokens of {answers} answers"
+    )
+    numbers = {"L1": scores.l1, "constant": scores.best_constant, "unmoved": scores.static_oracle, "tokens": len(true)}
+    return Report("trajectories", text, numbers)

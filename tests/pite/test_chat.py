@@ -250,9 +250,9 @@ def test_a_models_answers_are_scored_as_its_prediction_file_is(
 def test_trajectories_are_measured_on_held_out_answers(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluated(made, "trajectories", "--scores", f"{tmp_path}/scores.json") == 0
+    assert evaluated(made, "trajectories", "--metrics", f"{tmp_path}/scores.json") == 0
     lines = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:3])
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    scores = json.loads((tmp_path / "scores.json").read_text())["trajectories"]
     keys = {"L1": "L1", "best constant": "constant", "static oracle": "unmoved"}
     assert {name: f"{scores[key]:.4f}" for name, key in keys.items()} == lines
     assert scores["L1"] > scores["constant"] > scores["unmoved"] > 0

@@ -20,12 +20,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_full_disk_is_named_by_its_path(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for flag in ("--predictions", "--scores"):
+    for flag in ("--predictions", "--metrics"):
         path = tmp_path / flag
         with full_disk(100):
             assert evaluated(made, "grounding", flag, str(path)) == 1
         assert capsys.readouterr().err.splitlines()[-1] == f"pite.evaluate: {path}: File too large"
-        assert not path.exists()
+        assert path.exists() == (flag == "--predictions"), "the answers until then are kept"
 
 
 def test_another_number_of_frames_than_the_models_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

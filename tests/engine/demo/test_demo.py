@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from engine.demo import __main__ as demo
-from engine.demo.held_out import measure_grounding, summarize
-from pite.evaluate.grounding import Events, Prediction, ious, read_ground_truth, write_predictions
+from engine.demo.held_out import PROTOCOL, measure_grounding, summarize
+from pite.evaluate.grounding import Events, ious, read_truth
+from pite.evaluate.predictions import Prediction, PredictionWriter
 from tests.held_out import FRAMES, make_held_out, save_model
 
 
@@ -90,12 +91,16 @@ def test_a_failed_step_is_named_and_run_again(
     assert [step.title for step in ran] == ["world", "tiny models", "tiny models"]
 
 
+def prediction(video: str, sentence: int, answer: str) -> Prediction:
+    return prediction(video, "grounding", 0, answer, {"sentence_id": sentence})
+
+
 def test_grounding_is_scored_by_number_of_objects() -> None:
     truth = {"a": Events(((0.0, 0.5),), ("one",)), "b": Events(((0.0, 0.25), (0.5, 0.75)), ("one", "two"))}
     question_blind = [
-        Prediction("a", 0, "From 00 to 16."),
-        Prediction("b", 0, "From 00 to 08."),
-        Prediction("b", 1, "From 00 to 08."),
+        prediction("a", 0, "From 00 to 16."),
+        prediction("b", 0, "From 00 to 08."),
+        prediction("b", 1, "From 00 to 08."),
     ]
     every, by_objects = measure_grounding(question_blind, truth, num_frames=32)
     assert every.miou == pytest.approx(2 / 3)
@@ -103,7 +108,7 @@ def test_grounding_is_scored_by_number_of_objects() -> None:
     assert (by_objects[2].miou, by_objects[2].question_blind) == (0.5, 0.5)
     assert every.question_blind == pytest.approx(2 / 3)
     assert every.best_fixed < every.question_blind
-    correct = [*question_blind[:2], Prediction("b", 1, "From 16 to 24.")]
+    correct = [*question_blind[:2], prediction("b", 1, "From 16 to 24.")]
     assert measure_grounding(correct, truth, num_frames=32)[1][2].miou == 1.0
 
 
@@ -111,13 +116,14 @@ def test_summary_has_all_numbers_and_pictures(tmp_path: Path) -> None:
     make_held_out(tmp_path)
     for stage in (2, 3):
         save_model(tmp_path / "run" / f"stage{stage}" / "final", seed=stage)
-    truth = read_ground_truth(tmp_path / "data" / "evaluation" / "activitynet_captions.json")
+    truth = read_truth(tmp_path / "data" / "evaluation" / "activitynet_captions.json")
     answers = [
-        Prediction(video, i, "From 00 to 07." if i else "It is not there.")
+        prediction(video, i, "From 00 to 07." if i else "It is not there.")
         for video, events in truth.items()
         for i in range(len(events.sentences))
     ]
-    write_predictions(tmp_path / "grounding.jsonl", answers)
+    with PredictionWriter(tmp_path / "grounding.jsonl") as log:
+        log.append(answers)
     summary = summarize(tmp_path)
     for name in (
         "trajectory_l1",
@@ -128,7 +134,7 @@ def test_summary_has_all_numbers_and_pictures(tmp_path: Path) -> None:
     ):
         assert isinstance(summary[name], float) and 0 < summary[name] < 1.5
     assert summary["trajectory_l1"] != summary["trajectory_l1_after_stage3"]
-    assert summary["grounding_miou"] == pytest.approx(np.mean(ious(answers, truth, FRAMES)))
+    assert summary["grounding_miou"] == pytest.approx(np.mean(ious(answers, truth, FRAMES, PROTOCOL)))
     assert summary["grounding_miou"] > 0
     by_objects, counts = summary["grounding_miou_by_objects"], summary["questions_by_objects"]
     assert isinstance(by_objects, dict) and isinstance(counts, dict)

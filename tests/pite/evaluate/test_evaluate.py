@@ -10,7 +10,9 @@ import pytest
 
 from pite.evaluate import metrics
 from pite.evaluate.__main__ import main
-from pite.evaluate.grounding import Prediction, read_ground_truth, read_predictions, write_predictions
+from pite.evaluate.grounding import read_answers, read_truth
+from pite.evaluate.predictions import Prediction, PredictionWriter
+from pite.evaluate.protocols import Protocol
 from pite.export.card import read_scores
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "evaluation"
@@ -18,9 +20,8 @@ GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "evaluation"
 
 def test_published_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     expected = json.loads((GOLDEN / "expected.json").read_text())["grounding"]
-    status = main(
-        ["grounding", "--predictions", f"{GOLDEN}/predictions.jsonl", "--ground-truth", f"{GOLDEN}/ground_truth.json"]
-    )
+    files = ["--predictions", f"{GOLDEN}/predictions.jsonl", "--ground-truth", f"{GOLDEN}/ground_truth.json"]
+    status = main(["grounding", *files, "--protocol", "published"])
     printed = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[:4])
     assert status == 0
     for name in ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7"):
@@ -29,28 +30,38 @@ def test_published_numbers(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_scores_file_holds_the_printed_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--predictions", f"{GOLDEN}/predictions.jsonl", "--ground-truth", f"{GOLDEN}/ground_truth.json"]
-    assert main(["grounding", *files, "--scores", f"{tmp_path}/grounding.json"]) == 0
+    assert main(["grounding", *files, "--metrics", f"{tmp_path}/grounding.json"]) == 0
     printed = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[:4])
-    scores = json.loads((tmp_path / "grounding.json").read_text())
+    scores = json.loads((tmp_path / "grounding.json").read_text())["grounding"]
     assert {name: f"{scores[name]:.2f}" for name in printed} == printed
     card = dict(read_scores(tmp_path / "grounding.json").rows)
-    assert card["task"] == "grounding" and card["answers"] == str(scores["answers"])
-    assert main(["grounding", *files, "--scores", f"{tmp_path}/grounding.json/none.json"]) == 1
-    assert capsys.readouterr().err.startswith(f"pite.evaluate: --scores {tmp_path}/grounding.json/none.json cannot be ")
+    assert card["grounding, answers"] == str(scores["answers"]) == "49"
+    assert main(["grounding", *files, "--metrics", f"{tmp_path}/grounding.json/none.json"]) == 1
+    assert capsys.readouterr().err.startswith(
+        f"pite.evaluate: --metrics {tmp_path}/grounding.json/none.json cannot be "
+    )
 
 
 @pytest.mark.parametrize(
-    ("answer", "interval"),
+    ("answer", "published", "strict"),
     [
-        ("From 05 to 31, a man walks.", (0.05, 0.31)),
-        ("This occurs between 72 and 83.", (0.72, 0.83)),
-        ("A man of 30 years is there from 10 to 20", (0.10, 0.20)),
-        ("From 5 to 31.", None),
-        ("I do not know.", None),
+        ("From 05 to 31, a man walks.", (0.05, 0.31), (0.05, 0.31)),
+        ("This occurs between 72 and 83.", (0.72, 0.83), (0.72, 0.83)),
+        ("A man of 30 years is there from 10 to 20", (0.10, 0.20), (0.10, 0.20)),
+        ("From 5 to 31.", None, (0.05, 0.31)),
+        ("From 100 to 200.", (0.0, 0.20), (1.0, 2.0)),
+        ("From 1000 to 2000.", (0.0, 0.20), None),
+        ("From 12.05 to 15.50 seconds.", (0.05, 0.15), None),
+        ("From 12 to 15.5 s, so from 40 to 50, 2 or 3.", (0.12, 0.15), (0.40, 0.50)),
+        ("From 05% to 15%, 05-15, 20 seconds until 40.", None, None),
+        ("I do not know.", None, None),
     ],
 )
-def test_intervals_are_read_from_answers(answer: str, interval: tuple[float, float] | None) -> None:
-    assert metrics.parse_interval(answer) == interval
+def test_intervals_are_read_from_answers(
+    answer: str, published: tuple[float, float] | None, strict: tuple[float, float] | None
+) -> None:
+    assert metrics.parse_interval(answer, protocol="published") == published
+    assert metrics.parse_interval(answer) == strict
 
 
 def test_frame_indices_count_the_models_own_frames() -> None:
@@ -58,33 +69,35 @@ def test_frame_indices_count_the_models_own_frames() -> None:
 
 
 @pytest.mark.parametrize(
-    ("predicted", "true", "iou"),
+    ("predicted", "true", "published", "strict"),
     [
-        ((0.0, 0.5), (0.0, 0.5), 1.0),
-        ((0.0, 0.5), (0.25, 0.75), 0.33),
-        ((0.0, 0.2), (0.5, 0.9), 0.0),
-        ((0.6, 0.2), (0.0, 1.0), 0.0),
-        ((0.3, 0.3), (0.3, 0.3), 0.0),
-        ((0.0, 0.497), (0.0, 1.0), 0.5),
+        ((0.0, 0.5), (0.0, 0.5), 1.0, 1.0),
+        ((0.0, 0.5), (0.25, 0.75), 0.33, 1 / 3),
+        ((0.0, 0.2), (0.5, 0.9), 0.0, 0.0),
+        ((0.6, 0.2), (0.0, 1.0), 0.0, 0.0),
+        ((0.3, 0.3), (0.3, 0.3), 0.0, 0.0),
+        ((0.0, 0.497), (0.0, 1.0), 0.5, 0.497),
     ],
 )
-def test_interval_iou(predicted: metrics.Interval, true: metrics.Interval, iou: float) -> None:
-    assert metrics.interval_iou(predicted, true) == iou
+def test_interval_iou(predicted: metrics.Interval, true: metrics.Interval, published: float, strict: float) -> None:
+    assert metrics.interval_iou(predicted, true, "published") == published
+    assert metrics.interval_iou(predicted, true) == strict
 
 
-def test_bounds_equal_an_exhaustive_search() -> None:
+@pytest.mark.parametrize("protocol", ["published", "strict"])
+def test_bounds_equal_an_exhaustive_search(protocol: Protocol) -> None:
     rng = np.random.default_rng(0)
     videos = [[tuple(np.sort(rng.uniform(size=2)).tolist()) for _ in range(int(rng.integers(1, 4)))] for _ in range(5)]
     candidates = [(a / 16, b / 16) for a in range(16) for b in range(a, 16)]
 
     def best(intervals: list[metrics.Interval]) -> float:
-        return max(sum(metrics.interval_iou(guess, true) for true in intervals) for guess in candidates)
+        return max(sum(metrics.interval_iou(guess, true, protocol) for true in intervals) for guess in candidates)
 
     every = [interval for intervals in videos for interval in intervals]
-    interval, miou = metrics.best_fixed_interval(every, num_frames=16)
+    interval, miou = metrics.best_fixed_interval(every, num_frames=16, protocol=protocol)
     assert miou == pytest.approx(best(every) / len(every))
-    assert np.mean([metrics.interval_iou(interval, true) for true in every]) == pytest.approx(miou)
-    blind = metrics.question_blind_bound(videos, num_frames=16)
+    assert np.mean([metrics.interval_iou(interval, true, protocol) for true in every]) == pytest.approx(miou)
+    blind = metrics.question_blind_bound(videos, num_frames=16, protocol=protocol)
     assert blind == pytest.approx(sum(map(best, videos)) / len(every))
     assert blind > miou
 
@@ -129,9 +142,11 @@ LINE = {"video_id": "v", "task": "grounding", "query_id": 0, "answer": "From 10 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     (tmp_path / "g.json").write_text(json.dumps(TRUTH))
-    predictions = [Prediction("v", 0, 'From 10 to 20, "a dög" runs.', 8)]
-    write_predictions(tmp_path / "deep" / "p.jsonl", predictions)
-    assert read_predictions(tmp_path / "deep" / "p.jsonl", read_ground_truth(tmp_path / "g.json")) == predictions
+    info = {"sentence_id": 0, "num_frames": 8}
+    predictions = [Prediction("v", "grounding", 0, 'From 10 to 20, "a d\u00f6g" runs.', info)]
+    with PredictionWriter(tmp_path / "deep" / "p.jsonl") as log:
+        log.append(predictions)
+    assert read_answers(tmp_path / "deep" / "p.jsonl", read_truth(tmp_path / "g.json")) == predictions
 
 
 def score(folder: Path, answers: list[str], info: list[dict[str, object]], *more: str) -> int:
@@ -141,7 +156,7 @@ def score(folder: Path, answers: list[str], info: list[dict[str, object]], *more
     lines = [{**LINE, "answer": a, "info": {"sentence_id": i, **x}} for i, (a, x) in enumerate(zip(answers, info))]
     (folder / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     files = ["--predictions", f"{folder}/p.jsonl", "--ground-truth", f"{folder}/g.json"]
-    return main(["grounding", *files, "--scores", f"{folder}/s.json", *more])
+    return main(["grounding", *files, "--metrics", f"{folder}/s.json", *more])
 
 
 @pytest.mark.parametrize(
@@ -157,7 +172,7 @@ def score(folder: Path, answers: list[str], info: list[dict[str, object]], *more
 def test_indices_count_the_frames_of_the_file(tmp_path: Path, info: list, flags: list[str], frames: int) -> None:
     assert score(tmp_path, ["From 01 to 05."], info, *flags) == 0
     expected = metrics.interval_iou((1 / frames, 5 / frames), (0.1, 0.5))
-    assert json.loads((tmp_path / "s.json").read_text())["mIoU"] == pytest.approx(100 * expected)
+    assert json.loads((tmp_path / "s.json").read_text())["grounding"]["mIoU"] == pytest.approx(100 * expected)
 
 
 def test_another_number_of_frames_than_the_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +200,7 @@ def test_answers_without_an_interval_are_counted(
         caplog.clear()
         assert score(tmp_path, answers, [{}] * 2) == 0
         printed = capsys.readouterr().out
-        assert json.loads((tmp_path / "s.json").read_text())["answers without an interval"] == lacking
+        assert json.loads((tmp_path / "s.json").read_text())["grounding"]["answers without an interval"] == lacking
         assert (f"{lacking} of 2 answers name no interval, such as 'A dog" in printed) == bool(lacking)
         assert max(map(len, printed.splitlines())) < 140
         assert [record.levelname for record in caplog.records] == ["WARNING"] * (lacking == 2)
@@ -214,14 +229,14 @@ def test_answers_without_an_interval_are_counted(
 def test_malformed_ground_truth_is_named(tmp_path: Path, truth: str, message: str) -> None:
     (tmp_path / "g.json").write_text(truth)
     with pytest.raises(ValueError, match=message):
-        read_ground_truth(tmp_path / "g.json")
+        read_truth(tmp_path / "g.json")
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ([json.dumps({**LINE, "video_id": "\ud83d"})], r"p\.jsonl:1: field 'video_id': \\ud83d is half of a surrogate"),
-        (["{"], r"p\.jsonl:1: not valid JSON"),
+        (["{", ""], r"p\.jsonl:1: not valid JSON"),
         ([json.dumps(LINE), "", "3"], r"p\.jsonl:3: expected an object"),
         ([json.dumps({**LINE, "video_id": "w"})], r"p\.jsonl:1: field 'video_id' names 'w'"),
         ([json.dumps({**LINE, "answer": None})], r"p\.jsonl:1: field 'answer' must be a string, not None"),
@@ -235,7 +250,7 @@ def test_malformed_predictions_are_named(tmp_path: Path, lines: list[str], messa
     (tmp_path / "g.json").write_text(json.dumps(TRUTH))
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
-        read_predictions(tmp_path / "p.jsonl", read_ground_truth(tmp_path / "g.json"))
+        read_answers(tmp_path / "p.jsonl", read_truth(tmp_path / "g.json"))
 
 
 def test_a_missing_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
