@@ -2,6 +2,7 @@
 
 python -m pite.evaluate grounding --predictions P.jsonl --ground-truth G.json
 python -m pite.evaluate grounding --model DIR --data DIR --store DIR
+python -m pite.evaluate captioning --predictions P.jsonl --ground-truth val_1.json val_2.json
 python -m pite.evaluate trajectories --model DIR --data DIR --store DIR
 """
 
@@ -14,12 +15,16 @@ from collections.abc import Sequence
 from dataloaders import logs
 from dataloaders.cli import parse_command, run
 from dataloaders.files import write_atomically
-from pite.evaluate import grounding
+from pite.evaluate import captioning, grounding
+from pite.evaluate.captioning.flags import CaptioningFlags
 from pite.evaluate.flags import GroundingFlags, TrajectoriesFlags
 from pite.evaluate.reports import Report
 
-COMMANDS: dict[str, type[GroundingFlags] | type[TrajectoriesFlags]] = {
+Flags = GroundingFlags | CaptioningFlags | TrajectoriesFlags
+
+COMMANDS: dict[str, type[Flags]] = {
     "grounding": GroundingFlags,
+    "captioning": CaptioningFlags,
     "trajectories": TrajectoriesFlags,
 }
 
@@ -31,12 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def evaluate() -> None:
         flags.check_paths()
-        report = _grounding(flags) if isinstance(flags, GroundingFlags) else _trajectories(flags)
+        report = _report(flags)
         print(report.text)
         if flags.metrics is not None:
             write_atomically(flags.metrics, json.dumps(report.metrics(), indent=1) + "\n")
 
     return run("pite.evaluate", evaluate)
+
+
+def _report(flags: Flags) -> Report:
+    match flags:
+        case GroundingFlags():
+            return _grounding(flags)
+        case CaptioningFlags():
+            return _captioning(flags)
+        case TrajectoriesFlags():
+            return _trajectories(flags)
 
 
 # What imports torch is imported after the flags and paths are checked: it takes seconds.
@@ -53,6 +68,13 @@ def _grounding(flags: GroundingFlags) -> Report:
 
         predictions, num_frames = answer_all(flags, truth)
     return grounding.report(predictions, truth, protocol=flags.protocol, num_frames=num_frames)
+
+
+def _captioning(flags: CaptioningFlags) -> Report:
+    truth = captioning.read_truth(*flags.ground_truth)
+    predictions = captioning.read_answers(flags.predictions, truth)
+    num_frames = grounding.frames_of(predictions, flags.num_frames, flags.predictions)
+    return captioning.report(predictions, truth, protocol=flags.protocol, num_frames=num_frames)
 
 
 def _trajectories(flags: TrajectoriesFlags) -> Report:
