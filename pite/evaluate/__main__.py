@@ -3,6 +3,7 @@
 python -m pite.evaluate grounding --predictions P.jsonl --ground-truth G.json
 python -m pite.evaluate grounding --model DIR --data DIR --store DIR
 python -m pite.evaluate captioning --predictions P.jsonl --ground-truth val_1.json val_2.json
+python -m pite.evaluate qa --benchmark msvd_qa --predictions P.jsonl --ground-truth test_qa.json --judge-url URL ...
 python -m pite.evaluate trajectories --model DIR --data DIR --store DIR
 """
 
@@ -18,13 +19,16 @@ from dataloaders.files import write_atomically
 from pite.evaluate import captioning, grounding
 from pite.evaluate.captioning.flags import CaptioningFlags
 from pite.evaluate.flags import GroundingFlags, TrajectoriesFlags
+from pite.evaluate.qa.command import evaluate as evaluate_qa
+from pite.evaluate.qa.flags import QaFlags
 from pite.evaluate.reports import Report
 
-Flags = GroundingFlags | CaptioningFlags | TrajectoriesFlags
+Flags = GroundingFlags | CaptioningFlags | QaFlags | TrajectoriesFlags
 
 COMMANDS: dict[str, type[Flags]] = {
     "grounding": GroundingFlags,
     "captioning": CaptioningFlags,
+    "qa": QaFlags,
     "trajectories": TrajectoriesFlags,
 }
 
@@ -50,6 +54,8 @@ def _report(flags: Flags) -> Report:
             return _grounding(flags)
         case CaptioningFlags():
             return _captioning(flags)
+        case QaFlags():
+            return evaluate_qa(flags)
         case TrajectoriesFlags():
             return _trajectories(flags)
 
