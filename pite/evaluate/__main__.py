@@ -2,6 +2,8 @@
 
 python -m pite.evaluate grounding --predictions P.jsonl --ground-truth G.json
 python -m pite.evaluate grounding --model DIR --data DIR --store DIR --predictions P.jsonl
+python -m pite.evaluate captioning --predictions P.jsonl --ground-truth val_1.json val_2.json
+python -m pite.evaluate qa --benchmark msvd_qa --predictions P.jsonl --ground-truth test_qa.json --judge-url URL ...
 python -m pite.evaluate trajectories --model DIR --data DIR --store DIR
 
 Several GPUs: torchrun --nproc-per-node 8 -m pite.evaluate grounding ... --predictions P.jsonl
@@ -17,13 +19,17 @@ from dataloaders import logs
 from dataloaders.cli import parse_command, run
 from dataloaders.files import write_atomically
 from dataloaders.ranks import Ranks
-from pite.evaluate.commands import score_grounding, score_trajectories
+from pite.evaluate.captioning.flags import CaptioningFlags
+from pite.evaluate.commands import score_captioning, score_grounding, score_qa, score_trajectories
 from pite.evaluate.flags import EvaluationFlags, GroundingFlags, TrajectoriesFlags
 from pite.evaluate.processes import joined
+from pite.evaluate.qa.flags import QaFlags
 from pite.evaluate.reports import Report
 
 COMMANDS: dict[str, tuple[type[EvaluationFlags], Callable[..., Report | None]]] = {
     "grounding": (GroundingFlags, score_grounding),
+    "captioning": (CaptioningFlags, score_captioning),
+    "qa": (QaFlags, score_qa),
     "trajectories": (TrajectoriesFlags, score_trajectories),
 }
 """Name -> its flags, and the function from flags and ranks to a report."""

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dataloaders.ranks import Ranks
-from pite.evaluate import grounding
+from pite.evaluate import captioning, grounding
+from pite.evaluate.captioning.flags import CaptioningFlags
 from pite.evaluate.flags import AnswerFlags, GroundingFlags, TrajectoriesFlags
 from pite.evaluate.inputs import LeftOut, find_features, look_up, open_store
 from pite.evaluate.predictions import Prediction
+from pite.evaluate.qa import command as qa
+from pite.evaluate.qa import task as qa_task
+from pite.evaluate.qa.flags import QaFlags
 from pite.evaluate.questions import Question
 from pite.evaluate.reports import Report
 
@@ -22,29 +28,80 @@ log = logging.getLogger(__name__)
 # What imports torch is imported after the flags and paths are checked: it takes seconds.
 
 
-def score_grounding(flags: GroundingFlags, ranks: Ranks) -> Report | None:
-    """Scores of a file of answers or of a model; None in all processes but the first."""
+@dataclass(frozen=True)
+class Answers:
+    """Answers to score.
+
+    num_frames  frames per video that the indices in them count
+    left_out    videos without an answer, because they have no features; None for a file of answers
+    """
+
+    predictions: list[Prediction]
+    num_frames: int
+    left_out: LeftOut | None = None
+
+    def add_left_out(self, report: Report) -> Report:
+        """The report with the videos that are left out."""
+        return report if self.left_out is None else report.adding(self.left_out.lines(), self.left_out.counts())
+
+
+def score_grounding(flags: GroundingFlags, ranks: Ranks, model: Model | None = None) -> Report | None:
+    """Scores of a file of answers or of a model; None in all processes but the first.
+
+    model  that of --model, if it is open already
+    """
     truth = grounding.read_truth(flags.truth[0])
     if flags.model is None:
-        assert flags.predictions is not None, "AnswerFlags requires it"
-        predictions = grounding.read_answers(flags.predictions, truth)
-        num_frames = grounding.frames_of(predictions, flags.num_frames, flags.predictions)
-        report = grounding.report(predictions, truth, protocol=flags.protocol, num_frames=num_frames)
+        answers = _read(flags, grounding.read_answers, truth, flags.num_frames)
     else:
-        model = open_model(flags, ranks)
-        num_frames = model.num_frames
-        if flags.num_frames not in (None, num_frames):
-            raise ValueError(
-                f"--num-frames {flags.num_frames}: {flags.model} has {num_frames} frames; leave --num-frames out"
-            )
-        answered = answer(flags, model, grounding.questions(truth, flags.question), grounding.MAX_NEW_TOKENS)
-        if answered is None:
-            return None
-        predictions, left_out = answered
-        report = grounding.report(predictions, truth, protocol=flags.protocol, num_frames=num_frames)
-        report = report.adding(left_out.lines(), left_out.counts())
-    draw_grounding(flags, predictions, truth, num_frames)
-    return report
+        model = model or open_model(flags, ranks)
+        _check_frames(flags.num_frames, model)
+        answers = answer(flags, model, grounding.questions(truth, flags.question), grounding.MAX_NEW_TOKENS)
+    if answers is None:
+        return None
+    report = grounding.report(answers.predictions, truth, protocol=flags.protocol, num_frames=answers.num_frames)
+    draw_grounding(flags, answers.predictions, truth, answers.num_frames)
+    return answers.add_left_out(report)
+
+
+def score_captioning(flags: CaptioningFlags, ranks: Ranks, model: Model | None = None) -> Report | None:
+    """As `score_grounding`."""
+    truth = captioning.read_truth(*flags.truth)
+    if flags.model is None:
+        answers = _read(flags, captioning.read_answers, truth, flags.num_frames)
+    else:
+        model = model or open_model(flags, ranks)
+        _check_frames(flags.num_frames, model)
+        answers = answer(flags, model, captioning.questions(truth, flags.question), captioning.MAX_NEW_TOKENS)
+    if answers is None:
+        return None
+    report = captioning.report(answers.predictions, truth, protocol=flags.protocol, num_frames=answers.num_frames)
+    return answers.add_left_out(report)
+
+
+def score_qa(flags: QaFlags, ranks: Ranks, model: Model | None = None) -> Report | None:
+    """As `score_grounding`; the first process calls the judge."""
+    truth = qa.read_truth(flags)
+    if flags.model is None:
+        assert flags.predictions is not None, "AnswerFlags requires it"
+        return qa.evaluate(flags, truth, qa_task.read_answers(flags.predictions, truth, flags.benchmark))
+    model = model or open_model(flags, ranks)
+    answers = answer(flags, model, qa_task.questions(truth, flags.benchmark), qa_task.MAX_NEW_TOKENS)
+    return None if answers is None else answers.add_left_out(qa.evaluate(flags, truth, answers.predictions))
+
+
+def _read(
+    flags: AnswerFlags, read: Callable[[Path, Any], list[Prediction]], truth: object, num_frames: int | None
+) -> Answers:
+    """The answers in the file of --predictions."""
+    assert flags.predictions is not None, "AnswerFlags requires it"
+    predictions = read(flags.predictions, truth)
+    return Answers(predictions, grounding.frames_of(predictions, num_frames, flags.predictions))
+
+
+def _check_frames(given: int | None, model: Model) -> None:
+    if given not in (None, model.num_frames):
+        raise ValueError(f"--num-frames {given}: {model.name} has {model.num_frames} frames; leave --num-frames out")
 
 
 def draw_grounding(
@@ -97,10 +154,8 @@ def open_model(flags: AnswerFlags, ranks: Ranks) -> Model:
     return Model(flags.model, flags.device, flags.batch_size, ranks)
 
 
-def answer(
-    flags: AnswerFlags, model: Model, questions: Sequence[Question], max_new_tokens: int
-) -> tuple[list[Prediction], LeftOut] | None:
-    """A model's answers to questions, and the videos without; None in all processes but the first."""
+def answer(flags: AnswerFlags, model: Model, questions: Sequence[Question], max_new_tokens: int) -> Answers | None:
+    """A model's answers to the questions whose videos have features; None in all processes but the first."""
     assert flags.store is not None, "AnswerFlags requires it"
     store = open_store(flags.store)
     model.check_features(store)
@@ -108,4 +163,4 @@ def answer(
     for line in inputs.left_out.lines():
         log.info(line)
     predictions = model.answer(inputs, flags.predictions, max_new_tokens, flags.overwrite)
-    return None if predictions is None else (predictions, inputs.left_out)
+    return None if predictions is None else Answers(predictions, model.num_frames, inputs.left_out)

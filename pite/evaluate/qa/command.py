@@ -1,0 +1,61 @@
+"""`pite.evaluate qa`: the judge that the flags name, and the report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pite.evaluate.predictions import Prediction
+from pite.evaluate.qa.benchmarks import Item, read_items
+from pite.evaluate.qa.cache import Cache
+from pite.evaluate.qa.endpoint import Endpoint
+from pite.evaluate.qa.flags import QaFlags
+from pite.evaluate.qa.judge import Judge
+from pite.evaluate.qa.report import report
+from pite.evaluate.reports import Report
+
+
+def read_truth(flags: QaFlags) -> list[Item]:
+    """The benchmark's questions and correct answers. Raises ValueError in one sentence."""
+    return read_items(flags.benchmark, flags.truth, flags.video_names)
+
+
+def evaluate(flags: QaFlags, truth: Sequence[Item], predictions: Sequence[Prediction]) -> Report:
+    """Score answers by the judge that the flags name. Raises ValueError in one sentence."""
+    if flags.judge_model is None:
+        return report(predictions, truth, flags.benchmark, protocol=flags.protocol)
+    with Cache(flags.cache) as cache:
+        return report(
+            predictions,
+            truth,
+            flags.benchmark,
+            protocol=flags.protocol,
+            by=_judge(flags, flags.judge_model),
+            cache=cache,
+            price=flags.price_per_million,
+        )
+
+
+def _judge(flags: QaFlags, model: str) -> Judge:
+    if flags.judge_url is not None:
+        return Endpoint(
+            flags.judge_url,
+            model,
+            _key(flags.judge_key),
+            timeout=flags.timeout,
+            retries=flags.retries,
+            concurrency=flags.concurrency,
+        )
+    from pite import devices
+    from pite.evaluate.qa.local import LocalJudge
+
+    return LocalJudge(Path(model), devices.select(flags.device))
+
+
+def _key(variable: str) -> str | None:
+    """The endpoint's key in an environment variable; None where it is not set. An error does not show the key."""
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"the key in the environment variable {variable} has characters that no header may hold")
+    return key or None
