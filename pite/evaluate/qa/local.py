@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dataloaders.errors import reason
 from pite.evaluate.qa.prompts import Prompt
 
 MAX_NEW_TOKENS = 64
@@ -13,20 +14,32 @@ BATCH = 8
 
 
 class LocalJudge:
-    """A causal language model of transformers in `directory`, on `device`; the name holds the directory's own name."""
+    """A causal language model of transformers in `directory`, on `device`.
+
+    The name, a part of the cache's keys, is the directory's own. Raises ValueError if it holds no such model.
+    """
 
     rounds = 1
 
     def __init__(self, directory: Path, device: str) -> None:
+        if not (directory / "config.json").is_file():
+            raise ValueError(
+                f"--judge-model {directory} has no config.json: give a model's folder, or --judge-url as well"
+            )
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.name = f"local:{directory.resolve().name}"
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, padding_side="left")
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, padding_side="left")
+            model: Any = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=dtype)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"--judge-model {directory} holds no causal language model of transformers: {reason(error)}"
+            ) from None
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=dtype)
         self._model = model.to(device).eval()
 
     def replies(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, str | None]]:
