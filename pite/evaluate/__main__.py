@@ -20,16 +20,16 @@ from dataloaders.cli import parse_command, run
 from dataloaders.files import write_atomically
 from dataloaders.ranks import Ranks
 from pite.evaluate.captioning.flags import CaptioningFlags
-from pite.evaluate.commands import score_captioning, score_grounding, score_qa, score_trajectories
+from pite.evaluate.commands import score_answers, score_trajectories
 from pite.evaluate.flags import EvaluationFlags, GroundingFlags, TrajectoriesFlags
 from pite.evaluate.processes import joined
 from pite.evaluate.qa.flags import QaFlags
 from pite.evaluate.reports import Report
 
 COMMANDS: dict[str, tuple[type[EvaluationFlags], Callable[..., Report | None]]] = {
-    "grounding": (GroundingFlags, score_grounding),
-    "captioning": (CaptioningFlags, score_captioning),
-    "qa": (QaFlags, score_qa),
+    "grounding": (GroundingFlags, score_answers),
+    "captioning": (CaptioningFlags, score_answers),
+    "qa": (QaFlags, score_answers),
     "trajectories": (TrajectoriesFlags, score_trajectories),
 }
 """Name -> its flags, and the function from flags and ranks to a report."""
