@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dataloaders.records import ABSENT
 
 COLORS = ((255, 176, 0), (64, 196, 255), (236, 64, 122), (124, 222, 98), (171, 130, 255), (255, 112, 67))
+Frames = Sequence[np.ndarray] | np.ndarray
 _EDGE, _TRUE, _PAPER, _INK = (16, 18, 24), (255, 255, 255), (250, 250, 248), (32, 34, 40)
 _OVERSAMPLE = 2
 """Drawings are made at twice the size and scaled down, because Pillow draws without anti-aliasing."""
@@ -37,6 +39,10 @@ class Track:
     predicted: np.ndarray
     true: np.ndarray | None = None
     span: tuple[int, int] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the phrase, its frames (None: all), and `points` (P, N, 2) rounded to four digits."""
+        return {"phrase": self.label, "frames": self.span, "points": self.predicted.round(4).tolist()}
 
     def shown(self) -> np.ndarray:
         """(P, N) boolean: which points are drawn."""
@@ -94,11 +100,11 @@ def _draw_point(
 
 
 def save_strip(
-    path: Path, frames: np.ndarray, tracks: Sequence[Track], *, columns: int = 6, title: str = "", width: int = 320
+    path: Path, frames: Frames, tracks: Sequence[Track], *, columns: int = 6, title: str = "", width: int = 320
 ) -> None:
     """Write a PNG: `columns` frames, evenly spaced among the frames that show a track, with a title and a legend."""
     indices = _evenly_spaced(frames, tracks, columns)
-    panels = [draw_frame(frames[i], tracks, i, width=width) for i in indices]
+    panels = _of_one_size([draw_frame(frames[i], tracks, i, width=width) for i in indices])
     gap, line = 12, 26
     heading = _wrap(title, _font(18), columns * (width + gap) - gap) if title else []
     top = gap + len(heading) * line
@@ -122,11 +128,10 @@ def save_video(
 ) -> None:
     """Write an H.264 MP4 of all frames with their tracks and a legend below, at `fps` frames per second.
 
-    Frames of another size than the first, (H, W, 3) uint8 each, are scaled to its size.
+    Frames of another size than the first, (H, W, 3) uint8 each, are scaled to its size, also in a strip.
     """
     legend = _legend(tracks, width - 16)
-    panels = [draw_frame(frame, tracks, i, width=width) for i, frame in enumerate(frames)]
-    panels = [panel if panel.size == panels[0].size else panel.resize(panels[0].size) for panel in panels]
+    panels = _of_one_size([draw_frame(frame, tracks, i, width=width) for i, frame in enumerate(frames)])
     # yuv420p needs even width and height.
     size = (width + width % 2, (panels[0].height + legend.height + 17) // 2 * 2)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +148,11 @@ def save_video(
         container.mux(stream.encode())
 
 
-def _evenly_spaced(frames: np.ndarray, tracks: Sequence[Track], columns: int) -> list[int]:
+def _of_one_size(panels: list[Image.Image]) -> list[Image.Image]:
+    return [panel if panel.size == panels[0].size else panel.resize(panels[0].size) for panel in panels]
+
+
+def _evenly_spaced(frames: Frames, tracks: Sequence[Track], columns: int) -> list[int]:
     shown = np.zeros(len(frames), dtype=bool)
     for track in tracks:
         shown |= track.shown().any(0)

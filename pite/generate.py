@@ -9,7 +9,7 @@ rounding").
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dataloaders.formats.fields import clean_question
-from dataloaders.records import TokenizedSample
-from dataloaders.samples.batch import collate
+from dataloaders.records import Turn
 from dataloaders.samples.prompts import prompt_ids
 from pite import checkpoint, devices, names
 from pite.checkpoint import from_pretrained
@@ -32,6 +31,9 @@ from pite.tokenizers import check_vocabulary, load_tokenizer
 from pite_kernels import lora_linear
 
 log = logging.getLogger(__name__)
+
+_TOP_K = 50
+"""Tokens to choose from at a temperature above 0: the default of `generate`."""
 
 
 def language_model(model: PiTe) -> LlamaForCausalLM:
@@ -142,7 +144,10 @@ class Generator:
         Prompts are padded on the left, so a question gets the same answer in a batch as alone. An answer ends where the
         language model's context does. Raises ValueError for a prompt that leaves no room for an answer.
         """
-        embeddings = [self._embed(question, record) for question, record in zip(questions, features, strict=True)]
+        embeddings = [
+            self.embed(*self.prompt(question, len(record)), record)
+            for question, record in zip(questions, features, strict=True)
+        ]
         longest = max(len(e) for e in embeddings)
         room = [self.room(len(e), max_new_tokens) for e in embeddings]
         inputs = torch.zeros(len(embeddings), longest, self.model.config.llm.hidden_size, dtype=self.model.dtype)
@@ -176,29 +181,40 @@ class Generator:
             # A longer prompt of the batch was continued beyond its context.
             ids = ids[:most]
             ids = ids[: ids.index(end)] if end in ids else ids
-            answers.append(Answer(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), tuple(ids)))
+            answers.append(self.decoded(ids))
         return answers
 
     @torch.inference_mode()
-    def trajectories(self, question: str, record: np.ndarray, answer: Answer) -> Tensor:
-        """Trajectory that the head predicts for each token of an answer: (L, P, N, 2) on the CPU."""
-        prompt, frame_start = self.prompt(question, len(record))
-        ids = np.concatenate([prompt, np.array(answer.token_ids, dtype=np.int64)])
-        none = np.zeros(0, dtype=np.int64)
+    def tokens(
+        self, embeddings: Tensor, cache: DynamicCache, room: int, temperature: float = 0.0
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The tokens of one answer, at most `room`, as they are made: each with the hidden state (d,) that predicts it.
+
+        At temperature 0 they are those of `answer`. An iterator, because a reader of a stream can stop it at any token.
+        embeddings  (T, d) of the rows of the prompt that `cache` does not hold, at least one
+        cache       grows in place: the prompt, and the tokens but the last
+        """
+        inputs = embeddings[None]
+        for _ in range(room):
+            output = self.llama.model(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
+            hidden = output.last_hidden_state[:, -1:]
+            token = _choose(self.llama.lm_head(hidden)[0, -1].float(), temperature)
+            if token == self.tokenizer.eos_token_id:
+                return
+            yield token, hidden[0, 0]
+            inputs = self.llama.model.embed_tokens(torch.tensor([[token]], device=self.model.device))
+
+    @torch.inference_mode()
+    def trajectories(self, hidden: Sequence[Tensor]) -> np.ndarray:
+        """Trajectories (L, P, N, 2) that the head predicts from the hidden states (d,) of L tokens."""
         config = self.model.config
-        sample = TokenizedSample(
-            id="answer",
-            media="",
-            token_ids=ids,
-            frame_start=frame_start,
-            num_frames=len(record),
-            target_positions=np.arange(len(prompt), len(ids)),
-            trajectory_positions=none,
-            trajectory=np.zeros((0, config.num_points, config.num_frames, 2), dtype=np.float32),
-        )
-        batch = collate([sample], [record]).to(self.model.device)
-        hidden = self.model.hidden_states(batch)[batch.target_rows]
-        return self.model.predict(hidden, "trajectory").cpu()
+        if not hidden:
+            return np.zeros((0, config.num_points, config.num_frames, 2), dtype=np.float32)
+        return self.model.predict(torch.stack(list(hidden)), "trajectory").cpu().numpy()
+
+    def decoded(self, ids: Sequence[int]) -> Answer:
+        """The answer of its token ids."""
+        return Answer(self.tokenizer.decode(list(ids), skip_special_tokens=True).strip(), tuple(ids))
 
     def check_question(self, question: str, num_frames: int) -> None:
         """Raise ValueError for a question that `answer` would refuse, before anything is computed."""
@@ -216,19 +232,12 @@ class Generator:
             )
         return room
 
-    def prompt(self, question: str, num_frames: int) -> tuple[np.ndarray, int]:
+    def prompt(self, question: str, num_frames: int, earlier: Sequence[Turn] = ()) -> tuple[np.ndarray, int]:
         """As `prompt_ids`, of the question without media tag and `</s>`, as in training.
 
-        Raises ValueError for a question without text, for tokens that the model lacks, and for a prompt that fills its
-        context.
+        Raises ValueError as `cleaned`, for tokens that the model lacks, and for a prompt that fills its context.
         """
-        try:
-            cleaned = clean_question(question)
-        except ValueError as error:
-            raise ValueError(f"the question {question!r}: {error}") from None
-        if not cleaned:
-            raise ValueError(f"the question {question!r} holds no text: give a question about the video")
-        ids, frame_start = prompt_ids(cleaned, self.tokenizer, num_frames)
+        ids, frame_start = prompt_ids(cleaned(question), self.tokenizer, num_frames, earlier)
         config = self.model.config
         check_vocabulary(int(ids.max()), self.tokenizer, config.llm.vocab_size, f"the question {question!r}")
         if len(ids) >= config.context_length:
@@ -239,11 +248,30 @@ class Generator:
             )
         return ids, frame_start
 
-    def _embed(self, question: str, record: np.ndarray) -> Tensor:
-        ids, frame_start = self.prompt(question, len(record))
+    def embed(self, ids: np.ndarray, frame_start: int, record: np.ndarray) -> Tensor:
+        """Input embeddings (n, d) of a prompt's `ids` (n,), with the features (N, C) of its frames."""
         device = self.model.device
         rows = torch.arange(frame_start, frame_start + len(record), device=device)
         return self.model.embed(torch.from_numpy(ids).to(device), torch.from_numpy(record).to(device), rows)
+
+
+def cleaned(question: str) -> str:
+    """A question as in training. Raises ValueError for one without text, and for a media tag in its middle."""
+    try:
+        text = clean_question(question)
+    except ValueError as error:
+        raise ValueError(f"the question {question!r}: {error}") from None
+    if not text:
+        raise ValueError(f"the question {question!r} holds no text: give a question about the video")
+    return text
+
+
+def _choose(logits: Tensor, temperature: float) -> int:
+    """A token of logits (V,): the likeliest at temperature 0, else one of the `_TOP_K` likeliest at random."""
+    if temperature <= 0:
+        return int(logits.argmax())
+    likeliest, tokens = logits.topk(min(_TOP_K, len(logits)))
+    return int(tokens[torch.multinomial((likeliest / temperature).softmax(0), 1)])
 
 
 def left_padding(lengths: Sequence[int], device: torch.device) -> Tensor:

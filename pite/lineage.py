@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dataloaders import paths
+from dataloaders.decode.sampling import IN_MANIFEST, Sampling
 from dataloaders.files import read_json_object, require_file, sha256
 from pite.export import RECORD
 
@@ -91,6 +92,26 @@ def encoder_of(directory: Path) -> str | None:
             if isinstance(found, dict) and isinstance(encoder := found.get("encoder"), str):
                 return encoder
     return None
+
+
+def sampling_of(directory: Path) -> Sampling:
+    """The rule by which the frames of a model's training videos were chosen, from its last stage; index without a record.
+
+    An imported store may name a rule that is not one of ours: then the published one is used, with a warning.
+    """
+    for record in reversed(history(directory)):
+        features = (record.get("made_of") or {}).get("features")
+        name = features.get("sampling") if isinstance(features, dict) else None
+        if name in (None, "still"):  # no record, or stage 1's images
+            continue
+        rule = next((rule for rule, known in IN_MANIFEST.items() if known == name), None)
+        if rule is None:
+            log.warning(
+                "%s was trained on frames sampled by a rule named %r, which is unknown here: frames are sampled by index",
+                *(directory, name),
+            )
+        return rule or "index"
+    return "index"
 
 
 def check_encoder(model: Path, encoder: str, source: str, remedy: str) -> None:

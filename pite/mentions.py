@@ -26,6 +26,7 @@ _FUNCTION_WORD = re.compile(
 )
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 _SENTENCE = re.compile(r"[^.!?]+")
+_CANDIDATE = re.compile(r"\d{1,3} (?:to|and) \d{1,3}")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,28 @@ def _phrase_length(text: str, words: Sequence[re.Match[str]]) -> int:
 
 def _looks_like_verb(word: str) -> bool:
     return word.endswith(("ed", "ing")) or (word.endswith("s") and not word.endswith(("ss", "us", "is")))
+
+
+@dataclass(frozen=True)
+class FrameInterval:
+    """`a to b` or `a and b` in an answer: the frames `first` to `last`, in order, and the sentence around it."""
+
+    first: int
+    last: int
+    sentence: str
+
+
+def find_intervals(answer: str, num_frames: int) -> list[FrameInterval]:
+    """Every interval of an answer whose indices are frames, in the order of the text; `parse_interval`'s strict rule."""
+    found = []
+    for sentence in _SENTENCE.finditer(answer):
+        for match in _CANDIDATE.finditer(answer, sentence.start(), sentence.end()):
+            # The strict rule looks at one character before the first index and two after the second.
+            interval = parse_interval(answer[max(match.start() - 1, 0) : match.end() + 2], num_frames, "strict")
+            if interval is not None and max(interval) < 1:
+                first, last = sorted(round(time * num_frames) for time in interval)
+                found.append(FrameInterval(first, last, sentence[0].strip()))
+    return found
 
 
 def find_named(answer: str, names: Sequence[str], num_frames: int) -> list[Phrase]:

@@ -12,6 +12,9 @@ import numpy as np
 
 Sampling = Literal["index", "time"]
 
+IN_MANIFEST: dict[Sampling, str] = {"index": "linspace truncated", "time": "linspace in time"}
+"""The name of each rule in a store's manifest, and so in the lineage of a model that was trained on the store."""
+
 _ROUNDING = 1e-3
 """Seconds to which Matroska rounds the times of frames."""
 

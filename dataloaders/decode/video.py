@@ -97,10 +97,15 @@ def probe(path: Path, clip: Clip = None) -> Probe:
 
 @dataclass(frozen=True)
 class Sampled:
-    """N frames of a video; `uneven` if sampling by index and by time differ by more than a frame's share."""
+    """N frames of a video.
+
+    uneven    sampling by index and by time differ by more than a frame's share
+    duration  seconds at which the last frame ends; None where packets and frames have no times, or it is not decoded here
+    """
 
     frames: list[np.ndarray]
     uneven: bool = False
+    duration: float | None = None
 
 
 def decode_video(
@@ -146,7 +151,8 @@ def sample_video(
     if len(seen) != len(times):
         raise DecodeError(f"{path}: gave {len(times)} frames when decoded once and {len(seen)} when decoded again")
     chosen = sampled_indices(times, end, num_frames, sampling).tolist()
-    return Sampled([frames[i] for i in chosen], is_uneven(times, end, num_frames))
+    duration = end if end > 0 and not np.isnan(times).any() else None
+    return Sampled([frames[i] for i in chosen], is_uneven(times, end, num_frames), duration)
 
 
 def _decode_twice(

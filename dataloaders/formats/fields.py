@@ -69,7 +69,7 @@ def identifier(record: Record, name: str, where: Place) -> str:
     return value
 
 
-_VIDEO_SUFFIXES = (
+VIDEO_SUFFIXES = (
     ".mp4",
     ".mkv",
     ".webm",
@@ -84,7 +84,7 @@ _VIDEO_SUFFIXES = (
     ".mpeg",
     ".gif",
 )
-MEDIA_SUFFIXES = (*_VIDEO_SUFFIXES, ".jpg", ".jpeg", ".png", ".webp")
+MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, ".jpg", ".jpeg", ".png", ".webp")
 """Suffixes of media files, in order of preference, since downloaders keep the suffix of their source."""
 
 

@@ -8,12 +8,13 @@ is always a prefix of its training sample. Each turn is tokenized alone, and the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dataloaders.records import Sample, TokenizedSample
+from dataloaders.records import Sample, TokenizedSample, Turn
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -24,19 +25,25 @@ _FIRST_TURN = "\n{question} ASSISTANT:"
 _LATER_TURN = "USER: {question} ASSISTANT:"
 
 
-def prompt_ids(question: str, tokenizer: PreTrainedTokenizerBase, num_frames: int) -> tuple[np.ndarray, int]:
-    """The prompt of a question about `num_frames` frames, to generate its answer.
+def prompt_ids(
+    question: str, tokenizer: PreTrainedTokenizerBase, num_frames: int, earlier: Sequence[Turn] = ()
+) -> tuple[np.ndarray, int]:
+    """The prompt of a question about `num_frames` frames, after `earlier` turns about them, to generate its answer.
 
-    Returns token ids (n,) int64, 0 at the frames, and the position of the first frame. Raises ValueError for a question
-    that is not valid Unicode, such as bytes of another encoding on a command line.
+    It is the beginning of the training sample that holds these turns. Returns token ids (n,) int64, 0 at the frames, and
+    the position of the first frame. Raises ValueError for a question that is not valid Unicode, such as bytes of another
+    encoding on a command line.
     """
     try:
         question.encode()
     except UnicodeEncodeError:
         raise ValueError(f"the question {question!r} holds half of a character, which is no text") from None
     head = _head(tokenizer)
-    tail, _ = _encode(tokenizer, _FIRST_TURN.format(question=question))
-    return np.array([*head, *[0] * num_frames, *tail], dtype=np.int64), len(head)
+    ids = [*head, *[0] * num_frames]
+    for i, turn in enumerate(earlier):
+        ids += [*_encode(tokenizer, f"{_prompt_of(i, turn.question)} {turn.answer}")[0], tokenizer.eos_token_id]
+    ids += _encode(tokenizer, _prompt_of(len(earlier), question))[0]
+    return np.array(ids, dtype=np.int64), len(head)
 
 
 def tokenize(
@@ -54,7 +61,7 @@ def tokenize(
     trajectory_positions: list[int] = []
     trajectories: list[np.ndarray] = []
     for i, turn in enumerate(sample.turns):
-        prompt = (_LATER_TURN if i else _FIRST_TURN).format(question=turn.question)
+        prompt = _prompt_of(i, turn.question)
         tokens, offsets = _encode(tokenizer, f"{prompt} {turn.answer}")
         starts, ends = offsets.T
         # The model generates the space before the answer: at inference the prompt ends with the colon.
@@ -88,6 +95,11 @@ def tokenize(
         trajectory_positions=np.array(trajectory_positions, dtype=np.int64),
         trajectory=np.array(trajectories, dtype=np.float32).reshape(-1, num_points, num_frames, 2),
     )
+
+
+def _prompt_of(turn: int, question: str) -> str:
+    """The text between the frames, or the end of the turn before, and the answer of turn number `turn`."""
+    return (_LATER_TURN if turn else _FIRST_TURN).format(question=question)
 
 
 @lru_cache(maxsize=4)

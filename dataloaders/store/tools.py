@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from dataloaders.decode.sampling import IN_MANIFEST
 from dataloaders.files import abandoned
 from dataloaders.store.features import MANIFEST, FeatureStore, FeatureWriter, Manifest, lock, read_indices
 
-PITE_SAMPLING = "linspace truncated"
+PITE_SAMPLING = IN_MANIFEST["index"]
 OTHER_OUTPUT = "give another OUTPUT"
 """Remedy for an output that holds records which were made with other settings."""
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from dataloaders.decode.decoder import Decoded, is_fallback
+from dataloaders.decode.sampling import IN_MANIFEST
 from dataloaders.failures import LEDGER, Failure, Ledger, read_failures, reason_kind, report
 from dataloaders.media import duration_error, wrong_duration
 from dataloaders.ranks import ALONE, Ranks
 from dataloaders.records import Media
 from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest, NonFiniteError
-from dataloaders.store.tools import PITE_SAMPLING
 from engine.encode.backend import Backend, choose_backend
 from engine.encode.check import predict, verify
 from engine.encode.config import EncodeConfig
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pite.clip import ClipEncoder
-
-SAMPLING = {"index": PITE_SAMPLING, "time": "linspace in time"}
-"""The name of each sampling rule in a store's manifest."""
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +137,7 @@ def make_jobs(config: EncodeConfig, inventory: Inventory, backend: Backend, rank
     encoder = ClipEncoder(config.clip, backend.device, compiled=backend.device != "cpu")
     manifests = {
         "image": _manifest(encoder, 1, "still"),
-        "video": _manifest(encoder, config.num_frames, SAMPLING[config.sampling]),
+        "video": _manifest(encoder, config.num_frames, IN_MANIFEST[config.sampling]),
     }
     jobs = []
     for kind, manifest in manifests.items():

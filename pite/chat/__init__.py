@@ -1,1 +1,1 @@
-"""One question about one video: `python -m pite.chat`."""
+"""Questions about videos: `python -m pite.chat`, and `pite.chat.session.Session` in Python."""

@@ -1,4 +1,4 @@
-"""One question about one video: `python -m pite.chat --model DIR --video V --query Q [--trajectory overlay.mp4]`."""
+"""Questions about videos: `python -m pite.chat --model DIR --video V [--query Q] [--trajectory overlay.mp4]`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parse(ChatFlags, argv, prog="python -m pite.chat")
     logs.configure(flags.log_level)
 
-    def chat() -> None:
+    def chat() -> int:
         flags.check_paths()
         # Imported after the flags and paths are checked: it takes seconds.
-        from pite.chat.answer import chat
+        from pite.chat.commands import chat
 
-        chat(flags)
+        return chat(flags)
 
     return run("pite.chat", chat)
 

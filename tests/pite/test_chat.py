@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
-from dataloaders.samples.prompts import prompt_ids
+from dataloaders.records import Mention, Sample, Turn
+from dataloaders.samples.prompts import prompt_ids, tokenize
 from dataloaders.store.features import FeatureStore, Manifest
 from engine.tiny.tokenizer import build_tokenizer
 from pite import checkpoint
-from pite.chat import answer as chat
 from pite.chat.__main__ import main as chat_main
+from pite.chat.reply import named_tracks, token_spans
 from pite.evaluate.__main__ import main as evaluate
+from pite.evaluate.trajectories import predict_trajectories
 from pite.generate import Answer, Generator
 from pite.mentions import find_phrases
 from tests.commands import status_of
@@ -96,11 +98,21 @@ def answer_of(generator: Generator, text: str) -> Answer:
     return Answer(text, tuple(generator.tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
+def predicted(generator: Generator, question: str, text: str, features: np.ndarray) -> np.ndarray:
+    """Trajectories (L, P, N, 2) of an answer's tokens, by the packed model of training."""
+    config, none = generator.model.config, np.zeros((3, FRAMES, 2), dtype=np.float32)
+    sample = Sample("s", "m", (Turn(question, text, (Mention(0, len(text), none),)),))
+    shape = {"num_frames": config.num_frames, "num_points": config.num_points}
+    return predict_trajectories(generator.model, [tokenize(sample, generator.tokenizer, **shape)], lambda _: features)[
+        0
+    ]
+
+
 def test_token_spans_cover_the_answer(made: Path) -> None:
     generator = Generator.from_pretrained(made / "model")
     text = "From 04 to 20, a red circle moves right. A zebrafish too."
     answer = answer_of(generator, text)
-    spans = chat.token_spans(generator, answer)
+    spans = token_spans(generator.tokenizer, answer)
     assert spans[0, 0] == 0
     assert spans[-1, 1] == len(text)
     np.testing.assert_array_equal(spans[1:, 0], spans[:-1, 1])
@@ -114,10 +126,10 @@ def test_a_phrase_is_drawn_from_its_own_tokens_during_its_own_sentence(made: Pat
     text = "From 02 to 05, a red circle moves right. A blue square moves up."
     answer = answer_of(generator, text)
     features = np.random.default_rng(0).standard_normal((FRAMES, CHANNELS)).astype(np.float16)
-    circle, square = chat.named_tracks(generator, "What happens?", features, answer)
+    every = predicted(generator, "What happens?", text, features)
+    circle, square = named_tracks(answer, every, generator.tokenizer)
     assert (circle.label, circle.span) == ("a red circle", (2, 5))
     assert (square.label, square.span) == ("A blue square", None)
-    every = generator.trajectories("What happens?", features, answer).numpy()
     tokens = [generator.tokenizer.decode([token]).strip() for token in answer.token_ids]
     where = tokens.index("red")
     np.testing.assert_allclose(circle.predicted, every[where - 1 : where + 2].mean(0), rtol=1e-5)

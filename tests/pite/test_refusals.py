@@ -76,9 +76,12 @@ def test_the_folder_of_a_run_names_its_last_finished_stage(
     ("flags", "message"),
     [
         (["--query", " "], "--query is empty: give a question about the video"),
-        (["--phrase", "a dog"], "--phrase chooses what is drawn: give --trajectory FILE.mp4 too"),
+        (["--phrase", "a dog"], "--phrase chooses what is drawn: give --trajectory FILE.mp4 or --json too"),
         (["--phrase", "", "--trajectory", "out.mp4"], "--phrase is empty: give words of the answer"),
-        (["--trajectory", "out.avi"], "--trajectory out.avi: an MP4 is written, so give a name that ends in .mp4"),
+        (
+            ["--trajectory", "out.avi"],
+            "--trajectory out.avi: an MP4 or a PNG is written, so give a name that ends in .mp4 or .png",
+        ),
     ],
 )
 def test_flags_without_an_effect_are_refused(
