@@ -2,4 +2,7 @@
 
 from setuptools import find_packages, setup
 
-setup(packages=find_packages(include=["dataloaders*", "pite*", "engine*"]))
+setup(
+    packages=find_packages(include=["dataloaders*", "pite*", "engine*"]),
+    package_data={"pite.web": ["*.js", "*.css"]},
+)

@@ -14,7 +14,7 @@ import pytest
 from dataloaders.store.features import Manifest
 from tests import SOURCE_PATH
 
-HEAVY = ("torch", "transformers", "av", "matplotlib", "cv2", "PIL")
+HEAVY = ("torch", "transformers", "av", "matplotlib", "cv2", "PIL", "gradio")
 
 CHAT = "--model {d} --video {f} --query What? --clip {d}"
 GROUNDING = "grounding --model {d} --data {data} --store {store}"
@@ -31,6 +31,13 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"{CHAT} --video {{none}}",
         f"{CHAT} --clip {{none}}",
         f"{CHAT} --trajectory {{f}}/new/overlay.mp4",
+    ),
+    "pite.web": (
+        "--model {none}",
+        "--model {run}",
+        "--demo {none}",
+        "--model {d} --clip {none}",
+        "--model {d} --clip {d} --examples {none}",
     ),
     "pite.evaluate": (
         f"{GROUNDING} --model {{none}}",

@@ -100,11 +100,13 @@ class Sampled:
     """N frames of a video.
 
     uneven    sampling by index and by time differ by more than a frame's share
-    duration  seconds at which the last frame ends; None where packets and frames have no times, or it is not decoded here
+    times     seconds at which each of them is shown; empty where packets and frames have no times
+    duration  seconds at which the file's last frame ends; None without times
     """
 
     frames: list[np.ndarray]
     uneven: bool = False
+    times: tuple[float, ...] = ()
     duration: float | None = None
 
 
@@ -150,9 +152,11 @@ def sample_video(
         raise DecodeError(_no_frame(path, clip))
     if len(seen) != len(times):
         raise DecodeError(f"{path}: gave {len(times)} frames when decoded once and {len(seen)} when decoded again")
-    chosen = sampled_indices(times, end, num_frames, sampling).tolist()
-    duration = end if end > 0 and not np.isnan(times).any() else None
-    return Sampled([frames[i] for i in chosen], is_uneven(times, end, num_frames), duration)
+    chosen = sampled_indices(times, end, num_frames, sampling)
+    sampled = Sampled([frames[i] for i in chosen.tolist()], is_uneven(times, end, num_frames))
+    if not end > 0 or np.isnan(times).any():
+        return sampled
+    return replace(sampled, times=tuple(times[chosen].tolist()), duration=end)
 
 
 def _decode_twice(

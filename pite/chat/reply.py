@@ -42,6 +42,7 @@ class Reply:
     tracks              predicted key points of the noun phrases in the text, or of the phrases that were given
     num_frames          N
     duration            seconds of the video; None for a file without times
+    times               seconds at which each of the N frames is shown; empty for a file without times
     """
 
     text: str
@@ -50,6 +51,7 @@ class Reply:
     tracks: tuple[Track, ...]
     num_frames: int
     duration: float | None
+    times: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -60,6 +62,7 @@ class Reply:
             "token_ids": list(self.token_ids),
             "num_frames": self.num_frames,
             "duration": self.duration,
+            "times": [round(time, 3) for time in self.times],
         }
 
 
@@ -79,6 +82,7 @@ def reply_of(
         tracks=tuple(named_tracks(answer, trajectories, tokenizer, phrases)),
         num_frames=count,
         duration=video.duration,
+        times=video.times,
     )
 
 

@@ -52,12 +52,14 @@ class Video:
 
     features  (N, C) float16, as those in a store
     duration  seconds; None for a file without times
+    times     seconds at which each of the N frames is shown; empty for a file without times
     computed  the rows of the last prompt about it and its answer, which the next prompt may begin with
     """
 
     path: Path
     features: np.ndarray
     duration: float | None
+    times: tuple[float, ...] = ()
     computed: Computed = field(default_factory=Computed)
 
     def seconds(self, frame: int) -> float | None:
@@ -96,7 +98,7 @@ class Videos:
         sampled = sample_video(path, self._num_frames, transform=cropped, sampling=self._sampling)
         # Half precision, as the stored features in training.
         features = self._clip.encode(np.stack(sampled.frames)).half().cpu().numpy()
-        return Video(path, features, sampled.duration)
+        return Video(path, features, sampled.duration, sampled.times)
 
     def frames(self, path: Path, width: int) -> list[np.ndarray]:
         """The N frames (h, w, 3) to draw on, `width` pixels wide where they are wider; decoded anew."""

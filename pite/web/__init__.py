@@ -1,0 +1,1 @@
+"""A web page to try a model: upload a video, type a question, watch the answer and where it happens."""

@@ -1,0 +1,228 @@
+"""The page: its components, and what happens at each click.
+
+Each visitor has a `Visit` on the server, with a conversation and a video of their own. The browser never sends the path
+of a video, except that of its own upload, which Gradio checks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, Protocol
+
+# Gradio reads it when it is imported. It would send the version and a random identifier to its makers.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr
+
+from dataloaders.errors import sentence
+from pite.chat.reply import Reply
+from pite.web.examples import QUESTIONS, Example, thumbnail
+from pite.web.scene import heading, notice, player, scene
+from pite.web.upload import RefusedVideo, accept
+
+log = logging.getLogger(__name__)
+
+_BUTTONS = 3
+_FORGOTTEN_AFTER = 6 * 3600
+"""Seconds after which an upload, and the state of a visitor who has left, are deleted."""
+
+
+class Chat(Protocol):
+    """What the page uses of a `pite.chat.session.Session`."""
+
+    last: Reply | None
+
+    def fork(self) -> Chat: ...
+
+    def forget(self, video: Path | str) -> None: ...
+
+    def stream(self, video: Path | str, question: str, **options: Any) -> Iterator[str]: ...
+
+
+@dataclass
+class Visit:
+    """One visitor's conversation."""
+
+    chat: Chat
+    video: Path | None = None
+
+
+def upload_box() -> gr.File:
+    """Gradio's file component, without its ability to fetch an address that a visitor gives instead of a file."""
+    # No subclass: Gradio writes a type stub next to the module of each.
+    box = gr.File(label="Upload a video", height=190, scale=5, elem_id="upload")
+    move = box.async_move_resource_to_block_cache
+
+    async def moved(path: Any) -> str | None:
+        if "://" in str(path):
+            raise gr.Error("An address is no upload: download the video, and upload the file.", print_exception=False)
+        return await move(path)
+
+    box.async_move_resource_to_block_cache = moved
+    return box
+
+
+class Page:
+    """Builds the page.
+
+    chat         a session; each visitor gets a fork of it
+    examples     videos to pick
+    title        what is shown under the heading, such as the model's name
+    options      of each answer: max_new_tokens, temperature
+    max_seconds  longest video
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        examples: Sequence[Example] = (),
+        *,
+        title: str = "",
+        options: dict[str, Any] | None = None,
+        max_seconds: float = 600,
+    ) -> None:
+        self._chat, self._title, self._options, self._max_seconds = chat, title, options or {}, max_seconds
+        self.examples = [(example, picture) for example in examples if (picture := thumbnail(example.path))]
+
+    def build(self) -> gr.Blocks:
+        """The page, to be launched (`pite.web.server`)."""
+        with gr.Blocks(
+            title="PiTe", analytics_enabled=False, delete_cache=(_FORGOTTEN_AFTER, _FORGOTTEN_AFTER), fill_width=True
+        ) as blocks:
+            self._visit = gr.State(None, time_to_live=_FORGOTTEN_AFTER)
+            gr.HTML(heading(self._title))
+            with gr.Row(equal_height=False):
+                with gr.Column(scale=7):
+                    self._player = gr.HTML(player(None), elem_id="player")
+                    self._scene = gr.HTML(scene(None), elem_id="scene")
+                with gr.Column(scale=5):
+                    self._make_chat()
+            with gr.Row(equal_height=True):
+                self._make_choice()
+            self._connect(blocks)
+        return blocks
+
+    def _make_chat(self) -> None:
+        self._notice = gr.HTML("", elem_id="notice")
+        self._history = gr.Chatbot(
+            height=330,
+            render_markdown=False,
+            show_label=False,
+            elem_id="chat",
+            buttons=[],
+            feedback_options=None,
+            placeholder="Type a question about the video.",
+        )
+        self._question = gr.Textbox(
+            show_label=False,
+            placeholder="When does the red circle move?",
+            submit_btn="Send",
+            max_length=2000,
+            elem_id="question",
+        )
+        self._suggestions = [gr.Button(size="sm", visible=False, elem_classes="pite-question") for _ in range(_BUTTONS)]
+
+    def _make_choice(self) -> None:
+        self._gallery = gr.Gallery(
+            [(picture, example.path.stem) for example, picture in self.examples],
+            show_label=False,
+            columns=4,
+            height=190,
+            allow_preview=False,
+            object_fit="cover",
+            scale=7,
+            visible=bool(self.examples),
+            elem_id="examples",
+            buttons=[],
+            interactive=False,
+        )
+        self._upload = upload_box()
+
+    def _connect(self, blocks: gr.Blocks) -> None:
+        shown = [self._visit, self._player, self._scene, self._history, self._notice, *self._suggestions]
+        first = self.examples[0][0] if self.examples else None
+        blocks.load(lambda: self._show(None, first), None, shown, api_visibility="private")
+        self._gallery.select(self._pick, [self._visit], shown, api_visibility="private")
+        self._upload.upload(
+            self._receive, [self._visit, self._upload], shown, api_visibility="private", concurrency_limit=2
+        )
+        self._history.clear(
+            self._forget, [self._visit], [self._visit, self._scene, self._notice], api_visibility="private"
+        )
+        answers = [self._visit, self._scene, self._history, self._notice, self._question]
+        for event, text in [(self._question.submit, self._question), *((b.click, b) for b in self._suggestions)]:
+            # One answer at a time: the others wait in the queue.
+            event(
+                self._answer,
+                [self._visit, text, self._history],
+                answers,
+                api_visibility="private",
+                concurrency_limit=1,
+                concurrency_id="model",
+                show_progress="hidden",
+            )
+
+    def _visitor(self, visit: Visit | None) -> Visit:
+        return visit or Visit(self._chat.fork())
+
+    def _show(self, visit: Visit | None, example: Example | None, playable: Path | None = None) -> list[Any]:
+        """A video without a conversation."""
+        visit = self._visitor(visit)
+        visit.video = example.path if example else None
+        if visit.video is not None:
+            visit.chat.forget(visit.video)
+        questions = list(example.questions if example else ())[:_BUTTONS]
+        buttons = [gr.Button(text, visible=True) for text in questions]
+        buttons += [gr.Button(visible=False)] * (_BUTTONS - len(buttons))
+        return [visit, player(playable or visit.video), scene(None), [], "", *buttons]
+
+    def _pick(self, visit: Visit | None, chosen: gr.SelectData) -> list[Any]:
+        return self._show(visit, self.examples[int(chosen.index)][0])
+
+    def _forget(self, visit: Visit | None) -> list[Any]:
+        """The visitor has cleared the conversation."""
+        visit = self._visitor(visit)
+        if visit.video is not None:
+            visit.chat.forget(visit.video)
+        return [visit, scene(None), ""]
+
+    def _receive(self, visit: Visit | None, file: str | None) -> list[Any]:
+        """A visitor's upload; one that cannot be used changes nothing but the notice."""
+        if file is None:
+            return [self._visitor(visit), *[gr.skip()] * (4 + _BUTTONS)]
+        try:
+            playable = accept(Path(file), self._max_seconds)
+        except RefusedVideo as error:
+            return [self._visitor(visit), *[gr.skip()] * 3, notice(str(error), "error"), *[gr.skip()] * _BUTTONS]
+        return self._show(visit, Example(Path(file), QUESTIONS), playable)
+
+    def _answer(self, visit: Visit | None, question: str, history: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+        """Stream an answer into the conversation; then its intervals and trajectories."""
+        visit = self._visitor(visit)
+        if visit.video is None or not question.strip():
+            why = "Type a question first." if visit.video else "Upload a video, or pick an example, first."
+            yield visit, gr.skip(), gr.skip(), notice(why, "error"), gr.skip()
+            return
+        talk = [*history, _message("user", question)]
+        yield visit, scene(None), talk, notice("Looking at the video ..."), ""
+        text = ""
+        try:
+            for piece in visit.chat.stream(visit.video, question, **self._options):
+                text += piece
+                yield visit, gr.skip(), [*talk, _message("assistant", text)], "", gr.skip()
+        except ValueError as error:
+            why = sentence(error).replace(str(visit.video), visit.video.name)
+            yield visit, gr.skip(), history, notice(f"{why[:1].upper()}{why[1:]}.", "error"), question
+            return
+        text = text or "(no answer)"
+        yield visit, scene(visit.chat.last), [*talk, _message("assistant", text)], "", gr.skip()
+
+
+def _message(role: str, text: str) -> dict[str, str]:
+    """A message whose text is shown as it is: Gradio's chat drops what looks like HTML."""
+    return {"role": role, "content": escape(text, quote=False)}
