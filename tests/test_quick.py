@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"{CHAT} --model {{run}}",
         f"{CHAT} --video {{none}}",
         f"{CHAT} --clip {{none}}",
+        f"{CHAT} --adapter {{none}}",
         f"{CHAT} --trajectory {{f}}/new/overlay.mp4",
     ),
     "pite.web": (

@@ -20,6 +20,8 @@ CLIP = "openai/clip-vit-large-patch14"
 class AnswerFlags(DeviceFlags):
     """Flags of a command that answers questions about videos."""
 
+    adapter: tuple[Path, ...] = ()
+    """folders of the authors' published adapters, stage 1 to 3 in order; then --model is the Vicuna below them"""
     clip: str = CLIP
     """path or Hugging Face name of the CLIP that made the model's features"""
     temperature: float = 0.0
@@ -32,6 +34,11 @@ class AnswerFlags(DeviceFlags):
         at_least(self, 1, "max_new_tokens")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature must be 0 or more, not {self.temperature}")
+
+    def check_adapters(self) -> None:
+        """Raise ValueError for a folder that does not exist."""
+        for folder in self.adapter:
+            paths.input_folder("--adapter", folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,7 @@ class ChatFlags(AnswerFlags):
     """
 
     model: Path
-    """a stage's output, an export, or OWNER/NAME on the hub"""
+    """a stage's output, an export, or OWNER/NAME on the hub; with --adapter a language model"""
     video: Path
     """any file that FFmpeg decodes, or a folder of them: then one JSON line per video and question is printed"""
     query: tuple[str, ...] = ()
@@ -75,6 +82,7 @@ class ChatFlags(AnswerFlags):
     def check_paths(self) -> None:
         """Raise ValueError for a path that does not exist or cannot be written."""
         check_model_flag("--model", self.model)
+        self.check_adapters()
         if not self.video.is_dir():
             paths.input_file("--video", self.video)
         elif not self.query:

@@ -28,6 +28,8 @@ from pite.clip import ClipEncoder
 from pite.config import PiTeConfig
 from pite.generate import Generator, cleaned
 from pite.lineage import check_encoder, sampling_of
+from pite.published import load_published
+from pite.tokenizers import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -38,16 +40,23 @@ class Model:
     The encoder is loaded and checked at once, the language model at its first use.
     """
 
-    def __init__(self, model: Path | str, clip: str, device: str, max_videos: int) -> None:
-        self._directory, self._device = checkpoint.resolve(model), device
-        checkpoint.check_trained(self._directory)
+    def __init__(
+        self, model: Path | str, clip: str, device: str, max_videos: int, adapters: Sequence[Path] = ()
+    ) -> None:
+        self._directory, self._adapters, self._device = checkpoint.resolve(model), adapters, device
+        if not adapters:
+            checkpoint.check_trained(self._directory)
         self.config = PiTeConfig.load(self._directory)
         sampling = sampling_of(self._directory)
         self.videos = Videos(self._encoder(model, clip), self.config.num_frames, sampling, max_videos)
 
     @cached_property
     def generator(self) -> Generator:
-        return Generator.from_pretrained(self._directory, self._device)
+        if not self._adapters:
+            return Generator.from_pretrained(self._directory, self._device)
+        dtype = devices.dtype(devices.resolve(self._device))
+        model = load_published(self._directory, self._adapters, dtype, self._device)
+        return Generator(model, load_tokenizer(self._directory))
 
     def _encoder(self, model: Path | str, name: str) -> ClipEncoder:
         """The CLIP `name`. Raises ValueError if the model was trained on the features of another one."""
@@ -74,15 +83,23 @@ class Session:
         self._turns: OrderedDict[Path, list[Turn]] = OrderedDict()
 
     @staticmethod
-    def load(model: Path | str, *, clip: str = CLIP, device: str = "auto", max_videos: int = 8) -> Session:
+    def load(
+        model: Path | str,
+        *,
+        clip: str = CLIP,
+        device: str = "auto",
+        max_videos: int = 8,
+        adapters: Sequence[Path] = (),
+    ) -> Session:
         """Load a stage's output, an export or a model's name on the hub.
 
+        adapters    folders of the authors' published adapters, in order (pite/published.py); then `model` is Vicuna
         clip        path or Hugging Face name of the CLIP that made the model's features
         max_videos  encoded videos and conversations to keep; after that the oldest is forgotten
         The language model's weights are loaded for the first answer, after the video was decoded. Raises ValueError
         (one sentence) for what cannot be loaded, and for another encoder than the model's.
         """
-        return Session(Model(model, clip, str(devices.resolve(device)), max_videos), max_videos)
+        return Session(Model(model, clip, str(devices.resolve(device)), max_videos, adapters), max_videos)
 
     def fork(self) -> Session:
         """A session of another user, with the same model and encoded videos and no conversation."""

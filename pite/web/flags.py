@@ -47,6 +47,7 @@ class WebFlags(AnswerFlags):
     def check_paths(self) -> None:
         """Raise ValueError for a path that does not exist."""
         check_model_flag("--model", self.model)
+        self.check_adapters()
         if self.model is None and not self.chosen_model.is_dir():
             raise ValueError(
                 f"--demo {self.demo}: there is no finished demo: run `make demo`, or give --model and --clip"
