@@ -28,7 +28,7 @@ def chat(flags: ChatFlags) -> int:
     device = devices.select(flags.device)
     if not flags.video.is_dir():
         probe(flags.video)  # before a model is loaded
-    session = Session.load(flags.model, clip=flags.clip, device=device, adapters=flags.adapter)
+    session = Session.load(flags.model, clip=flags.clip, device=device, adapters=flags.adapter, history=flags.history)
     if flags.trajectory is not None and (warning := trajectory_head_warning(flags.model)):
         log.warning(warning)
     chat = Chat(session, flags)

@@ -76,8 +76,8 @@ class Session:
     last  the reply to the last question; None while it is generated, and after an answer that was stopped
     """
 
-    def __init__(self, model: Model, max_videos: int = 8) -> None:
-        self.model = model
+    def __init__(self, model: Model, max_videos: int = 8, history: bool = True) -> None:
+        self.model, self.history = model, history
         self.last: Reply | None = None
         self._max_videos = max_videos
         self._turns: OrderedDict[Path, list[Turn]] = OrderedDict()
@@ -90,20 +90,22 @@ class Session:
         device: str = "auto",
         max_videos: int = 8,
         adapters: Sequence[Path] = (),
+        history: bool = True,
     ) -> Session:
         """Load a stage's output, an export or a model's name on the hub.
 
         adapters    folders of the authors' published adapters, in order (pite/published.py); then `model` is Vicuna
+        history     a prompt holds the earlier turns about its video; off for a model that was trained on single questions
         clip        path or Hugging Face name of the CLIP that made the model's features
         max_videos  encoded videos and conversations to keep; after that the oldest is forgotten
         The language model's weights are loaded for the first answer, after the video was decoded. Raises ValueError
         (one sentence) for what cannot be loaded, and for another encoder than the model's.
         """
-        return Session(Model(model, clip, str(devices.resolve(device)), max_videos, adapters), max_videos)
+        return Session(Model(model, clip, str(devices.resolve(device)), max_videos, adapters), max_videos, history)
 
     def fork(self) -> Session:
         """A session of another user, with the same model and encoded videos and no conversation."""
-        return Session(self.model, self._max_videos)
+        return Session(self.model, self._max_videos, self.history)
 
     def forget(self, video: Path | str) -> None:
         """Start a new conversation about a video."""
@@ -188,7 +190,7 @@ class Session:
 
     def _remember(self, video: Path, turns: list[Turn], turn: Turn) -> None:
         # Training has no empty answers.
-        self._turns[video] = [*turns, turn] if turn.answer else turns
+        self._turns[video] = [*turns, turn] if turn.answer and self.history else turns
         self._turns.move_to_end(video)
         while len(self._turns) > self._max_videos:
             self._turns.popitem(last=False)

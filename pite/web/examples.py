@@ -14,8 +14,10 @@ from dataloaders.formats.fields import VIDEO_SUFFIXES
 from dataloaders.synthetic.language import TIMES_FIRST
 from pite.evaluate.grounding import question_for, read_truth
 
-MOST = 8
-QUESTIONS = ("Describe the video in detail, with the time of each event first.", "What happens in the video?")
+MOST = 6
+QUESTIONS = (TIMES_FIRST, "What happens in the video?")
+"""For videos without questions of their own."""
+
 _THUMBNAIL = 240
 
 

@@ -64,3 +64,8 @@ class WebFlags(AnswerFlags):
     def chosen_clip(self) -> str:
         """The encoder of --clip or of the demo."""
         return str(self.demo / "models" / "clip") if self.model is None and self.clip == CLIP else self.clip
+
+    @property
+    def chosen_history(self) -> bool:
+        """The demo's training samples have one question each."""
+        return self.history and self.model is not None

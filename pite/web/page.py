@@ -21,7 +21,7 @@ import gradio as gr
 
 from dataloaders.errors import sentence
 from pite.chat.reply import Reply
-from pite.web.examples import QUESTIONS, Example, thumbnail
+from pite.web.examples import MOST, QUESTIONS, Example, thumbnail
 from pite.web.scene import heading, notice, player, scene
 from pite.web.upload import RefusedVideo, accept
 
@@ -55,7 +55,7 @@ class Visit:
 def upload_box() -> gr.File:
     """Gradio's file component, without its ability to fetch an address that a visitor gives instead of a file."""
     # No subclass: Gradio writes a type stub next to the module of each.
-    box = gr.File(label="Upload a video", height=190, scale=5, elem_id="upload")
+    box = gr.File(label="Upload a video", height=150, scale=5, elem_id="upload")
     move = box.async_move_resource_to_block_cache
 
     async def moved(path: Any) -> str | None:
@@ -129,10 +129,10 @@ class Page:
 
     def _make_choice(self) -> None:
         self._gallery = gr.Gallery(
-            [(picture, example.path.stem) for example, picture in self.examples],
+            [picture for _, picture in self.examples],
             show_label=False,
-            columns=4,
-            height=190,
+            columns=MOST,
+            height=150,
             allow_preview=False,
             object_fit="cover",
             scale=7,

@@ -60,7 +60,9 @@
     const row = element("div", "pite-lane");
     const what = event.text.replace(/,?\s*\bfrom \d+ (to|and) \d+\b,?\s*/i, "").trim();
     const side = start / lengthOf(video) < 0.5 ? { left: percent(start, video) } : { right: percent(lengthOf(video) - end, video) };
-    row.append(element("span", "pite-label", `${start.toFixed(1)} to ${end.toFixed(1)} s  ${what}`, side));
+    const label = element("span", "pite-label", what, side);
+    label.prepend(element("b", "", `${start.toFixed(1)} to ${end.toFixed(1)} s`));
+    row.append(label);
     const bar = element("button", "pite-event", "", {
       left: percent(start, video),
       width: percent(end - start, video),
@@ -142,15 +144,11 @@
     const unit = Math.max(Math.min(picture.width, picture.height) / 180, 1.4);
     const place = ([x, y]) => [picture.left + x * picture.width, picture.top + y * picture.height];
     for (const point of track.points) {
+      const whole = point.slice(first, last + 1).map(place);
       const past = point.slice(Math.max(frame - TAIL, first), frame + 1).map(place);
-      for (const [color, wide] of [["rgb(16, 18, 24)", 3 * unit], [track.color, 2 * unit]]) {
-        context.beginPath();
-        past.forEach(([x, y]) => context.lineTo(x, y));
-        context.strokeStyle = color;
-        context.lineWidth = wide;
-        context.lineJoin = context.lineCap = "round";
-        context.stroke();
-      }
+      drawPath(context, whole, track.color, unit, 0.55);
+      drawPath(context, past, "rgb(16, 18, 24)", 3 * unit, 1);
+      drawPath(context, past, track.color, 2 * unit, 1);
       context.beginPath();
       context.arc(...past.at(-1), 3.2 * unit, 0, 2 * Math.PI);
       context.fillStyle = track.color;
@@ -161,6 +159,17 @@
       canvas.dataset.points = Number(canvas.dataset.points) + 1;
     }
     drawName(context, track, track.points.map((point) => place(point[frame])), picture);
+  }
+
+  function drawPath(context, places, color, wide, alpha) {
+    context.beginPath();
+    places.forEach(([x, y]) => context.lineTo(x, y));
+    context.strokeStyle = color;
+    context.lineWidth = wide;
+    context.lineJoin = context.lineCap = "round";
+    context.globalAlpha = alpha;
+    context.stroke();
+    context.globalAlpha = 1;
   }
 
   function drawName(context, track, places, picture) {

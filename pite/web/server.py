@@ -39,7 +39,9 @@ Next = Callable[[Request], Awaitable[Response]]
 def run_server(flags: WebFlags) -> None:
     """Load the model, start the page, and wait for Ctrl-C. Raises ValueError (one sentence)."""
     device = devices.select(flags.device)
-    session = Session.load(flags.chosen_model, clip=flags.chosen_clip, device=device, adapters=flags.adapter)
+    session = Session.load(
+        flags.chosen_model, clip=flags.chosen_clip, device=device, adapters=flags.adapter, history=flags.chosen_history
+    )
     if warning := trajectory_head_warning(flags.chosen_model):
         log.warning(warning)
     session.model.generator  # noqa: B018 (loads the weights before the first visitor)

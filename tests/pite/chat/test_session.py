@@ -182,6 +182,13 @@ def test_forgetting_starts_a_new_conversation(session: Session, videos: list[Pat
     assert session.answer(videos[0], QUESTIONS[0], **MOST).token_ids == first.token_ids
 
 
+def test_without_history_each_question_stands_alone(session: Session, videos: list[Path]) -> None:
+    session.history = False
+    alone = [session.fork().answer(videos[0], question, **MOST).token_ids for question in QUESTIONS]
+    assert [session.answer(videos[0], question, **MOST).token_ids for question in QUESTIONS] == alone
+    assert session.fork().history is False
+
+
 def test_the_oldest_turns_are_left_out_where_the_context_ends(
     made: Path, tmp_path: Path, videos: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
