@@ -106,7 +106,8 @@ def train_and_measure(output: Path, variant: Variant, seed: int, flags: Sequence
     else:
         run("engine.train", *common, "--stage", "all", "--output", folder)
     answers = folder / "grounding.jsonl"
-    run("pite.evaluate", "grounding", "--model", folder / "stage3" / "final", *given, "--predictions", answers)
+    written = ("--predictions", answers, "--overwrite")
+    run("pite.evaluate", "grounding", "--model", folder / "stage3" / "final", *given, *written)
     found = measure(output, folder, answers, None if skipped else folder / "stage2" / "final")
     write_atomically(scores, json.dumps(found, indent=1) + "\n")
     return found

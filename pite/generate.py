@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from dataloaders.formats.fields import clean_question
 from dataloaders.records import TokenizedSample
 from dataloaders.samples.batch import collate
 from dataloaders.samples.prompts import prompt_ids
@@ -142,13 +144,20 @@ class Generator:
         """
         embeddings = [self._embed(question, record) for question, record in zip(questions, features, strict=True)]
         longest = max(len(e) for e in embeddings)
-        room = [self._room(len(e), max_new_tokens) for e in embeddings]
+        room = [self.room(len(e), max_new_tokens) for e in embeddings]
         inputs = torch.zeros(len(embeddings), longest, self.model.config.llm.hidden_size, dtype=self.model.dtype)
         inputs = inputs.to(self.model.device)
-        mask = torch.zeros(len(embeddings), longest, dtype=torch.long, device=self.model.device)
         for i, embedding in enumerate(embeddings):
             inputs[i, longest - len(embedding) :] = embedding
-            mask[i, longest - len(embedding) :] = 1
+        mask = left_padding([len(e) for e in embeddings], self.model.device)
+        return self.complete(room, temperature, inputs_embeds=inputs, attention_mask=mask)
+
+    @torch.inference_mode()
+    def complete(self, room: Sequence[int], temperature: float = 0.0, **inputs: Any) -> list[Answer]:
+        """The answers that follow a batch of prompts, each of at most `room` tokens; greedy at temperature 0.
+
+        inputs  of transformers' `generate`: `inputs_embeds`, or `input_ids` with `past_key_values`; `attention_mask`
+        """
         end = self.tokenizer.eos_token_id
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         settings = GenerationConfig(
@@ -159,7 +168,9 @@ class Generator:
             use_cache=True,
             **sampling,
         )
-        generated = self.llama.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=settings)
+        generated = self.llama.generate(**inputs, generation_config=settings)
+        if "input_ids" in inputs:
+            generated = generated[:, inputs["input_ids"].shape[1] :]
         answers = []
         for ids, most in zip(generated.tolist(), room, strict=True):
             # A longer prompt of the batch was continued beyond its context.
@@ -171,7 +182,7 @@ class Generator:
     @torch.inference_mode()
     def trajectories(self, question: str, record: np.ndarray, answer: Answer) -> Tensor:
         """Trajectory that the head predicts for each token of an answer: (L, P, N, 2) on the CPU."""
-        prompt, frame_start = prompt_ids(question, self.tokenizer, len(record))
+        prompt, frame_start = self.prompt(question, len(record))
         ids = np.concatenate([prompt, np.array(answer.token_ids, dtype=np.int64)])
         none = np.zeros(0, dtype=np.int64)
         config = self.model.config
@@ -191,9 +202,9 @@ class Generator:
 
     def check_question(self, question: str, num_frames: int) -> None:
         """Raise ValueError for a question that `answer` would refuse, before anything is computed."""
-        self._prompt(question, num_frames)
+        self.prompt(question, num_frames)
 
-    def _room(self, prompt: int, wanted: int) -> int:
+    def room(self, prompt: int, wanted: int) -> int:
         """Number of tokens that an answer may have, for a prompt of `prompt` tokens; warns once if it is not `wanted`."""
         room = min(self.model.config.context_length - prompt, wanted)
         if room < wanted and not self._warned:
@@ -205,9 +216,19 @@ class Generator:
             )
         return room
 
-    def _prompt(self, question: str, num_frames: int) -> tuple[np.ndarray, int]:
-        """As `prompt_ids`; raises ValueError for tokens that the model lacks and for a prompt that fills its context."""
-        ids, frame_start = prompt_ids(question, self.tokenizer, num_frames)
+    def prompt(self, question: str, num_frames: int) -> tuple[np.ndarray, int]:
+        """As `prompt_ids`, of the question without media tag and `</s>`, as in training.
+
+        Raises ValueError for a question without text, for tokens that the model lacks, and for a prompt that fills its
+        context.
+        """
+        try:
+            cleaned = clean_question(question)
+        except ValueError as error:
+            raise ValueError(f"the question {question!r}: {error}") from None
+        if not cleaned:
+            raise ValueError(f"the question {question!r} holds no text: give a question about the video")
+        ids, frame_start = prompt_ids(cleaned, self.tokenizer, num_frames)
         config = self.model.config
         check_vocabulary(int(ids.max()), self.tokenizer, config.llm.vocab_size, f"the question {question!r}")
         if len(ids) >= config.context_length:
@@ -219,7 +240,14 @@ class Generator:
         return ids, frame_start
 
     def _embed(self, question: str, record: np.ndarray) -> Tensor:
-        ids, frame_start = self._prompt(question, len(record))
+        ids, frame_start = self.prompt(question, len(record))
         device = self.model.device
         rows = torch.arange(frame_start, frame_start + len(record), device=device)
         return self.model.embed(torch.from_numpy(ids).to(device), torch.from_numpy(record).to(device), rows)
+
+
+def left_padding(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """The attention mask (B, L) of sequences that are padded on the left: 0 at the padding, 1 elsewhere."""
+    positions = torch.arange(max(lengths), device=device)
+    padding = max(lengths) - torch.tensor(lengths, device=device)
+    return (positions >= padding[:, None]).long()

@@ -221,12 +221,21 @@ def time_to_index(seconds: float, duration: float, num_frames: int) -> int:
 
 
 def question_of(text: str, name: str, where: Place) -> str:
-    """A question without its media tag, which may be at the start or at the end, and without `</s>`."""
+    """As `clean_question`. Raises RecordError, naming the field."""
+    try:
+        return clean_question(text)
+    except ValueError as error:
+        raise RecordError(f"{where}: field {name!r}: {error}") from None
+
+
+def clean_question(text: str) -> str:
+    """A question without its media tag, which may be at the start or at the end, and without `</s>`.
+
+    Raises ValueError for a tag in the middle.
+    """
     text = SENTENCE_MARK.sub("", _TAG_AT_END.sub("", _TAG_AT_START.sub("", text))).strip()
     if re.search(_MEDIA_TAG, text):
-        raise RecordError(
-            f"{where}: field {name!r}: a media tag may be at the start or end only, not as in {shown(text)}"
-        )
+        raise ValueError(f"a media tag may be at the start or end only, not as in {shown(text)}")
     return text
 
 

@@ -94,7 +94,8 @@ def steps(config: DemoConfig) -> Iterator[Step]:
 
     final = ("--model", f"{run}/stage3/final")
     answers = out / "grounding.jsonl"
-    flags = ("grounding", *final, *given, "--predictions", str(answers))
+    # The folder may hold the answers of an earlier model.
+    flags = ("grounding", *final, *given, "--predictions", str(answers), "--overwrite")
     yield Step("grounding", "pite.evaluate", flags, answers)
 
     name, sentence = example_event(captions)

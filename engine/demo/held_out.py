@@ -14,6 +14,7 @@ from dataloaders.samples.prompts import tokenize
 from dataloaders.store.features import FeatureStore
 from engine.demo.example import example_event
 from pite.draw import Track, save_strip, save_video
+from pite.evaluate.answering import check_features
 from pite.evaluate.grounding import Events, ious, read_answers, read_truth
 from pite.evaluate.metrics import (
     TrajectoryScores,
@@ -22,7 +23,6 @@ from pite.evaluate.metrics import (
     question_blind_bound,
     trajectory_scores,
 )
-from pite.evaluate.models import check_features
 from pite.evaluate.predictions import Prediction
 from pite.evaluate.protocols import Protocol
 from pite.evaluate.trajectories import predict_trajectories, read_samples
@@ -80,7 +80,7 @@ def _grounding(predictions: Sequence[Prediction], truth: dict[str, Events], num_
 
 def measure_trajectories(generator: Generator, annotations: Path, features: Features) -> TrajectoryScores:
     """Scores of the trajectory head, over the answers in an annotation file."""
-    samples = list(read_samples(annotations, generator.model, generator.tokenizer))
+    samples = read_samples(annotations, generator.model.config, generator.tokenizer).samples
     predicted, true = predict_trajectories(generator.model, samples, features)
     return trajectory_scores(predicted, true)
 

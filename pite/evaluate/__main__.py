@@ -1,92 +1,60 @@
 """Scores a prediction file or a model.
 
 python -m pite.evaluate grounding --predictions P.jsonl --ground-truth G.json
-python -m pite.evaluate grounding --model DIR --data DIR --store DIR
+python -m pite.evaluate grounding --model DIR --data DIR --store DIR --predictions P.jsonl
 python -m pite.evaluate captioning --predictions P.jsonl --ground-truth val_1.json val_2.json
 python -m pite.evaluate qa --benchmark msvd_qa --predictions P.jsonl --ground-truth test_qa.json --judge-url URL ...
 python -m pite.evaluate trajectories --model DIR --data DIR --store DIR
+
+Several GPUs: torchrun --nproc-per-node 8 -m pite.evaluate grounding ... --predictions P.jsonl
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dataloaders import logs
 from dataloaders.cli import parse_command, run
 from dataloaders.files import write_atomically
-from pite.evaluate import captioning, grounding
+from dataloaders.ranks import Ranks
 from pite.evaluate.captioning.flags import CaptioningFlags
-from pite.evaluate.flags import GroundingFlags, TrajectoriesFlags
-from pite.evaluate.qa.command import evaluate as evaluate_qa
+from pite.evaluate.commands import score_captioning, score_grounding, score_qa, score_trajectories
+from pite.evaluate.flags import EvaluationFlags, GroundingFlags, TrajectoriesFlags
+from pite.evaluate.processes import joined
 from pite.evaluate.qa.flags import QaFlags
 from pite.evaluate.reports import Report
 
-Flags = GroundingFlags | CaptioningFlags | QaFlags | TrajectoriesFlags
-
-COMMANDS: dict[str, type[Flags]] = {
-    "grounding": GroundingFlags,
-    "captioning": CaptioningFlags,
-    "qa": QaFlags,
-    "trajectories": TrajectoriesFlags,
+COMMANDS: dict[str, tuple[type[EvaluationFlags], Callable[..., Report | None]]] = {
+    "grounding": (GroundingFlags, score_grounding),
+    "captioning": (CaptioningFlags, score_captioning),
+    "qa": (QaFlags, score_qa),
+    "trajectories": (TrajectoriesFlags, score_trajectories),
 }
+"""Name -> its flags, and the function from flags and ranks to a report."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status, 1 after a one-sentence error, 2 for a wrong flag."""
-    flags = parse_command(COMMANDS, argv, "python -m pite.evaluate", __doc__ or "")
+    flags = parse_command(
+        {name: kind for name, (kind, _) in COMMANDS.items()}, argv, "python -m pite.evaluate", __doc__
+    )
     logs.configure(flags.log_level)
-
-    def evaluate() -> None:
-        flags.check_paths()
-        report = _report(flags)
-        print(report.text)
-        if flags.metrics is not None:
-            write_atomically(flags.metrics, json.dumps(report.metrics(), indent=1) + "\n")
-
-    return run("pite.evaluate", evaluate)
+    score = next(function for kind, function in COMMANDS.values() if kind is type(flags))
+    return run("pite.evaluate", lambda: evaluate(flags, score))
 
 
-def _report(flags: Flags) -> Report:
-    match flags:
-        case GroundingFlags():
-            return _grounding(flags)
-        case CaptioningFlags():
-            return _captioning(flags)
-        case QaFlags():
-            return evaluate_qa(flags)
-        case TrajectoriesFlags():
-            return _trajectories(flags)
-
-
-# What imports torch is imported after the flags and paths are checked: it takes seconds.
-
-
-def _grounding(flags: GroundingFlags) -> Report:
-    truth = grounding.read_truth(flags.truth)
-    if flags.model is None:
-        assert flags.predictions is not None, "GroundingFlags requires it"
-        predictions = grounding.read_answers(flags.predictions, truth)
-        num_frames = grounding.frames_of(predictions, flags.num_frames, flags.predictions)
-    else:
-        from pite.evaluate.models import answer_all
-
-        predictions, num_frames = answer_all(flags, truth)
-    return grounding.report(predictions, truth, protocol=flags.protocol, num_frames=num_frames)
-
-
-def _captioning(flags: CaptioningFlags) -> Report:
-    truth = captioning.read_truth(*flags.ground_truth)
-    predictions = captioning.read_answers(flags.predictions, truth)
-    num_frames = grounding.frames_of(predictions, flags.num_frames, flags.predictions)
-    return captioning.report(predictions, truth, protocol=flags.protocol, num_frames=num_frames)
-
-
-def _trajectories(flags: TrajectoriesFlags) -> Report:
-    from pite.evaluate.models import trajectories
-
-    return trajectories(flags)
+def evaluate(flags: EvaluationFlags, score: Callable[[EvaluationFlags, Ranks], Report | None]) -> None:
+    """Check the paths, score, print the report, and write the file of --metrics."""
+    flags.check_paths()
+    with joined() as ranks:
+        report = score(flags, ranks)
+    if report is None:
+        return
+    print(report.text)
+    if flags.metrics is not None:
+        write_atomically(flags.metrics, json.dumps(report.metrics(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,35 +1,42 @@
-"""The flags of pite.evaluate's two commands."""
+"""The flags of pite.evaluate's commands."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from dataloaders import paths
 from dataloaders.cli import at_least
-from dataloaders.formats import Split
+from dataloaders.ranks import Ranks
 from dataloaders.store.features import Manifest
 from dataloaders.store.layout import store_of
 from pite.evaluate.grounding import QUESTION
+from pite.evaluate.inputs import SPLIT
 from pite.evaluate.protocols import Protocol
 from pite.flags import DeviceFlags
 from pite.lineage import check_model_flag
 
-SPLIT: Split = "evaluation"
-"""The held-out split: its folder in a data folder, and the first part of its features' keys."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationFlags(DeviceFlags):
-    """The flag of both commands."""
+    """The flag of all commands."""
 
     metrics: Path | None = None
     """also write the scores and counts to this JSON file, which pite.export reads"""
 
+    def check_paths(self) -> None:
+        """Raise ValueError for a path that does not exist or cannot be written."""
+        paths.output_file("--metrics", self.metrics)
+
 
 @dataclass(frozen=True, kw_only=True)
-class GroundingFlags(EvaluationFlags):
-    """When in the video is this sentence? Scores a file of predictions, or a model."""
+class AnswerFlags(EvaluationFlags):
+    """Flags of a command that scores a file of answers, or a model's answers."""
+
+    NAME: ClassVar[str]
+    FILES: ClassVar[tuple[str, ...]]
+    """Names of the annotation files in DATA/evaluation."""
 
     model: Path | None = None
     """a stage's output, an export, or OWNER/NAME on the hub"""
@@ -38,46 +45,79 @@ class GroundingFlags(EvaluationFlags):
     store: Path | None = None
     """features that engine.encode made from it, for --model"""
     predictions: Path | None = None
-    """prediction file, JSON lines: read, or with --model written"""
-    ground_truth: Path | None = None
-    """ActivityNet Captions; with --model DATA/evaluation/activitynet_captions.json unless given"""
+    """prediction file, JSON lines: read, or with --model written, and continued after a kill"""
+    ground_truth: tuple[Path, ...] = ()
+    """annotation file; with --model that in DATA/evaluation unless given"""
+    protocol: Protocol = "strict"
+    """strict: exact; published: the predecessor's rules, with their faults, to reproduce its numbers"""
+    batch_size: int = 32
+    """questions per batch, and videos whose frames are in memory"""
+    skip_missing: bool = False
+    """leave out videos without features, and count them; those that engine.encode could not encode are always left out"""
+    overwrite: bool = False
+    """replace answers of another model or other questions in the file of --predictions"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "batch_size")
+        if self.model is None and (self.predictions is None or not self.ground_truth):
+            raise ValueError(f"{self.NAME} needs --predictions and --ground-truth, or --model, --data and --store")
+        if self.model is not None and (self.data is None or self.store is None):
+            raise ValueError(
+                "--model needs --data and --store: the held-out annotations and the features of their videos"
+            )
+
+    @property
+    def truth(self) -> tuple[Path, ...]:
+        """The files of the ground truth."""
+        if self.ground_truth:
+            return self.ground_truth
+        assert self.data is not None, "__post_init__ requires one of the two"
+        return tuple(self.data / SPLIT / name for name in self.FILES)
+
+    def check_paths(self) -> None:
+        check_inputs(self.model, self.data, self.store)
+        for file in self.truth:
+            paths.input_file("--ground-truth" if self.ground_truth else "--data", file)
+        if self.model is not None and self.predictions is None and Ranks.read().size > 1:
+            raise ValueError("several processes write their answers into one file: give --predictions")
+        check = paths.input_file if self.model is None else paths.output_file
+        check("--predictions", self.predictions)
+        super().check_paths()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundingFlags(AnswerFlags):
+    """When in the video is this sentence? Scores a file of predictions, or a model."""
+
+    NAME: ClassVar[str] = "grounding"
+    FILES: ClassVar[tuple[str, ...]] = ("activitynet_captions.json",)
+
     num_frames: int | None = None
     """frames per video that the indices in the answers count; that of --model, or that in the file of --predictions, or
     100 unless given"""
     question: str = QUESTION
     """{} stands for the sentence"""
-    protocol: Protocol = "strict"
-    """strict: indices of one to three digits, exact IoU; published: the predecessor's two digits and rounded IoU"""
-    batch_size: int = 32
-    """questions per batch"""
+    histogram: Path | None = None
+    """draw how the IoUs are distributed into this PNG file"""
+    timeline: Path | None = None
+    """draw predicted and true intervals on a time line into this PNG file, the first videos"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "batch_size", "num_frames")
-        if self.model is None and (self.predictions is None or self.ground_truth is None):
-            raise ValueError("grounding needs --predictions and --ground-truth, or --model, --data and --store")
-        if self.model is not None and (self.data is None or self.store is None):
-            raise ValueError(
-                "--model needs --data and --store: the held-out annotations and the features of their videos"
-            )
+        at_least(self, 1, "num_frames")
+        if len(self.ground_truth) > 1:
+            raise ValueError("--ground-truth: grounding has one file: score each annotator's alone")
         if self.question.count("{}") != 1:
             raise ValueError(f"--question must hold {{}} once, where the sentence goes, not {self.question!r}")
-
-    @property
-    def truth(self) -> Path:
-        """The file of the ground truth."""
-        if self.ground_truth is not None:
-            return self.ground_truth
-        assert self.data is not None, "__post_init__ requires one of the two"
-        return self.data / SPLIT / "activitynet_captions.json"
+        for flag, path in (("--histogram", self.histogram), ("--timeline", self.timeline)):
+            if path is not None and path.suffix.lower() != ".png":
+                raise ValueError(f"{flag} {path}: a PNG is written, so give a name that ends in .png")
 
     def check_paths(self) -> None:
-        """Raise ValueError for a path that does not exist or cannot be written."""
-        _check_inputs(self.model, self.data, self.store)
-        paths.input_file("--data" if self.ground_truth is None else "--ground-truth", self.truth)
-        check = paths.input_file if self.model is None else paths.output_file
-        check("--predictions", self.predictions)
-        paths.output_file("--metrics", self.metrics)
+        super().check_paths()
+        paths.output_file("--histogram", self.histogram)
+        paths.output_file("--timeline", self.timeline)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +130,15 @@ class TrajectoriesFlags(EvaluationFlags):
     """data folder with evaluation/"""
     store: Path
     """features that engine.encode made from it"""
+    skip_missing: bool = False
+    """leave out videos without features, and count them; those that engine.encode could not encode are always left out"""
+    failure_budget: float = 0.01
+    """share of records that may be malformed; they are left out and counted"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.failure_budget <= 1:
+            raise ValueError(f"--failure-budget must be between 0 and 1, not {self.failure_budget}")
 
     @property
     def samples(self) -> Path:
@@ -97,13 +146,13 @@ class TrajectoriesFlags(EvaluationFlags):
         return self.data / SPLIT / "pite_143k.jsonl"
 
     def check_paths(self) -> None:
-        """Raise ValueError for a path that does not exist or cannot be written."""
-        _check_inputs(self.model, self.data, self.store)
+        check_inputs(self.model, self.data, self.store)
         paths.input_file("--data", self.samples)
-        paths.output_file("--metrics", self.metrics)
+        super().check_paths()
 
 
-def _check_inputs(model: Path | None, data: Path | None, store: Path | None) -> None:
+def check_inputs(model: Path | None, data: Path | None, store: Path | None) -> None:
+    """Raise ValueError for a model, a data folder or a store that does not exist."""
     check_model_flag("--model", model)
     paths.input_folder("--data", data)
     paths.input_folder("--store", store)

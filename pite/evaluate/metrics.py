@@ -20,7 +20,7 @@ RECALL_THRESHOLDS = (0.3, 0.5, 0.7)
 _ANSWERS: dict[Protocol, re.Pattern[str]] = {
     "published": re.compile(r"(\d{2}) (?:to|and) (\d{2})"),
     # No part of a longer number, of a decimal number or of a percentage.
-    "strict": re.compile(r"(?<![\d.,])(\d{1,3}) (?:to|and) (\d{1,3})(?![\d%]|[.,]\d)"),
+    "strict": re.compile(r"(?<![\d.,])(\d{1,3}) (?:to|and) (\d{1,3})(?![\d%]|[.,]\d)", re.ASCII),
 }
 
 

@@ -104,7 +104,8 @@ class PredictionWriter:
         content = path.read_bytes() if path.exists() else b""
         end = _complete(content)
         self._file = path.open("ab", buffering=0)
-        self._file.truncate(end)
+        if end < len(content):
+            self._file.truncate(end)
         if end and content[end - 1 : end] != b"\n":
             self._file.write(b"\n")
 
@@ -124,6 +125,9 @@ class PredictionWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._file.close()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 EXAMPLE = 80
 """Most characters of an answer that is quoted."""
@@ -21,6 +21,10 @@ class Report:
     name: str
     text: str
     numbers: Mapping[str, str | float]
+
+    def adding(self, lines: Sequence[str], numbers: Mapping[str, str | float]) -> Report:
+        """The report with more lines at its end, and more numbers."""
+        return replace(self, text="\n".join([self.text, *lines]), numbers={**self.numbers, **numbers})
 
     def metrics(self) -> dict[str, dict[str, str | float]]:
         """What the file of --metrics holds."""

@@ -3,39 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dataloaders.formats import Where, iter_json, read_pite
-from dataloaders.records import TokenizedSample
+from dataloaders.failures import over_budget
+from dataloaders.formats import Where, iter_raw, parse_json, read_pite
+from dataloaders.records import RecordError, TokenizedSample
 from dataloaders.samples.batch import collate
 from dataloaders.samples.prompts import tokenize
 from pite import checkpoint, lineage
+from pite.config import PiTeConfig
 from pite.evaluate.metrics import trajectory_scores
 from pite.evaluate.reports import Report
 from pite.model import PiTe
 from pite.tokenizers import check_vocabulary
 
 
-def read_samples(path: Path, model: PiTe, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedSample]:
-    """PiTe-143k records that have a trajectory, tokenized for `model`.
+@dataclass(frozen=True)
+class Samples:
+    """Tokenized samples with a trajectory, the number of records, and the messages of those that are malformed."""
 
-    Raises ValueError if the file does not exist, and for a sample that the language model or its context cannot hold.
+    samples: list[TokenizedSample]
+    records: int
+    malformed: tuple[str, ...]
+
+
+def read_samples(
+    path: Path, config: PiTeConfig, tokenizer: PreTrainedTokenizerBase, failure_budget: float = 0.01
+) -> Samples:
+    """PiTe-143k records that have a trajectory, tokenized for a model.
+
+    failure_budget  share of records that may be malformed; they are left out
+    Raises ValueError if the file does not exist, for a sample that the language model or its context cannot hold, and
+    for more malformed records than the budget allows.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    shape = {"num_frames": model.config.num_frames, "num_points": model.config.num_points}
-    for offset, _, record in iter_json(path):
-        where = Where(path, offset)
-        sample = tokenize(read_pite(record, where, path.parent, **shape), tokenizer, **shape)
-        check_vocabulary(int(sample.token_ids.max()), tokenizer, model.config.llm.vocab_size, f"{path}: {sample.id!r}")
-        if reason := model.config.beyond_context(len(sample.token_ids)):
+    samples: list[TokenizedSample] = []
+    malformed: list[str] = []
+    records = 0
+    for offset, text in iter_raw(path):
+        records += 1
+        try:
+            sample = _tokenized(text, Where(path, offset), path, config, tokenizer)
+        except RecordError as error:
+            malformed.append(str(error))
+            continue
+        check_vocabulary(int(sample.token_ids.max()), tokenizer, config.llm.vocab_size, f"{path}: {sample.id!r}")
+        if reason := config.beyond_context(len(sample.token_ids)):
             raise ValueError(f"{path}: {sample.id!r}: {reason}; leave it out, or give a model with a longer context")
         if len(sample.trajectory):
-            yield sample
+            samples.append(sample)
+    if len(malformed) > failure_budget * records:
+        raise ValueError(
+            f"{malformed[0]} ({len(malformed):,} of {records:,} records are malformed, "
+            f"{over_budget(len(malformed), records, failure_budget)})"
+        )
+    return Samples(samples, records, tuple(malformed))
+
+
+def _tokenized(
+    text: bytes, where: Where, path: Path, config: PiTeConfig, tokenizer: PreTrainedTokenizerBase
+) -> TokenizedSample:
+    shape = {"num_frames": config.num_frames, "num_points": config.num_points}
+    return tokenize(read_pite(parse_json(text, where), where, path.parent, **shape), tokenizer, **shape)
 
 
 def trajectory_head_warning(directory: Path) -> str | None:

@@ -20,9 +20,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_full_disk_is_named_by_its_path(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for flag in ("--predictions", "--metrics"):
+    for flag, size in (("--predictions", 1000), ("--metrics", 100)):
         path = tmp_path / flag
-        with full_disk(100):
+        with full_disk(size):
             assert evaluated(made, "grounding", flag, str(path)) == 1
         assert capsys.readouterr().err.splitlines()[-1] == f"pite.evaluate: {path}: File too large"
         assert path.exists() == (flag == "--predictions"), "the answers until then are kept"

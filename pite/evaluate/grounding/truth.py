@@ -73,6 +73,6 @@ def outside(truth: Truth) -> Iterator[str]:
     """The place and times in seconds of each event that begins before its video or ends after it."""
     for video, events in truth.items():
         for i, (start, end) in enumerate(events.intervals):
-            if start < 0 or end > 1:
+            if min(start, end) < 0 or max(start, end) > 1:
                 times = f"[{start * events.duration:g}, {end * events.duration:g}]"
                 yield f"{video} sentence {i} {times} of {events.duration:g} s"

@@ -24,6 +24,15 @@ from dataloaders.formats.stream import Where
 Benchmark = Literal["msvd_qa", "msrvtt_qa", "activitynet_qa", "tgif_qa", "video_chatgpt"]
 BENCHMARKS: tuple[Benchmark, ...] = get_args(Benchmark)
 
+FILES: Mapping[Benchmark, tuple[str, ...]] = {
+    "msvd_qa": ("test_qa.json",),
+    "msrvtt_qa": ("test_qa.json",),
+    "activitynet_qa": ("test_q.json", "test_a.json"),
+    "tgif_qa": ("Test_frameqa_question.csv",),
+    "video_chatgpt": ("generic_qa.json", "temporal_qa.json", "consistency_qa.json"),
+}
+"""Names of the published files."""
+
 Kind = Literal["short", "generic", "temporal", "consistency"]
 """What an item is judged for: a short answer's match, or one of Video-ChatGPT's three files."""
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from pite.evaluate.qa.benchmarks import read_items
+from pite.evaluate.predictions import Prediction
+from pite.evaluate.qa.benchmarks import Item, read_items
 from pite.evaluate.qa.cache import Cache
 from pite.evaluate.qa.endpoint import Endpoint
 from pite.evaluate.qa.flags import QaFlags
 from pite.evaluate.qa.judge import Judge
 from pite.evaluate.qa.report import report
-from pite.evaluate.qa.task import read_answers
 from pite.evaluate.reports import Report
 
 
-def evaluate(flags: QaFlags) -> Report:
-    """Score a prediction file. Raises ValueError in one sentence."""
-    truth = read_items(flags.benchmark, flags.ground_truth, flags.video_names)
-    predictions = read_answers(flags.predictions, truth, flags.benchmark)
+def read_truth(flags: QaFlags) -> list[Item]:
+    """The benchmark's questions and correct answers. Raises ValueError in one sentence."""
+    return read_items(flags.benchmark, flags.truth, flags.video_names)
+
+
+def evaluate(flags: QaFlags, truth: Sequence[Item], predictions: Sequence[Prediction]) -> Report:
+    """Score answers by the judge that the flags name. Raises ValueError in one sentence."""
     if flags.judge_model is None:
         return report(predictions, truth, flags.benchmark, protocol=flags.protocol)
     with Cache(flags.cache) as cache:

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from dataloaders import paths
 from dataloaders.cli import at_least
-from pite.evaluate.flags import EvaluationFlags
-from pite.evaluate.protocols import Protocol
-from pite.evaluate.qa.benchmarks import Benchmark
+from pite.evaluate.flags import AnswerFlags
+from pite.evaluate.inputs import SPLIT
+from pite.evaluate.qa.benchmarks import FILES, Benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
-class QaFlags(EvaluationFlags):
-    """What is the answer to this question about the video? Scores a file of predictions."""
+class QaFlags(AnswerFlags):
+    """What is the answer to this question about the video? Scores a file of predictions, or a model.
+
+    --ground-truth takes the benchmark's published files; of activitynet_qa test_q.json test_a.json. With --model they are
+    in DATA/evaluation/BENCHMARK/ unless given. With --protocol strict, questions without an answer count as wrong; with
+    published they are left out, and scores are cut to whole numbers.
+    """
+
+    NAME: ClassVar[str] = "qa"
 
     benchmark: Benchmark
     """msvd_qa, msrvtt_qa, activitynet_qa, tgif_qa or video_chatgpt; also the task in the prediction file"""
-    predictions: Path
-    """prediction file, JSON lines"""
-    ground_truth: tuple[Path, ...]
-    """the benchmark's published files; of activitynet_qa test_q.json test_a.json"""
     video_names: Path | None = None
     """MSVD's youtube_mapping.txt, if the videos have their names on YouTube"""
-    protocol: Protocol = "strict"
-    """strict: questions without an answer count as wrong; published: they are left out, and scores cut to whole numbers"""
     judge_model: str | None = None
     """the judge: a model at --judge-url, or without it a local directory of transformers; none gives exact matches only"""
     judge_url: str | None = None
@@ -51,21 +53,30 @@ class QaFlags(EvaluationFlags):
             raise ValueError("--judge-url needs --judge-model, the model's name at the endpoint")
         if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
             raise ValueError(f"--judge-url must start with http:// or https://, not {self.judge_url!r}")
+        if self.judge_model is not None and self.predictions is None and self.judge_cache is None:
+            raise ValueError("--judge-model needs --predictions or --judge-cache, so that its replies are kept")
         if self.judge_model is None and self.benchmark == "video_chatgpt":
             raise ValueError("video_chatgpt is scored by a judge: give --judge-model, and --judge-url or a directory")
 
     @property
     def cache(self) -> Path:
         """The file of the judge's replies."""
-        return self.judge_cache or self.predictions.with_name(f"{self.predictions.stem}.judge.jsonl")
+        if self.judge_cache is not None:
+            return self.judge_cache
+        assert self.predictions is not None, "__post_init__ requires one of the two"
+        return self.predictions.with_name(f"{self.predictions.stem}.judge.jsonl")
+
+    @property
+    def truth(self) -> tuple[Path, ...]:
+        """The files of the ground truth."""
+        if self.ground_truth:
+            return self.ground_truth
+        assert self.data is not None, "__post_init__ requires one of the two"
+        return tuple(self.data / SPLIT / self.benchmark / name for name in FILES[self.benchmark])
 
     def check_paths(self) -> None:
-        """Raise ValueError for a path that does not exist or cannot be written."""
-        paths.input_file("--predictions", self.predictions)
-        for path in self.ground_truth:
-            paths.input_file("--ground-truth", path)
+        super().check_paths()
         paths.input_file("--video-names", self.video_names)
-        paths.output_file("--metrics", self.metrics)
         if self.judge_model is not None:
             paths.output_file("--judge-cache", self.cache)
             if self.judge_url is None:

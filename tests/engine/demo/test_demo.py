@@ -92,7 +92,7 @@ def test_a_failed_step_is_named_and_run_again(
 
 
 def prediction(video: str, sentence: int, answer: str) -> Prediction:
-    return prediction(video, "grounding", 0, answer, {"sentence_id": sentence})
+    return Prediction(video, "grounding", 0, answer, {"sentence_id": sentence})
 
 
 def test_grounding_is_scored_by_number_of_objects() -> None:

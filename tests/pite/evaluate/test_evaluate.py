@@ -54,6 +54,7 @@ def test_the_scores_file_holds_the_printed_numbers(tmp_path: Path, capsys: pytes
         ("From 12.05 to 15.50 seconds.", (0.05, 0.15), None),
         ("From 12 to 15.5 s, so from 40 to 50, 2 or 3.", (0.12, 0.15), (0.40, 0.50)),
         ("From 05% to 15%, 05-15, 20 seconds until 40.", None, None),
+        ("From \u0661\u0662 to \u0663\u0664.", (0.12, 0.34), None),
         ("I do not know.", None, None),
     ],
 )
@@ -204,6 +205,62 @@ def test_answers_without_an_interval_are_counted(
         assert (f"{lacking} of 2 answers name no interval, such as 'A dog" in printed) == bool(lacking)
         assert max(map(len, printed.splitlines())) < 140
         assert [record.levelname for record in caplog.records] == ["WARNING"] * (lacking == 2)
+
+
+def test_odd_answers_are_counted_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = [
+        "From 10 to 50.",
+        "From 100 to 200.",
+        "From 50 to 10.",
+        "From 5 to 50.",
+        "12.05 to 15.50 seconds",
+        "A dog.",
+    ]
+    kinds = ("answers without an interval", "answers past the end", "answers reversed")
+    for protocol, counts in (("strict", (2, 1, 1)), ("published", (2, 0, 1))):
+        assert score(tmp_path, answers, [{}] * 6, "--protocol", protocol) == 0
+        printed, numbers = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())["grounding"]
+        assert tuple(numbers[kind] for kind in kinds) == counts and numbers["protocol"] == protocol
+        past = "1 of 6 answers name a frame past the last one, 99, such as 'From 100 to 200.'"
+        assert (past in printed) == (protocol == "strict")
+        assert "1 of 6 answers name a reversed interval, such as 'From 50 to 10.'" in printed
+
+
+def test_odd_events_are_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    times = [[15, 5], [5, 5], [-5, 10], [0, 50], [1, 2]]
+    truth = {"v": {"duration": 12.0, "timestamps": times, "sentences": ["A dog runs."] * 5}}
+    (tmp_path / "g.json").write_text(json.dumps(truth), encoding="utf-8-sig")
+    (tmp_path / "p.jsonl").write_text(json.dumps(LINE))
+    files = ["--predictions", f"{tmp_path}/p.jsonl", "--ground-truth", f"{tmp_path}/g.json"]
+    assert main(["grounding", *files, "--metrics", f"{tmp_path}/s.json"]) == 0
+    printed, numbers = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())["grounding"]
+    assert (numbers["events reversed or empty"], numbers["events outside the video"]) == (2, 3)
+    assert "2 events of the ground truth are reversed or empty, so each answer to them scores 0" in printed
+    assert "such as v sentence 0 [15, 5]" in printed
+    assert "3 events of the ground truth are not within their video, such as v sentence 0 [15, 5] of 12 s" in printed
+
+
+@pytest.mark.parametrize("protocol", ["strict", "published"])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_answers_never_break_a_parser(protocol: Protocol, seed: int) -> None:
+    """Texts of digits, words and signs: an interval has the digits of the answer, and the IoU is a share."""
+    rng = np.random.default_rng(seed)
+    pieces = ["0", "7", "12", "100", "2025", " to ", " and ", "from ", ".", ",", "%", " ", "-", "to", "\n", "a"]
+    for _ in range(400):
+        answer = "".join(rng.choice(pieces, int(rng.integers(1, 12))))
+        interval = metrics.parse_interval(answer, 50, protocol)
+        if interval is None:
+            continue
+        start, end = (round(time * 50) for time in interval)
+        width = 2 if protocol == "published" else 1
+        texts = {f"{a} {word} {b}" for word in ("to", "and") for a in _forms(start, width) for b in _forms(end, width)}
+        assert any(text in answer for text in texts)
+        assert 0 <= metrics.interval_iou(interval, (0.2, 0.6), protocol) <= 1
+
+
+def _forms(index: int, width: int) -> set[str]:
+    """The ways in which an index is written with at least `width` digits, at most three."""
+    return {f"{index:0{n}d}" for n in range(width, 4)}
 
 
 @pytest.mark.parametrize(

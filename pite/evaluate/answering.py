@@ -1,0 +1,169 @@
+"""A model's answers to the questions of benchmarks, with each video's prefix computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dataloaders.files import sha256
+from dataloaders.ranks import Ranks
+from dataloaders.store.features import FeatureStore
+from pite import checkpoint, devices, lineage
+from pite.config import PiTeConfig
+from pite.evaluate.answer_log import AnswerLog, Settings
+from pite.evaluate.inputs import Inputs, key_of
+from pite.evaluate.plan import Window, plan, share_of
+from pite.evaluate.predictions import Prediction
+from pite.evaluate.questions import Question
+from pite.generate import Generator
+from pite.hub import weight_files
+from pite.lineage import check_encoder
+from pite.prefixes import SharedPrefixes, VideoPrefixes
+
+log = logging.getLogger(__name__)
+
+
+def check_features(store: FeatureStore, model: Path) -> None:
+    """Raise ValueError if a store holds other features of videos than a model in a local directory takes."""
+    config, manifest = PiTeConfig.load(model), store.manifest
+    if (manifest.tokens, manifest.channels) != (config.num_frames, config.vision_feature_size):
+        raise ValueError(
+            f"the feature store {store.path} holds {manifest.channels} numbers for each of {manifest.tokens} frames, but "
+            f"{model} takes {config.vision_feature_size} for each of {config.num_frames}: give the features of "
+            "its own encoder and frames"
+        )
+    check_encoder(model, manifest.encoder, f"the feature store {store.path}", "give the features of its own encoder")
+
+
+class Model:
+    """A model to evaluate. Its small files are checked at once; its weights are loaded when they are first needed.
+
+    model       directory, or name on the hub
+    device      as on the command line; of several processes each takes the GPU of its rank
+    batch_size  questions per batch, and videos whose frames are in memory
+    """
+
+    def __init__(self, model: Path, device: str, batch_size: int, ranks: Ranks) -> None:
+        self.name, self.batch_size, self.ranks = str(model), batch_size, ranks
+        self.device = devices.select(_device_of(device, ranks))
+        self.directory = checkpoint.resolve(model)
+        checkpoint.check_trained(self.directory)
+        self.num_frames = PiTeConfig.load(self.directory).num_frames
+        self._prefixes: SharedPrefixes | None = None
+
+    @property
+    def prefixes(self) -> SharedPrefixes:
+        """The loaded model."""
+        if self._prefixes is None:
+            self._prefixes = SharedPrefixes(Generator.from_pretrained(self.directory, self.device))
+        return self._prefixes
+
+    @property
+    def generator(self) -> Generator:
+        return self.prefixes.generator
+
+    def check_features(self, store: FeatureStore) -> None:
+        """Raise ValueError as the function of this name."""
+        check_features(store, self.directory)
+
+    def settings(self, inputs: Inputs, max_new_tokens: int) -> Settings:
+        """What the answers to questions depend on."""
+        manifest = inputs.store.manifest
+        texts = sorted((str(question.key), question.text) for question in inputs.questions)
+        return {
+            "model": f"{self.name} ({identity(self.directory)})",
+            "features": f"{inputs.store.path} ({manifest.encoder[:12]}, {manifest.compute_dtype})",
+            "questions": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12],
+            "dtype": str(devices.dtype(devices.resolve(self.device))).removeprefix("torch."),
+            "max_new_tokens": max_new_tokens,
+        }
+
+    def answer(
+        self, inputs: Inputs, path: Path | None, max_new_tokens: int, overwrite: bool = False
+    ) -> list[Prediction] | None:
+        """Answer the questions of one task that `path` does not hold yet; returns all answers, in the questions' order.
+
+        Everything but the weights is checked before they are loaded. Of several processes the first returns the answers
+        of all, the others None. Raises ValueError for a file of other answers, as `AnswerLog`, and before the first
+        answer for a question that the model cannot hold.
+        """
+        assert path is not None or self.ranks.size == 1
+        settings = {} if path is None else self.settings(inputs, max_new_tokens)
+        answers = AnswerLog(path, inputs.questions[0].task, settings, self.ranks, overwrite)
+        mine = share_of(inputs.questions, self.ranks.rank, self.ranks.size)
+        if any(question.key not in answers.answers for question in mine):
+            self._answer(mine, inputs.store, answers, max_new_tokens)
+        return answers.finish(inputs.questions)
+
+    def _answer(self, questions: Sequence[Question], store: FeatureStore, answers: AnswerLog, most: int) -> None:
+        lengths = [len(self.generator.prompt(question.text, self.num_frames)[0]) for question in questions]
+        done = sum(question.key in answers.answers for question in questions)
+        title = questions[0].task if self.ranks.size == 1 else f"{questions[0].task}, rank {self.ranks.rank}"
+        with tqdm(
+            total=len(questions),
+            initial=done,
+            desc=title,
+            unit="question",
+            file=sys.stderr,
+            disable=self.ranks.rank > 0,
+        ) as progress:
+            for window in plan(questions, lengths, self.batch_size):
+                for batch in self._answer_window(window, questions, store, answers, most):
+                    new = [each for each in batch if each.key not in answers.answers]
+                    answers.append(batch)
+                    progress.update(len(new))
+        rows = self.prefixes.rows
+        log.info(
+            "computed %s rows of the prompts' head, %s of frames and %s of questions",
+            *(f"{count:,}" for count in (rows.head, rows.frames, rows.questions)),
+        )
+
+    def _answer_window(
+        self, window: Window, questions: Sequence[Question], store: FeatureStore, answers: AnswerLog, most: int
+    ) -> Iterator[list[Prediction]]:
+        """The answers of each batch that is not complete yet.
+
+        A batch that a kill left half written is answered anew as a whole, so that its answers are those of a run that
+        was not killed.
+        """
+        batches = [[questions[i] for i in batch] for batch in window.batches]
+        batches = [batch for batch in batches if any(question.key not in answers.answers for question in batch)]
+        if not batches:
+            return
+        prefixes = self._compute_frames(window.videos, store.read)
+        number = {video: i for i, video in enumerate(window.videos)}
+        for batch in batches:
+            texts, videos = [question.text for question in batch], [number[question.video] for question in batch]
+            found = self.prefixes.answer(texts, prefixes, videos, max_new_tokens=most)
+            yield [
+                Prediction.of(question, answer.text, num_frames=self.num_frames)
+                for question, answer in zip(batch, found, strict=True)
+            ]
+
+    def _compute_frames(self, videos: Sequence[str], read: Callable[[str], np.ndarray]) -> VideoPrefixes:
+        # Stacking copies the store's read-only views, which torch does not accept.
+        return self.prefixes.videos([read(key_of(video)) for video in videos])
+
+
+def identity(directory: Path) -> str:
+    """A checksum of the weights of a model: of its stages as recorded, or of its files without such a record."""
+    stages = lineage.history(directory)
+    sums = [json.dumps(stage["files"], sort_keys=True) for stage in stages] or [
+        sha256(file) for file in weight_files(directory)
+    ]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()[:12]
+
+
+def _device_of(name: str, ranks: Ranks) -> str:
+    if ranks.size == 1 or ":" in name or name == "cpu":
+        return name
+    import torch
+
+    return f"cuda:{ranks.local}" if torch.cuda.is_available() else name
