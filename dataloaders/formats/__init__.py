@@ -1,11 +1,13 @@
-"""Readers of the five data sets, and the place of their files in a data folder.
+"""Readers of the data sets, and the place of their files in a data folder.
 
     DIR/stage1/*localized_narratives*.jsonl    DIR/stage1/images/{coco,flickr30k,ade20k,open_images}/{image_id}.jpg
     DIR/stage2/pite_143k.jsonl                 DIR/stage2/videos/{id}.mp4
     DIR/stage3/valley.json                     DIR/stage3/videos/{v_id}.mp4
     DIR/stage3/video_instruct.json             DIR/stage3/videos/{video_id}.mp4
     DIR/evaluation/activitynet_captions.json   DIR/evaluation/videos/{vid}.mp4
+    DIR/evaluation/activitynet_captions_2.json (the second annotator), the same videos
     DIR/evaluation/pite_143k.jsonl             DIR/evaluation/videos/{id}.mp4
+    DIR/evaluation/*_qa*.json                  DIR/evaluation/videos/...mp4 (`dataloaders.formats.questions`)
 
 A split is one of the four folders. A feature's key is its split and its id, such as `stage2/v000001`. The key of a
 narrative also contains its subset, such as `stage1/coco/9`.
@@ -29,6 +31,16 @@ from dataloaders.formats.instructions import (
 )
 from dataloaders.formats.narratives import NarrativeTiming, narrative_media, read_narrative
 from dataloaders.formats.pite_143k import pite_media, read_pite
+from dataloaders.formats.questions import (
+    activitynet_qa_media,
+    activitynet_video,
+    msrvtt_media,
+    msrvtt_video,
+    msvd_media,
+    msvd_video,
+    named_media,
+    named_video,
+)
 from dataloaders.formats.stream import Record, Where, iter_json, iter_raw, lone_surrogate, parse_json
 from dataloaders.records import Media, Sample
 
@@ -116,7 +128,13 @@ SPLITS: dict[Split, tuple[Format, ...]] = {
     ),
     "evaluation": (
         Format("activitynet_captions.json", read_activitynet, activitynet_media),
+        Format("activitynet_captions_2.json", read_activitynet, activitynet_media),
         _PITE,
+        Format("msvd_qa.json", msvd_video, msvd_media),
+        Format("msrvtt_qa.json", msrvtt_video, msrvtt_media),
+        Format("activitynet_qa_q.json", activitynet_video, activitynet_qa_media),
+        Format("tgif_qa_q.json", named_video, named_media),
+        *(Format(f"{name}_qa.json", named_video, named_media) for name in ("generic", "temporal", "consistency")),
     ),
 }
 """The splits of a data folder and the annotation files that each may hold."""

@@ -55,7 +55,7 @@ class Model:
         self.device = devices.select(_device_of(device, ranks))
         self.directory = checkpoint.resolve(model)
         checkpoint.check_trained(self.directory)
-        self.num_frames = PiTeConfig.load(self.directory).num_frames
+        self.config = PiTeConfig.load(self.directory)
         self._prefixes: SharedPrefixes | None = None
 
     @property
@@ -64,6 +64,10 @@ class Model:
         if self._prefixes is None:
             self._prefixes = SharedPrefixes(Generator.from_pretrained(self.directory, self.device))
         return self._prefixes
+
+    @property
+    def num_frames(self) -> int:
+        return self.config.num_frames
 
     @property
     def generator(self) -> Generator:

@@ -68,6 +68,11 @@ class AnswerFlags(EvaluationFlags):
             )
 
     @property
+    def given_frames(self) -> int | None:
+        """The frames per video that --num-frames gives, in commands that have this flag."""
+        return None
+
+    @property
     def truth(self) -> tuple[Path, ...]:
         """The files of the ground truth."""
         if self.ground_truth:
@@ -87,15 +92,29 @@ class AnswerFlags(EvaluationFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroundingFlags(AnswerFlags):
+class IntervalFlags(AnswerFlags):
+    """Flags of a command whose answers name frames."""
+
+    num_frames: int | None = None
+    """frames per video that the indices in the answers count; that of --model, or that in the file of --predictions, or
+    100 unless given"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "num_frames")
+
+    @property
+    def given_frames(self) -> int | None:
+        return self.num_frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundingFlags(IntervalFlags):
     """When in the video is this sentence? Scores a file of predictions, or a model."""
 
     NAME: ClassVar[str] = "grounding"
     FILES: ClassVar[tuple[str, ...]] = ("activitynet_captions.json",)
 
-    num_frames: int | None = None
-    """frames per video that the indices in the answers count; that of --model, or that in the file of --predictions, or
-    100 unless given"""
     question: str = QUESTION
     """{} stands for the sentence"""
     histogram: Path | None = None
@@ -105,7 +124,6 @@ class GroundingFlags(AnswerFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "num_frames")
         if len(self.ground_truth) > 1:
             raise ValueError("--ground-truth: grounding has one file: score each annotator's alone")
         if self.question.count("{}") != 1:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from dataloaders.cli import at_least
 from pite.evaluate.captioning import QUESTION, java
-from pite.evaluate.flags import AnswerFlags
+from pite.evaluate.flags import IntervalFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptioningFlags(AnswerFlags):
+class CaptioningFlags(IntervalFlags):
     """Which events does the video show, and when? Scores a file of predictions, or a model.
 
     --ground-truth takes a file for each annotator: val_1.json val_2.json. With --protocol strict, videos without an
@@ -22,15 +21,8 @@ class CaptioningFlags(AnswerFlags):
     NAME: ClassVar[str] = "captioning"
     FILES: ClassVar[tuple[str, ...]] = ("activitynet_captions.json", "activitynet_captions_2.json")
 
-    num_frames: int | None = None
-    """frames per video that the indices in the answers count; that of --model, or that in the file of --predictions, or
-    100 unless given"""
     question: str = QUESTION
     """the question about each video"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 1, "num_frames")
 
     @property
     def truth(self) -> tuple[Path, ...]:

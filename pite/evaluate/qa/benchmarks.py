@@ -18,20 +18,21 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dataloaders.formats import Record, iter_json
-from dataloaders.formats.fields import field, identifier
+from dataloaders.formats.fields import field
+from dataloaders.formats.questions import activitynet_video, msrvtt_video, msvd_video, named_video
 from dataloaders.formats.stream import Where
 
 Benchmark = Literal["msvd_qa", "msrvtt_qa", "activitynet_qa", "tgif_qa", "video_chatgpt"]
 BENCHMARKS: tuple[Benchmark, ...] = get_args(Benchmark)
 
 FILES: Mapping[Benchmark, tuple[str, ...]] = {
-    "msvd_qa": ("test_qa.json",),
-    "msrvtt_qa": ("test_qa.json",),
-    "activitynet_qa": ("test_q.json", "test_a.json"),
-    "tgif_qa": ("Test_frameqa_question.csv",),
+    "msvd_qa": ("msvd_qa.json",),
+    "msrvtt_qa": ("msrvtt_qa.json",),
+    "activitynet_qa": ("activitynet_qa_q.json", "activitynet_qa_a.json"),
+    "tgif_qa": ("tgif_qa_q.json", "tgif_qa_a.json"),
     "video_chatgpt": ("generic_qa.json", "temporal_qa.json", "consistency_qa.json"),
 }
-"""Names of the published files."""
+"""Names of the files in the evaluation folder of a data folder (`dataloaders.formats.questions`)."""
 
 Kind = Literal["short", "generic", "temporal", "consistency"]
 """What an item is judged for: a short answer's match, or one of Video-ChatGPT's three files."""
@@ -76,14 +77,14 @@ def _reader(benchmark: Benchmark, paths: Sequence[Path]) -> Iterator[Item]:
     if benchmark == "video_chatgpt":
         return (item for path in paths for item in _read_video_chatgpt(path))
     if len(paths) == 2:
-        return _read_pair(paths[0], paths[1], _activitynet_video if benchmark == "activitynet_qa" else _video_name)
+        return _read_pair(paths[0], paths[1], activitynet_video if benchmark == "activitynet_qa" else named_video)
     if benchmark == "activitynet_qa":
         raise ValueError("activitynet_qa has two files: give test_q.json and test_a.json to --ground-truth")
     if len(paths) != 1:
         raise ValueError(f"{benchmark} has one file, or one of questions and one of answers, not {len(paths)}")
     if benchmark == "tgif_qa":
         return _read_tgif(paths[0])
-    return _read_numbered(paths[0], "vid" if benchmark == "msvd_qa" else "video")
+    return _read_numbered(paths[0], msvd_video if benchmark == "msvd_qa" else msrvtt_video)
 
 
 def _records(path: Path) -> Iterator[tuple[Where, Record]]:
@@ -96,21 +97,10 @@ def _text(record: Record, name: str, where: Where) -> str:
     return " ".join(str(field(record, name, (str, int), where)).split())
 
 
-def _read_numbered(path: Path, prefix: str) -> Iterator[Item]:
+def _read_numbered(path: Path, video: Callable[[Record, Where], str]) -> Iterator[Item]:
     for where, record in _records(path):
-        number = field(record, "video_id", int, where)
-        identity = field(record, "id", (int, str), where)
-        yield Item(identity, f"{prefix}{number}", (_text(record, "question", where),), _text(record, "answer", where))
-
-
-def _video_name(record: Record, where: Where) -> str:
-    return identifier(record, "video_name", where)
-
-
-def _activitynet_video(record: Record, where: Where) -> str:
-    """The video's name as that of its file, with the `v_` that the ids of the questions have."""
-    name = _video_name(record, where)
-    return f"v_{name}" if _text(record, "question_id", where).startswith(f"v_{name}_") else name
+        identity, question = field(record, "id", (int, str), where), _text(record, "question", where)
+        yield Item(identity, video(record, where), (question,), _text(record, "answer", where))
 
 
 def _read_pair(questions: Path, answers: Path, video: Callable[[Record, Where], str]) -> Iterator[Item]:
@@ -150,7 +140,7 @@ def _read_video_chatgpt(path: Path) -> Iterator[Item]:
     kind, fields = _VIDEO_CHATGPT[path.stem]
     for number, (where, record) in enumerate(_records(path)):
         questions = tuple(_text(record, name, where) for name in fields)
-        yield Item(f"{kind}/{number}", _video_name(record, where), questions, _text(record, "A", where), kind)
+        yield Item(f"{kind}/{number}", named_video(record, where), questions, _text(record, "A", where), kind)
 
 
 def _renamed(items: Sequence[Item], path: Path) -> Iterator[Item]:

@@ -8,34 +8,21 @@ from typing import ClassVar
 
 from dataloaders import paths
 from dataloaders.cli import at_least
-from pite.evaluate.flags import AnswerFlags
+from pite.evaluate.flags import AnswerFlags, EvaluationFlags
 from pite.evaluate.inputs import SPLIT
 from pite.evaluate.qa.benchmarks import FILES, Benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
-class QaFlags(AnswerFlags):
-    """What is the answer to this question about the video? Scores a file of predictions, or a model.
+class JudgeFlags(EvaluationFlags):
+    """The judge of video question answering."""
 
-    --ground-truth takes the benchmark's published files; of activitynet_qa test_q.json test_a.json. With --model they are
-    in DATA/evaluation/BENCHMARK/ unless given. With --protocol strict, questions without an answer count as wrong; with
-    published they are left out, and scores are cut to whole numbers.
-    """
-
-    NAME: ClassVar[str] = "qa"
-
-    benchmark: Benchmark
-    """msvd_qa, msrvtt_qa, activitynet_qa, tgif_qa or video_chatgpt; also the task in the prediction file"""
-    video_names: Path | None = None
-    """MSVD's youtube_mapping.txt, if the videos have their names on YouTube"""
     judge_model: str | None = None
     """the judge: a model at --judge-url, or without it a local directory of transformers; none gives exact matches only"""
     judge_url: str | None = None
     """OpenAI-compatible endpoint, such as http://localhost:8000/v1"""
     judge_key: str = "OPENAI_API_KEY"
     """name of the environment variable with the endpoint's key"""
-    judge_cache: Path | None = None
-    """file of the judge's replies, which a repeated run reads; PREDICTIONS.judge.jsonl unless given"""
     price_per_million: tuple[float, float] | None = None
     """prices of a million tokens in prompts and in replies, for the estimate before the first call"""
     concurrency: int = 8
@@ -53,6 +40,33 @@ class QaFlags(AnswerFlags):
             raise ValueError("--judge-url needs --judge-model, the model's name at the endpoint")
         if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
             raise ValueError(f"--judge-url must start with http:// or https://, not {self.judge_url!r}")
+
+    def check_paths(self) -> None:
+        super().check_paths()
+        if self.judge_model is not None and self.judge_url is None:
+            paths.input_folder("--judge-model", Path(self.judge_model))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QaFlags(AnswerFlags, JudgeFlags):
+    """What is the answer to this question about the video? Scores a file of predictions, or a model.
+
+    --ground-truth takes the benchmark's published files; of activitynet_qa test_q.json test_a.json. With --model they are
+    in DATA/evaluation/ unless given. With --protocol strict, questions without an answer count as wrong; with
+    published they are left out, and scores are cut to whole numbers.
+    """
+
+    NAME: ClassVar[str] = "qa"
+
+    benchmark: Benchmark
+    """msvd_qa, msrvtt_qa, activitynet_qa, tgif_qa or video_chatgpt; also the task in the prediction file"""
+    video_names: Path | None = None
+    """MSVD's youtube_mapping.txt, if the videos have their names on YouTube"""
+    judge_cache: Path | None = None
+    """file of the judge's replies, which a repeated run reads; PREDICTIONS.judge.jsonl unless given"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.judge_model is not None and self.predictions is None and self.judge_cache is None:
             raise ValueError("--judge-model needs --predictions or --judge-cache, so that its replies are kept")
         if self.judge_model is None and self.benchmark == "video_chatgpt":
@@ -72,12 +86,10 @@ class QaFlags(AnswerFlags):
         if self.ground_truth:
             return self.ground_truth
         assert self.data is not None, "__post_init__ requires one of the two"
-        return tuple(self.data / SPLIT / self.benchmark / name for name in FILES[self.benchmark])
+        return tuple(self.data / SPLIT / name for name in FILES[self.benchmark])
 
     def check_paths(self) -> None:
         super().check_paths()
         paths.input_file("--video-names", self.video_names)
         if self.judge_model is not None:
             paths.output_file("--judge-cache", self.cache)
-            if self.judge_url is None:
-                paths.input_folder("--judge-model", Path(self.judge_model))
