@@ -1,4 +1,4 @@
-"""Verdicts in a judge's replies, and the prompts that ask for them."""
+"""Verdicts in a judge's replies, and the prompts for them."""
 
 from __future__ import annotations
 
