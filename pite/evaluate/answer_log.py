@@ -50,6 +50,7 @@ class AnswerLog:
         for file in (path, *_parts(path)):
             if file.exists():
                 self.answers |= {each.key: each for each in read_predictions(file, task)}
+        barrier(ranks)  # no process reads a file while another one appends to it
         self._writer = PredictionWriter(path if ranks.size == 1 else _part(path, ranks.rank))
 
     def append(self, predictions: Sequence[Prediction]) -> None:
@@ -71,7 +72,8 @@ class AnswerLog:
             return None
         if self._path is not None:
             self._merge(self._path, questions)
-        if self._lock is not None:
+        if self._lock is not None and self._path is not None:
+            _lock_path(self._path).unlink(missing_ok=True)
             self._lock.close()
         return [self.answers[question.key] for question in questions]
 
@@ -116,9 +118,13 @@ class AnswerLog:
 def _lock(path: Path) -> Lock:
     """Acquire the lock of a prediction file. Raises ValueError if another job answers into it."""
     try:
-        return lock(path.with_name(f".{path.name}.lock"), "a second job that writes the same file is not refused")
+        return lock(_lock_path(path), "a second job that writes the same file is not refused")
     except BlockingIOError:
         raise ValueError(f"another process writes its answers into {path}: wait for it, or give another file") from None
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 def _part(path: Path, rank: int) -> Path:

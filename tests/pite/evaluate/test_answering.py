@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import signal
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from pite.evaluate.__main__ import main
 from pite.evaluate.inputs import find_features, open_store
 from pite.evaluate.predictions import PredictionWriter, read_predictions
 from pite.generate import Generator
-from pite.prefixes import Rows
+from pite.prefixes import Rows, SharedPrefixes, VideoPrefixes
 from tests.commands import status_of
 from tests.engine.distributed.ranks import launch
 from tests.held_out import FRAMES, make_held_out, save_model
@@ -51,7 +53,7 @@ def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def same(folder: Path, whole: Path) -> bool:
     """Whether a folder has the predictions and metrics of the whole run, and no file of a process."""
-    assert not list(folder.glob("*.rank*"))
+    assert not list(folder.glob("*.rank*")) + list(folder.glob(".*"))
     return all((folder / name).read_bytes() == (whole / name).read_bytes() for name in ("p.jsonl", "m.json"))
 
 
@@ -88,6 +90,21 @@ def test_prefix_rows_are_computed_once_for_a_video_and_the_head_once_a_run(made:
     own = sum(len(ids) - head - FRAMES for ids, head in prompts)
     assert model.prefixes.rows == Rows(prompts[0][1], 2 * len(truth) * FRAMES, 2 * own)
     assert rows == [2 * FRAMES] * 4, "in windows of two videos"
+
+
+def test_the_frames_of_one_window_are_in_memory(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute, alive = SharedPrefixes.videos, []
+
+    def videos(self: SharedPrefixes, features: list) -> VideoPrefixes:  # type: ignore[type-arg]
+        gc.collect()
+        assert not [each for each in alive if each() is not None] and len(features) <= 2
+        found = compute(self, features)
+        alive.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(SharedPrefixes, "videos", videos)
+    assert evaluated(made) == 0
+    assert len(alive) == 2
 
 
 def _die_in(argv: list[str], appends: int) -> int:
