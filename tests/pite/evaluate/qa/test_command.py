@@ -29,7 +29,7 @@ def qa(folder: Path, *more: str) -> int:
 
 
 def grade(handler: Handler, body: dict) -> None:
-    dog = body["messages"][1]["content"].endswith("dog")
+    dog = "dog" in body["messages"][1]["content"].partition("Candidate: ")[2]
     handler.complete(json.dumps({"pred": "yes" if dog else "no", "score": 4.5 if dog else 1}))
 
 
@@ -64,7 +64,7 @@ def test_a_server_that_misbehaves_gives_the_same_scores(tmp_path: Path) -> None:
         lambda h: h.status(429, Retry_After="0"),
         Handler.truncated,
         lambda h: h.complete("I cannot grade this."),
-        lambda h: grade(h, {"messages": [{}, {"content": "dog"}]}),
+        lambda h: grade(h, {"messages": [{}, {"content": "Candidate: dog"}]}),
         Handler.closed,
     )
     seen: list[int] = []

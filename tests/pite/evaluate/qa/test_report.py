@@ -38,7 +38,7 @@ def answered(*texts: str | None) -> list[Prediction]:
 
 def by_candidate(prompt: Prompt) -> str | None:
     """yes 4.6 for a dog, no 1.5 for anything else, nonsense for "?" and nothing for "!"."""
-    candidate = prompt.user.rpartition("Candidate: ")[2]
+    candidate = prompt.user.rpartition("Candidate: ")[2].partition("\n")[0]
     return {"dog": '{"pred": "yes", "score": 4.6}', "?": "hm", "!": None}.get(candidate, '{"pred": "no", "score": 1.5}')
 
 
