@@ -134,6 +134,18 @@ def test_a_run_that_is_killed_pays_for_no_reply_twice(tmp_path: Path) -> None:
     assert first.numbers == {**uncached.numbers, "calls": 2}
 
 
+def test_each_reply_is_on_disk_before_the_next_prompt(tmp_path: Path) -> None:
+    lines: list[int] = []
+
+    def reply(prompt: Prompt) -> str | None:
+        lines.append((tmp_path / "c.jsonl").read_bytes().count(b"\n"))
+        return by_candidate(prompt)
+
+    with Cache(tmp_path / "c.jsonl") as cache:
+        report(answered("dog", "cat", "cow"), ITEMS, "msvd_qa", by=Function(reply), cache=cache)
+    assert lines == [0, 1, 2]
+
+
 def test_equal_prompts_are_sent_once_and_verdicts_are_in_order() -> None:
     wanted = [prompts(ITEMS[0], [text])[0] for text in ("dog", "cat", "dog", "dog")]
     by = Function(by_candidate)
