@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dataloaders.failures import LEDGER, Failure, Ledger
+from dataloaders.locks import lock
 from dataloaders.ranks import ALONE
 from dataloaders.samples.prompts import prompt_ids
 from dataloaders.store.features import FeatureStore, FeatureWriter
@@ -246,3 +248,51 @@ def test_answers_of_other_tasks_in_the_file_stay(made: Path, whole: Path, tmp_pa
     (tmp_path / "p.jsonl").write_text(line)
     assert evaluated(made, "--predictions", f"{tmp_path}/p.jsonl") == 0
     assert (tmp_path / "p.jsonl").read_text() == line + (whole / "p.jsonl").read_text()
+
+
+def test_a_second_job_that_writes_the_same_file_is_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.jsonl"
+    with lock(tmp_path / ".p.jsonl.lock", ""):
+        assert evaluated(made, "--predictions", str(path)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"pite.evaluate: another process writes its answers into {path}: wait for it, or give another file"
+    assert evaluated(made, "--predictions", str(path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"video_id": "v", "task": "captioning"}\n', r"p\.jsonl:1: field 'query_id'|field 'answer' is missing"),
+        ("[]\n", "expected an object"),
+    ],
+)
+def test_a_malformed_file_is_named_before_the_weights_are_read(
+    made: Path,
+    tmp_path: Path,
+    content: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delattr(answering, "SharedPrefixes")
+    (tmp_path / "p.jsonl").write_text(content)
+    assert evaluated(made, "--predictions", f"{tmp_path}/p.jsonl") == 1
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+    assert evaluated(made, "--predictions", "/dev/null") == 1
+    assert "--predictions /dev/null: this is no regular file" in capsys.readouterr().err
+
+
+def test_videos_that_are_encoded_later_are_answered_by_the_same_command(
+    partial: Path, made: Path, whole: Path, tmp_path: Path
+) -> None:
+    given = ["--predictions", f"{tmp_path}/p.jsonl", "--metrics", f"{tmp_path}/m.json", "--skip-missing"]
+    assert evaluated(partial, *given) == 0
+    assert len(read_predictions(tmp_path / "p.jsonl")) < 8
+    full = FeatureStore(made / "store" / "videos")
+    with FeatureWriter(FeatureStore(partial / "store" / "videos")) as writer:
+        for key in sorted(full.keys):
+            writer.add({key: full.read(key)})
+    assert evaluated(partial, *given) == 0
+    assert same(tmp_path, whole)
