@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from pite.evaluate.__main__ import main
+from tests import SOURCE_PATH
 from tests.commands import status_of
 from tests.pite.evaluate.qa.server import Handler, in_turn, running
 
@@ -90,6 +95,35 @@ def test_errors_are_one_sentence(
     assert qa(tmp_path, "--judge-url", server.url, "--judge-model", "m") == 1
     error = capsys.readouterr().err
     assert "OPENAI_API_KEY has characters that no header may hold" in error and "cret" not in error
+
+
+def test_a_process_that_is_killed_pays_for_no_reply_twice(tmp_path: Path) -> None:
+    judge = ["--judge-model", "m", "--concurrency", "1"]
+    stuck = threading.Event()
+
+    def behave(handler: Handler, body: dict) -> None:
+        if len(server.bodies) == 4:
+            stuck.set()
+            never.wait(60)
+        else:
+            grade(handler, body)
+
+    never = threading.Event()
+    with running(behave) as server:
+        argv = ["qa", "--benchmark", "msvd_qa", *files(tmp_path), "--judge-url", server.url, *judge]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pite.evaluate", *argv], env={**os.environ, "PYTHONPATH": SOURCE_PATH}
+        )
+        try:
+            assert stuck.wait(120)
+        finally:
+            process.kill()
+            process.wait()
+            never.set()
+        assert qa(tmp_path, "--judge-url", server.url, *judge) == 0
+        first, second = server.prompts[:3], server.prompts[4:]
+    assert len(second) == 3 and not set(first) & set(second)
+    assert json.loads((tmp_path / "m.json").read_text())["msvd_qa"]["accuracy"] == pytest.approx(400 / 6)
 
 
 @pytest.mark.parametrize(
