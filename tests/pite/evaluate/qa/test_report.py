@@ -38,7 +38,7 @@ def answered(*texts: str | None) -> list[Prediction]:
 
 def by_candidate(prompt: Prompt) -> str | None:
     """yes 4.6 for a dog, no 1.5 for anything else, nonsense for "?" and nothing for "!"."""
-    candidate = prompt.user.rpartition("Candidate: ")[2]
+    candidate = prompt.user.rpartition("Candidate: ")[2].partition("\n")[0]
     return {"dog": '{"pred": "yes", "score": 4.6}', "?": "hm", "!": None}.get(candidate, '{"pred": "no", "score": 1.5}')
 
 
@@ -132,6 +132,18 @@ def test_a_run_that_is_killed_pays_for_no_reply_twice(tmp_path: Path) -> None:
     assert not silent.sent and second.numbers == {**first.numbers, "calls": 0}
     uncached = report(answers, ITEMS, "msvd_qa", by=Function(by_candidate))
     assert first.numbers == {**uncached.numbers, "calls": 2}
+
+
+def test_each_reply_is_on_disk_before_the_next_prompt(tmp_path: Path) -> None:
+    lines: list[int] = []
+
+    def reply(prompt: Prompt) -> str | None:
+        lines.append((tmp_path / "c.jsonl").read_bytes().count(b"\n"))
+        return by_candidate(prompt)
+
+    with Cache(tmp_path / "c.jsonl") as cache:
+        report(answered("dog", "cat", "cow"), ITEMS, "msvd_qa", by=Function(reply), cache=cache)
+    assert lines == [0, 1, 2]
 
 
 def test_equal_prompts_are_sent_once_and_verdicts_are_in_order() -> None:
