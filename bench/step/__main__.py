@@ -77,6 +77,7 @@ def pite_step(problem: Problem) -> Step:
     batches = [problem.pack(members) for members in problem.split()]
     optimizer = make_optimizer(model, RECIPE)
     gradients = Gradients(backward_order(model), 1)
+    model.cast_lora()
 
     def step(update: bool = True) -> Sequence[Tensor]:
         total = torch.zeros((), device=model.device)
@@ -87,6 +88,7 @@ def pite_step(problem: Problem) -> Step:
         if update:
             torch.nn.utils.clip_grad_norm_([p for _, p in model.trainable()], RECIPE.max_grad_norm)
             optimizer.step()
+            model.cast_lora()
         gradients.zero()
         return [total]
 

@@ -136,8 +136,9 @@ def lora_linear(
     *,
     scale: float = 1.0,
     splits: Sequence[int] | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    y = F.linear(x, weight)
+    y = F.linear(x, weight, bias)
     if lora_a is None or lora_b is None:
         return y
     sizes = [weight.shape[0]] if splits is None else list(splits)
