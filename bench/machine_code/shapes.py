@@ -36,7 +36,8 @@ def call_trajectory(
     weight, bias = hidden.new_empty(outputs, depth), hidden.new_empty(outputs)
     targets = torch.empty(rows, 1, outputs // 2, 2)
     at = torch.empty(rows, dtype=torch.int64)
-    _, sign, scale = trajectory.forward(hidden, weight, bias, targets, at, None, skip_absent)
+    _, sign, scale, _ = trajectory.forward(hidden, weight, bias, targets, at, None, skip_absent)
+    trajectory.forward(hidden, weight, bias, targets, at, None, skip_absent, each=True)
     gradient = hidden.new_empty(TOKENS, depth)
     trajectory.write_grad_hidden(gradient, scale, weight, sign, at, accumulate)
     trajectory.grad_weight(scale, hidden, weight, sign, at)
@@ -47,10 +48,11 @@ def call_cross_entropy(dtype: torch.dtype, vocabulary: int, *, with_rows: bool =
     weight, ids = hidden.new_empty(vocabulary, 4096), torch.empty(ROWS, dtype=torch.int64)
     at = torch.empty(ROWS, dtype=torch.int64) if with_rows else None
     normalizer = torch.empty(())
-    _, scale, dx, _, _ = cross_entropy.forward(
-        hidden, weight, None, ids, at, normalizer, smoothing, -100, True, False, False
+    _, scale, dx, _, _, losses = cross_entropy.forward(
+        hidden, weight, None, ids, at, normalizer, None, smoothing, -100, True, False, False
     )
-    cross_entropy.scatter_rows(dx, at, scale, len(hidden))
+    for coefficient in (scale, losses):
+        cross_entropy.scatter_rows(dx, at, coefficient, len(hidden))
 
 
 def call_lora(dtype: torch.dtype, splits: list[int], rank: int, *, odd_stride: bool = False) -> None:

@@ -36,14 +36,20 @@ def trajectory_l1(
     *,
     normalizer: Tensor | None = None,
     absent: str = "skip",
+    weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     dtype = accumulator(hidden.dtype)
     targets = targets.to(dtype)
     predictions = F.linear(hidden[rows], weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
     distance = (predictions.view_as(targets).to(dtype) - targets).abs()
     counted = torch.ones_like(targets) if absent == "regress" else _present(targets).to(dtype)
-    count = counted.sum() if normalizer is None else normalizer.to(dtype)
-    return torch.where(counted > 0, distance, 0).sum() * reciprocal(count)
+    w = torch.ones_like(rows, dtype=dtype) if weights is None else weights.to(dtype)
+    losses = w * torch.where(counted > 0, distance, 0).flatten(1).sum(1)
+    if reduction == "none":
+        return losses
+    count = (w * counted.flatten(1).sum(1)).sum() if normalizer is None else normalizer.to(dtype)
+    return losses.sum() * reciprocal(count)
 
 
 def _present(targets: Tensor) -> Tensor:
@@ -60,15 +66,20 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     normalizer: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     dtype = accumulator(hidden.dtype)
     selected = hidden if rows is None else hidden[rows]
     logits = F.linear(selected, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)).to(dtype)
-    total = F.cross_entropy(
-        logits, target_ids, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+    w = torch.ones_like(target_ids, dtype=dtype) if weights is None else weights.to(dtype)
+    losses = w * F.cross_entropy(
+        logits, target_ids, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
     )
-    count = (target_ids != ignore_index).sum() if normalizer is None else normalizer
-    return total * reciprocal(count.to(dtype))
+    if reduction == "none":
+        return losses
+    count = torch.where(target_ids == ignore_index, 0, w).sum() if normalizer is None else normalizer
+    return losses.sum() * reciprocal(count.to(dtype))
 
 
 def two_head_loss(

@@ -92,13 +92,14 @@ def two_head_forward(
     need_lm_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (loss, ce, l1, ce scale, l1 scale, dX of the supervised rows, dW of the vocabulary head, sign)."""
-    ce, ce_scale, dx, dw, _ = cross_entropy_forward(
+    ce, ce_scale, dx, dw, _, _ = cross_entropy_forward(
         hidden,
         lm_weight,
         None,
         target_ids,
         target_rows,
         ce_normalizer,
+        None,
         label_smoothing,
         -100,
         need_hidden,
