@@ -15,16 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pite_kernels.dispatch import autocast, cpp, uses_triton, with_unit_stride, without_autocast
+from pite_kernels.checks import check_devices, check_hidden, check_normalizer, check_weights, validate_rows
+from pite_kernels.dispatch import NAMESPACE, autocast, cpp, uses_triton, with_unit_stride, without_autocast
 from pite_kernels.reference import accumulator, reciprocal
-from pite_kernels.trajectory import (
-    NAMESPACE,
-    check_devices,
-    check_hidden,
-    check_normalizer,
-    check_weights,
-    validate_rows,
-)
 
 
 def linear_cross_entropy(

@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pite_kernels.dispatch import autocast, uses_triton, with_unit_stride, without_autocast
+from pite_kernels.dispatch import NAMESPACE, autocast, uses_triton, with_unit_stride, without_autocast
 from pite_kernels.fp8 import Fp8Weight, product
-from pite_kernels.trajectory import NAMESPACE
 
 
 def lora_linear(

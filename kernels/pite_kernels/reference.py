@@ -167,13 +167,33 @@ def rms_norm(
 
 
 def rope_tables(
-    position_ids: Tensor, head_dim: int, *, theta: float = 10000.0, dtype: torch.dtype = torch.float32
+    position_ids: Tensor,
+    head_dim: int,
+    *,
+    theta: float = 10000.0,
+    dtype: torch.dtype = torch.float32,
+    sections: Sequence[int] | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    wide = accumulator(dtype)
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=wide) / head_dim
-    angles = position_ids.to(wide)[:, None] * theta**-exponents
+    wide, device = accumulator(dtype), position_ids.device
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=wide) / head_dim
+    if sections is None:
+        positions = position_ids[:, None]
+    else:
+        axes = _interleaved_axes(sections) if interleaved else [a for a, n in enumerate(sections) for _ in range(n)]
+        positions = position_ids.t().index_select(1, torch.tensor(axes, device=device))
+    angles = positions.to(wide) * theta**-exponents
     angles = torch.cat([angles, angles], -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _interleaved_axes(sections: Sequence[int]) -> list[int]:
+    """The axis of each frequency: in turn, until an axis but the first has had its section; the first has the rest."""
+    axes = [0] * sum(sections)
+    for axis in range(1, len(sections)):
+        stop = sections[axis] * len(sections)
+        axes[axis : stop : len(sections)] = [axis] * len(range(axis, stop, len(sections)))
+    return axes
 
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

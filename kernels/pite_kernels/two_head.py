@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from pite_kernels.cross_entropy import check_cross_entropy, cross_entropy_forward, scatter_rows
-from pite_kernels.dispatch import autocast, with_unit_stride, without_autocast
+from pite_kernels.dispatch import NAMESPACE, autocast, with_unit_stride, without_autocast
 from pite_kernels.reference import accumulator
 from pite_kernels.trajectory import (
-    NAMESPACE,
     check_trajectory,
     empty_signs,
     fake_trajectory_grads,
