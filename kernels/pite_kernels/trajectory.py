@@ -60,8 +60,9 @@ def trajectory_l1(
     if reduction == "none":
         return losses
     if normalizer is None:
-        counted = (targets != -1).flatten(1).sum(1) if skip else targets[0].numel()
-        normalizer = (weights * counted).sum()
+        assert weights is not None, "the plain mean is above"
+        counted = (targets != -1) if skip else torch.ones_like(targets, dtype=torch.bool)
+        normalizer = (weights * counted.flatten(1).sum(1)).sum()
     return losses.sum() * reciprocal(normalizer.to(losses.dtype))
 
 
@@ -85,8 +86,17 @@ class FusedTrajectoryL1Loss(nn.Module):
         normalizer: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        options = {"normalizer": normalizer, "absent": self.absent, "weights": weights, "reduction": self.reduction}
-        return trajectory_l1(hidden, weight, bias, targets, rows, **options)
+        return trajectory_l1(
+            hidden,
+            weight,
+            bias,
+            targets,
+            rows,
+            normalizer=normalizer,
+            absent=self.absent,
+            weights=weights,
+            reduction=self.reduction,
+        )
 
 
 def check_trajectory(
