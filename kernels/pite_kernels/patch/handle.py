@@ -54,12 +54,14 @@ class Patch:
         """Restore the model. Code that has wrapped the patched forward since then gets the model's own results too."""
         if self.active:
             self._set_attention(own=True)
-        self.active = False
+        self.active, wrapped = False, set()
         for owner, name, method in self.before:
             if self._is_mine(vars(owner).get(name)):
                 _restore(owner, name, method)
-        if not any(self._is_mine(vars(owner).get(name)) for owner, name, _ in self.before):
-            for owner in (self.model, self.text):
+            elif name in vars(owner):
+                wrapped.add(id(owner))  # by other code, which still needs this handle to find the model's own method
+        for owner in (self.model, self.text):
+            if id(owner) not in wrapped:
                 vars(owner).pop(self.key, None)
 
     def _is_mine(self, method: Any) -> bool:

@@ -33,7 +33,8 @@ def check_loss(model: Any) -> None:
     name, config = type(model).__name__, model.config.get_text_config()
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise ValueError(f"patch: the head of {name} is {type(head).__name__}, not torch.nn.Linear{loss.REMEDY}")
+        kind = f"{type(head).__name__} of {type(head).__module__.partition('.')[0]}"
+        raise ValueError(f"patch: the head of {name} is {kind}, not torch.nn.Linear{loss.REMEDY}")
     for field in ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_logit_soft_cap"):
         if getattr(config, field, None) not in (None, 1, 1.0):
             raise ValueError(f"patch: {field} is {getattr(config, field)}, and the fused loss has none{loss.REMEDY}")
@@ -45,6 +46,8 @@ def check_loss(model: Any) -> None:
 def check_attention(model: Any, text: Any) -> None:
     """Raise ValueError unless causal attention within documents is all that the text model's layers compute."""
     name, config = type(text).__name__, text.config
+    if text is model:
+        raise ValueError(f"patch: {name} has no inner text model{attention.REMEDY}")
     if not text._can_set_attn_implementation():
         raise ValueError(f"patch: {name} has no exchangeable attention (AttentionInterface){attention.REMEDY}")
     missing = {"attention_mask", "position_ids", "inputs_embeds"} - set(
@@ -57,8 +60,8 @@ def check_attention(model: Any, text: Any) -> None:
                   "output_router_logits", "output_attentions", "layerdrop"):  # fmt: skip
         if getattr(config, field, None):
             raise ValueError(
-                f"patch: {field} is {getattr(config, field)} in the config of {name}, and packed attention has no such "
-                f"thing{attention.REMEDY}"
+                f"patch: {field} is {getattr(config, field)} in the config of {name}, which packed attention does not "
+                f"support{attention.REMEDY}"
             )
     if getattr(config, "is_causal", True) is False:
         raise ValueError(f"patch: is_causal is False in the config of {name}{attention.REMEDY}")
