@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from pite_kernels import patch, row_index
+from pite_kernels import pack_batch, patch, row_index
+from tests.fake_cuda import fake_cuda
 from tests.kernels.families import (
-    FAMILIES,
-    MORE_FAMILIES,
     PAD,
     TEXT,
     Document,
@@ -26,63 +22,8 @@ from tests.kernels.families import (
     gradients,
     inputs_of,
     joined,
-    llava_family,
 )
-
-ALL = {**FAMILIES, **MORE_FAMILIES}
-
-
-def make(name: str = "LlavaNextVideo", words: Sequence[int] = (5, 9)) -> tuple[PreTrainedModel, list[Document]]:
-    torch.manual_seed(0)
-    family = ALL[name]()
-    family.model.train()
-    return family.model, [document(family, n, seed) for seed, n in enumerate(words)]
-
-
-def padded(model: PreTrainedModel, documents: Sequence[Document], side: str = "right") -> dict[str, Tensor]:
-    """A row for each document, as a processor of transformers makes it."""
-    longest = max(len(d.labels) for d in documents)
-
-    def pad(x: Tensor, value: int) -> Tensor:
-        count = longest - x.shape[-1]
-        return F.pad(x, (0, count) if side == "right" else (count, 0), value=value)
-
-    rows = {
-        name: torch.cat([pad(d.inputs[name], PAD) for d in documents]) for name in ("input_ids", "mm_token_type_ids")
-    }
-    others = {n: torch.cat([d.inputs[n] for d in documents]) for n in documents[0].inputs if n not in rows}
-    mask = torch.cat([pad(torch.ones_like(d.inputs["input_ids"]), 0) for d in documents])
-    labels = torch.stack([pad(d.labels, -100) for d in documents])
-    return {**inputs_of(model, {**rows, **others}), "attention_mask": mask, "labels": labels}
-
-
-def packed(model: PreTrainedModel, documents: Sequence[Document]) -> dict[str, Any]:
-    """All documents in one row, with the boundaries as transformers' DataCollatorWithFlattening passes them."""
-    lengths = [len(d.labels) for d in documents]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    given = {
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
-    return {**joined(model, documents), "labels": torch.cat([d.labels for d in documents])[None], **given}
-
-
-def one_by_one(model: PreTrainedModel, documents: Sequence[Document]) -> Tensor:
-    """The model's own loss of separate documents, as a mean over all their words."""
-    words = sum(int((d.labels != -100).sum()) for d in documents)
-    return sum(
-        (model(**inputs_of(model, d.inputs), labels=d.labels[None]).loss * (d.labels != -100).sum() / words
-         for d in documents), torch.zeros(()))  # fmt: skip
-
-
-@contextmanager
-def raises(sentence: str) -> Iterator[None]:
-    """A ValueError that is one sentence."""
-    with pytest.raises(ValueError, match=sentence) as caught:
-        yield
-    assert str(caught.value).startswith("patch: ") and "\n" not in str(caught.value)
+from tests.kernels.patched import ALL, make, one_by_one, packed, padded, raises, small
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -103,6 +44,7 @@ def test_loss_and_gradients_equal_those_of_the_models_own_code(name: str) -> Non
         loss = model(**row).loss
         torch.testing.assert_close(loss, alone)
         assert_gradients_equal(gradients(loss, model), expected)
+        torch.testing.assert_close(model(**pack_batch(rows)).loss, alone)
     again = model(**rows, output_hidden_states=True)
     assert torch.equal(again.logits, own.logits) and torch.equal(again.loss, own.loss)
     assert any("projector" in n or "connector" in n or "visual" in n for n in expected), "no gradient reached the video"
@@ -141,6 +83,38 @@ def test_documents_from_positions_that_restart() -> None:
             model(**row, position_ids=2 * restarting)
         with raises("inside a row that attention_mask makes one document"):
             model(**row, position_ids=restarting, attention_mask=torch.ones_like(restarting))
+
+
+def test_a_packed_batch() -> None:
+    model, documents = make("Qwen2VL")
+    for side in ("right", "left"):
+        row, expected = pack_batch(padded(model, documents, side)), packed(model, documents)
+        for name in ("input_ids", "mm_token_type_ids", "pixel_values_videos", "labels", "cu_seq_lens_q"):
+            assert torch.equal(row[name], expected[name])
+        assert row["max_length_q"] == expected["max_length_q"] and "attention_mask" not in row
+        assert torch.equal(row["labels"][0, row["rows"] + 1], row["target_ids"])
+        assert len(row["rows"]) == (row["labels"] != -100).sum()
+    batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 0, 0], [0, 0, 0]])}
+    batch |= {"labels": batch["input_ids"], "attention_mask": (batch["input_ids"] > 0).int(), "position_ids": None}
+    row = pack_batch(batch)
+    assert row["labels"].tolist() == [[-100, 2, 3, -100]] and row["target_ids"].tolist() == [2, 3]
+    assert row["cu_seq_lens_q"].tolist() == [0, 3, 4, 4]
+
+
+def test_given_boundaries_and_rows_do_not_synchronize_with_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake CUDA tensors, which have no values to read: what is found instead of given reads some."""
+    with fake_cuda(monkeypatch):
+        model = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**TEXT), dtype=torch.bfloat16)
+        ids, bounds = torch.ones(1, 17, dtype=torch.long), torch.ones(4, dtype=torch.int32)
+        rows = torch.ones(11, dtype=torch.long)
+        given: dict[str, Any] = {"cu_seq_lens_q": bounds, "max_length_q": 9}
+        with patch(model):
+            loss = model(ids, labels=ids, rows=rows, target_ids=rows, num_items_in_batch=40, **given).loss
+            loss.backward()
+            assert all(p.grad is not None for p in model.parameters())
+            for fewer in ({"rows": rows, "target_ids": rows, "position_ids": ids}, given):
+                with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                    model(ids, labels=ids, **fewer)
 
 
 def test_a_label_counts_within_its_document() -> None:
@@ -292,145 +266,6 @@ def test_generation_uses_the_models_own_attention(tmp_path: Any) -> None:
         model.save_pretrained(tmp_path)
         assert handle.active
     assert "pite" not in (tmp_path / "config.json").read_text()
-
-
-def test_wrong_boundaries_are_refused() -> None:
-    model, documents = make()
-    row = packed(model, documents)
-    with patch(model):
-        with raises("either cu_seq_lens_q or attention_mask"):
-            model(**row, attention_mask=torch.ones_like(row["input_ids"]))
-        with raises("must rise from 0 to the number of tokens, 46"):
-            model(**row | {"cu_seq_lens_q": torch.tensor([0, 21, 40], dtype=torch.int32)})
-        with raises("max_length_q is 5, but a document has 25 tokens"):
-            model(**row | {"max_length_q": 5})
-        torch.testing.assert_close(model(**row | {"max_length_q": None}).loss, model(**row).loss)
-        with raises("the batch has 2 rows"):
-            model(**padded(model, documents) | {"attention_mask": None, "cu_seq_lens_q": row["cu_seq_lens_q"]})
-        with raises(r"must be \(B, T\)"):
-            model(**padded(model, documents) | {"attention_mask": torch.ones(2, 1, 25, 25)})
-        with raises(r"attention_mask must be \(2, 25\)"):
-            model(**padded(model, documents) | {"attention_mask": torch.ones(2, 20)})
-        with raises("call the patched model or its text model, not a layer"):
-            model.model.language_model.layers[0](torch.zeros(1, 3, 32), position_embeddings=torch.ones(2, 1, 3, 8))
-        with raises("output_attentions"):
-            model(**row, output_attentions=True)
-
-
-def test_positions_must_not_replace_those_of_images() -> None:
-    model, documents = make("Qwen2VL")
-    row = packed(model, documents)
-    restarting = torch.cat([torch.arange(len(d.labels)) for d in documents])[None]
-    with patch(model), raises("would replace the coordinates of images"):
-        model(**row, position_ids=restarting)
-
-
-def small(name: str, **config: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    kind = getattr(transformers, f"{name}ForCausalLM")
-    return kind(getattr(transformers, f"{name}Config")(**{**TEXT, **config})).train()
-
-
-def test_sliding_windows() -> None:
-    """A window that no document reaches has no effect; a shorter one is refused."""
-    family = llava_family(
-        "LlavaNextVideo", lambda side: (side // 2) ** 2, dict(model_type="mistral", sliding_window=21)
-    )
-    model = family.model.train()
-    documents = [document(family, words, words) for words in (3, 5, 6)]
-    rows, longer = padded(model, documents[:2]), padded(model, documents)
-    own, own_longer = model(**rows).loss, model(**longer).loss
-    with patch(model):
-        torch.testing.assert_close(model(**rows).loss, own)
-        torch.testing.assert_close(model(**packed(model, documents[:2])).loss, own)
-        with raises("sliding_window of MistralConfig is 21, but a document has 22 tokens"):
-            model(**longer)
-    with patch(model, attention=False):
-        torch.testing.assert_close(model(**longer).loss, own_longer)
-
-
-REFUSED = {
-    "attn_logit_softcapping is 50.0": lambda: (small("Gemma2", head_dim=8, final_logit_softcapping=None), {}),
-    "final_logit_softcapping is 30.0": lambda: (small("Gemma2", head_dim=8), {}),
-    "attention sinks": lambda: (small("GptOss", head_dim=8, num_local_experts=2, num_experts_per_tok=1), {}),
-    "attention_dropout is 0.1": lambda: (small("Llama", attention_dropout=0.1), {}),
-    "logits_scaling is 8.0": lambda: (small("Granite", logits_scaling=8.0), {}),
-    "layer_types has conv": lambda: (small("Lfm2", layer_types=["full_attention", "conv"]), {}),
-    "no position_ids": lambda: (small("Mamba"), {}),
-    "output_router_logits is True": lambda: (
-        small("Mixtral", output_router_logits=True, num_local_experts=2), {}),
-    "nothing would change": lambda: (small("Llama"), {"loss": False, "attention": False}),
-    "not a model of transformers": lambda: (nn.Linear(2, 2), {}),
-    "is_encoder_decoder": lambda: (
-        transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)), {}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("sentence", REFUSED)
-def test_refused_models(sentence: str) -> None:
-    model, options = REFUSED[sentence]()
-    before = {id(m): {**vars(m)} for m in model.modules()}
-    with raises(sentence):
-        patch(model, **options)
-    assert all(vars(m) == before[id(m)] for m in model.modules())
-
-
-@pytest.mark.parametrize("name", ["Gemma3", "PaliGemma"])
-def test_images_that_attend_in_both_directions(name: str) -> None:
-    """The attention is refused, the loss alone is the model's own."""
-    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16)
-    kind, extra = {
-        "Gemma3": ("gemma3_text", dict(mm_tokens_per_image=4)),
-        "PaliGemma": ("gemma", dict(projection_dim=32)),
-    }[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(
-        text_config={**TEXT, "model_type": kind, "head_dim": 8},
-        vision_config=dict(vision, model_type="siglip_vision_model", patch_size=8),
-        image_token_id=60,
-        **extra,
-    )
-    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).train()
-    for projector in model.model.multi_modal_projector.parameters():
-        nn.init.normal_(projector, std=0.1)  # Gemma 3 starts with zeros, whose norm has enormous derivatives
-    with raises("use_bidirectional_attention is True" if name == "PaliGemma" else "create_masks_for_vision_model"):
-        patch(model)
-    ids = torch.tensor([[1, 2, 60, 60, 60, 60, 3, 4, 5, 6]])
-    types = (ids == 60).long() if name == "Gemma3" else (torch.arange(10) > 7).long()[None]
-    batch = dict(input_ids=ids, token_type_ids=types, pixel_values=torch.randn(1, 3, 16, 16), labels=ids.clone())
-    batch["labels"][:, :7] = -100
-    own = model(**batch)
-    expected = gradients(own.loss, model)
-    with patch(model, attention=False):
-        ours = model(**batch)
-        torch.testing.assert_close(ours.loss, own.loss)
-        assert_gradients_equal(gradients(ours.loss, model), expected)
-
-
-def test_a_model_that_changes_its_logits_is_refused() -> None:
-    """Also where no field of the config shows it."""
-
-    class Scaled(transformers.LlamaForCausalLM):
-        def forward(self, input_ids: Tensor, labels: Tensor, **kwargs: Any) -> Any:
-            logits = 2 * self.lm_head(self.model(input_ids).last_hidden_state)
-            return transformers.modeling_outputs.CausalLMOutputWithPast(
-                loss=self.loss_function(logits=logits, labels=labels, vocab_size=64)
-            )
-
-    model = Scaled(transformers.LlamaConfig(**TEXT))
-    ids = torch.randint(1, 50, (1, 7))
-    with patch(model), raises("changes its logits after lm_head"):
-        model(ids, labels=ids)
-
-
-def test_layers_that_mix_tokens_without_attention_are_refused() -> None:
-    model = small("Llama")
-    ids = torch.randint(1, 50, (1, 7))
-    with patch(model):
-        model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states.cumsum(1), None)
-        with raises("1 of the 2 layers of LlamaModel use packed attention"):
-            model(ids, labels=ids)
 
 
 @pytest.mark.parametrize("name", ["LlavaNextVideo", "Qwen2_5_VL"])

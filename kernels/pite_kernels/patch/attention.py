@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,8 @@ from torch import Tensor, nn
 from pite_kernels.attention import packed_attention
 from pite_kernels.dispatch import autocast
 from pite_kernels.patch.documents import Documents, find_documents
-
-if TYPE_CHECKING:
-    from pite_kernels.patch.handle import Patch
-
-NAME = "pite_packed"
-"""Of the attention function, in the model's config while it is patched."""
+from pite_kernels.patch.refusals import LOSS_ONLY
+from pite_kernels.patch.state import Patch
 
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _PER_TOKEN = ("input_ids", "inputs_embeds", "visual_pos_masks")
@@ -65,20 +61,17 @@ def check_options(module: nn.Module, options: dict[str, Any], longest: int) -> N
     layer = type(module).__name__
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
-            raise ValueError(f"patch: {layer} passes {name}, which packed attention does not compute{REMEDY}")
+            raise ValueError(f"patch: {layer} passes {name}, which packed attention does not compute{LOSS_ONLY}")
     if options.get("dropout"):
-        raise ValueError(f"patch: {layer} has attention dropout {options['dropout']}; set it to 0, or{REMEDY[1:]}")
+        raise ValueError(f"patch: {layer} has attention dropout {options['dropout']}; set it to 0, or{LOSS_ONLY[1:]}")
     check_window("sliding_window", options.get("sliding_window"), longest)
-
-
-REMEDY = "; patch the loss only: patch(model, attention=False)"
 
 
 def check_window(field: str, window: int | None, longest: int) -> None:
     """Raise ValueError if a sliding window of that many tokens would hide part of a document."""
     if window is not None and longest > window:
         raise ValueError(
-            f"patch: {field} is {window}, but a document has {longest} tokens, and packed attention has no window{REMEDY}"
+            f"patch: {field} is {window}, but a document has {longest} tokens, and packed attention has no window{LOSS_ONLY}"
         )
 
 
@@ -99,7 +92,7 @@ def text_forward(patch: Patch, text: nn.Module, call: dict[str, Any]) -> Any:
     if _calls.count != layers:
         raise ValueError(
             f"patch: {_calls.count} of the {layers} layers of {type(text).__name__} use packed attention, and the "
-            f"others may mix documents{REMEDY}"
+            f"others may mix documents{LOSS_ONLY}"
         )
     out = out if documents.one_row else _unpacked(out, documents)
     return out.to_tuple() if wanted is False else out
@@ -135,13 +128,13 @@ def _documents(text: nn.Module, call: dict[str, Any]) -> Documents | None:
 def _check_call(text: nn.Module, call: dict[str, Any], documents: Documents) -> None:
     for name in ("output_attentions", "output_router_logits"):
         if call.get(name) or (call.get(name) is None and getattr(text.config, name, False)):
-            raise ValueError(f"patch: {name} is not supported with packed attention{REMEDY}")
+            raise ValueError(f"patch: {name} is not supported with packed attention{LOSS_ONLY}")
     known = (*_PER_TOKEN, "attention_mask", "position_ids")
     for name, value in call.items():
         per_token = isinstance(value, Tensor) and tuple(value.shape[:2]) == documents.shape and name not in known
         if per_token and not documents.one_row:
             raise ValueError(
-                f"patch: {type(text).__name__} gets {name} for each token, which patch cannot pack{REMEDY}"
+                f"patch: {type(text).__name__} gets {name} for each token, which patch cannot pack{LOSS_ONLY}"
             )
 
 

@@ -112,7 +112,7 @@ def _given(shape: tuple[int, int], device: torch.device, cu_seqlens: Tensor, lon
     bounds = cu_seqlens.flatten()
     if shape[0] != 1:
         raise ValueError(f"patch: cu_seq_lens_q divides one row of tokens, but the batch has {shape[0]} rows")
-    if bounds.device.type == "cpu":
+    if not bounds.is_cuda:
         lengths = bounds.diff()
         if len(bounds) < 2 or int(bounds[0]) != 0 or int(bounds[-1]) != shape[1] or bool((lengths < 0).any()):
             raise ValueError(f"patch: cu_seq_lens_q must rise from 0 to the number of tokens, {shape[1]}")

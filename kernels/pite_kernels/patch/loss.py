@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from pite_kernels.cross_entropy import linear_cross_entropy
 from pite_kernels.patch.documents import Documents
-
-if TYPE_CHECKING:
-    from pite_kernels.patch.handle import Patch
+from pite_kernels.patch.refusals import ATTENTION_ONLY
+from pite_kernels.patch.state import Patch
 
 
 def loss_forward(patch: Patch, model: nn.Module, call: dict[str, Any]) -> Any:
@@ -36,12 +35,9 @@ def loss_forward(patch: Patch, model: nn.Module, call: dict[str, Any]) -> Any:
     with step.installed(model):
         out = patch.own(model, "forward")(**call, return_dict=True)
     if step.loss is None:
-        raise ValueError(f"patch: {type(model).__name__} computes its loss without its loss_function{REMEDY}")
+        raise ValueError(f"patch: {type(model).__name__} computes its loss without its loss_function{ATTENTION_ONLY}")
     out = out if step.keep_logits else dataclasses.replace(out, logits=None)
     return out if wanted else out.to_tuple()
-
-
-REMEDY = "; patch the attention only: patch(model, loss=False)"
 
 
 class _Step:
@@ -91,7 +87,7 @@ class _Step:
     ) -> Tensor:
         """Instead of transformers' ForCausalLMLoss, with its arguments."""
         if logits is not self.logits or self.hidden is None:
-            raise ValueError(f"patch: the model changes its logits after lm_head, and patch does not{REMEDY}")
+            raise ValueError(f"patch: the model changes its logits after lm_head, and patch does not{ATTENTION_ONLY}")
         hidden = self.hidden
         rows, target_ids = self.targets
         if rows is None or target_ids is None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from pite_kernels.patch import attention, loss
+LOSS_ONLY = "; patch the loss only: patch(model, attention=False)"
+ATTENTION_ONLY = "; patch the attention only: patch(model, loss=False)"
 
 _IMAGES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
 
@@ -34,49 +35,49 @@ def check_loss(model: Any) -> None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         kind = f"{type(head).__name__} of {type(head).__module__.partition('.')[0]}"
-        raise ValueError(f"patch: the head of {name} is {kind}, not torch.nn.Linear{loss.REMEDY}")
+        raise ValueError(f"patch: the head of {name} is {kind}, not torch.nn.Linear{ATTENTION_ONLY}")
     for field in ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_logit_soft_cap"):
         if getattr(config, field, None) not in (None, 1, 1.0):
-            raise ValueError(f"patch: {field} is {getattr(config, field)}, and the fused loss has none{loss.REMEDY}")
+            raise ValueError(f"patch: {field} is {getattr(config, field)}, and the fused loss has none{ATTENTION_ONLY}")
     own = import_module("transformers.loss.loss_utils").ForCausalLMLoss
     if model.loss_function is not own or "loss_function" not in _globals_of(model):
-        raise ValueError(f"patch: {name} has a loss of its own (loss_type {model.loss_type}){loss.REMEDY}")
+        raise ValueError(f"patch: {name} has a loss of its own (loss_type {model.loss_type}){ATTENTION_ONLY}")
 
 
 def check_attention(model: Any, text: Any) -> None:
     """Raise ValueError unless causal attention within documents is all that the text model's layers compute."""
     name, config = type(text).__name__, text.config
     if text is model:
-        raise ValueError(f"patch: {name} has no inner text model{attention.REMEDY}")
+        raise ValueError(f"patch: {name} has no inner text model{LOSS_ONLY}")
     if not text._can_set_attn_implementation():
-        raise ValueError(f"patch: {name} has no exchangeable attention (AttentionInterface){attention.REMEDY}")
+        raise ValueError(f"patch: {name} has no exchangeable attention (AttentionInterface){LOSS_ONLY}")
     missing = {"attention_mask", "position_ids", "inputs_embeds"} - set(
         inspect.signature(type(text).forward).parameters
     )
     if missing:
-        raise ValueError(f"patch: {name}.forward has no {' and no '.join(sorted(missing))}{attention.REMEDY}")
+        raise ValueError(f"patch: {name}.forward has no {' and no '.join(sorted(missing))}{LOSS_ONLY}")
     for field in ("attention_dropout", "attn_pdrop", "attn_logit_softcapping", "cross_attention_layers",
                   "add_cross_attention", "use_bidirectional_attention", "attention_chunk_size",
                   "output_router_logits", "output_attentions", "layerdrop"):  # fmt: skip
         if getattr(config, field, None):
             raise ValueError(
                 f"patch: {field} is {getattr(config, field)} in the config of {name}, which packed attention does not "
-                f"support{attention.REMEDY}"
+                f"support{LOSS_ONLY}"
             )
     if getattr(config, "is_causal", True) is False:
-        raise ValueError(f"patch: is_causal is False in the config of {name}{attention.REMEDY}")
+        raise ValueError(f"patch: is_causal is False in the config of {name}{LOSS_ONLY}")
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if others:
-        raise ValueError(f"patch: layer_types has {', '.join(sorted(others))}{attention.REMEDY}")
+        raise ValueError(f"patch: layer_types has {', '.join(sorted(others))}{LOSS_ONLY}")
     sinks = next((n for n, _ in text.named_parameters() if n.endswith("sinks")), None)
     if sinks:
-        raise ValueError(f"patch: {name} has attention sinks ({sinks}){attention.REMEDY}")
+        raise ValueError(f"patch: {name} has attention sinks ({sinks}){LOSS_ONLY}")
     for module in _around(model, text):
         builds = next((n for n in _globals_of(module) if n.startswith("create_") and "mask" in n), None)
         if builds:
             raise ValueError(
                 f"patch: {type(module).__name__} makes attention masks of its own ({builds}), as for images that "
-                f"attend in both directions{attention.REMEDY}"
+                f"attend in both directions{LOSS_ONLY}"
             )
 
 
@@ -89,7 +90,7 @@ def text_configs(model: Any, text: Any) -> list[Any]:
         if id(module) not in inside and id(module) not in around and id(getattr(module, "config", None)) in configs:
             raise ValueError(
                 f"patch: {type(module).__name__} shares its config with {type(text).__name__}, so the attention of one "
-                f"cannot be set without the other's{attention.REMEDY}"
+                f"cannot be set without the other's{LOSS_ONLY}"
             )
     return list(configs.values())
 

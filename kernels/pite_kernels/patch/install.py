@@ -1,4 +1,4 @@
-"""`patch(model)`, and its undo.
+"""`patch(model)`.
 
 Only attributes of the given instance change: `forward` and `generate` of the model, `forward` of its text model, and
 the attention implementation in the text model's config. They are bound methods, so that a deep copy of the model runs
@@ -8,10 +8,7 @@ on its own parameters. The class and the library stay as they are; transformers'
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import cache, wraps
 from importlib import import_module
 from types import MethodType
@@ -22,91 +19,9 @@ from torch import nn
 
 from pite_kernels.cross_entropy import check_smoothing
 from pite_kernels.patch import refusals
-from pite_kernels.patch.attention import NAME, attend, text_forward
-from pite_kernels.patch.documents import Documents
+from pite_kernels.patch.attention import attend, text_forward
 from pite_kernels.patch.loss import loss_forward
-
-_numbers = itertools.count()
-
-
-@dataclass(eq=False)
-class Patch:
-    """A patched model. `undo()` restores it; as a context manager it does so at the end.
-
-    window   name and value of the config's sliding window that layers use; value None: no window
-    configs  the text model's configs, each with its own attention implementation
-    """
-
-    model: nn.Module
-    text: nn.Module
-    loss: bool
-    attention: bool
-    label_smoothing: float
-    window: tuple[str, int | None]
-    configs: list[tuple[Any, str]]
-    before: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
-    documents: Documents | None = None
-    active: bool = True
-    key: str = field(default_factory=lambda: f"_pite_kernels_patch_{next(_numbers)}")
-    """Name of the attribute that holds this handle: of the model, and of the text model."""
-
-    def undo(self) -> None:
-        """Restore the model. Code that has wrapped the patched forward since then gets the model's own results too."""
-        if self.active:
-            self._set_attention(own=True)
-        self.active, wrapped = False, set()
-        for owner, name, method in self.before:
-            if self._is_mine(vars(owner).get(name)):
-                _restore(owner, name, method)
-            elif name in vars(owner):
-                wrapped.add(id(owner))  # by other code, which still needs this handle to find the model's own method
-        for owner in (self.model, self.text):
-            if id(owner) not in wrapped:
-                vars(owner).pop(self.key, None)
-
-    def _is_mine(self, method: Any) -> bool:
-        return isinstance(method, MethodType) and vars(method.__func__).get("key") == self.key
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
-
-    def own(self, owner: nn.Module, name: str) -> Callable[..., Any]:
-        """The method that `owner` had before."""
-        method = next(m for module, n, m in self.before if module is owner and n == name)
-        return getattr(type(owner), name).__get__(owner) if method is None else method  # type: ignore[no-any-return]
-
-    @contextmanager
-    def own_attention(self) -> Iterator[None]:
-        """Everything inside runs as if the model were not patched."""
-        if not self.active:
-            yield
-            return
-        self.active = False
-        self._set_attention(own=True)
-        try:
-            yield
-        finally:
-            self.active = True
-            self._set_attention(own=False)
-
-    def _set_attention(self, own: bool) -> None:
-        for config, implementation in self.configs:
-            config._attn_implementation_internal = implementation if own else NAME
-
-    def install(self) -> None:
-        """Replace the methods, and set the attention implementation."""
-        replaced = [(self.model, "forward", _model_forward)]
-        if self.attention:
-            replaced += [(self.text, "forward", _text_forward)] if self.text is not self.model else []
-            replaced += [(self.model, "generate", _generate)] if hasattr(self.model, "generate") else []
-        for owner, name, function in replaced:
-            self.before.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, MethodType(_like(owner, name, function, self.key), owner))
-            setattr(owner, self.key, self)
-        self._set_attention(own=False)
+from pite_kernels.patch.state import NAME, Patch
 
 
 def patch(model: nn.Module, *, loss: bool = True, attention: bool = True, label_smoothing: float = 0.0) -> Patch:
@@ -145,15 +60,21 @@ def patch(model: nn.Module, *, loss: bool = True, attention: bool = True, label_
         transformers.AttentionInterface.register(NAME, attend)
     window = refusals.window(text) if attention else ("", None)
     handle = Patch(model, text, loss, attention, label_smoothing, window, configs)
-    handle.install()
+    _install(handle)
     return handle
 
 
-def _restore(owner: nn.Module, name: str, method: Any) -> None:
-    if method is None:
-        delattr(owner, name)
-    else:
-        setattr(owner, name, method)
+def _install(handle: Patch) -> None:
+    replaced = [(handle.model, "forward", _model_forward)]
+    if handle.attention:
+        replaced.append((handle.text, "forward", _text_forward))
+        if hasattr(handle.model, "generate"):
+            replaced.append((handle.model, "generate", _generate))
+    for owner, name, function in replaced:
+        handle.before.append((owner, name, vars(owner).get(name)))
+        setattr(owner, name, MethodType(_like(owner, name, function, handle.key), owner))
+        setattr(owner, handle.key, handle)
+    handle.set_attention(own=False)
 
 
 def _like(owner: nn.Module, name: str, function: Callable[..., Any], key: str) -> Callable[..., Any]:
@@ -171,13 +92,13 @@ def _like(owner: nn.Module, name: str, function: Callable[..., Any], key: str) -
 
 
 @cache
-def _names(cls: type) -> tuple[str, ...]:
-    """Parameters of the class's forward, without self."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(_names(type(module)), args)), **kwargs}
+    """All arguments by name."""
+    return {**dict(zip(_parameters(type(module).forward)[1:], args)), **kwargs}
 
 
 def _text_forward(handle: Patch, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
