@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from pite_kernels import patch
-from tests.kernels.families import TEXT, assert_gradients_equal, document, gradients, llava_family
+from tests.kernels.families import TEXT, assert_gradients_equal, document, gradients, joined, llava_family
 from tests.kernels.patched import make, packed, padded, raises, small
 
 
@@ -31,6 +31,9 @@ def test_wrong_boundaries_are_refused() -> None:
             model(**padded(model, documents) | {"attention_mask": torch.ones(2, 1, 25, 25)})
         with raises(r"attention_mask must be \(2, 25\)"):
             model(**padded(model, documents) | {"attention_mask": torch.ones(2, 20)})
+        numbered = torch.cat([torch.full((1, len(d.labels)), n) for n, d in enumerate(documents, 1)], 1)
+        with raises("attention_mask must be 0 or 1"):
+            model(**joined(model, documents), labels=row["labels"], attention_mask=numbered)
         with raises("call the patched model or its text model, not a layer"):
             model.model.language_model.layers[0](torch.zeros(1, 3, 32), position_embeddings=torch.ones(2, 1, 3, 8))
         with raises("output_attentions"):
@@ -144,4 +147,7 @@ def test_layers_that_mix_tokens_without_attention_are_refused() -> None:
     with patch(model):
         model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states.cumsum(1), None)
         with raises("1 of the 2 layers of LlamaModel use packed attention"):
+            model(ids, labels=ids)
+        model.set_attn_implementation("sdpa")
+        with raises("0 of the 2 layers of LlamaModel use packed attention"):
             model(ids, labels=ids)

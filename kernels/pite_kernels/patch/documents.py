@@ -77,6 +77,7 @@ class Documents:
         return torch.repeat_interleave(values, self.cu_seqlens.diff(), output_size=self._count)
 
 
+@torch.compiler.disable
 def find_documents(
     shape: tuple[int, int],
     device: torch.device,
@@ -130,7 +131,12 @@ def _unpadded(
             f"patch: attention_mask must be {shape} with 0 for padding, not {tuple(attention_mask.shape)}; "
             "documents that share a row need cu_seq_lens_q"
         )
-    real = attention_mask.cpu().bool()
+    host = attention_mask.cpu()
+    real = host.bool()
+    if not torch.equal(real.to(host.dtype), host):
+        raise ValueError(
+            "patch: attention_mask must be 0 or 1; for documents that share a row leave it out and pass cu_seq_lens_q"
+        )
     if position_ids is not None:
         inside = _restarts(position_ids, shape, strict=False) & real & (real.cumsum(1) > 1)
         if bool(inside.any()):
@@ -146,8 +152,9 @@ def _unpadded(
 
 def _restarts(position_ids: Tensor, shape: tuple[int, int], *, strict: bool) -> Tensor:
     """(B, T) bool on the host: where positions are 0. `strict` demands that text positions rise by 1 elsewhere."""
-    coordinates = position_ids.cpu().unflatten(-2, (-1, position_ids.shape[-2])) if position_ids.dim() == 2 else None
-    coordinates = position_ids.cpu() if coordinates is None else coordinates
+    coordinates = position_ids.cpu()
+    if coordinates.dim() == 2:
+        coordinates = coordinates[None]
     if len(coordinates) == 4:  # the positions of text come first, then those of images
         coordinates = coordinates[:1]
     zero = (coordinates == 0).all(0)

@@ -88,7 +88,9 @@ class _Step:
         """Instead of transformers' ForCausalLMLoss, with its arguments."""
         if logits is not self.logits or self.hidden is None:
             raise ValueError(f"patch: the model changes its logits after lm_head, and patch does not{ATTENTION_ONLY}")
-        hidden = self.hidden
+        hidden, weight = self.hidden, self.head.weight
+        if weight.dim() != 2 or hasattr(weight, "device_mesh"):
+            raise ValueError(f"patch: the weight of lm_head is sharded apart from the model{ATTENTION_ONLY}")
         rows, target_ids = self.targets
         if rows is None or target_ids is None:
             shifted = _shifted(labels, shift_labels, ignore_index).to(hidden.device)
@@ -101,7 +103,7 @@ class _Step:
             rows, target_ids = supervised_rows(shifted, documents, ignore_index)
         self.loss = linear_cross_entropy(
             hidden.flatten(0, -2),
-            self.head.weight,
+            weight,
             target_ids.to(hidden.device),
             rows.to(hidden.device),
             bias=self.head.bias,

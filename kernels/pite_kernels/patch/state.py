@@ -67,7 +67,7 @@ class Patch:
     def own(self, owner: nn.Module, name: str) -> Callable[..., Any]:
         """The method that `owner` had before."""
         method = next(m for module, n, m in self.before if module is owner and n == name)
-        return getattr(type(owner), name).__get__(owner) if method is None else method
+        return MethodType(getattr(type(owner), name), owner) if method is None else method
 
     @contextmanager
     def own_attention(self) -> Iterator[None]:
