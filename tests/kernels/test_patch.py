@@ -33,8 +33,9 @@ def test_loss_and_gradients_equal_those_of_the_models_own_code(name: str) -> Non
     own = model(**rows, output_hidden_states=True)
     expected, alone = gradients(own.loss, model), one_by_one(model, documents)
     torch.testing.assert_close(alone, own.loss)
-    with patch(model):
+    with patch(model) as handle:
         ours = model(**rows, output_hidden_states=True)
+        assert handle.documents.count == rows["attention_mask"].sum() < rows["attention_mask"].numel()
         assert type(ours) is type(own) and ours.logits is None
         torch.testing.assert_close(ours.loss, own.loss)
         assert_gradients_equal(gradients(ours.loss, model), expected)
@@ -83,6 +84,23 @@ def test_documents_from_positions_that_restart() -> None:
             model(**row, position_ids=2 * restarting)
         with raises("inside a row that attention_mask makes one document"):
             model(**row, position_ids=restarting, attention_mask=torch.ones_like(restarting))
+
+
+def test_hidden_states_of_the_inner_model() -> None:
+    """For a loss of the user's own. SmolVLM makes a cache, as its config demands."""
+    model, documents = make("SmolVLM")
+    model.model.config.use_cache = model.model.text_model.config.use_cache = True
+    rows, row = padded(model, documents), packed(model, documents)
+    own = model.model(**{k: v for k, v in rows.items() if k != "labels"})
+    real = own.last_hidden_state[rows["attention_mask"].bool()]
+    with patch(model):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                hidden = model.model(**{k: v for k, v in row.items() if k != "labels"}).last_hidden_state
+                torch.testing.assert_close(hidden[0], real)
+                out = model.model(**{k: v for k, v in rows.items() if k != "labels"})
+                torch.testing.assert_close(out.last_hidden_state[rows["attention_mask"].bool()], real)
+                assert out.past_key_values.get_seq_length() == len(documents[1].labels)
 
 
 def test_a_packed_batch() -> None:
@@ -261,8 +279,8 @@ def test_generation_uses_the_models_own_attention(tmp_path: Any) -> None:
             assert torch.equal(model(**rows).logits, logits)
             cached = model(**documents[0].inputs | {"mm_token_type_ids": None})
             assert torch.equal(model(torch.tensor([[7]]), past_key_values=cached.past_key_values).logits, after)
-            with raises("cu_seq_lens_q and a cache exclude each other"):
-                model(**{k: v for k, v in packed(model, documents).items() if k != "labels"}, use_cache=True)
+            with raises("cu_seq_lens_q and past_key_values exclude each other"):
+                model(**packed(model, documents), past_key_values=cached.past_key_values)
         model.save_pretrained(tmp_path)
         assert handle.active
     assert "pite" not in (tmp_path / "config.json").read_text()

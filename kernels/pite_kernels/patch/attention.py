@@ -99,16 +99,18 @@ def text_forward(patch: Patch, text: nn.Module, call: dict[str, Any]) -> Any:
 
 
 def _documents(text: nn.Module, call: dict[str, Any]) -> Documents | None:
-    """The batch's documents. None if the model's own attention is right, and needed: with a cache or a mask (4-D)."""
-    mask, given = call.get("attention_mask"), call.get("cu_seq_lens_q")
-    cached = call.get("past_key_values") is not None or call.get("use_cache") is True
-    if cached and given is not None:
-        raise ValueError("patch: cu_seq_lens_q and a cache exclude each other; pass use_cache=False")
+    """The batch's documents. None where the model's own attention is needed: for a cache, or for a mask (B, 1, T, T).
+
+    A new cache is filled only where each row is one document, because only then the caller may continue.
+    """
+    mask, given, cache = call.get("attention_mask"), call.get("cu_seq_lens_q"), call.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        if given is not None:
+            raise ValueError("patch: cu_seq_lens_q and past_key_values exclude each other")
+        return None
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         if given is not None or torch.is_grad_enabled():
             raise ValueError("patch: attention_mask must be (B, T), or left out where cu_seq_lens_q is passed")
-        return None
-    if cached:
         return None
     tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
     documents = find_documents(
@@ -119,10 +121,10 @@ def _documents(text: nn.Module, call: dict[str, Any]) -> Documents | None:
         attention_mask=mask,
         position_ids=call.get("position_ids"),
     )
-    default = getattr(text.config, "use_cache", False) and call.get("use_cache") is None
-    if default and not torch.is_grad_enabled() and given is None and len(documents.cu_seqlens) - 1 == len(tokens):
-        return None  # the caller may continue with the cache that the model returns
-    return documents
+    wanted = call.get("use_cache")
+    wanted = getattr(text.config, "use_cache", False) if wanted is None else wanted
+    wanted = cache is not None or (wanted and not torch.is_grad_enabled())
+    return None if wanted and given is None and len(documents.cu_seqlens) - 1 == len(tokens) else documents
 
 
 def _check_call(text: nn.Module, call: dict[str, Any], documents: Documents) -> None:
@@ -156,6 +158,7 @@ def _packed(call: dict[str, Any], documents: Documents) -> dict[str, Any]:
     return packed | {
         "attention_mask": None,
         "position_ids": positions,
+        "past_key_values": None,
         "use_cache": False,
         "cu_seq_lens_q": documents.cu_seqlens,
         "max_length_q": documents.longest,
@@ -168,6 +171,7 @@ def _unpacked(out: Any, documents: Documents) -> Any:
     def back(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(back(v) for v in value)
-        return documents.unpack(value) if isinstance(value, Tensor) and value.dim() == 3 and len(value) == 1 else value
+        packed = isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == (1, documents.count)
+        return documents.unpack(value) if packed else value
 
     return dataclasses.replace(out, **{field.name: back(getattr(out, field.name)) for field in dataclasses.fields(out)})

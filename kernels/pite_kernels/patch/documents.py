@@ -49,7 +49,7 @@ class Documents:
     def pack_positions(self, position_ids: Tensor | None) -> Tensor:
         """Positions (..., B, T) as (..., 1, N). None: they count from 0 in each document."""
         if position_ids is None:
-            return (torch.arange(self._count, device=self.cu_seqlens.device) - self._starts())[None]
+            return (torch.arange(self.count, device=self.cu_seqlens.device) - self._starts())[None]
         flat = position_ids.expand(*position_ids.shape[:-2], *self.shape).flatten(-2)
         return (flat if self.tokens is None else flat.index_select(-1, self.tokens)).unsqueeze(-2)
 
@@ -65,7 +65,8 @@ class Documents:
         return numbers.new_full((self.shape[0] * self.shape[1],), -1).index_copy_(0, self.tokens, numbers)
 
     @property
-    def _count(self) -> int:
+    def count(self) -> int:
+        """N"""
         return self.shape[0] * self.shape[1] if self.tokens is None else len(self.tokens)
 
     def _starts(self) -> Tensor:
@@ -74,7 +75,7 @@ class Documents:
 
     def _repeat(self, values: Tensor) -> Tensor:
         # With `output_size` nothing is copied to the host.
-        return torch.repeat_interleave(values, self.cu_seqlens.diff(), output_size=self._count)
+        return torch.repeat_interleave(values, self.cu_seqlens.diff(), output_size=self.count)
 
 
 @torch.compiler.disable
