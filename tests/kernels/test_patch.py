@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from pite_kernels import pack_batch, patch, row_index
+from pite_kernels import pack_batch, packed_attention, patch, row_index
 from tests.fake_cuda import fake_cuda
 from tests.kernels.families import (
     PAD,
@@ -101,6 +102,35 @@ def test_hidden_states_of_the_inner_model() -> None:
                 out = model.model(**{k: v for k, v in rows.items() if k != "labels"})
                 torch.testing.assert_close(out.last_hidden_state[rows["attention_mask"].bool()], real)
                 assert out.past_key_values.get_seq_length() == len(documents[1].labels)
+
+
+def test_coordinates_of_images_start_again_in_each_document() -> None:
+    model, documents = make("Qwen2_5_VL")
+    alone = [
+        model.model.get_rope_index(**{k: v for k, v in d.inputs.items() if not k.startswith("pixel")})[0]
+        for d in documents
+    ]
+    seen: list[Tensor] = []
+    model.model.language_model.rotary_emb.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    with patch(model):
+        model(**packed(model, documents))
+        model(**padded(model, documents, "left"))
+    assert len(seen) == 2 and all(torch.equal(positions, torch.cat(alone, -1)) for positions in seen)
+
+
+def test_attention_gets_the_dtype_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Varlen kernels support half precision only, and rotary embedding makes float32 of q and k."""
+    model, documents = make()
+    seen = []
+
+    def recording(*tensors: Tensor, **options: Any) -> Tensor:
+        seen.append([t.dtype for t in tensors[:3]])
+        return packed_attention(*tensors, **options)
+
+    monkeypatch.setattr("pite_kernels.patching.attention.packed_attention", recording)
+    with patch(model), torch.autocast("cpu", torch.bfloat16):
+        assert model(**padded(model, documents)).loss.dtype == torch.float32
+    assert seen == [[torch.bfloat16] * 3] * 2
 
 
 def test_a_packed_batch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -151,3 +152,9 @@ def test_layers_that_mix_tokens_without_attention_are_refused() -> None:
         model.set_attn_implementation("sdpa")
         with raises("0 of the 2 layers of LlamaModel use packed attention"):
             model(ids, labels=ids)
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with raises("needs the package transformers"):
+        patch(nn.Linear(2, 2))

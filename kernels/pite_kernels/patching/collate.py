@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pite_kernels.patch.documents import find_documents
+from pite_kernels.patching.documents import find_documents
 
 _IGNORED = -100
 """transformers' label of a token without a loss."""

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from pite_kernels.cross_entropy import check_smoothing
-from pite_kernels.patch import refusals
-from pite_kernels.patch.attention import attend, text_forward
-from pite_kernels.patch.loss import loss_forward
-from pite_kernels.patch.state import NAME, Patch
+from pite_kernels.patching import refusals
+from pite_kernels.patching.attention import attend, text_forward
+from pite_kernels.patching.loss import loss_forward
+from pite_kernels.patching.state import NAME, Patch
 
 
 def patch(model: nn.Module, *, loss: bool = True, attention: bool = True, label_smoothing: float = 0.0) -> Patch:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from pite_kernels.attention import packed_attention
 from pite_kernels.dispatch import autocast
-from pite_kernels.patch.documents import Documents, find_documents
-from pite_kernels.patch.refusals import LOSS_ONLY
-from pite_kernels.patch.state import Patch
+from pite_kernels.patching.documents import Documents, find_documents
+from pite_kernels.patching.refusals import LOSS_ONLY
+from pite_kernels.patching.state import Patch
 
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _PER_TOKEN = ("input_ids", "inputs_embeds", "visual_pos_masks")

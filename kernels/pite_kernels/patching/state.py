@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from pite_kernels.patch.documents import Documents
+from pite_kernels.patching.documents import Documents
 
 NAME = "pite_packed"
 """Of the attention function, in the model's config while it is patched."""

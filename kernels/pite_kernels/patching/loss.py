@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pite_kernels.cross_entropy import linear_cross_entropy
-from pite_kernels.patch.documents import Documents
-from pite_kernels.patch.refusals import ATTENTION_ONLY
-from pite_kernels.patch.state import Patch
+from pite_kernels.patching.documents import Documents
+from pite_kernels.patching.refusals import ATTENTION_ONLY
+from pite_kernels.patching.state import Patch
 
 
 def loss_forward(patch: Patch, model: nn.Module, call: dict[str, Any]) -> Any:
