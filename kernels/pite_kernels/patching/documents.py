@@ -43,8 +43,10 @@ class Documents:
 
     def unpack(self, x: Tensor) -> Tensor:
         """One row (1, N, ...) as (B, T, ...), zero where the padding is."""
-        flat = x[0] if self.tokens is None else put_rows(x[0], self.tokens, self.shape[0] * self.shape[1])
-        return flat.unflatten(0, self.shape)
+        row = x[0]
+        if self.tokens is not None:
+            row = put_rows(row, self.tokens.to(row.device), self.shape[0] * self.shape[1])
+        return row.unflatten(0, self.shape)
 
     def pack_positions(self, position_ids: Tensor | None) -> Tensor:
         """Positions (..., B, T) as (..., 1, N). None: they count from 0 in each document."""

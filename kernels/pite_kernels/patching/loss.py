@@ -91,6 +91,7 @@ class _Step:
         hidden, weight = self.hidden, self.head.weight
         if weight.dim() != 2 or hasattr(weight, "device_mesh"):
             raise ValueError(f"patch: the weight of lm_head is sharded apart from the model{ATTENTION_ONLY}")
+        hidden = hidden.to(weight.device)  # another device, if accelerate has divided the model
         rows, target_ids = self.targets
         if rows is None or target_ids is None:
             shifted = _shifted(labels, shift_labels, ignore_index).to(hidden.device)
@@ -130,7 +131,7 @@ def supervised_rows(shifted: Tensor, documents: Documents | None, ignore_index: 
     ids = shifted.flatten()
     keep = ids != ignore_index
     if documents is not None:
-        owner = documents.owners()
+        owner = documents.owners().to(ids.device)
         keep[:-1] &= (owner[:-1] == owner[1:]) & (owner[1:] >= 0)
         keep[-1:] = False
     rows = keep.nonzero().flatten()
