@@ -35,6 +35,10 @@ def test_wrong_boundaries_are_refused() -> None:
         numbered = torch.cat([torch.full((1, len(d.labels)), n) for n, d in enumerate(documents, 1)], 1)
         with raises("attention_mask must be 0 or 1"):
             model(**joined(model, documents), labels=row["labels"], attention_mask=numbered)
+        rows = padded(model, documents)
+        rows["attention_mask"][1, 18] = 0
+        with raises("zeros between the tokens of a row"):
+            model(**rows)
         with raises("call the patched model or its text model, not a layer"):
             model.model.language_model.layers[0](torch.zeros(1, 3, 32), position_embeddings=torch.ones(2, 1, 3, 8))
         with raises("output_attentions"):
