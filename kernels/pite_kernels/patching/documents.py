@@ -141,7 +141,9 @@ def _unpadded(
             "patch: attention_mask must be 0 or 1; for documents that share a row leave it out and pass cu_seq_lens_q"
         )
     if bool(((real & ~F.pad(real, (1, -1))).sum(1) > 1).any()):
-        raise ValueError("patch: attention_mask has zeros between the tokens of a row, but only padding may be excluded")
+        raise ValueError(
+            "patch: attention_mask has zeros between the tokens of a row, but only padding may be excluded"
+        )
     if position_ids is not None:
         inside = _restarts(position_ids, shape, strict=False) & real & (real.cumsum(1) > 1)
         if bool(inside.any()):
