@@ -83,7 +83,7 @@ class StageDataset:
     def _select(self, rows: np.ndarray) -> None:
         """Set the samples to rows of the index."""
         self._rows = rows
-        self.__dict__.pop("_groups", None)  # of other samples, where this is a copy
+        self.__dict__.pop("groups", None)  # of other samples, where this is a copy
         self.ids = [self._index.ids[row] for row in rows]
         self.media = [self._index.media[row] for row in rows]
         self.tokens, self.targets = self._index.tokens[rows], self._index.targets[rows]
@@ -122,12 +122,9 @@ class StageDataset:
         wanted = read_names(file)
         return np.array([name in wanted or key in wanted for name, key in zip(self.ids, self.media)], dtype=bool)
 
-    def groups(self) -> np.ndarray:
-        """Group numbers (n,): samples of the same media have the same number."""
-        return self._groups
-
     @cached_property
-    def _groups(self) -> np.ndarray:
+    def groups(self) -> np.ndarray:
+        """Group numbers (n,) int64: samples of the same media have the same number."""
         numbers = {key: number for number, key in enumerate(sorted(set(self.media)))}
         return np.fromiter((numbers[key] for key in self.media), np.int64, len(self.media))
 
@@ -135,7 +132,7 @@ class StageDataset:
         """What the chosen samples (B,) share: the prompt's head, and the frames of the same media."""
         # One prompt layout and one tokenizer: the head is the same for all.
         head = int(self._index.frame_starts[0])
-        return Prefixes(head, head + self.num_frames, self._groups[chosen])
+        return Prefixes(head, head + self.num_frames, self.groups[chosen])
 
     def summary(self) -> str:
         parts = [f"{len(self.ids):,} samples"]
