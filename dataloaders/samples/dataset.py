@@ -14,14 +14,12 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dataloaders.failures import Failure, over_budget
+from dataloaders.failures import Failure
 from dataloaders.files import write_if_changed
-from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, present_formats, split_of
-from dataloaders.records import RecordError, TokenizedSample
+from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, check_budget, present_formats, split_of
+from dataloaders.records import TokenizedSample
 from dataloaders.samples.index import open_index
 from dataloaders.samples.plan import Prefixes
-
-_ERRORS_SHOWN = 10
 
 
 class StageDataset:
@@ -67,7 +65,8 @@ class StageDataset:
         self._index, self.malformed = index.samples, index.malformed
         good = np.ones(len(self._index), dtype=bool)
         good[index.clashing] = False
-        self._check_budget(failure_budget, len(self.malformed) + int(good.sum()))
+        errors = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed]
+        check_budget(errors, len(errors) + int(good.sum()), failure_budget)
 
         ids, media = self._index.ids, self._index.media
         fits = self._index.tokens <= max_length
@@ -183,13 +182,6 @@ class StageDataset:
         for counts in (self.tokens, self.targets, self.coordinates):
             contents.update(counts.tobytes())
         return f"{len(self):,} samples {contents.hexdigest()[:16]}"
-
-    def _check_budget(self, budget: float, total: int) -> None:
-        count = len(self.malformed)
-        if count > budget * total:
-            errors = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed[:_ERRORS_SHOWN]]
-            errors.append(f"{count:,} of {total:,} records are malformed, {over_budget(count, total, budget)}")
-            raise RecordError("\n".join(errors))
 
 
 def read_names(file: Path) -> set[str]:
