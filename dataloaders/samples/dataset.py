@@ -34,6 +34,7 @@ class StageDataset:
     turn, narrative_timing  see `dataloaders.formats.Reading`
     processes     worker processes that read annotations; None chooses by the size of the files
 
+    repeats                       records with the text of an earlier one, which are samples too
     tokens, targets, coordinates  (n,) int32 per sample: length, supervised tokens, present coordinates
     mentions                      (n,) int32 per sample: mentions with different trajectories
     largest_tokens                (n,) int32 per sample: the largest token id
@@ -62,7 +63,7 @@ class StageDataset:
         formats = present_formats(data, split_of(stage))
         reading = Reading(num_frames, num_points, turn, narrative_timing)
         index = open_index(self._folder, formats, tokenizer, reading, cache, processes)
-        self._index, self.malformed = index.samples, index.malformed
+        self._index, self.malformed, self.repeats = index.samples, index.malformed, index.repeats
         good = np.ones(len(self._index), dtype=bool)
         good[index.clashing] = False
         errors = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed]
@@ -144,6 +145,11 @@ class StageDataset:
             parts.append(f"{len(self.not_encoded):,} left out whose media are not in the feature store")
         if self.malformed:
             parts.append(f"{len(self.malformed):,} malformed records left out")
+        if self.repeats:
+            first = self.repeats[0]
+            parts.append(
+                f"{len(self.repeats):,} records that repeat an earlier one, the first at {first.file}:{first.line}"
+            )
         return ", ".join(parts)
 
     def left_out(self) -> list[Failure]:
