@@ -154,6 +154,7 @@ def test_the_orientations_of_exif(tmp_path: Path, tag: int) -> None:
     assert (decode_image(tmp_path / "a.png") == upright).all()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_jpegs_of_other_programs(tmp_path: Path) -> None:
     """Several pictures in one file, damaged EXIF, inverted CMYK of Adobe, and a palette."""
     image = Image.fromarray(picture(20))
