@@ -91,8 +91,9 @@ def _read(path: Path, videos: Path, read: Reader) -> Iterator[tuple[Where, Video
     for where, record, found in read_each(path, placed):
         if isinstance(found, RecordError):
             name = record.get("id", record.get("YoutubeID"))
-            found = Failure(name if isinstance(name, str) else str(where), str(path), "read", str(found))
-        yield where, found
+            yield where, Failure(name if isinstance(name, str) else str(where), str(path), "read", str(found))
+        else:
+            yield where, found
 
 
 def _activitynet(record: Record, where: Where, videos: Path) -> Video:
