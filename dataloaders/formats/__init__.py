@@ -29,6 +29,7 @@ from dataloaders.formats.instructions import (
 )
 from dataloaders.formats.narratives import NarrativeTiming, narrative_media, read_narrative
 from dataloaders.formats.pite_143k import pite_media, read_pite
+from dataloaders.formats.reading import check_budget, read_all, read_each
 from dataloaders.formats.stream import Record, Where, iter_json, iter_raw, lone_surrogate, parse_json
 from dataloaders.records import Media, Sample
 
@@ -44,6 +45,7 @@ __all__ = [
     "Stage",
     "TurnChoice",
     "Where",
+    "check_budget",
     "iter_json",
     "iter_raw",
     "lone_surrogate",
@@ -51,6 +53,8 @@ __all__ = [
     "present_formats",
     "present_splits",
     "read_activitynet",
+    "read_all",
+    "read_each",
     "read_narrative",
     "read_pite",
     "read_valley",
