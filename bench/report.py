@@ -137,6 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not paths:
         parser.error("no result files: run python -m bench.gpu, or pytest bench --benchmark-json=FILE")
     files = [path for path in paths if not is_session(path)]
+    for path in files:
+        if path.is_dir():
+            parser.error(f"{path} has no {SESSION}: its session ended before it measured anything")
     try:
         sessions = [session_report(path) for path in paths if is_session(path)]
         steps = [found for path in files if (found := read_steps(path))]

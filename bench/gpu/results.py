@@ -67,11 +67,19 @@ class Session:
             self.sections = before["sections"]
         self.environment = dict(environment)
 
-    def set(self, name: str, state: State, **values: Any) -> None:
-        """Replace the record of a section."""
-        self.sections[name] = {"state": state, **values}
-        self.write()
+    def plan(self, sections: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add the sections that will follow, so that those which a killed session does not reach are listed."""
+        for name, about in sections.items():
+            ahead = {"state": "not run", "problem": "the session ended before it", **about}
+            self.sections[name] = {**ahead, **self.sections.get(name, {}), **about}
+        self._write()
 
-    def write(self) -> None:
+    def set(self, name: str, state: State, **values: Any) -> None:
+        """Set the state of a planned section and what comes with it; earlier values are dropped."""
+        about = {key: self.sections[name][key] for key in ("estimate", "measures")}
+        self.sections[name] = {"state": state, **about, **values}
+        self._write()
+
+    def _write(self) -> None:
         content = {"environment": self.environment, "sections": self.sections}
         write_atomically(self.path, json.dumps(content, indent=1) + "\n")

@@ -21,7 +21,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from bench.gpu.results import NotRun, Output, Session
+from bench.gpu.results import NotRun, Output, Session, State
 from dataloaders.errors import reason
 from dataloaders.files import read_json_object
 
@@ -80,24 +80,24 @@ def run_session(sections: Sequence[Section], options: Options, describe: Section
     """
     context, environment = _start(options, describe, preload)
     session = Session(options.results, environment)
-    session.write()
+    session.plan({s.name: {"estimate": s.estimate(options.device), "measures": s.measures} for s in sections})
     for index, section in enumerate(sections):
         estimate = section.estimate(options.device)
         header = {"section": section.name, "measures": section.measures, "environment": environment}
-        about = {"estimate": estimate, "measures": section.measures}
         if estimate > options.left:
             why = f"needs about {estimate:.0f} s, and {max(0.0, options.left):.0f} s of the budget are left"
-            session.set(section.name, "not run", problem=why, **about)
+            session.set(section.name, "not run", problem=why)
             progress(f"{section.name}: {why}")
             continue
-        session.set(section.name, "running", **about)
+        session.set(section.name, "running")
         progress(
             f"{section.name} ({index + 1} of {len(sections)}): about {estimate:.0f} s, {options.left:.0f} s are left"
         )
         begin = time.monotonic()
         ended = _run(context, section, options, header)
-        session.set(section.name, seconds=round(time.monotonic() - begin, 1), **about, **ended)
-        progress(f"{section.name}: {ended['state']}{': ' + ended['problem'] if 'problem' in ended else ''}")
+        state = ended.pop("state")
+        session.set(section.name, state, seconds=round(time.monotonic() - begin, 1), **ended)
+        progress(f"{section.name}: {state}{': ' + ended['problem'] if 'problem' in ended else ''}")
     records = [session.sections[section.name] for section in sections]
     return sum(record["state"] in ("failed", "stopped") or bool(record.get("red")) for record in records)
 
@@ -111,11 +111,11 @@ def _start(options: Options, describe: Section, preload: Sequence[str]) -> tuple
             context.set_forkserver_preload(list(preload))
         ended = _run(context, describe, options, {})
         file = _file(options, describe)
-        content = read_json_object(file)
-        file.unlink()
         if ended["state"] == "done":
-            environment = content["environment"]
+            environment = read_json_object(file)["environment"]
+            file.unlink()
             return context, environment | ({"commit": options.commit} if options.commit else {})
+        file.unlink(missing_ok=True)
         progress(f"{method}: {ended['problem']}")
     raise ValueError(f"{options.device} does not work here ({ended['problem']}): --device cpu tries the script")
 
@@ -131,24 +131,30 @@ def _run(context: Any, section: Section, options: Options, header: dict[str, Any
     limit = options.left
     if options.device.startswith("cuda"):
         limit = min(limit, max(SHORTEST_PATIENCE, PATIENCE * section.gpu))
-    process.start()
+    path.unlink(missing_ok=True)  # of an earlier call
+    try:
+        process.start()
+    except (OSError, EOFError) as error:  # the process that is forked from did not survive its imports
+        return {"state": "failed", "problem": f"its process did not start: {reason(error)}"}
     end = time.monotonic() + limit
     while process.is_alive() and time.monotonic() < end:
         process.join(min(REPORT_EVERY, max(0.0, end - time.monotonic())))
         if process.is_alive():
             progress(f"{section.name}: running, {options.left:.0f} s are left")
-    if process.is_alive():
-        _kill_group(process.pid)
-        process.join()
-        return {"state": "stopped", "problem": f"stopped after {limit:.0f} s"}
-    return _ended(path, process.exitcode)
+    if not process.is_alive():
+        return _ended(path, "failed", f"its process ended with exit code {process.exitcode}")
+    _kill_group(process.pid)
+    process.join()
+    return _ended(path, "stopped", f"stopped after {limit:.0f} s")
 
 
-def _ended(path: Path, exitcode: int) -> dict[str, Any]:
+def _ended(path: Path, state: State, problem: str) -> dict[str, Any]:
+    """The outcome that a section has written. `state` and `problem` are for one that has not come to its end."""
     content = read_json_object(path) if path.exists() else {}
-    if exitcode == 0:
-        return {key: content[key] for key in ("state", "problem", "red") if key in content}
-    return {"state": "failed", "problem": f"its process ended with exit code {exitcode}"}
+    red = {"red": content["red"]} if "red" in content else {}
+    if content.get("state", "running") == "running":
+        return {"state": state, "problem": problem, **red}
+    return {key: content[key] for key in ("state", "problem") if key in content} | red
 
 
 def _be_section(section: Section, device: str, path: Path, header: dict[str, Any]) -> None:

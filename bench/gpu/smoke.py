@@ -39,7 +39,8 @@ class Check:
 
     def run(self, function: Function, wide: bool = False) -> list[Tensor]:
         """The results of a function and the gradients for random upstream ones; `wide`: in float64."""
-        learned = [(t.double() if wide else t).detach().requires_grad_() for t in self.learned]
+        # Copies, because backward may overwrite what forward has saved.
+        learned = [(t.double() if wide else t.clone()).requires_grad_() for t in self.learned]
         results = function(*learned, *(_wide(t) if wide else t for t in self.fixed))
         results = [results] if isinstance(results, Tensor) else list(results)
         # Rounded to what every dtype holds.

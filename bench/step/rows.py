@@ -109,15 +109,17 @@ def measure_alone(model: str, problem: Problem, rounds: int, names: Sequence[str
     to be the last name.
     """
     assert FP8 not in names[:-1]
+    device = problem.model.device
     expected = float(STEPS[OURS](problem)(update=False)[0])
+    _free(device)
     for name in names:
-        _free(problem.model.device)
         budget = problem.token_budget
-        row = _alone(model, replace(problem, token_budget=budget), rounds, name, expected)
+        row = _alone(model, problem, rounds, name, expected)
+        _free(device)
         while name == PACKED and row is None and budget > MIN_TOKEN_BUDGET:
             budget //= 2
-            _free(problem.model.device)
             row = _alone(model, replace(problem, token_budget=budget), rounds, name, expected)
+            _free(device)
         size = f" with {budget:,} tokens a micro-batch" if name == PACKED else ""
         yield row or Row(model, name, problem=f"out of memory{size}")
 
@@ -133,7 +135,7 @@ def _alone(model: str, problem: Problem, rounds: int, name: str, expected: float
         if name == LOOP:
             timing, loss = loop_timing(problem, rounds)
         else:
-            step = fp8_step_in_place(problem) if name == FP8 else STEPS[name](problem)
+            step: Any = fp8_step_in_place(problem) if name == FP8 else STEPS[name](problem)
             loss = float(step(update=False)[0])
             step()
             if cuda:  # without what building allocated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 from bench.gpu.results import NotRun, Output
@@ -51,6 +52,11 @@ def dies(device: str, output: Output) -> None:
 
 def absent(device: str, output: Output) -> None:
     raise NotRun("it is not installed")
+
+
+def dies_at_its_end(device: str, output: Output) -> None:
+    """As a driver may."""
+    Finalize(None, os._exit, args=(11,), exitpriority=0)
 
 
 def hangs(device: str, output: Output) -> None:

@@ -25,9 +25,9 @@ def records(folder: Path) -> dict[str, dict[str, object]]:
 
 
 def test_a_failure_is_recorded_and_the_next_section_runs(tmp_path, capsys):
-    assert run(tmp_path, "fails", "dies", "absent", "red", "writes") == 3
+    assert run(tmp_path, "fails", "dies", "absent", "red", "dies_at_its_end", "writes") == 3
     found = records(tmp_path)
-    assert [found[name]["state"] for name in found] == ["failed", "failed", "not run", "done", "done"]
+    assert [found[name]["state"] for name in found] == ["failed", "failed", "not run", *["done"] * 3]
     assert found["fails"]["problem"] == "RuntimeError: no such kernel and more"
     assert found["dies"]["problem"] == "its process ended with exit code 9"
     content = json.loads((tmp_path / "fails.json").read_text())
@@ -55,6 +55,16 @@ def test_a_section_that_hangs_is_stopped_at_the_end_of_the_budget(tmp_path, caps
     assert "before it hangs" in capsys.readouterr().out
 
 
+def test_sections_that_a_killed_session_did_not_reach_are_listed(tmp_path, capsys):
+    kill_session(tmp_path / "results", "'hangs', 'red'", '"pid"', 0)
+    assert report.main([str(tmp_path / "results")]) == 0
+    text = capsys.readouterr().out
+    assert "- hangs: killed while it ran" in text and "- red: the session ended before it" in text
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path)])
+    assert "has no session.json" in capsys.readouterr().err
+
+
 def test_a_folder_of_another_device_is_refused(tmp_path):
     run(tmp_path, "red")
     content = json.loads((tmp_path / SESSION).read_text())
@@ -67,6 +77,24 @@ def test_a_session_goes_on_where_it_was(tmp_path):
     run(tmp_path, "red")
     run(tmp_path, "absent")
     assert list(records(tmp_path)) == ["red", "absent"]
+
+
+def test_processes_start_from_nothing_where_the_imports_break_the_one_they_are_forked_from(tmp_path):
+    """In a process of its own, because this one's forked processes have been started by other tests."""
+    (tmp_path / "broken.py").write_text("import os; os._exit(3)")
+    code = (
+        "import time; from pathlib import Path\n"
+        "from bench.gpu.session import Options, run_session; from tests.bench.gpu.pretended import section\n"
+        "if __name__ == '__main__':\n"
+        f"    options = Options(Path({str(tmp_path / 'results')!r}), 300, 'cpu', time.monotonic())\n"
+        "    run_session([section('writes')], options, section('environment'), ['broken'])"
+    )
+    (tmp_path / "session.py").write_text(code)
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([SOURCE_PATH, str(tmp_path)])}
+    program = [sys.executable, tmp_path / "session.py"]
+    done = subprocess.run(program, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    assert "forkserver: its process did not start" in done.stderr
+    assert records(tmp_path / "results")["writes"]["state"] == "done", done.stderr
 
 
 def test_a_device_that_does_not_work_is_one_sentence(tmp_path, capsys):
@@ -101,6 +129,7 @@ def test_what_was_saved_before_a_kill_is_readable(seed, tmp_path, capsys):
     text = capsys.readouterr().out
     states = {name: record["state"] for name, record in records(folder).items()}
     assert all((f"- {name}: killed while it ran" in text) == (state == "running") for name, state in states.items())
+    assert states.keys() == {"writes", "step"}
     for name in states:
         if (folder / f"{name}.json").exists():
             rows = json.loads((folder / f"{name}.json").read_text()).get("rows", [])

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from bench.gpu import trace
 from bench.gpu.trace import TOP, device_times, events_of, profile_step
 
 
@@ -50,3 +51,17 @@ def test_a_step_on_a_cpu_is_traced(tmp_path):
     times = profile_step(lambda: a @ a, torch.device("cpu"), tmp_path / "trace.json.gz")
     assert "aten::mm" in {kernel["name"] for kernel in times["kernels"]} and 0 < times["busy"] <= 1
     assert events_of(tmp_path / "trace.json.gz")
+
+
+def test_on_a_gpu_the_shares_are_from_a_step_without_the_host(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Recording the host's operations slows the launches: the device looks idle."""
+
+    def record(step, device, activities, path):
+        names = [activity.name for activity in activities]
+        events = [event("gemm", 0, 90), event("gemm", 100 if names == ["CUDA"] else 910, 90)]
+        path.write_text(json.dumps({"traceEvents": events, "activities": names}))
+
+    monkeypatch.setattr(trace, "record", record)
+    times = profile_step(lambda: None, torch.device("cuda"), tmp_path / "trace.json")
+    assert times["busy"] == pytest.approx(180 / 190) and times["launches"] == 2
+    assert json.loads((tmp_path / "trace.json").read_text())["activities"] == ["CPU", "CUDA"]
