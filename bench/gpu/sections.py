@@ -41,7 +41,7 @@ def open_device(name: str) -> torch.device:
 
 def shape_on(device: torch.device, size: str) -> tuple[str, Shape]:
     """A model's name and shape; on a CPU a tiny one with few samples."""
-    return (size, paper_shape(size)) if device.type == "cuda" else ("tiny", replace(tiny_shape(), samples=8))
+    return (size, paper_shape(size)) if device.type == "cuda" else ("tiny", replace(tiny_shape(), samples=4))
 
 
 def capacity(device: torch.device, shape: Shape) -> float | None:
