@@ -1,6 +1,6 @@
 """Tile sizes of the trajectory kernels on this GPU: the shipped sizes against others that do not spill registers.
 
-`python -m bench.gpu` runs this after its cases. Copy the fastest sizes into kernels/pite_kernels/gpu/trajectory.py by
+`python -m bench.gpu` runs this in its section `tiles`. Copy the fastest sizes into kernels/pite_kernels/gpu/trajectory.py by
 hand. They are not tuned at run time, so that every machine computes the same sums in the same order.
 """
 
