@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 Step = Callable[[], Sequence[Tensor]]
-PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn", "xformers", "peft")
+PACKAGES = (
+    "torch",
+    "triton",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "flash-attn",
+    "xformers",
+    "peft",
+    "transformers",
+)
 
 
 @dataclass(frozen=True)
@@ -115,10 +125,39 @@ def gate(ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor
     return None
 
 
+def find_sync(step: Callable[[], object], device: torch.device) -> str | None:
+    """The error of torch's sync debug mode if a call of `step` synchronizes with the GPU, else None, as on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """Device, commit and versions, for the header of a result file."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {"device": name, "commit": _commit(), "python": platform.python_version(), **_versions()}
+
+
+def gpu_details(device: torch.device) -> dict[str, str]:
+    """Memory and driver of a GPU; nothing for a CPU."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    details = {"memory": f"{properties.total_memory / 1e9:.1f} GB", "cuda": str(torch.version.cuda)}
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return details
+    return details | {"driver": driver.split("\n")[0].strip()}
 
 
 def _cpu_name() -> str:

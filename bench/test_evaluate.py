@@ -7,6 +7,7 @@ about a video: ActivityNet Captions has 3.5, MSVD-QA about 25.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -76,7 +77,8 @@ def make_questions(videos: int, each: int) -> tuple[list[Question], dict[str, np
 
 
 def shared(generator: Generator, windows: list[Window], questions: list[Question], features: Any) -> list[Answer]:
-    answers, prefixes = {}, SharedPrefixes(generator)
+    answers: dict[int, Answer] = {}
+    prefixes = SharedPrefixes(generator)
     for window in windows:
         frames = prefixes.videos([features[video] for video in window.videos])
         for batch in window.batches:
@@ -87,7 +89,7 @@ def shared(generator: Generator, windows: list[Window], questions: list[Question
 
 
 def separate(generator: Generator, windows: list[Window], questions: list[Question], features: Any) -> list[Answer]:
-    answers = {}
+    answers: dict[int, Answer] = {}
     for batch in (batch for window in windows for batch in window.batches):
         texts, records = [questions[i].text for i in batch], [features[questions[i].video] for i in batch]
         answers.update(zip(batch, generator.answer(texts, records, max_new_tokens=MAX_NEW_TOKENS)))
@@ -100,8 +102,9 @@ def test_shared_prefixes_answer_faster(each: int, record_property: Any) -> None:
     questions, features = make_questions(64 // each, each)
     lengths = [len(generator.prompt(question.text, FRAMES)[0]) for question in questions]
     windows = list(plan(questions, lengths, BATCH))
-    clock, seconds = cpu_clock(), {shared: [], separate: []}
-    found: dict[Any, list[Answer]] = {}
+    clock = cpu_clock()
+    seconds: dict[Callable[..., list[Answer]], list[float]] = {shared: [], separate: []}
+    found: dict[Callable[..., list[Answer]], list[Answer]] = {}
     for _ in range(ROUNDS):
         for run in seconds:
             begin = clock()

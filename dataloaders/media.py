@@ -127,23 +127,27 @@ def _differs(one: Media, other: Media, names: Container[str]) -> bool:
     return not same or (one.path.name in names and other.path.name in names)
 
 
-def duration_error(media: Media) -> float | None:
-    """Seconds by which a file is longer than its annotation states, by its header; None where nothing can be compared.
+def duration_error(media: Media, ends: Sequence[float] = ()) -> float | None:
+    """Seconds by which a file is longer than its annotation states; None where nothing can be compared.
 
     Only whole files whose annotation gives a duration are compared.
+    ends  seconds at which the pictures and the whole file end, by its packets: the nearer one is compared, because sound
+          may go on after the pictures. Without them, the duration in the file's header
     """
     if media.clip is not None or media.duration is None:
         return None
-    try:
-        lasts = duration(media.path)
-    except OSError:
-        return None  # The decoder reports it.
-    return None if lasts is None else lasts - media.duration
+    if not ends:
+        try:
+            lasts = duration(media.path)
+        except OSError:
+            return None  # The decoder reports it.
+        ends = () if lasts is None else (lasts,)
+    return min((end - media.duration for end in ends), key=abs, default=None)
 
 
-def wrong_duration(media: Media) -> str | None:
+def wrong_duration(media: Media, ends: Sequence[float] = ()) -> str | None:
     """Why a file cannot be the one that its annotation describes: it has another duration. None if it may be."""
-    error = duration_error(media)
+    error = duration_error(media, ends)
     if error is None or media.duration is None or not durations_differ(media.duration + error, media.duration):
         return None
     return (

@@ -13,14 +13,15 @@ from dataloaders.files import write_if_changed
 def read_settings(path: Path, groups: Collection[str] = ()) -> Iterator[tuple[str | None, str, Any]]:
     """(Group or None, name with hyphens, value) of each setting of a file.
 
-    A table named as one of `groups` holds the settings of this group.
+    A table named as one of `groups` holds the settings of this group. Without a value, as in YAML's `model:`, the group is
+    empty.
 
     Raises ValueError, naming the file, for another suffix than .yaml, .yml or .toml and for a file that is not a
     mapping of names to values or cannot be read.
     """
     for name, value in _load(path).items():
-        if name in groups and isinstance(value, Mapping):
-            yield from ((str(name), str(key).replace("_", "-"), each) for key, each in value.items())
+        if name in groups and (value is None or isinstance(value, Mapping)):
+            yield from ((str(name), str(key).replace("_", "-"), each) for key, each in (value or {}).items())
         else:
             yield None, str(name).replace("_", "-"), value
 

@@ -145,6 +145,8 @@ class ParallelConfig:
     """number of layers with activation checkpointing; unless given, as few as the memory allows"""
     compile: bool = False
     """fuse the layers' elementwise operations with torch.compile: a minute at the start; bench.step times both ways"""
+    deterministic: bool = False
+    """repeat gradients bitwise on a GPU too (torch.use_deterministic_algorithms); attention's backward pass gets slower"""
     workers: int = 2
     """threads of each rank that prepare the next steps' batches; with 0 each is prepared when it is needed"""
     stall_timeout: float = 600.0

@@ -56,18 +56,18 @@ def _peak(name: str) -> float | None:
 
 
 def measured_mfu(size: str, device: str, results: Path, implementation: str = "pite") -> float | None:
-    """The best measured MFU for this model and device in bench/results/step_*.json, or None.
+    """The best measured MFU for this model and device in the files step_*.json of bench/results or its folders, or None.
 
     implementation  its name in `bench.step`; for "pite", the whole loop's MFU goes before the bare step's
     """
     kind, _, memory = device.partition("-")
     found: dict[str, list[float]] = {}
-    for file in sorted(results.glob("step_*.json")):
+    for file in sorted([*results.glob("step_*.json"), *results.glob("*/step_*.json")]):
         content = json.loads(file.read_text())
         name = content["environment"]["device"]
         if f" {kind}" not in name or memory not in name or _peak(name) != DEVICES[device].peak:
             continue
-        for row in content["rows"]:
+        for row in content.get("rows", ()):
             if row["model"] == size and row.get("mfu"):
                 found.setdefault(row["implementation"], []).append(row["mfu"])
     names = ("pite loop", "pite") if implementation == "pite" else (implementation,)

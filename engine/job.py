@@ -21,7 +21,7 @@ from engine.checkpoint import check_identity, check_resumable
 from engine.config import TrainConfig
 from engine.distributed.errors import print_error
 from engine.distributed.watchdog import print_end
-from engine.distributed.world import World
+from engine.distributed.world import World, use_deterministic_algorithms
 from engine.identity import Identity
 from engine.metrics import require_wandb
 from engine.nonfinite import NonFiniteError
@@ -57,6 +57,8 @@ def run_job(config: TrainConfig) -> int:
         if config.run.wandb is not None:
             require_wandb()
         _check_device(config)
+        if config.parallel.deterministic:
+            use_deterministic_algorithms()
         world = World.join(config.parallel.device, config.parallel.stall_timeout)
         check_same_command(world, config)
         _log_machine(config, world)

@@ -134,7 +134,8 @@ def memory(
     read    rows that a head reads, as a share of the computed rows
     copied  copies of keys of shared rows, as a share of the computed rows: kv_rows / rows - 1 of a `PackedBatch`
 
-    Trainable parameters take 16 bytes each: float32 value, gradient and AdamW's two moments.
+    Trainable parameters take 16 bytes each: float32 value, gradient and AdamW's two moments. The LoRA is held in the
+    frozen dtype too.
 
     A layer without activation checkpointing holds, per row: both norms' inputs and outputs, q, k, v in their
     projection's output, the attention output, gate, up and their product, and the LoRA's x A'. A layer with it holds
@@ -170,7 +171,7 @@ def memory(
         frozen = frozen // shards + 2 * layer + outside
     return Memory(
         weights=frozen,
-        trained=16 * (count.lora + count.heads),
+        trained=16 * (count.lora + count.heads) + (width * count.lora if width < 4 else 0),
         activations=token_budget * (width * hidden * (recompute + 4) + max(top, bottom)),
         losses=LOSS_BYTES,
     )

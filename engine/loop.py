@@ -135,6 +135,7 @@ def train(
     device = parameters[0].device
     skipped = torch.zeros((), device=device)
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    model.cast_lora()
     with closing(Gradients(backward_order(model), world.size)) as gradients:
         for step in range(start, stop):
             world.set_status(f"waiting for the data of step {step + 1}")
@@ -163,6 +164,7 @@ def train(
             norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
             skipped.copy_(torch.maximum(skipped, (~torch.isfinite(norm + sums[0])).float()))
             optimizer.step()
+            model.cast_lora()
             gradients.zero()
 
             numbers, ready = torch.cat([sums, norm.float()[None], skipped[None]]), None

@@ -116,7 +116,7 @@ def prepare(config: TrainConfig, stage: Stage, llm: LanguageModel, world: World)
     if held_out is not None:
         log.info("stage %s: %s samples are held out for validation", stage, f"{len(held_out):,}")
     plan = BatchPlan(
-        len(dataset), recipe.global_batch, config.optimization.seed, dataset.groups() if recipe.group_media else None
+        len(dataset), recipe.global_batch, config.optimization.seed, dataset.groups if recipe.group_media else None
     )
     if plan.left_over:
         log.info(

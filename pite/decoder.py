@@ -37,10 +37,12 @@ class LoRALinear(nn.Module):
 
     weight  (sum(splits), in_features) frozen; `quantize` replaces it by the four tensors of a `pite_kernels.Fp8Weight`
     lora_a  (len(splits) * r, in_features) and lora_b (sum(splits), r) float32; None before `add_lora`
+    cast    the two in the dtype of the activations, from `PiTe.cast_lora`; None: every call casts them
     """
 
     lora_a: nn.Parameter | None
     lora_b: nn.Parameter | None
+    cast: tuple[Tensor, Tensor] | None
 
     def __init__(self, in_features: int, splits: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
@@ -50,6 +52,7 @@ class LoRALinear(nn.Module):
         self.register_parameter("lora_b", None)
         self.scale = 1.0
         self.quantized = False
+        self.cast = None
 
     def add_lora(self, rank: int, alpha: float, generator: torch.Generator | None) -> None:
         """Start a new LoRA: A uniform in +-1/sqrt(in_features) as PEFT initialises it, B zero."""
@@ -78,7 +81,18 @@ class LoRALinear(nn.Module):
     def merge_lora(self) -> None:
         """Fold the LoRA into the weight and drop it."""
         self.weight.copy_(self.merged())
-        self.lora_a = self.lora_b = None
+        self.lora_a = self.lora_b = self.cast = None
+
+    def casts(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """`cast`, in memory that this allocates the first time, each with the parameter that it has to equal.
+
+        Empty without a LoRA, or for float32, which needs no cast.
+        """
+        if self.lora_a is None or self.lora_b is None or dtype == torch.float32:
+            return []
+        if self.cast is None:
+            self.cast = torch.empty_like(self.lora_a, dtype=dtype), torch.empty_like(self.lora_b, dtype=dtype)
+        return list(zip(self.cast, (self.lora_a, self.lora_b)))
 
     @torch.no_grad()
     def quantize(self) -> None:
@@ -93,6 +107,7 @@ class LoRALinear(nn.Module):
         weight: Tensor | Fp8Weight = self._fp8_weight() if self.quantized else self.weight
         a: Tensor | None = self.lora_a
         b: Tensor | None = self.lora_b
+        cast = self.cast
         splits = self.splits[first:last]
         if splits != self.splits:
             begin = sum(self.splits[:first])
@@ -103,9 +118,10 @@ class LoRALinear(nn.Module):
             else:
                 weight = weight[outputs]
             if a is not None and b is not None:
-                rank = b.shape[1]
-                a, b = a[first * rank : (first + len(splits)) * rank], b[outputs]
-        return lora_linear(x, weight, a, b, scale=self.scale, splits=splits)
+                inputs = slice(first * b.shape[1], (first + len(splits)) * b.shape[1])
+                a, b = a[inputs], b[outputs]
+                cast = None if cast is None else (cast[0][inputs], cast[1][outputs])
+        return lora_linear(x, weight, a, b, scale=self.scale, splits=splits, cast=cast)
 
     def _fp8_weight(self) -> Fp8Weight:
         return Fp8Weight(*(getattr(self, name) for name in Fp8Weight._fields))

@@ -87,8 +87,8 @@ class SharedPrefixes:
         head = self._head_length()
         tails = []
         for question in questions:
-            ids, start = generator.prompt(question, prefixes.length - head)
-            tails.append(torch.from_numpy(ids[start + prefixes.length - head :]))
+            prompt, _ = generator.prompt(question, prefixes.length - head)
+            tails.append(torch.from_numpy(prompt[prefixes.length :]))
         lengths = [len(tail) for tail in tails]
         room = [generator.room(prefixes.length + length, max_new_tokens) for length in lengths]
         # `generate` takes the ids of the whole sequence and leaves out what the cache holds.

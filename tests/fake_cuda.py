@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench.machine_code.launches import Launch, recorded_launches
 from pite_kernels import attention
+from pite_kernels.attention import backends
 
 
 class _Flash(torch.autograd.Function):
@@ -38,7 +39,7 @@ class _Flash(torch.autograd.Function):
 @contextmanager
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Launch, None]]:
     """Context with fake CUDA tensors; Triton launches, also liger-kernel's, are keys of the yielded dict."""
-    monkeypatch.setitem(attention._loaded, "fake flash-attn", _Flash.apply)
+    monkeypatch.setitem(backends._loaded, "fake flash-attn", _Flash.apply)
     monkeypatch.setattr(attention, "choose_backend", lambda *arguments: "fake flash-attn")
     with recorded_launches() as launches:
         yield launches

@@ -19,6 +19,9 @@ HEAVY = ("torch", "transformers", "av", "matplotlib", "cv2", "PIL", "gradio")
 CHAT = "--model {d} --video {f} --query What? --clip {d}"
 GROUNDING = "grounding --model {d} --data {data} --store {store}"
 TRAJECTORIES = GROUNDING.replace("grounding", "trajectories")
+CAPTIONING = GROUNDING.replace("grounding", "captioning")
+QA = GROUNDING.replace("grounding", "qa --benchmark msvd_qa")
+ALL = f"{GROUNDING.replace('grounding', 'all')} --output {{new}}"
 IMPORT = "import {d} {new} --split stage2"
 ANNOTATION = "--captions {f} --videos {d} --output {new}/out.jsonl"
 ENCODE = "--data {data} --store {new} --clip {d}"
@@ -53,6 +56,21 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"{GROUNDING} --metrics {{f}}/new/s.json",
         "grounding --predictions {none} --ground-truth {f}",
         "grounding --predictions {f} --ground-truth {none}",
+        f"{GROUNDING} --histogram {{f}}/new/h.png",
+        f"{GROUNDING} --timeline {{f}}/new/t.png",
+        f"{CAPTIONING} --data {{none}}",
+        f"{CAPTIONING} --ground-truth {{f}} {{none}}",
+        "captioning --predictions {none} --ground-truth {f}",
+        f"{QA} --store {{none}}",
+        f"{QA} --data {{d}}",
+        f"{QA} --video-names {{none}} --ground-truth {{f}}",
+        f"{QA} --judge-model {{none}} --predictions {{new}}/p.jsonl --ground-truth {{f}}",
+        "qa --benchmark msvd_qa --predictions {none} --ground-truth {f}",
+        f"{ALL} --model {{none}}",
+        f"{ALL} --data {{none}}",
+        f"{ALL} --data {{d}}",
+        f"{ALL} --store {{none}}",
+        f"{ALL} --output {{f}}",
         f"{TRAJECTORIES} --model {{none}}",
         f"{TRAJECTORIES} --data {{none}}",
         f"{TRAJECTORIES} --data {{d}}",

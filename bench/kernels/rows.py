@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -60,15 +61,25 @@ def find_problem(case: Case, implementation: str, device: torch.device) -> str |
 Checked = dict[tuple[Case, str], str | None]
 
 
-def measure(case: Case, device: torch.device, roof: Roofline, rounds: int, checked: Checked) -> list[Row]:
-    """Time all implementations of a case, interleaved.
+def measure(
+    case: Case,
+    device: torch.device,
+    roof: Roofline,
+    rounds: int,
+    checked: Checked,
+    names: Sequence[str] | None = None,
+) -> list[Row]:
+    """Time the implementations of a case, interleaved.
 
+    names    some of IMPLEMENTATIONS; None for all
     checked  cache of the peers' check results, updated here: a peer is checked once for all fractions of rows, because
              the check mostly waits for compilation. Ours is checked for every case
     """
     torch._dynamo.reset()  # otherwise the recompilation limit would be reached, and eager mode would be timed
     problems: dict[str, str | None] = {}
     for name in IMPLEMENTATIONS[case.op]:
+        if names is not None and name not in names:
+            continue
         key = (case if name == OURS else replace(case, fraction=0.5)), name
         if key not in checked:
             checked[key] = find_problem(key[0], name, device)
@@ -114,3 +125,15 @@ def _row(case: Case, name: str, problem: str | None, timing: Timing | None, roof
         peak_mb=None if timing.peak_bytes is None else timing.peak_bytes / 1e6,
         roofline_share=None if name == BARE else roof.floor(*case.work) / timing.median,
     )
+
+
+def describe(rows: Sequence[Row]) -> str:
+    """The rows of a case for the terminal."""
+    lines = [rows[0].case]
+    for row in rows:
+        if row.median_ms is None:
+            lines.append(f"  {row.implementation:24} {row.problem}")
+        else:
+            share = "" if row.roofline_share is None else f"  {row.roofline_share:6.1%} of the roofline"
+            lines.append(f"  {row.implementation:24} {row.median_ms:9.3f} ms{share}")
+    return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Tile sizes of the trajectory kernels on this GPU: the shipped sizes against others that do not spill registers.
 
-`python -m bench.gpu` runs this after its cases. Copy the fastest sizes into kernels/pite_kernels/gpu/trajectory.py by
+`python -m bench.gpu` runs this in its section `tiles`. Copy the fastest sizes into kernels/pite_kernels/gpu/trajectory.py by
 hand. They are not tuned at run time, so that every machine computes the same sums in the same order.
 """
 
@@ -55,7 +55,7 @@ def kernels_of(x: Inputs) -> dict[str, Callable[[], list[Tensor]]]:
 
     def forward() -> list[Tensor]:
         # Signs differ by 2, 1 or not at all.
-        return list(trajectory.forward(hidden, weight, bias, x.targets, x.rows, None, True))
+        return list(trajectory.forward(hidden, weight, bias, x.targets, x.rows, None, True)[:3])
 
     _, sign, scale = forward()
 

@@ -31,26 +31,29 @@ def call_trajectory(
     skip_absent: bool = True,
     accumulate: bool = True,
     stride: int | None = None,
+    each: bool = False,
 ) -> None:
     hidden = torch.empty(TOKENS, stride or depth, dtype=dtype)[:, :depth]
     weight, bias = hidden.new_empty(outputs, depth), hidden.new_empty(outputs)
     targets = torch.empty(rows, 1, outputs // 2, 2)
     at = torch.empty(rows, dtype=torch.int64)
-    _, sign, scale = trajectory.forward(hidden, weight, bias, targets, at, None, skip_absent)
+    _, sign, scale, _ = trajectory.forward(hidden, weight, bias, targets, at, None, skip_absent, each)
     gradient = hidden.new_empty(TOKENS, depth)
     trajectory.write_grad_hidden(gradient, scale, weight, sign, at, accumulate)
     trajectory.grad_weight(scale, hidden, weight, sign, at)
 
 
-def call_cross_entropy(dtype: torch.dtype, vocabulary: int, *, with_rows: bool = True, smoothing: float = 0.1) -> None:
+def call_cross_entropy(
+    dtype: torch.dtype, vocabulary: int, *, with_rows: bool = True, smoothing: float = 0.1, each: bool = False
+) -> None:
     hidden = torch.empty(ROWS if not with_rows else TOKENS, 4096, dtype=dtype)
     weight, ids = hidden.new_empty(vocabulary, 4096), torch.empty(ROWS, dtype=torch.int64)
     at = torch.empty(ROWS, dtype=torch.int64) if with_rows else None
     normalizer = torch.empty(())
-    _, scale, dx, _, _ = cross_entropy.forward(
-        hidden, weight, None, ids, at, normalizer, smoothing, -100, True, False, False
+    _, scale, dx, _, _, losses = cross_entropy.forward(
+        hidden, weight, None, ids, at, normalizer, None, smoothing, -100, True, False, False
     )
-    cross_entropy.scatter_rows(dx, at, scale, len(hidden))
+    cross_entropy.scatter_rows(dx, at, losses if each else scale, len(hidden))
 
 
 def call_lora(dtype: torch.dtype, splits: list[int], rank: int, *, odd_stride: bool = False) -> None:
@@ -88,9 +91,11 @@ CALLS: dict[str, Callable[[], None]] = {
     "bfloat16, 600 outputs, from zero": partial(call_trajectory, torch.bfloat16, 600, accumulate=False),
     "bfloat16, 600 outputs, few rows": partial(call_trajectory, torch.bfloat16, 600, rows=FEW),
     **{f"bfloat16, {n} outputs": partial(call_trajectory, torch.bfloat16, n) for n in (2, 200, 1000)},
+    "bfloat16, 600 outputs, losses one by one": partial(call_trajectory, torch.bfloat16, 600, each=True),
     "bfloat16, 600 outputs, odd stride": partial(call_trajectory, torch.bfloat16, 600, stride=4099, skip_absent=False),
     "bfloat16, 600 outputs, odd width": partial(call_trajectory, torch.bfloat16, 600, depth=4100),
     **{f"{name_of(d)}, vocabulary 32000": partial(call_cross_entropy, d, 32_000) for d in TYPES},
+    "bfloat16, vocabulary 32000, losses one by one": partial(call_cross_entropy, torch.bfloat16, 32_000, each=True),
     "bfloat16, vocabulary 32003": partial(call_cross_entropy, torch.bfloat16, 32_003, with_rows=False),
     **{f"{name_of(d)}, q, k, v of rank 64": partial(call_lora, d, [4096] * 3, 64) for d in HALF},
     "bfloat16, gate, up of rank 64": partial(call_lora, torch.bfloat16, [11_008] * 2, 64),

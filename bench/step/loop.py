@@ -9,7 +9,6 @@ import torch
 
 from bench.measure import Timing, timing
 from bench.step.problem import RECIPE, Problem, copy_trainable
-from dataloaders.samples.batch import collate
 from dataloaders.samples.prefetch import prefetch
 from engine.batches import StepBatches
 from engine.distributed.world import World
@@ -43,8 +42,7 @@ def run_loop(problem: Problem, steps: int, warm: Callable[[], None] = lambda: No
     def prepare(step: int) -> StepBatches:
         batches = []
         for members in bins:
-            samples, features = [problem.samples[i] for i in members], [problem.features[i] for i in members]
-            batch = collate(samples, features, normalizers=problem.normalizers)
+            batch = problem.pack(members)
             batches.append(batch.pin_memory() if device.type == "cuda" else batch)
         targets = sum(len(batch.target_ids) for batch in batches)
         return StepBatches(tuple(batches), problem.tokens, len(problem.samples), targets)
@@ -70,10 +68,10 @@ def loop_timing(problem: Problem, rounds: int) -> tuple[Timing, float]:
     return timing(seconds, None), loss
 
 
-def find_loop_sync(problem: Problem) -> str | None:
-    """The error of torch's sync debug mode if the loop synchronizes with the GPU, else None."""
+def find_loop_sync(problem: Problem, steps: int = 3) -> str | None:
+    """The error of torch's sync debug mode if `steps` steps of the loop synchronize with the GPU, else None."""
     try:
-        run_loop(problem, 3, warm=lambda: torch.cuda.set_sync_debug_mode("error"))
+        run_loop(problem, steps, warm=lambda: torch.cuda.set_sync_debug_mode("error"))
     except RuntimeError as error:
         return str(error).splitlines()[0]
     finally:

@@ -115,7 +115,7 @@ def _padded(model: HuggingFace) -> Step:
         for row, (i, length) in enumerate(zip(members, lengths)):
             sample = problem.samples[i]
             with torch.no_grad():
-                embedded[row, :length] = model.embed(problem.pack_whole([i]))
+                embedded[row, :length] = model.embed(problem.pack_whole([i]).to(device))
             mask[row, :length] = 1
             at = torch.from_numpy(sample.target_positions - 1).to(device)
             labels[row, at] = torch.from_numpy(sample.token_ids[sample.target_positions]).to(device)
@@ -128,6 +128,12 @@ def _padded(model: HuggingFace) -> Step:
         return out.hidden_states[-1], _cross_entropy(out.logits, labels)
 
     return _hf_step(model, batches, forward)
+
+
+def flash_attention_2_installed() -> bool:
+    """Whether `flash_attn` is the package of flash-attn 2; flash-attn-4 alone makes it a namespace without a file."""
+    found = find_spec("flash_attn")
+    return found is not None and found.origin is not None
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -149,13 +155,13 @@ def packed_step(problem: Problem) -> Step:
         apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, model=llama)
         fused = LigerFusedLinearCrossEntropyLoss(label_smoothing=RECIPE.label_smoothing, reduction="sum")
     AttentionInterface.register("packed", _attend)
-    installed = problem.model.device.type == "cuda" and find_spec("flash_attn") is not None
-    llama.set_attn_implementation("flash_attention_2" if installed else "packed")
+    flash = problem.model.device.type == "cuda" and flash_attention_2_installed()
+    llama.set_attn_implementation("flash_attention_2" if flash else "packed")
     config, device = problem.model.config, problem.model.device
     (bins,) = split_batch([len(s.token_ids) for s in problem.samples], 1, problem.token_budget)
     batches = []
     for members in filter(None, bins):
-        batch = problem.pack_whole(members)
+        batch = problem.pack_whole(members).to(device)
         labels = torch.full((1, batch.num_rows), -100, device=device)
         labels[0, batch.read_rows[batch.target_rows]] = batch.target_ids
         tracks = torch.full((1, batch.num_rows, config.num_points, config.num_frames, 2), float(ABSENT), device=device)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from dataloaders.records import ABSENT, TokenizedSample
 from dataloaders.samples.batch import PackedBatch, collate
 from dataloaders.samples.plan import Prefixes, split_batch
-from engine.layout import Memory, choose_layout, count_parameters
+from engine.layout import Layout, Memory, choose_layout, count_parameters, memory
 from engine.recipes import PAPER, Recipe
 from pite import checkpoint
 from pite.config import PiTeConfig
@@ -79,14 +79,12 @@ def make_samples(shape: Shape, seed: int = 0) -> tuple[list[TokenizedSample], li
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The model with its LoRA, the samples for every implementation, and the layout: its token budget and memory."""
+class Workload:
+    """A global batch for every implementation, and the rows of our micro-batches that the layout allows."""
 
-    model: PiTe
     samples: list[TokenizedSample]
     features: list[np.ndarray]
     token_budget: int
-    needed: Memory
 
     @property
     def tokens(self) -> int:
@@ -96,13 +94,18 @@ class Problem:
     @property
     def rows(self) -> int:
         """Rows that ours computes."""
-        return sum(self.pack(members).num_rows for members in self.split())
+        return sum(batch.num_rows for batch in self.batches())
 
-    def split(self) -> list[list[int]]:
+    def batches(self, share: bool = True) -> list[PackedBatch]:
+        """Our micro-batches, on the CPU; `share`: what samples have in common is computed once."""
+        return [self.pack(members, share) for members in self.split(share)]
+
+    def split(self, share: bool = True) -> list[list[int]]:
         """The samples of each of our micro-batches."""
         first, count = self.samples[0], len(self.samples)
         prefixes = Prefixes(first.frame_start, first.frame_start + first.num_frames, np.arange(count))
-        (bins,) = split_batch([len(s.token_ids) for s in self.samples], 1, self.token_budget, prefixes)
+        lengths = [len(s.token_ids) for s in self.samples]
+        (bins,) = split_batch(lengths, 1, self.token_budget, prefixes if share else None)
         return [members for members in bins if members]
 
     @property
@@ -110,21 +113,63 @@ class Problem:
         targets = sum(len(s.target_positions) for s in self.samples)
         return targets, sum(s.num_coordinates for s in self.samples)
 
-    def pack(self, members: Sequence[int]) -> PackedBatch:
+    def pack(self, members: Sequence[int], share: bool = True) -> PackedBatch:
         samples, features = [self.samples[i] for i in members], [self.features[i] for i in members]
-        return collate(samples, features, normalizers=self.normalizers).to(self.model.device)
+        return collate(samples, features, normalizers=self.normalizers, share=share)
 
     def pack_whole(self, members: Sequence[int]) -> PackedBatch:
         """All tokens of all samples, as other trainers compute them: nothing is shared, and the last token is a row."""
         # The collator leaves out a sample's last token, so this appends one.
         samples = [replace(s, token_ids=np.append(s.token_ids, 0)) for s in (self.samples[i] for i in members)]
         features = [self.features[i] for i in members]
-        return collate(samples, features, normalizers=self.normalizers, share=False).to(self.model.device)
+        return collate(samples, features, normalizers=self.normalizers, share=False)
+
+
+@dataclass(frozen=True)
+class Problem(Workload):
+    """A workload and the model with its LoRA, in the layout that the engine chooses."""
+
+    model: PiTe
+    recompute: int
+
+    def needed(self, fp8: bool = False, share: bool = True) -> Memory:
+        """`engine.layout`'s estimate for the largest micro-batch, with its shares of read rows and of copied keys."""
+        config, largest = self.model.config, max(self.batches(share), key=lambda batch: batch.num_rows)
+        keys = largest.num_rows if largest.kv_rows is None else len(largest.kv_rows)
+        return memory(
+            config,
+            count_parameters(config, RECIPE),
+            largest.num_rows,
+            self.model.dtype.itemsize,
+            fp8=fp8,
+            recompute=self.recompute,
+            read=len(largest.read_rows) / largest.num_rows,
+            copied=keys / largest.num_rows - 1,
+        )
 
 
 def copy_trainable(model: PiTe) -> PiTe:
     """A copy with its own trainable parameters, which shares the frozen weights."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+
+
+def choose(
+    shape: Shape,
+    samples: Sequence[TokenizedSample],
+    width: int,
+    capacity: float | None,
+    token_budget: int | None = None,
+) -> Layout:
+    """The engine's layout for these samples; `width` is the bytes of the frozen dtype."""
+    longest = max(len(s.token_ids) for s in samples)
+    count = count_parameters(shape.config, RECIPE)
+    return choose_layout(shape.config, count, capacity, width=width, token_budget=token_budget, longest=longest)
+
+
+def make_workload(shape: Shape, width: int, capacity: float | None) -> Workload:
+    """The workload without a model, in the layout that a model of this shape would have."""
+    samples, features = make_samples(shape)
+    return Workload(samples, features, choose(shape, samples, width, capacity).token_budget)
 
 
 def make_problem(
@@ -135,7 +180,12 @@ def make_problem(
     token_budget: int | None,
     capacity: float | None = None,
 ) -> Problem:
-    """`capacity` is the memory for the layout in bytes; None for a CPU, where micro-batches are small."""
+    """`capacity` is the memory for the layout in bytes; None for a CPU, where micro-batches are small.
+
+    Raises ValueError, before the model is built, if nothing fits.
+    """
+    samples, features = make_samples(shape)
+    layout = choose(shape, samples, dtype.itemsize, capacity, token_budget)
     torch.manual_seed(0)
     model = checkpoint.random_model(shape.config, dtype=dtype, device=str(device))
     model.add_lora(rank, 2.0 * rank)
@@ -144,11 +194,5 @@ def make_problem(
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b"):
             parameter.data.copy_(torch.empty(parameter.shape).normal_(0, 0.01, generator=generator))
-    count = count_parameters(shape.config, RECIPE)
-    samples, features = make_samples(shape)
-    longest = max(len(s.token_ids) for s in samples)
-    layout = choose_layout(
-        shape.config, count, capacity, width=dtype.itemsize, token_budget=token_budget, longest=longest
-    )
     model.decoder.checkpoint_activations(layout.recompute)
-    return Problem(model, samples, features, layout.token_budget, layout.needed)
+    return Problem(samples, features, layout.token_budget, model, layout.recompute)

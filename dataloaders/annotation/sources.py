@@ -17,7 +17,7 @@ from pathlib import Path
 from dataloaders.annotation.pipeline import Video
 from dataloaders.annotation.record import Existing
 from dataloaders.failures import Failure
-from dataloaders.formats import Record, Where, iter_raw, parse_json, read_activitynet, read_pite
+from dataloaders.formats import Record, Where, read_activitynet, read_each, read_pite
 from dataloaders.formats.activitynet import Event, EventVideo, activitynet_media
 from dataloaders.formats.fields import (
     conversation,
@@ -83,17 +83,17 @@ def read_records(records: Path, videos: Path) -> Iterator[Video | Failure]:
 
 
 def _read(path: Path, videos: Path, read: Reader) -> Iterator[tuple[Where, Video | Failure]]:
-    for offset, text in iter_raw(path):
-        where = Where(path, offset)
-        record: Record = {}
-        try:
-            record = parse_json(text, where)
-            video = read(record, where, videos)
-            media = replace(video.media, path=videos / f"{video.name}.mp4")
-            yield where, replace(video, media=locate(media, names_in(media.path.parent)))
-        except RecordError as error:
+    def placed(record: Record, where: Where) -> Video:
+        video = read(record, where, videos)
+        media = replace(video.media, path=videos / f"{video.name}.mp4")
+        return replace(video, media=locate(media, names_in(media.path.parent)))
+
+    for where, record, found in read_each(path, placed):
+        if isinstance(found, RecordError):
             name = record.get("id", record.get("YoutubeID"))
-            yield where, Failure(name if isinstance(name, str) else str(where), str(path), "read", str(error))
+            yield where, Failure(name if isinstance(name, str) else str(where), str(path), "read", str(found))
+        else:
+            yield where, found
 
 
 def _activitynet(record: Record, where: Where, videos: Path) -> Video:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from dataloaders.decode import TIME_LIMIT
+from dataloaders.decode.facts import Facts
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.readable import DecodeError
 from dataloaders.decode.sampling import Sampling
@@ -33,22 +34,21 @@ class Decoded:
 
     frames  a NumPy array, or a tensor on the GPU that decoded it
     by      the decoder, and after a fallback the reason for it
-    uneven  frames sampled by index and by time differ by more than a frame's share
     """
 
     media: Media
     frames: np.ndarray | Tensor | None = None
     reason: str = ""
     by: str = "PyAV"
-    uneven: bool = False
+    facts: Facts = field(default_factory=Facts)
 
 
 @dataclass(frozen=True)
 class Cropped:
-    """Cropped frames (n, S, S, 3) uint8 of a file; `uneven` as in Decoded."""
+    """Cropped frames (n, S, S, 3) uint8 of a file, and what is reported of it."""
 
     frames: np.ndarray
-    uneven: bool = False
+    facts: Facts = field(default_factory=Facts)
 
 
 Decode = Callable[[Media], np.ndarray | Cropped]
@@ -84,7 +84,7 @@ def decode_file(
         sampled = sample_with_torchcodec(media.path, num_frames, media.clip, preprocess.cropped, sampling)
     else:
         sampled = sample_video(media.path, num_frames, media.clip, preprocess.cropped, sampling)
-    return Cropped(np.stack(sampled.frames), sampled.uneven)
+    return Cropped(np.stack(sampled.frames), sampled.facts)
 
 
 def decode_cropped(media: Media, num_frames: int, preprocess: Preprocess, reader: Reader = "pyav") -> np.ndarray:
@@ -147,7 +147,7 @@ def guarded(decode: Decode, media: Media, by: str = "PyAV") -> Decoded:
     try:
         found = decode(media)
         found = found if isinstance(found, Cropped) else Cropped(found)
-        return Decoded(media, found.frames, by=by, uneven=found.uneven)
+        return Decoded(media, found.frames, by=by, facts=found.facts)
     except DecodeError as error:
         return Decoded(media, reason=str(error))
     except Exception as error:  # A damaged file can raise anything, and must not stop the others.

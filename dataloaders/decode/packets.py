@@ -14,16 +14,12 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from dataloaders.decode.containers import is_avif
+from dataloaders.decode.clips import CLIP_TOLERANCE, Clip, clip_in
+from dataloaders.decode.containers import duration, is_avif
 from dataloaders.decode.readable import MAX_PIXELS, DecodeError
-
-CLIP_TOLERANCE = 1.0
-"""Seconds by which a clip may end after its file: lengths are rounded, and audio is often longer than the pictures."""
 
 _VP8_SHOWN = 0x10
 """The bit of a VP8 packet's first byte that marks a frame as shown (RFC 6386, 9.1)."""
-
-Clip = tuple[float, float] | None
 
 
 def open_container(path: Path) -> InputContainer:
@@ -90,7 +86,11 @@ class Packets:
 
     first      frames before the clip
     times      (total,) seconds of each of its frames from the start of the container, in order
-    end        seconds at which its last frame ends
+    end        seconds at which its last frame ends. If the file goes on for more than a second after its pictures, such as
+               the music of a slide show, players hold the last picture until then
+    clip       the clip; None for the whole file, also where it is the clip that was to be cut (`clip_in`)
+    cut_before the file is the clip that was to be cut
+    ends       seconds at which the pictures and the whole file end; empty where unknown
     origin     start of the container in the stream's units; None where packets have no times and nothing is known
     seekable   packets have display times, so that decoding can start at a clip's key frame. AVI has none: its frames are
                counted
@@ -101,6 +101,9 @@ class Packets:
     first: int = 0
     times: np.ndarray = field(default_factory=lambda: np.zeros(0))
     end: float = 0.0
+    clip: Clip = None
+    cut_before: bool = False
+    ends: tuple[float, ...] = ()
     origin: int | None = None
     seekable: bool = True
     all_shown: bool = False
@@ -119,7 +122,7 @@ class Packets:
 
 
 def read_packets(path: Path, clip: Clip) -> Packets:
-    """The frames of a clip, or of the whole file. Raises DecodeError for damage and for a clip beyond the end."""
+    """The frames of a clip, or of the whole file. Raises DecodeError for damage and for a clip that is not in the file."""
     with open_container(path) as container:
         stream = video_stream(container, path)
         hides, count = stream.codec_context.codec.name == "vp8", len(container.streams.video)
@@ -127,20 +130,24 @@ def read_packets(path: Path, clip: Clip) -> Packets:
         shown = [p for p in packets if not (p.is_discard or (hides and not bytes(p)[0] & _VP8_SHOWN))]
         unit, announced = stream.time_base, _announced(container, stream)
         start, seekable = container.start_time, not _counts_frames(container, shown)
-        stream_index = stream.index
+        stream_index, file_end = stream.index, _file_end(container, path)
     found = [p.pts if seekable else p.dts for p in shown]
     ticks = sorted(t for t in found if t is not None)
     if len(ticks) < len(found) or not ticks or unit is None:
-        return Packets(stream=stream_index, streams=count)
+        return Packets(clip=clip, stream=stream_index, streams=count)
     # Other streams may start earlier: players count time from the first of all. Rounded, because it is in microseconds.
     origin = ticks[0] if start is None or not seekable else min(ticks[0], round(start / av.time_base / unit))
-    last = max(max(t + (p.duration or 0) for t, p in zip(found, shown) if t is not None), ticks[-1] + _step(ticks))
+    known = max(t + (p.duration or 0) for t, p in zip(found, shown) if t is not None)
+    last = max(known, ticks[-1] + _step(ticks))
     seconds = np.array([float((t - origin) * unit) for t in ticks])
     end = float((last - origin) * unit)
     if announced is not None and float(max(last, last - ticks[0]) * unit) < announced - CLIP_TOLERANCE:
         raise DecodeError(f"{path}: its frames end at {seconds[-1]:.2f} s of {announced:.2f} s; the file is damaged")
-    if clip is not None and clip[1] > end + CLIP_TOLERANCE:
-        raise DecodeError(f"{path}: its last frame is at {seconds[-1]:.2f} s, before the clip's end at {clip[1]:g} s")
+    stated = float(((known if known > ticks[-1] else last) - origin) * unit)
+    ends = (stated, max(stated, file_end - float(origin * unit)))
+    if ends[1] > end + CLIP_TOLERANCE:
+        end = ends[1]
+    wanted, clip = clip, clip_in(path, clip, ends, float(seconds[-1]))
     within = np.array([inside(t, clip) for t in seconds])
     if clip is not None:
         end = min([end, clip[1], *seconds[seconds >= clip[1]][:1]])
@@ -148,6 +155,9 @@ def read_packets(path: Path, clip: Clip) -> Packets:
         first=0 if clip is None else int((seconds < clip[0]).sum()),
         times=seconds[within],
         end=end,
+        clip=clip,
+        cut_before=clip != wanted,
+        ends=ends,
         origin=origin,
         seekable=seekable,
         all_shown=len(shown) == len(packets),
@@ -159,6 +169,21 @@ def read_packets(path: Path, clip: Clip) -> Packets:
 def inside(seconds: float, clip: Clip) -> bool:
     """Whether a frame that is first shown at this time belongs to a clip."""
     return clip is None or clip[0] <= seconds < clip[1]
+
+
+def _file_end(container: InputContainer, path: Path) -> float:
+    """Seconds at which the file ends, on the clock of its packets; 0 where only its pictures have an end.
+
+    MP4 has a length for each stream, of which that of the sound counts. Matroska and FLV have one for the file, and AVI
+    counts its frames, repeated ones included. Other formats have none, and FFmpeg's estimates are not used.
+    """
+    names = set(container.format.name.split(","))
+    if names & {"matroska", "flv"}:
+        return (container.duration or 0) / av.time_base
+    if "avi" in names:
+        return duration(path) or 0.0
+    sound = [s for s in container.streams.audio if s.duration and s.time_base] if "mp4" in names else []
+    return max((float(((s.start_time or 0) + (s.duration or 0)) * (s.time_base or 0)) for s in sound), default=0.0)
 
 
 def _counts_frames(container: InputContainer, packets: list[Packet]) -> bool:

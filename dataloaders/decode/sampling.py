@@ -38,19 +38,29 @@ def sampled_indices(times: np.ndarray, end: float, num_frames: int, sampling: Sa
 def is_uneven(times: np.ndarray, end: float, num_frames: int) -> bool:
     """Whether the two rules choose frames that are further apart than a frame's share of the video.
 
-    The share is that of one of the N frames, and of one of the file's own, by which both rules round.
+    The distance is from when one is first shown to when the other is, or from the end of one to the moment for which the
+    other is shown, as in a slide show whose last picture stays. The share is that of one of the N frames, and of one of the
+    file's own, by which both rules round.
     """
     total = len(times)
     if not total or np.isnan(times).any():
         return False
-    apart = np.abs(times[frame_indices(total, num_frames)] - times[_by_time(times, end, num_frames)]).max()
+    by_index, by_time = frame_indices(total, num_frames), _by_time(times, end, num_frames)
+    late = _moments(times, end, num_frames) - np.append(times[1:], end)[by_index]
+    apart = np.maximum(np.abs(times[by_index] - times[by_time]), late).max()
     return bool(apart > (end - times[0]) * (1 / num_frames + 1 / total) + _ROUNDING)
 
 
+def _moments(times: np.ndarray, end: float, num_frames: int) -> np.ndarray:
+    """The moments (N,) at which the published rule's frames would be shown, if all were shown equally long."""
+    total = len(times)
+    return times[0] + np.linspace(0, total - 1, num_frames) * (end - times[0]) / total
+
+
 def _by_time(times: np.ndarray, end: float, num_frames: int) -> np.ndarray:
-    """The frames shown at the moments at which the published rule's would be, if all were shown equally long."""
+    """The frames that are shown at those moments."""
     total, lasts = len(times), end - times[0]
     if not lasts > 0 or np.isnan(times).any():
         return frame_indices(total, num_frames)
-    moments = times[0] + np.linspace(0, total - 1, num_frames) * lasts / total
-    return (np.searchsorted(times, moments + min(_ROUNDING, lasts / total / 2), side="right") - 1).astype(np.int64)
+    moments = _moments(times, end, num_frames) + min(_ROUNDING, lasts / total / 2)
+    return (np.searchsorted(times, moments, side="right") - 1).astype(np.int64)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dataloaders.decode.clips import Clip
 from dataloaders.decode.orientation import UPRIGHT
-from dataloaders.decode.packets import Clip
 from dataloaders.decode.readable import DecodeError
 from dataloaders.decode.sampling import Sampling
 from dataloaders.decode.video import Sampled, Transform, probe
@@ -49,6 +49,6 @@ def sample_video(
         # One frame at a time, to keep no whole frames in memory. Ascending indices need no seeking back.
         frames = (decoder.get_frame_at(i).data.permute(1, 2, 0).contiguous().numpy() for i in distinct.tolist())
         made = [frame if transform is None else transform(frame) for frame in frames]
-        return Sampled([made[place] for place in places.tolist()], probed.is_uneven(num_frames))
+        return Sampled([made[place] for place in places.tolist()], probed.facts(num_frames))
     except RuntimeError as error:
         raise DecodeError(f"{path}: torchcodec: {reason(error)}") from None

@@ -7,7 +7,7 @@ decoding; where it was wrong, the video is decoded once more.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import av
@@ -15,8 +15,10 @@ import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, VideoReformatter
 
+from dataloaders.decode.clips import Clip
+from dataloaders.decode.facts import Facts
 from dataloaders.decode.orientation import Orientation, orientation, upright
-from dataloaders.decode.packets import Clip, Packets, inside, open_container, read_packets, video_stream
+from dataloaders.decode.packets import Packets, inside, open_container, read_packets, video_stream
 from dataloaders.decode.readable import DecodeError, check_readable
 from dataloaders.decode.sampling import Sampling, is_uneven, sampled_indices
 
@@ -63,9 +65,13 @@ class Probe:
         """Indices (N,) in the file of the frames that stand for the clip."""
         return self.first + sampled_indices(self.packets.times, self.packets.end, num_frames, sampling)
 
-    def is_uneven(self, num_frames: int) -> bool:
-        """Whether sampling by index and by time differ by more than a frame's share."""
-        return is_uneven(self.packets.times, self.packets.end, num_frames)
+    def facts(self, num_frames: int) -> Facts:
+        """What is reported of the file, for N frames."""
+        return _facts(self.packets, self.packets.times, self.packets.end, num_frames)
+
+
+def _facts(packets: Packets, times: np.ndarray, end: float, num_frames: int) -> Facts:
+    return Facts(is_uneven(times, end, num_frames), packets.ends, packets.cut_before)
 
 
 def probe(path: Path, clip: Clip = None) -> Probe:
@@ -97,15 +103,14 @@ def probe(path: Path, clip: Clip = None) -> Probe:
 
 @dataclass(frozen=True)
 class Sampled:
-    """N frames of a video.
+    """N frames of a video, and what is reported of its file.
 
-    uneven    sampling by index and by time differ by more than a frame's share
     times     seconds at which each of them is shown; empty where packets and frames have no times
     duration  seconds at which the file's last frame ends; None without times
     """
 
     frames: list[np.ndarray]
-    uneven: bool = False
+    facts: Facts = field(default_factory=Facts)
     times: tuple[float, ...] = ()
     duration: float | None = None
 
@@ -127,7 +132,8 @@ def sample_video(
 ) -> Sampled:
     """N frames of a video, each (H, W, 3) uint8 RGB, turned upright.
 
-    clip       (start, end) in seconds from the start of the file: only frames whose display starts in [start, end) count
+    clip       (start, end) in seconds from the start of the file: only frames whose display starts in [start, end) count.
+               A file that is as long as the clip, and ends before it, is the clip itself (`clips.clip_in`)
     transform  applied to each chosen frame (H, W, 3) as it is decoded, so that only its results are kept in memory
     sampling   the rule for the N frames. Files whose packets have no times are sampled by index
     Raises DecodeError for a file that cannot be decoded completely.
@@ -139,6 +145,7 @@ def sample_video(
         frames: dict[int, np.ndarray] = {}
         seen = np.zeros(0)
         if packets.origin is not None:
+            clip = packets.clip
             seen, frames = _decode(path, sampled_indices(times, end, num_frames, sampling), clip, transform, packets)
         if packets.origin is None or len(seen) != len(times):
             # The packets or the seek to the clip were wrong: count the frames by decoding from the start.
@@ -153,7 +160,7 @@ def sample_video(
     if len(seen) != len(times):
         raise DecodeError(f"{path}: gave {len(times)} frames when decoded once and {len(seen)} when decoded again")
     chosen = sampled_indices(times, end, num_frames, sampling)
-    sampled = Sampled([frames[i] for i in chosen.tolist()], is_uneven(times, end, num_frames))
+    sampled = Sampled([frames[i] for i in chosen.tolist()], _facts(packets, times, end, num_frames))
     if not end > 0 or np.isnan(times).any():
         return sampled
     return replace(sampled, times=tuple(times[chosen].tolist()), duration=end)
@@ -163,9 +170,10 @@ def _decode_twice(
     path: Path, num_frames: int, clip: Clip, transform: Transform | None, sampling: Sampling, packets: Packets
 ) -> tuple[np.ndarray, float, np.ndarray, dict[int, np.ndarray]]:
     """The times of the frames and their end, found by decoding; then those that a second decode finds, and its frames."""
+    announced = packets.end
     packets = replace(packets, seekable=True, origin=None)
     times, _ = _decode(path, np.zeros(0, dtype=np.int64), clip, None, packets)
-    end = float(times[-1] + np.median(np.diff(times))) if len(times) > 1 else 0.0
+    end = max(float(times[-1] + np.median(np.diff(times))), announced) if len(times) > 1 else announced
     return times, end, *_decode(path, sampled_indices(times, end, num_frames, sampling), clip, transform, packets)
 
 

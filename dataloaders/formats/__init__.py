@@ -41,6 +41,7 @@ from dataloaders.formats.questions import (
     named_media,
     named_video,
 )
+from dataloaders.formats.reading import check_budget, read_all, read_each
 from dataloaders.formats.stream import Record, Where, iter_json, iter_raw, lone_surrogate, parse_json
 from dataloaders.records import Media, Sample
 
@@ -56,6 +57,7 @@ __all__ = [
     "Stage",
     "TurnChoice",
     "Where",
+    "check_budget",
     "iter_json",
     "iter_raw",
     "lone_surrogate",
@@ -63,6 +65,8 @@ __all__ = [
     "present_formats",
     "present_splits",
     "read_activitynet",
+    "read_all",
+    "read_each",
     "read_narrative",
     "read_pite",
     "read_valley",

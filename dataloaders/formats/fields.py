@@ -94,16 +94,18 @@ def find_name(name: str, names: Container[str]) -> str:
     Else the only name that differs in case or in the form of its accents (macOS decomposes them), also with another
     suffix. Of several such names none is taken, since they may be different videos.
     """
-    if name in names:
-        return name
     stem = name.rpartition(".")[0]
+    # A million absent files would need a look-up for each suffix.
+    if name in names or (isinstance(names, frozenset) and _folded(stem) not in _by_stem(names)):
+        return name
     others = [f"{stem}{suffix}" for suffix in MEDIA_SUFFIXES]
     exact = next((other for other in others if other in names), None)
     if exact is not None or not isinstance(names, frozenset):
         return exact or name
-    folded = _folded_names(names)
-    alike = next((found for other in (name, *others) if (found := folded.get(_folded(other)))), ())
-    return alike[0] if len(alike) == 1 else name
+    present = _by_stem(names)[_folded(stem)]
+    alike = ([found for found in present if _folded(found) == _folded(other)] for other in (name, *others))
+    found = next(filter(None, alike), [])
+    return found[0] if len(found) == 1 else name
 
 
 def _folded(name: str) -> str:
@@ -111,12 +113,12 @@ def _folded(name: str) -> str:
 
 
 @lru_cache(16)
-def _folded_names(names: frozenset[str]) -> dict[str, list[str]]:
-    """The names in a folder by their folded form; one frozenset hashes once."""
-    folded: dict[str, list[str]] = {}
+def _by_stem(names: frozenset[str]) -> dict[str, list[str]]:
+    """The names in a folder by their folded form without suffix; one frozenset hashes once."""
+    stems: dict[str, list[str]] = {}
     for name in names:
-        folded.setdefault(_folded(name), []).append(name)
-    return folded
+        stems.setdefault(_folded(name.rpartition(".")[0]), []).append(name)
+    return stems
 
 
 _CUT = re.compile(r"(?P<source>(?:.*/)?[\w-]{11})_(?P<start>\d+(?:\.\d+)?)_(?P<end>\d+(?:\.\d+)?)", re.ASCII)

@@ -14,14 +14,12 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dataloaders.failures import Failure, over_budget
+from dataloaders.failures import Failure
 from dataloaders.files import write_if_changed
-from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, present_formats, split_of
-from dataloaders.records import RecordError, TokenizedSample
+from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, check_budget, present_formats, split_of
+from dataloaders.records import TokenizedSample
 from dataloaders.samples.index import open_index
 from dataloaders.samples.plan import Prefixes
-
-_ERRORS_SHOWN = 10
 
 
 class StageDataset:
@@ -36,6 +34,7 @@ class StageDataset:
     turn, narrative_timing  see `dataloaders.formats.Reading`
     processes     worker processes that read annotations; None chooses by the size of the files
 
+    repeats                       records with the text of an earlier one, which are samples too
     tokens, targets, coordinates  (n,) int32 per sample: length, supervised tokens, present coordinates
     mentions                      (n,) int32 per sample: mentions with different trajectories
     largest_tokens                (n,) int32 per sample: the largest token id
@@ -64,10 +63,11 @@ class StageDataset:
         formats = present_formats(data, split_of(stage))
         reading = Reading(num_frames, num_points, turn, narrative_timing)
         index = open_index(self._folder, formats, tokenizer, reading, cache, processes)
-        self._index, self.malformed = index.samples, index.malformed
+        self._index, self.malformed, self.repeats = index.samples, index.malformed, index.repeats
         good = np.ones(len(self._index), dtype=bool)
         good[index.clashing] = False
-        self._check_budget(failure_budget, len(self.malformed) + int(good.sum()))
+        errors = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed]
+        check_budget(errors, len(errors) + int(good.sum()), failure_budget)
 
         ids, media = self._index.ids, self._index.media
         fits = self._index.tokens <= max_length
@@ -83,7 +83,7 @@ class StageDataset:
     def _select(self, rows: np.ndarray) -> None:
         """Set the samples to rows of the index."""
         self._rows = rows
-        self.__dict__.pop("_groups", None)  # of other samples, where this is a copy
+        self.__dict__.pop("groups", None)  # of other samples, where this is a copy
         self.ids = [self._index.ids[row] for row in rows]
         self.media = [self._index.media[row] for row in rows]
         self.tokens, self.targets = self._index.tokens[rows], self._index.targets[rows]
@@ -122,12 +122,9 @@ class StageDataset:
         wanted = read_names(file)
         return np.array([name in wanted or key in wanted for name, key in zip(self.ids, self.media)], dtype=bool)
 
-    def groups(self) -> np.ndarray:
-        """Group numbers (n,): samples of the same media have the same number."""
-        return self._groups
-
     @cached_property
-    def _groups(self) -> np.ndarray:
+    def groups(self) -> np.ndarray:
+        """Group numbers (n,) int64: samples of the same media have the same number."""
         numbers = {key: number for number, key in enumerate(sorted(set(self.media)))}
         return np.fromiter((numbers[key] for key in self.media), np.int64, len(self.media))
 
@@ -135,7 +132,7 @@ class StageDataset:
         """What the chosen samples (B,) share: the prompt's head, and the frames of the same media."""
         # One prompt layout and one tokenizer: the head is the same for all.
         head = int(self._index.frame_starts[0])
-        return Prefixes(head, head + self.num_frames, self._groups[chosen])
+        return Prefixes(head, head + self.num_frames, self.groups[chosen])
 
     def summary(self) -> str:
         parts = [f"{len(self.ids):,} samples"]
@@ -148,6 +145,11 @@ class StageDataset:
             parts.append(f"{len(self.not_encoded):,} left out whose media are not in the feature store")
         if self.malformed:
             parts.append(f"{len(self.malformed):,} malformed records left out")
+        if self.repeats:
+            first = self.repeats[0]
+            parts.append(
+                f"{len(self.repeats):,} records that repeat an earlier one, the first at {first.file}:{first.line}"
+            )
         return ", ".join(parts)
 
     def left_out(self) -> list[Failure]:
@@ -186,13 +188,6 @@ class StageDataset:
         for counts in (self.tokens, self.targets, self.coordinates):
             contents.update(counts.tobytes())
         return f"{len(self):,} samples {contents.hexdigest()[:16]}"
-
-    def _check_budget(self, budget: float, total: int) -> None:
-        count = len(self.malformed)
-        if count > budget * total:
-            errors = [f"{self._folder / m.file}:{m.line}: {m.reason}" for m in self.malformed[:_ERRORS_SHOWN]]
-            errors.append(f"{count:,} of {total:,} records are malformed, {over_budget(count, total, budget)}")
-            raise RecordError("\n".join(errors))
 
 
 def read_names(file: Path) -> set[str]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
@@ -40,11 +40,12 @@ from dataloaders.samples.tokenized import Columns, TokenizedFile
 
 @dataclass(frozen=True)
 class Part:
-    """The good records of a task: their columns, and each one's file, place in the file, and media."""
+    """The good records of a task: their columns and file, and of each its place, checksum of its text, and media."""
 
     columns: Columns
     file: str
     offsets: list[int]
+    texts: list[bytes]
     media: list[Media]
 
 
@@ -56,7 +57,7 @@ class TokenizeRecords:
 
     def __call__(self, task: Task) -> Result[Part]:
         """The good records, and (offset, reason) of the malformed ones."""
-        samples, texts, digests, offsets, media, errors = [], [], [], [], [], []
+        samples, names, digests, offsets, texts, media, errors = [], [], [], [], [], [], []
         for offset, raw in task.records():
             # Lines are counted later, and only if a message needs them.
             place = f"@{offset}"
@@ -70,12 +71,17 @@ class TokenizeRecords:
             n, p = self.reading.num_frames, self.reading.num_points
             samples.append(tokenize(sample, self.tokenizer, num_frames=n, num_points=p))
             offsets.append(offset)
-            texts += [sample.id.encode(), sample.media.encode()]
-            # Of the record's bytes: an edited answer or trajectory may keep all lengths.
-            digests.append(hashlib.sha256(raw).digest()[:16])
+            names += [sample.id.encode(), sample.media.encode()]
+            # The last line of a file may lack its end.
+            text = raw.rstrip()
+            digest = hashlib.sha256(text)
+            texts.append(digest.digest()[:16])
+            # Of all bytes of the record: an edited answer or trajectory may keep all lengths.
+            digest.update(raw[len(text) :])
+            digests.append(digest.digest()[:16])
         if not samples:
             return None, errors
-        return Part(tokenized.pack(samples, texts, digests), task.path.name, offsets, media), errors
+        return Part(tokenized.pack(samples, names, digests), task.path.name, offsets, texts, media), errors
 
 
 @dataclass(frozen=True)
@@ -85,11 +91,14 @@ class Index:
     malformed  the records that are not among them
     clashing   rows of samples whose media are not those that their key has in an earlier record; they are in `malformed`
                too, and must not be used, since the features under this key are of other frames
+    repeats    records whose text is that of an earlier one. Several records may be about one video, but each has another
+               text
     """
 
     samples: TokenizedFile
     malformed: list[Malformed]
     clashing: list[int]
+    repeats: list[Malformed]
 
 
 def open_index(
@@ -118,8 +127,10 @@ def open_index(
         except NotWritableError as error:
             raise ValueError(f"{error}; choose another folder with --cache") from error
         samples = TokenizedFile(path)
-    malformed = [Malformed(*entry) for entry in json.loads(samples.notes["malformed"])]
-    return Index(samples, malformed, json.loads(samples.notes["clashing"]))
+    malformed, repeats = (
+        [Malformed(*entry) for entry in json.loads(samples.notes[name])] for name in ("malformed", "repeats")
+    )
+    return Index(samples, malformed, json.loads(samples.notes["clashing"]), repeats)
 
 
 def _identity(folder: Path, formats: Sequence[Format], tokenizer: PreTrainedTokenizerBase, reading: Reading) -> str:
@@ -144,25 +155,36 @@ def _code() -> str:
 def _build(path: Path, folder: Path, parts: Records[Part], reading: Reading) -> None:
     notes: dict[str, str] = {}
     known: dict[str, tuple[float, float] | None] = {}  # key -> clip; a key contains the name of the file
+    texts: set[bytes] = set()
     clashing: list[int] = []
     clashes: dict[str, list[tuple[int, str]]] = {}
+    repeats: dict[str, list[tuple[int, str]]] = {}
 
     def columns() -> Iterator[Columns]:
         row = 0
         for part in parts:
-            for offset, media in zip(part.offsets, part.media):
+            for offset, text, media in zip(part.offsets, part.texts, part.media):
                 clip = known.setdefault(media.key, media.clip)
                 if clip != media.clip:
                     clashing.append(row)
                     clashes.setdefault(part.file, []).append((offset, clash(replace(media, clip=clip), media)))
+                elif text in texts:
+                    repeats.setdefault(part.file, []).append((offset, "repeats an earlier record"))
+                texts.add(text)
                 row += 1
             yield part.columns
-        found = [
-            Malformed(file, line, reason)
-            for file, entries in clashes.items()
-            for line, (_, reason) in zip(line_numbers(folder / file, [offset for offset, _ in entries]), entries)
-        ]
-        notes["malformed"] = json.dumps([astuple(m) for m in [*parts.malformed, *found]])
+        found = [*parts.malformed, *_at_lines(folder, clashes)]
+        notes["malformed"] = json.dumps([astuple(m) for m in found])
+        notes["repeats"] = json.dumps([astuple(m) for m in _at_lines(folder, repeats)])
         notes["clashing"] = json.dumps(clashing)
 
     tokenized.write(path, columns(), reading.num_frames, reading.num_points, notes)
+
+
+def _at_lines(folder: Path, found: Mapping[str, Sequence[tuple[int, str]]]) -> list[Malformed]:
+    """File -> (offset, reason) of records in order, with lines in place of offsets."""
+    return [
+        Malformed(file, line, reason)
+        for file, entries in found.items()
+        for line, (_, reason) in zip(line_numbers(folder / file, [offset for offset, _ in entries]), entries)
+    ]

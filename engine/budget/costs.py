@@ -277,7 +277,7 @@ def _corpus(config: TrainConfig, stage: Stage, model: PiTeConfig) -> Corpus:
     if config.held_out is not None:
         data, _ = split_held_out(data, config.held_out)
     recipe = config.recipe(stage)
-    groups = data.groups() if recipe.group_media else None
+    groups = data.groups if recipe.group_media else None
     plan = BatchPlan(len(data), recipe.global_batch, config.optimization.seed, groups)
     over = "" if data.over_length else f", none of more than {config.data.max_length:,} tokens"
     return Corpus(

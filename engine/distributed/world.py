@@ -175,6 +175,13 @@ def grow_segments() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
+def use_deterministic_algorithms() -> None:
+    """Let every operation repeat bitwise on a GPU, or raise RuntimeError. Call before cuBLAS is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def shard_frozen(module: nn.Module, mesh: DeviceMesh) -> None:
     """Shard the frozen weights of a decoder layer, or in the last call of the rest of a model, over all ranks (FSDP2).
 

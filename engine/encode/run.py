@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,7 @@ class Summary:
     inexact  media whose file differs in duration from its annotation by more than the share of a frame, though not so much
              that it is refused
     uneven   files of which sampling by index and by time choose frames that are further apart than a frame's share
+    cut_before  files that are the clip of their record, though its times are those in the source
     shown  kinds of failures and fallbacks whose first example was logged
     """
 
@@ -48,6 +49,7 @@ class Summary:
     failed: int = 0
     inexact: int = 0
     uneven: int = 0
+    cut_before: int = 0
     decoders: Counter[str] = field(default_factory=Counter)
     shown: set[str] = field(default_factory=set)
 
@@ -55,7 +57,8 @@ class Summary:
         """Count a file that was encoded, and log the first one of each fallback."""
         self.encoded += len(group)
         self.decoders[decoded.by] += 1
-        self.uneven += decoded.uneven
+        self.uneven += decoded.facts.uneven
+        self.cut_before += decoded.facts.cut_before
         if is_fallback(decoded.by):
             self.show_first(decoded.by, "%s: decoded by %s", group[0].path, decoded.by)
 
@@ -95,6 +98,12 @@ def run(config: EncodeConfig, ranks: Ranks) -> None:
         log.warning(
             "%s files differ in duration from their annotation by more than a frame's share, though less than is refused",
             f"{summary.inexact:,}",
+        )
+    if summary.cut_before:
+        log.info(
+            "%s files are clips that were cut before, since they last as long as their record's clip and end before it: used"
+            " whole",
+            f"{summary.cut_before:,}",
         )
     if summary.uneven and config.sampling == "index":
         log.warning(
@@ -175,12 +184,14 @@ def _store(
         return False
     kept = []
     for m in group:
+        whole = replace(m, clip=None) if decoded.facts.cut_before else m
         # After decoding, which finds the reason why a damaged file is short.
-        if reason := wrong_duration(m):
+        if reason := wrong_duration(whole, decoded.facts.ends):
             summary.fail([m], "check", reason, ledger)
         else:
             kept.append(m)
-            summary.inexact += m.duration is not None and abs(duration_error(m) or 0.0) > m.duration / len(record)
+            error = abs(duration_error(whole, decoded.facts.ends) or 0.0)
+            summary.inexact += m.duration is not None and error > m.duration / len(record)
     try:
         writer.add({m.key: record for m in kept})
     except NonFiniteError as error:

@@ -8,6 +8,7 @@ from pite_kernels.cross_entropy import FusedLinearCrossEntropyLoss, linear_cross
 from pite_kernels.elementwise import apply_rope, rms_norm, rope_tables, swiglu
 from pite_kernels.fp8 import Fp8Weight, quantize_weight
 from pite_kernels.lora import lora_linear
+from pite_kernels.patching import Patch, pack_batch, patch
 from pite_kernels.rope import rope_kv, rope_q, rope_qkv
 from pite_kernels.rows import RowIndex, gather_rows, put_rows, row_index, take_rows
 from pite_kernels.trajectory import FusedTrajectoryL1Loss, trajectory_l1
@@ -17,12 +18,15 @@ __all__ = [
     "Fp8Weight",
     "FusedLinearCrossEntropyLoss",
     "FusedTrajectoryL1Loss",
+    "Patch",
     "RowIndex",
     "apply_rope",
     "gather_rows",
     "linear_cross_entropy",
     "lora_linear",
+    "pack_batch",
     "packed_attention",
+    "patch",
     "put_rows",
     "quantize_weight",
     "rms_norm",

@@ -6,6 +6,7 @@ These ops are memory-bound, and liger-kernel is fast. This file adds the packed 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -81,16 +82,34 @@ def rms_norm(
 
 
 def rope_tables(
-    position_ids: Tensor, head_dim: int, *, theta: float = 10000.0, dtype: torch.dtype = torch.float32
+    position_ids: Tensor,
+    head_dim: int,
+    *,
+    theta: float = 10000.0,
+    dtype: torch.dtype = torch.float32,
+    sections: Sequence[int] | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary embedding (Su et al. 2021), half-split as in Llama. Compute them once per step.
 
-    position_ids  (T,) integers, restarting at 0 for each packed document
-    Returns cos and sin, (T, head_dim) each, in `dtype`; the angles are computed in float32.
+    position_ids  (T,) integers, restarting at 0 for each packed document; with sections (A, T): a token's time, row and
+                  column (M-RoPE, Qwen2-VL, arXiv 2409.12191)
+    sections      numbers of frequencies that rotate by each of the A axes, head_dim / 2 together (`mrope_section`)
+    interleaved   the axes take turns, as in Qwen3-VL; else each has consecutive frequencies, as in Qwen2-VL and Qwen2.5-VL
+    Returns cos and sin, (T, head_dim) each, in `dtype`; the angles are computed in float32. Raises ValueError on shapes
+    that do not fit.
     """
     if head_dim % 2:
         raise ValueError(f"rope_tables: head_dim must be even, not {head_dim}")
-    return reference.rope_tables(position_ids, head_dim, theta=theta, dtype=dtype)
+    axes = None if sections is None else len(sections)
+    if sections is not None and 2 * sum(sections) != head_dim:
+        raise ValueError(f"rope_tables: the sections {list(sections)} must add up to {head_dim // 2}, half of head_dim")
+    if position_ids.dim() != (1 if axes is None else 2) or (axes is not None and len(position_ids) != axes):
+        expected = "(T,)" if axes is None else f"({axes}, T)"
+        raise ValueError(f"rope_tables: position_ids must be {expected}, not {tuple(position_ids.shape)}")
+    return reference.rope_tables(
+        position_ids, head_dim, theta=theta, dtype=dtype, sections=sections, interleaved=interleaved
+    )
 
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

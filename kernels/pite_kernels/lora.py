@@ -7,12 +7,13 @@ the product x A' (T, parts * r). dW is never computed, because the weight is fro
 and compares with concatenation along K.
 
 The weight may be in float8 (`pite_kernels.fp8`). Float8 GEMMs cannot accumulate, so they come first, and the thin
-products are added in x's dtype. All computations with A and B are in x's dtype.
+products are added in x's dtype. All computations with A and B are in x's dtype; a trainer that keeps them in float32
+can cast them once for all calls of an optimizer step (`cast`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pite_kernels.dispatch import autocast, uses_triton, with_unit_stride, without_autocast
+from pite_kernels.dispatch import NAMESPACE, autocast, uses_triton, with_unit_stride, without_autocast
 from pite_kernels.fp8 import Fp8Weight, product
-from pite_kernels.trajectory import NAMESPACE
 
 
 def lora_linear(
@@ -33,6 +33,8 @@ def lora_linear(
     *,
     scale: float = 1.0,
     splits: Sequence[int] | None = None,
+    bias: Tensor | None = None,
+    cast: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Frozen linear layers with LoRA (Hu et al. 2021), fused along their outputs.
 
@@ -43,55 +45,95 @@ def lora_linear(
     lora_b  (sum(splits), r)        the B of all parts, stacked
     scale   alpha / r
     splits  number of outputs of each part; None: one part
-    Returns (..., sum(splits)): part i is x W_i' + scale (x A_i') B_i', in x's dtype. A and B may be float32 with a
-    half-precision x; so may the weight, but it is then cast in each call. Raises ValueError on shapes that do not fit, on a weight with requires_grad, and on a float8
-    weight without A and B or, on CUDA, with an x that is not bfloat16.
+    bias    (sum(splits),)          frozen: the biases of all parts, as in Qwen's q, k, v; or None
+    cast    A and B rounded to x's dtype, which saves casting them in each call; the gradients are those of lora_a and
+            lora_b. Without it, or with another dtype than x's, each call casts
+    Returns (..., sum(splits)): part i is x W_i' + b_i + scale (x A_i') B_i', in x's dtype. A and B may be float32 with a
+    half-precision x; so may weight and bias, but they are then cast in each call. Raises ValueError on shapes that do not
+    fit, on a weight or bias with requires_grad, and on a float8 weight without A and B or, on CUDA, with an x that is not
+    bfloat16.
     """
     if lora_a is None or lora_b is None:
         if lora_a is not lora_b:
             raise ValueError("lora_linear: give both lora_a and lora_b, or neither")
         if isinstance(weight, Fp8Weight):
             raise ValueError("lora_linear: a float8 weight is for training; give lora_a and lora_b with it")
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     x = autocast(x)
     frozen = list(weight) if isinstance(weight, Fp8Weight) else [weight]
-    outputs = frozen[0].shape[0]
-    sizes = [outputs] if splits is None else list(splits)
-    rank, d_in = lora_b.shape[-1], x.shape[-1]
-    expected = [(sum(sizes), d_in), (len(sizes) * rank, d_in), (sum(sizes), rank)]
-    if [tuple(frozen[0].shape), tuple(lora_a.shape), tuple(lora_b.shape)] != expected:
-        raise ValueError(
-            f"lora_linear: weight {tuple(frozen[0].shape)}, lora_a {tuple(lora_a.shape)} and "
-            f"lora_b {tuple(lora_b.shape)} do not fit x {tuple(x.shape)} and splits {sizes}"
-        )
-    if frozen[0].requires_grad:
-        raise ValueError("lora_linear: the weight must be frozen (requires_grad False); its gradient is never computed")
-    if len(frozen) > 1 and x.is_cuda and x.dtype != torch.bfloat16:
-        raise ValueError(f"lora_linear: float8 weights need bfloat16 activations on CUDA, not {x.dtype}")
+    sizes = [frozen[0].shape[0]] if splits is None else list(splits)
+    _check(x, frozen, lora_a, lora_b, sizes, bias, cast)
+    ready = list(cast) if cast is not None and cast[0].dtype == x.dtype else []
+    arguments = (x.reshape(-1, x.shape[-1]), frozen, lora_a, lora_b, scale, sizes, bias, ready)
     # Only torch.compile gets the torch.library operator: it adds 0.18 ms of host time per call and backward, as much as
     # everything else in this function.
     if torch.compiler.is_compiling():
-        y, _ = lora_forward(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
+        y, _ = lora_forward(*arguments)
     elif not torch.is_grad_enabled():
-        y, _ = _forward(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
+        y, _ = _forward(*arguments)
     else:
-        y = _LoRALinear.apply(x.reshape(-1, d_in), frozen, lora_a, lora_b, scale, sizes)
-    return y.view(*x.shape[:-1], outputs)
+        y = _LoRALinear.apply(*arguments)
+    return y.view(*x.shape[:-1], sum(sizes))
+
+
+def _check(
+    x: Tensor,
+    frozen: list[Tensor],
+    lora_a: Tensor,
+    lora_b: Tensor,
+    splits: list[int],
+    bias: Tensor | None,
+    cast: tuple[Tensor, Tensor] | None,
+) -> None:
+    rank, d_in = lora_b.shape[-1], x.shape[-1]
+    expected = [(sum(splits), d_in), (len(splits) * rank, d_in), (sum(splits), rank)]
+    if [tuple(frozen[0].shape), tuple(lora_a.shape), tuple(lora_b.shape)] != expected:
+        raise ValueError(
+            f"lora_linear: weight {tuple(frozen[0].shape)}, lora_a {tuple(lora_a.shape)} and "
+            f"lora_b {tuple(lora_b.shape)} do not fit x {tuple(x.shape)} and splits {splits}"
+        )
+    if bias is not None and bias.shape != (sum(splits),):
+        raise ValueError(f"lora_linear: bias must be ({sum(splits)},), not {tuple(bias.shape)}")
+    if cast is not None and [t.shape for t in cast] != [lora_a.shape, lora_b.shape]:
+        raise ValueError("lora_linear: cast must be lora_a and lora_b in x's dtype, in their shapes")
+    if frozen[0].requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError(
+            "lora_linear: weight and bias must be frozen (requires_grad False); their gradients are never computed"
+        )
+    if len(frozen) > 1 and x.is_cuda and x.dtype != torch.bfloat16:
+        raise ValueError(f"lora_linear: float8 weights need bfloat16 activations on CUDA, not {x.dtype}")
 
 
 @without_autocast
 def _forward(
-    x: Tensor, weight: list[Tensor], lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]
+    x: Tensor,
+    weight: list[Tensor],
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    splits: list[int],
+    bias: Tensor | None,
+    cast: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Returns (y (T, d_out), x A' (T, parts * r)); `weight` is one tensor, or the four tensors of an Fp8Weight."""
-    low = torch.mm(x, lora_a.to(x.dtype).t())
+    """Returns (y (T, d_out), x A' (T, parts * r)).
+
+    weight  one tensor, or the four tensors of an Fp8Weight;  cast  A and B in x's dtype, or empty
+    """
+    a, b = cast or (lora_a.to(x.dtype), lora_b.to(x.dtype))
+    low = torch.mm(x, a.t())
     fp8 = Fp8Weight(*weight) if len(weight) > 1 else None
     y = x.new_empty(x.shape[0], weight[0].shape[0]) if fp8 is None else product(x, fp8.rows, fp8.row_scales)
-    b = lora_b.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if bias is not None and fp8 is not None:
+        y += bias
     several = len(splits) > 1
     parts = zip(y.split(splits, 1), low.split(b.shape[1], 1), b.split(splits)) if several else ((y, low, b),)
-    for part, low_i, b_i in parts:
-        part.addmm_(low_i, b_i.t(), beta=0 if fp8 is None else 1, alpha=scale)
+    biases = bias.split(splits) if bias is not None and fp8 is None else [None] * len(splits)
+    for (part, low_i, b_i), bias_i in zip(parts, biases):
+        if bias_i is None:
+            part.addmm_(low_i, b_i.t(), beta=0 if fp8 is None else 1, alpha=scale)
+        else:
+            torch.addmm(bias_i, low_i, b_i.t(), alpha=scale, out=part)
     return y if fp8 is not None else y.addmm_(x, weight[0].to(x.dtype).t()), low
 
 
@@ -113,12 +155,13 @@ def _gradients(
     low: Tensor,
     scale: float,
     splits: list[int],
+    cast: list[Tensor],
     need_x: bool,
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dA, dB); a gradient that is not needed is an empty tensor."""
-    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    a, b = cast or (lora_a.to(x.dtype), lora_b.to(x.dtype))
     grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     grad_low = x.new_empty(0)
     if need_b and (need_x or need_a) and _one_pass(x, b):
@@ -159,19 +202,27 @@ def _(grad: Any, x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, *rest: 
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, lora_a, lora_b, ctx.scale, ctx.splits = inputs
+    x, weight, lora_a, lora_b, ctx.scale, ctx.splits, _, cast = inputs
     _, low = output
     ctx.mark_non_differentiable(low)
     ctx.set_materialize_grads(False)  # no tensor of zeros for the gradient of `low`
-    ctx.save_for_backward(x, lora_a, lora_b, low, *weight)
+    ctx.save_for_backward(x, lora_a, lora_b, low, *cast, *weight)
+    ctx.casts = len(cast)
 
 
 def _backward(ctx, grad, _grad_low):  # type: ignore[no-untyped-def]
-    x, lora_a, lora_b, low, *weight = ctx.saved_tensors
+    grad_x, grad_a, grad_b = _saved_gradients(ctx, grad, lora_backward)
+    casts, weights = [None] * ctx.casts, [None] * (len(ctx.saved_tensors) - 4 - ctx.casts)
+    return grad_x, weights, grad_a, grad_b, None, None, None, casts
+
+
+def _saved_gradients(ctx: Any, grad: Tensor, gradients: Callable[..., Any]) -> list[Tensor | None]:
+    """dX, dA and dB from what forward saved; None where a gradient is not needed."""
+    x, lora_a, lora_b, low, *rest = ctx.saved_tensors
+    cast, weight = rest[: ctx.casts], rest[ctx.casts :]
     needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4]
-    grads = lora_backward(grad, x, weight, lora_a, lora_b, low, ctx.scale, ctx.splits, *needs)
-    grad_x, grad_a, grad_b = (g if need else None for g, need in zip(grads, needs))
-    return grad_x, [None] * len(weight), grad_a, grad_b, None, None
+    grads = gradients(grad, x, weight, lora_a, lora_b, low, ctx.scale, ctx.splits, cast, *needs)
+    return [g if need else None for g, need in zip(grads, needs)]
 
 
 lora_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -181,19 +232,15 @@ class _LoRALinear(torch.autograd.Function):
     """Calls the bodies of the two operators directly; a profiler's trace shows this name."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: list[Tensor], lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]
-    ) -> Tensor:
-        y, low = _forward(x, weight, lora_a, lora_b, scale, splits)
-        ctx.save_for_backward(x, lora_a, lora_b, low, *weight)
-        ctx.scale, ctx.splits = scale, splits
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, low = _forward(*inputs)
+        x, weight, lora_a, lora_b, ctx.scale, ctx.splits, _, cast = inputs
+        ctx.save_for_backward(x, lora_a, lora_b, low, *cast, *weight)
+        ctx.casts = len(cast)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_a, lora_b, low, *weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4]
-        grads = _gradients(grad, x, weight, lora_a, lora_b, low, ctx.scale, ctx.splits, *needs)
-        grad_x, grad_a, grad_b = (g if need else None for g, need in zip(grads, needs))
-        return grad_x, None, grad_a, grad_b, None, None
+        grad_x, grad_a, grad_b = _saved_gradients(ctx, grad, _gradients)
+        return grad_x, None, grad_a, grad_b, *[None] * 4

@@ -36,14 +36,20 @@ def trajectory_l1(
     *,
     normalizer: Tensor | None = None,
     absent: str = "skip",
+    weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     dtype = accumulator(hidden.dtype)
     targets = targets.to(dtype)
     predictions = F.linear(hidden[rows], weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
     distance = (predictions.view_as(targets).to(dtype) - targets).abs()
     counted = torch.ones_like(targets) if absent == "regress" else _present(targets).to(dtype)
-    count = counted.sum() if normalizer is None else normalizer.to(dtype)
-    return torch.where(counted > 0, distance, 0).sum() * reciprocal(count)
+    w = torch.ones_like(rows, dtype=dtype) if weights is None else weights.to(dtype)
+    losses = w * torch.where(counted > 0, distance, 0).flatten(1).sum(1)
+    if reduction == "none":
+        return losses
+    count = (w * counted.flatten(1).sum(1)).sum() if normalizer is None else normalizer.to(dtype)
+    return losses.sum() * reciprocal(count)
 
 
 def _present(targets: Tensor) -> Tensor:
@@ -60,15 +66,20 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     normalizer: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     dtype = accumulator(hidden.dtype)
     selected = hidden if rows is None else hidden[rows]
     logits = F.linear(selected, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)).to(dtype)
-    total = F.cross_entropy(
-        logits, target_ids, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+    w = torch.ones_like(target_ids, dtype=dtype) if weights is None else weights.to(dtype)
+    losses = w * F.cross_entropy(
+        logits, target_ids, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
     )
-    count = (target_ids != ignore_index).sum() if normalizer is None else normalizer
-    return total * reciprocal(count.to(dtype))
+    if reduction == "none":
+        return losses
+    count = torch.where(target_ids == ignore_index, 0, w).sum() if normalizer is None else normalizer
+    return losses.sum() * reciprocal(count.to(dtype))
 
 
 def two_head_loss(
@@ -136,8 +147,9 @@ def lora_linear(
     *,
     scale: float = 1.0,
     splits: Sequence[int] | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    y = F.linear(x, weight)
+    y = F.linear(x, weight, bias)
     if lora_a is None or lora_b is None:
         return y
     sizes = [weight.shape[0]] if splits is None else list(splits)
@@ -155,13 +167,33 @@ def rms_norm(
 
 
 def rope_tables(
-    position_ids: Tensor, head_dim: int, *, theta: float = 10000.0, dtype: torch.dtype = torch.float32
+    position_ids: Tensor,
+    head_dim: int,
+    *,
+    theta: float = 10000.0,
+    dtype: torch.dtype = torch.float32,
+    sections: Sequence[int] | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    wide = accumulator(dtype)
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=wide) / head_dim
-    angles = position_ids.to(wide)[:, None] * theta**-exponents
+    wide, device = accumulator(dtype), position_ids.device
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=wide) / head_dim
+    if sections is None:
+        positions = position_ids[:, None]
+    else:
+        axes = _interleaved_axes(sections) if interleaved else [a for a, n in enumerate(sections) for _ in range(n)]
+        positions = position_ids.t().index_select(1, torch.tensor(axes, device=device))
+    angles = positions.to(wide) * theta**-exponents
     angles = torch.cat([angles, angles], -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _interleaved_axes(sections: Sequence[int]) -> list[int]:
+    """The axis of each frequency: in turn, until an axis but the first has had its section; the first has the rest."""
+    axes = [0] * sum(sections)
+    for axis in range(1, len(sections)):
+        stop = sections[axis] * len(sections)
+        axes[axis : stop : len(sections)] = [axis] * len(range(axis, stop, len(sections)))
+    return axes
 
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

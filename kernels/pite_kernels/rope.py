@@ -16,19 +16,30 @@ from torch.autograd.function import once_differentiable
 
 from pite_kernels import reference
 from pite_kernels.dispatch import uses_triton, with_unit_stride
+from pite_kernels.elementwise import rms_norm
 from pite_kernels.rows import RowIndex, gather_rows, sum_rows
 
 
 def rope_qkv(
-    qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, key_heads: int, kv_rows: RowIndex | None = None
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    head_dim: int,
+    key_heads: int,
+    kv_rows: RowIndex | None = None,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split a fused projection into heads and rotate q and k by position (Su et al. 2021, in Llama's half-split form).
 
     qkv        (T, (H + 2 K) * D)  H heads of q, then K of k and K of v; contiguous. On CUDA it is overwritten: it must
                                    not be used again, nor be saved for backward by the op that produced it
-    cos, sin   (T, D)              from `rope_tables`; without gradients
+    cos, sin   (T, D)              from `rope_tables`, which has M-RoPE too; without gradients
     head_dim, key_heads            D, K
     kv_rows    rows of k and v to gather (n of them), as in `packed_attention`; None for all in order (n = T)
+    norms      weights (D,) of q's and k's root-mean-square norm over each head, before the rotation, as in Qwen3; with
+               `eps`. q and k then have memory of their own, and the norms are kernels of their own
     Returns q (T, H, D), k (n, K, D) and v (n, K, D). On CUDA they are views of qkv, or with kv_rows new tensors, so that
     nothing keeps the rows of k and v that were copied. Raises ValueError on other shapes.
     """
@@ -36,7 +47,16 @@ def rope_qkv(
     queries = heads - 2 * key_heads
     if qkv.dim() != 2 or rest or head_dim % 2 or queries <= 0 or queries % key_heads:
         raise ValueError(f"rope_qkv: {tuple(qkv.shape)} does not hold q, k, v of {head_dim} with {key_heads} key heads")
-    return _rope(qkv, cos, sin, head_dim, key_heads, kv_rows)
+    if norms is None:
+        return _rope(qkv, cos, sin, head_dim, key_heads, kv_rows)
+    if [tuple(weight.shape) for weight in norms] != [(head_dim,)] * 2:
+        raise ValueError(f"rope_qkv: norms must be two weights of {head_dim}, not {[tuple(w.shape) for w in norms]}")
+    parts = qkv.unflatten(-1, (-1, head_dim)).split([queries, key_heads, key_heads], 1)
+    q, k = (rms_norm(part, weight, eps=eps).flatten(1) for part, weight in zip(parts, norms))
+    rotated = [rope_q(x, cos, sin, head_dim=head_dim) for x in (q, k)]
+    if kv_rows is None:
+        return rotated[0], rotated[1], parts[2]
+    return rotated[0], gather_rows(rotated[1], kv_rows), gather_rows(parts[2], kv_rows)
 
 
 def rope_q(q: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int) -> Tensor:

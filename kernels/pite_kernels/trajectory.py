@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pite_kernels.checks import check_devices, check_hidden, check_normalizer, check_weights, validate_rows
 from pite_kernels.dispatch import NAMESPACE, autocast, cpp, uses_triton, with_unit_stride, without_autocast
 from pite_kernels.reference import accumulator, reciprocal
 
@@ -26,35 +27,54 @@ def trajectory_l1(
     *,
     normalizer: Tensor | None = None,
     absent: str = "skip",
+    weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
-    """sum |hidden[rows] W' + b - targets| / normalizer, over the present coordinates (PiTe eq. 8).
+    """sum w |hidden[rows] W' + b - targets| / normalizer, over the present coordinates (PiTe eq. 8).
 
     hidden      (T, d)          bf16, fp16, fp32 or fp64; any row stride, unit stride last. Under `torch.autocast` it
                                 is cast to that dtype
     weight      (P * N * 2, d)  any of those dtypes;  bias (P * N * 2,) or None
     targets     (M, P, N, 2)    coordinates in [0, 1]; a pair equal to (-1, -1) is absent
     rows        (M,) int64      the row of `hidden` that predicts each target; may repeat
-    normalizer  0-dim tensor    coordinates counted in the global batch (x and y one each); None: those of this call
+    normalizer  0-dim tensor    coordinates counted in the global batch (x and y one each); None: the sum of w over those
+                                of this call
     absent      "skip": an absent pair has no loss and is not counted; "regress": -1 is an ordinary target
+    weights     (M,)            floating, without gradients: w, the weight of each target; None: 1
+    reduction   "mean", or "none" for (M,): w times the sum of each target's distances
     Returns a 0-dim loss, float32 (float64 from float64 inputs); 0 with zero gradients where the normalizer is 0.
     Gradients are accumulated in float32 and returned in each input's dtype. Raises ValueError on a shape or dtype that
     does not fit and, on the CPU, on non-finite targets, half-absent pairs and rows out of range. On CUDA these cause a
     device-side assert, because reading them would synchronize with the GPU.
     """
     check_trajectory(hidden, weight, bias, targets, rows, normalizer, absent)
+    check_weights("trajectory_l1", weights, targets, normalizer, reduction)
     hidden = with_unit_stride(autocast(hidden))
-    loss, _, _ = trajectory_forward(hidden, weight, bias, targets, rows, normalizer, absent == "skip")
-    return loss
+    skip = absent == "skip"
+    if weights is None and reduction == "mean":
+        loss, _, _ = trajectory_forward(hidden, weight, bias, targets, rows, normalizer, skip)
+        return loss
+    losses, _ = target_losses(hidden, weight, bias, targets, rows, skip)
+    if weights is not None:
+        losses = losses * weights
+    if reduction == "none":
+        return losses
+    if normalizer is None:
+        assert weights is not None, "the plain mean is above"
+        counted = (targets != -1) if skip else torch.ones_like(targets, dtype=torch.bool)
+        normalizer = (weights * counted.flatten(1).sum(1)).sum()
+    return losses.sum() * reciprocal(normalizer.to(losses.dtype))
 
 
 class FusedTrajectoryL1Loss(nn.Module):
-    """`trajectory_l1` as a module, with the same option `absent`."""
+    """`trajectory_l1` as a module, with the same options `absent` and `reduction`."""
 
-    def __init__(self, absent: str = "skip") -> None:
+    def __init__(self, absent: str = "skip", reduction: str = "mean") -> None:
         super().__init__()
         if absent not in ("skip", "regress"):
             raise ValueError(f"absent must be 'skip' or 'regress', not {absent!r}")
         self.absent = absent
+        self.reduction = reduction
 
     def forward(
         self,
@@ -64,8 +84,19 @@ class FusedTrajectoryL1Loss(nn.Module):
         targets: Tensor,
         rows: Tensor,
         normalizer: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        return trajectory_l1(hidden, weight, bias, targets, rows, normalizer=normalizer, absent=self.absent)
+        return trajectory_l1(
+            hidden,
+            weight,
+            bias,
+            targets,
+            rows,
+            normalizer=normalizer,
+            absent=self.absent,
+            weights=weights,
+            reduction=self.reduction,
+        )
 
 
 def check_trajectory(
@@ -94,27 +125,6 @@ def check_trajectory(
     check_devices("trajectory_l1", hidden, bias, targets, rows, normalizer)
 
 
-def check_hidden(op: str, hidden: Tensor, weight: Tensor) -> None:
-    """Raise ValueError unless hidden is (T, d) and weight (outputs, d), both floating, both on one device."""
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit")
-    if not (hidden.is_floating_point() and weight.is_floating_point()) or hidden.device != weight.device:
-        raise ValueError(f"{op}: hidden and weight must be floating tensors on one device")
-
-
-def check_normalizer(op: str, normalizer: Tensor | None) -> None:
-    """Raise ValueError unless the normalizer is None or a 0-dim floating tensor."""
-    if normalizer is not None and (normalizer.dim() != 0 or not normalizer.is_floating_point()):
-        raise ValueError(f"{op}: normalizer must be a 0-dim floating tensor, not {tuple(normalizer.shape)}")
-
-
-def check_devices(op: str, hidden: Tensor, *others: Tensor | None) -> None:
-    """Raise ValueError unless all tensors are on hidden's device: moving one here would synchronize with the GPU."""
-    for other in others:
-        if other is not None and other.device != hidden.device:
-            raise ValueError(f"{op}: hidden is on {hidden.device}, another input on {other.device}")
-
-
 @torch.library.custom_op(f"{NAMESPACE}::trajectory_l1", mutates_args=())
 @without_autocast
 def trajectory_forward(
@@ -131,7 +141,7 @@ def trajectory_forward(
         from pite_kernels.gpu import trajectory as gpu
 
         with torch.cuda.device_of(hidden):
-            return gpu.forward(hidden, weight, bias, targets, rows, normalizer, skip_absent)
+            return gpu.forward(hidden, weight, bias, targets, rows, normalizer, skip_absent)[:3]
     validate_rows("trajectory_l1", rows, hidden.shape[0])
     dtype = accumulator(hidden.dtype)
     flat = targets.reshape(rows.numel(), weight.shape[0]).to(dtype).contiguous()
@@ -145,15 +155,20 @@ def trajectory_forward(
             validate_targets(targets, skip_absent)
     else:
         validate_targets(targets, skip_absent)
-        predictions = project(hidden.index_select(0, rows), weight, bias)
-        distance = predictions.sub_(flat)
-        if skip_absent:
-            distance.masked_fill_(flat == -1, 0)
+        distance = _distances(hidden, weight, bias, flat, rows, skip_absent)
         sign = distance.sign().to(torch.int8)
         total = distance.abs_().sum()
         count = (flat != -1).sum() if skip_absent else hidden.new_tensor(flat.numel())
     scale = reciprocal((count if normalizer is None else normalizer).to(dtype))
     return total * scale, sign, scale
+
+
+def _distances(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, flat: Tensor, rows: Tensor, skip_absent: bool
+) -> Tensor:
+    """Predictions minus targets (M, P * N * 2), 0 where a target is absent."""
+    distance = project(hidden.index_select(0, rows), weight, bias).sub_(flat)
+    return distance.masked_fill_(flat == -1, 0) if skip_absent else distance
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -233,7 +248,7 @@ def write_trajectory_grad(
             gpu.write_grad_hidden(grad_hidden, coefficient, weight, sign, rows, accumulate)
         return
     native = cpp(grad_hidden)
-    if native is not None:
+    if native is not None and sign.dtype == torch.int8:
         weight = weight.float().contiguous()
         native.trajectory_grad_hidden(grad_hidden, coefficient, weight, sign, rows, accumulate)
         return
@@ -263,7 +278,7 @@ def trajectory_parameter_grads(
 
         with torch.cuda.device_of(hidden):
             grad_weight = gpu.grad_weight(coefficient, hidden, weight, sign, rows)
-    elif need_weight and (native := cpp(hidden)) is not None:
+    elif need_weight and sign.dtype == torch.int8 and (native := cpp(hidden)) is not None:
         grad_weight = native.trajectory_grad_weight(coefficient, hidden, sign, rows).to(weight.dtype)
     elif need_weight:
         selected = hidden.index_select(0, rows).to(dtype)
@@ -292,6 +307,56 @@ def _backward(ctx, grad_loss, _grad_sign, _grad_scale):  # type: ignore[no-untyp
 trajectory_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::trajectory_l1_targets", mutates_args=())
+@without_autocast
+def target_losses(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, skip_absent: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns (the sum of each target's distances (M,), sign); on the CPU in PyTorch."""
+    if uses_triton(hidden):
+        from pite_kernels.gpu import trajectory as gpu
+
+        with torch.cuda.device_of(hidden):
+            _, sign, _, losses = gpu.forward(hidden, weight, bias, targets, rows, None, skip_absent, each=True)
+        return losses, sign
+    validate_rows("trajectory_l1", rows, hidden.shape[0])
+    validate_targets(targets, skip_absent)
+    dtype = accumulator(hidden.dtype)
+    flat = targets.reshape(rows.numel(), weight.shape[0]).to(dtype)
+    distance = _distances(hidden, weight, None if bias is None else bias.to(dtype), flat, rows, skip_absent)
+    return distance.abs().sum(1), distance.sign().to(torch.int8)
+
+
+@target_losses.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Any, targets: Any, rows: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+    losses = hidden.new_empty(rows.shape[0], dtype=accumulator(hidden.dtype))
+    return losses, empty_signs(hidden, weight, rows)
+
+
+def _targets_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, weight, bias, _, rows, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(hidden, weight, output[1], rows)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _targets_backward(ctx, grad_losses, _grad_sign):  # type: ignore[no-untyped-def]
+    hidden, weight, sign, rows = ctx.saved_tensors
+    # The signs take each target's gradient as a share of the largest one, since half precision has no 1 / normalizer.
+    largest = torch.cat([grad_losses.abs(), grad_losses.new_zeros(1)]).max()
+    shares = grad_losses * reciprocal(largest)
+    needs = tuple(ctx.needs_input_grad[:3])
+    weighted = sign.to(hidden.dtype) * shares[:, None].to(hidden.dtype)
+    grads = trajectory_backward(largest, hidden, weight, weighted, rows, *needs)
+    grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs))
+    if grad_bias is not None:
+        grad_bias = grad_bias.to(ctx.bias_dtype)
+    return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+target_losses.register_autograd(_targets_backward, setup_context=_targets_setup_context)
+
+
 def validate_targets(targets: Tensor, skip_absent: bool) -> None:
     """Raise ValueError with the first target that is not finite or, with skip_absent, has only one coordinate at -1."""
     x, y = targets.unbind(-1)
@@ -304,11 +369,3 @@ def validate_targets(targets: Tensor, skip_absent: bool) -> None:
         f"trajectory_l1: target {m} (point {p}, frame {n}) is ({float(x[m, p, n])}, {float(y[m, p, n])}); "
         "give two coordinates, or (-1, -1) for absent"
     )
-
-
-def validate_rows(op: str, rows: Tensor, count: int) -> None:
-    """Raise ValueError with the first row outside [0, count)."""
-    bad = (rows < 0) | (rows >= count)
-    if bool(bad.any()):
-        first = int(bad.nonzero()[0])
-        raise ValueError(f"{op}: rows[{first}] = {int(rows[first])} is out of range; hidden has {count} rows")

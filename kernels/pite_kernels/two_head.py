@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from pite_kernels.cross_entropy import check_cross_entropy, cross_entropy_forward, scatter_rows
-from pite_kernels.dispatch import autocast, with_unit_stride, without_autocast
+from pite_kernels.dispatch import NAMESPACE, autocast, with_unit_stride, without_autocast
 from pite_kernels.reference import accumulator
 from pite_kernels.trajectory import (
-    NAMESPACE,
     check_trajectory,
     empty_signs,
     fake_trajectory_grads,
@@ -92,13 +91,14 @@ def two_head_forward(
     need_lm_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (loss, ce, l1, ce scale, l1 scale, dX of the supervised rows, dW of the vocabulary head, sign)."""
-    ce, ce_scale, dx, dw, _ = cross_entropy_forward(
+    ce, ce_scale, dx, dw, _, _ = cross_entropy_forward(
         hidden,
         lm_weight,
         None,
         target_ids,
         target_rows,
         ce_normalizer,
+        None,
         label_smoothing,
         -100,
         need_hidden,

@@ -5,6 +5,7 @@ python -m pite.evaluate grounding --model DIR --data DIR --store DIR --predictio
 python -m pite.evaluate captioning --predictions P.jsonl --ground-truth val_1.json val_2.json
 python -m pite.evaluate qa --benchmark msvd_qa --predictions P.jsonl --ground-truth test_qa.json --judge-url URL ...
 python -m pite.evaluate trajectories --model DIR --data DIR --store DIR
+python -m pite.evaluate all --model DIR --data DIR --store DIR --output DIR
 
 Several GPUs: torchrun --nproc-per-node 8 -m pite.evaluate grounding ... --predictions P.jsonl
 """
@@ -19,6 +20,7 @@ from dataloaders import logs
 from dataloaders.cli import parse_command, run
 from dataloaders.files import write_atomically
 from dataloaders.ranks import Ranks
+from pite.evaluate.all_benchmarks import AllFlags, score_all
 from pite.evaluate.captioning.flags import CaptioningFlags
 from pite.evaluate.commands import score_answers, score_trajectories
 from pite.evaluate.flags import EvaluationFlags, GroundingFlags, TrajectoriesFlags
@@ -31,6 +33,7 @@ COMMANDS: dict[str, tuple[type[EvaluationFlags], Callable[..., Report | None]]] 
     "captioning": (CaptioningFlags, score_answers),
     "qa": (QaFlags, score_answers),
     "trajectories": (TrajectoriesFlags, score_trajectories),
+    "all": (AllFlags, score_all),
 }
 """Name -> its flags, and the function from flags and ranks to a report."""
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dataloaders.files import read_json_object, write_atomically
+from dataloaders.locks import Lock, lock
 from dataloaders.ranks import ALONE, Ranks
 from pite.evaluate.predictions import Prediction, PredictionWriter, read_predictions
 from pite.evaluate.processes import barrier
@@ -39,14 +40,17 @@ class AnswerLog:
         self._path, self._task, self._ranks = path, task, ranks
         self.answers: dict[Key, Prediction] = {}
         self._writer: PredictionWriter | None = None
+        self._lock: Lock | None = None
         if path is None:
             return
         if ranks.rank == 0:
+            self._lock = _lock(path)
             self._check(path, settings, overwrite)
         barrier(ranks)
         for file in (path, *_parts(path)):
             if file.exists():
                 self.answers |= {each.key: each for each in read_predictions(file, task)}
+        barrier(ranks)  # no process reads a file while another one appends to it
         self._writer = PredictionWriter(path if ranks.size == 1 else _part(path, ranks.rank))
 
     def append(self, predictions: Sequence[Prediction]) -> None:
@@ -68,6 +72,9 @@ class AnswerLog:
             return None
         if self._path is not None:
             self._merge(self._path, questions)
+        if self._lock is not None and self._path is not None:
+            _lock_path(self._path).unlink(missing_ok=True)
+            self._lock.close()
         return [self.answers[question.key] for question in questions]
 
     def _merge(self, path: Path, questions: Sequence[Question]) -> None:
@@ -86,6 +93,8 @@ class AnswerLog:
 
     def _check(self, path: Path, settings: Settings, overwrite: bool) -> None:
         """Raise ValueError if the file holds answers of the task with other settings; store the settings."""
+        if path.exists():
+            read_predictions(path)  # a malformed line of another task would end the run at its end
         record = path.with_name(f"{path.name}.run.json")
         known = read_json_object(record) if record.exists() else {}
         files = [file for file in (path, *_parts(path)) if file.exists()]
@@ -104,6 +113,18 @@ class AnswerLog:
         for file in files:
             others = [each for each in read_predictions(file) if each.task != self._task]
             write_atomically(file, "".join(each.line() for each in others))
+
+
+def _lock(path: Path) -> Lock:
+    """Acquire the lock of a prediction file. Raises ValueError if another job answers into it."""
+    try:
+        return lock(_lock_path(path), "a second job that writes the same file is not refused")
+    except BlockingIOError:
+        raise ValueError(f"another process writes its answers into {path}: wait for it, or give another file") from None
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 def _part(path: Path, rank: int) -> Path:

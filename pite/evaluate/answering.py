@@ -80,11 +80,10 @@ class Model:
     def settings(self, inputs: Inputs, max_new_tokens: int) -> Settings:
         """What the answers to questions depend on."""
         manifest = inputs.store.manifest
-        texts = sorted((str(question.key), question.text) for question in inputs.questions)
         return {
             "model": f"{self.name} ({identity(self.directory)})",
             "features": f"{inputs.store.path} ({manifest.encoder[:12]}, {manifest.compute_dtype})",
-            "questions": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12],
+            "questions": inputs.checksum,
             "dtype": str(devices.dtype(devices.resolve(self.device))).removeprefix("torch."),
             "max_new_tokens": max_new_tokens,
         }

@@ -88,6 +88,8 @@ class AnswerFlags(EvaluationFlags):
             raise ValueError("several processes write their answers into one file: give --predictions")
         check = paths.input_file if self.model is None else paths.output_file
         check("--predictions", self.predictions)
+        if self.predictions is not None and self.predictions.exists() and not self.predictions.is_file():
+            raise ValueError(f"--predictions {self.predictions}: this is no regular file, so no run can continue in it")
         super().check_paths()
 
 

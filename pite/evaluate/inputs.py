@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +54,15 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The questions that can be answered, the features of their videos, and the videos that are left out."""
+    """The questions that can be answered, the features of their videos, and the videos that are left out.
+
+    checksum  of all questions, also of those that are left out
+    """
 
     questions: list[Question]
     store: FeatureStore
     left_out: LeftOut
+    checksum: str
 
 
 def open_store(features: Path) -> FeatureStore:
@@ -69,7 +75,10 @@ def find_features(
 ) -> Inputs:
     """The questions about videos that have features. Arguments and errors as of `look_up`."""
     left_out = look_up((question.video for question in questions), store, features, skip_missing)
-    return Inputs([question for question in questions if question.video not in left_out.videos], store, left_out)
+    absent = left_out.videos
+    texts = json.dumps(sorted((str(question.key), question.text) for question in questions))
+    checksum = hashlib.sha256(texts.encode()).hexdigest()[:12]
+    return Inputs([question for question in questions if question.video not in absent], store, left_out, checksum)
 
 
 def look_up(videos: Iterable[str], store: FeatureStore, features: Path, skip_missing: bool = False) -> LeftOut:

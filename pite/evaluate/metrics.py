@@ -64,7 +64,8 @@ def grounding_scores(ious: Sequence[float]) -> GroundingScores:
     if not len(ious):
         raise ValueError("there is no grounding prediction to score")
     values = np.asarray(ious, dtype=np.float64)
-    recall = {threshold: float((values >= threshold).mean()) * 100 for threshold in RECALL_THRESHOLDS}
+    # An IoU that is a threshold may be a rounding error of float64 below it.
+    recall = {threshold: float((values >= threshold - 1e-9).mean()) * 100 for threshold in RECALL_THRESHOLDS}
     return GroundingScores(float(values.mean()) * 100, recall, len(values))
 
 

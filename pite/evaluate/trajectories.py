@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dataloaders.failures import over_budget
-from dataloaders.formats import Where, iter_raw, parse_json, read_pite
-from dataloaders.records import RecordError, TokenizedSample
+from dataloaders.formats import Record, Where, read_all, read_pite
+from dataloaders.records import TokenizedSample
 from dataloaders.samples.batch import collate
 from dataloaders.samples.prompts import tokenize
 from pite import checkpoint, lineage
@@ -43,34 +42,18 @@ def read_samples(
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    samples: list[TokenizedSample] = []
-    malformed: list[str] = []
-    records = 0
-    for offset, text in iter_raw(path):
-        records += 1
-        try:
-            sample = _tokenized(text, Where(path, offset), path, config, tokenizer)
-        except RecordError as error:
-            malformed.append(str(error))
-            continue
+    shape = {"num_frames": config.num_frames, "num_points": config.num_points}
+
+    def tokenized(record: Record, where: Where) -> TokenizedSample:
+        sample = tokenize(read_pite(record, where, path.parent, **shape), tokenizer, **shape)
         check_vocabulary(int(sample.token_ids.max()), tokenizer, config.llm.vocab_size, f"{path}: {sample.id!r}")
         if reason := config.beyond_context(len(sample.token_ids)):
             raise ValueError(f"{path}: {sample.id!r}: {reason}; leave it out, or give a model with a longer context")
-        if len(sample.trajectory):
-            samples.append(sample)
-    if len(malformed) > failure_budget * records:
-        raise ValueError(
-            f"{malformed[0]} ({len(malformed):,} of {records:,} records are malformed, "
-            f"{over_budget(len(malformed), records, failure_budget)})"
-        )
-    return Samples(samples, records, tuple(malformed))
+        return sample
 
-
-def _tokenized(
-    text: bytes, where: Where, path: Path, config: PiTeConfig, tokenizer: PreTrainedTokenizerBase
-) -> TokenizedSample:
-    shape = {"num_frames": config.num_frames, "num_points": config.num_points}
-    return tokenize(read_pite(parse_json(text, where), where, path.parent, **shape), tokenizer, **shape)
+    samples, errors = read_all(path, tokenized, failure_budget)
+    with_trajectory = [sample for sample in samples if len(sample.trajectory)]
+    return Samples(with_trajectory, len(samples) + len(errors), tuple(map(str, errors)))
 
 
 def trajectory_head_warning(directory: Path) -> str | None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, load, report
+from bench import load, report, tables
+from bench.gpu.report import session_report
+from bench.gpu.results import SESSION
 from bench.kernels import cases as kernel_cases
 from bench.kernels import rows as kernel_rows
 from bench.kernels.cases import BARE, IMPLEMENTATIONS, OURS, PLAIN
@@ -17,7 +19,7 @@ from bench.kernels.inputs import Case, Inputs
 from bench.kernels.rows import Row
 from bench.machine_code.__main__ import markdown
 from bench.measure import Roofline, gate
-from bench.step import __main__ as step
+from bench.step.rows import Row as StepRow
 
 CPU = torch.device("cpu")
 ROW = Row("a case", "trajectory", 8, 16, 1.0, "float32", OURS, None, 2.0, 1.9, 2.2, 10.0, 0.5)
@@ -41,7 +43,7 @@ def test_wrong_results_are_not_timed(monkeypatch):
     rows = {r.implementation: r for r in kernel_rows.measure(case, CPU, Roofline(1e10, 1e10), 2, {})}
     assert rows[OURS].median_ms is None and rows[OURS].problem.startswith("wrong")
     assert rows[PLAIN].median_ms is not None
-    assert report.speedup(list(rows.values())) is None
+    assert tables.speedup(list(rows.values())) is None
 
 
 def test_a_peer_that_fails_at_the_real_shape_gets_a_row(monkeypatch):
@@ -69,29 +71,6 @@ def test_the_gate_compares_with_plain_pytorch():
     assert gate([exact[0].float() + 1.9e-3], plain, exact) is None
     assert "off by" in gate([exact[0].float() + 2.1e-3], plain, exact)
     assert "off by nan" in gate([torch.full((5,), float("nan"))], plain, exact)
-
-
-def test_one_call_checks_times_and_writes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "roofline", lambda device, dtype: Roofline(1e10, 1e10))
-    path = tmp_path / "r.json"
-    call = ["--device", "cpu", "--only", "attention", "--rounds", "2", "--output", str(path)]
-    commands: list[list[str]] = []
-    monkeypatch.setattr(gpu, "kernel_tests", lambda device: "1 failed")
-    monkeypatch.setattr(
-        gpu, "run_step", lambda *options: commands.append(list(options)) or int("--only" not in options)
-    )
-    assert gpu.main(call) == 1
-    assert "nothing is timed" in capsys.readouterr().out and not path.exists() and not commands
-    monkeypatch.setattr(gpu, "kernel_tests", lambda device: None)
-    assert gpu.main(call) == 0
-    # All training steps in one process have failed, so each runs in its own process.
-    assert [c[-1] for c in commands] == ["cpu", *step.TOGETHER, step.UNSLOTH]
-    call += ["--skip-steps"]
-    environment, rows = report.read(path)
-    assert {"device", "commit", "torch"} <= environment.keys()
-    assert {r.implementation for r in rows} == set(IMPLEMENTATIONS["attention"])
-    monkeypatch.setitem(kernel_rows.IMPLEMENTATIONS["attention"], OURS, lambda x: lambda: [x.upstream.clone()] * 4)
-    assert gpu.main(call) == 1, "wrong results end with status 1"
 
 
 def test_report(tmp_path, capsys):
@@ -122,8 +101,8 @@ def test_the_report_begins_with_one_line_per_case(tmp_path):
     kernels, steps = (tmp_path / name for name in ("k.json", "step_a.json"))
     about = {"device": "a device", "commit": "abc"}
     kernels.write_text(json.dumps({"environment": about, "rows": [r.to_json() for r in rows + failed]}))
-    ours = step.Row("7b", OURS, 18e3, 17e3, 19e3, 20.0, 0.4, 70.0)
-    peer = step.Row("7b", "peer", problem="not installed")
+    ours = StepRow("7b", OURS, 18e3, 17e3, 19e3, 20.0, 0.4, 70.0)
+    peer = StepRow("7b", "peer", problem="not installed")
     steps.write_text(json.dumps({"environment": about, "rows": [vars(ours), vars(peer)]}))
     assert report.main([str(kernels), str(steps), "--output", str(tmp_path / "report")]) == 0
     text = (tmp_path / "report.md").read_text()
@@ -139,7 +118,8 @@ def test_the_table_of_costs_is_rewritten(tmp_path, monkeypatch):
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     environment = {"device": "NVIDIA H100 80GB HBM3"}
     rows = [{"model": "7b", "implementation": "pite", "mfu": 0.5}]
-    (tmp_path / "step_NVIDIA_H100.json").write_text(json.dumps({"environment": environment, "rows": rows}))
+    (tmp_path / "NVIDIA_H100").mkdir()
+    (tmp_path / "NVIDIA_H100" / "step_7b.json").write_text(json.dumps({"environment": environment, "rows": rows}))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     for _ in range(2):
         assert report.main(["--readme", str(readme)]) == 0
@@ -159,12 +139,14 @@ def test_the_committed_tables_are_those_of_the_files():
     results = (root / "bench" / "results" / "report.md").read_text()
     for path in sorted((root / "bench" / "results").glob("*.json")):
         if steps := report.read_steps(path):
-            assert report.step_table(*steps) in results
+            assert tables.step_table(*steps) in results
         elif report.of_load(path):
             page = (root / "docs" / "install.md").read_text()
             assert load.table(json.loads(path.read_text())) in page
         elif report.of_machine_code(path):
             assert path.with_suffix(".md").read_text() == markdown(json.loads(path.read_text())["rows"])
         elif not path.name.startswith("encode_"):
-            assert report.summary(*report.read(path)) in results
+            assert tables.summary(*report.read(path)) in results
+    for path in (root / "bench" / "results").glob(f"*/{SESSION}"):
+        assert session_report(path.parent) in results
     assert report.cost_table(root / "bench" / "results") in (root / "README.md").read_text()

@@ -73,6 +73,14 @@ def test_flat_and_grouped_files_give_the_flags_values(tmp_path: Path, file: str,
     assert parse(Outer, ["--config", write(tmp_path / file, text)]) == EXPECTED
 
 
+@pytest.mark.parametrize(
+    "file, text",
+    [("c.yaml", "model:\nother: {}\nlearning_rate: 1e-3\n"), ("c.toml", "learning_rate = 1e-3\n[model]\n")],
+)
+def test_an_empty_group_changes_nothing(tmp_path: Path, file: str, text: str):
+    assert parse(Outer, ["--config", write(tmp_path / file, text)]) == Outer(learning_rate=1e-3)
+
+
 def test_the_command_line_overrides_the_file(tmp_path: Path):
     path = write(tmp_path / "c.yaml", GROUPED)
     config = parse(Outer, ["--model", "7b", "--config", path, "--files", "c", "--init"])

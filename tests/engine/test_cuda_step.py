@@ -83,11 +83,13 @@ def training_step(
         optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
         gradients = Gradients(backward_order(model), 1)
         optimizer.step()
+        model.cast_lora()
         batch = packed_batch(config, tokens, stage, head)
         before = peak.now
         compute_losses(model, batch, recipe_).total.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in model.trainable()], 1.0)
         optimizer.step()
+        model.cast_lora()
         gradients.zero()
     assert peak.now - before < 1e6, "a step leaves nothing behind"
     return peak

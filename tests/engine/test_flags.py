@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import prepare
+from engine import job, prepare
 from engine.build import random_shape
 from engine.config import RunConfig
 from engine.distributed.world import World
@@ -69,6 +69,17 @@ def test_compile_is_passed_on_to_every_layer(workspace: Path, tmp_path: Path, mo
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph: traced.append(function.__name__) or function)
     assert main(train_arguments(workspace, tmp_path, "1", llm="random", max_steps=1, compile=True)) == 0
     assert traced == ["_before", "_after"] * 4
+
+
+def test_deterministic_algorithms_are_on_before_the_ranks_join(workspace: Path, tmp_path: Path, monkeypatch):
+    """The tests of the kernels run with this mode."""
+    calls: list[str] = []
+    monkeypatch.setattr(job, "use_deterministic_algorithms", lambda: calls.append("deterministic"))
+    monkeypatch.setattr(job, "check_same_command", lambda *_: calls.append("joined"))
+    flags = {"llm": "random", "max_steps": 1}
+    assert main(train_arguments(workspace, tmp_path / "a", "1", **flags, deterministic=True)) == 0
+    assert main(train_arguments(workspace, tmp_path / "b", "1", **flags)) == 0
+    assert calls == ["deterministic", "joined", "joined"]
 
 
 def test_weights_and_biases_gets_every_step(workspace: Path, tmp_path: Path, monkeypatch):

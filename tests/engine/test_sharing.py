@@ -22,7 +22,7 @@ def test_counts_are_those_of_the_collated_batches(workspace: Path):
     samples, store = dataset(workspace, 3), FeatureStore(workspace / "features" / "videos")
     computed = {}
     for grouped in (False, True):
-        plan = BatchPlan(len(samples), 16, 0, samples.groups() if grouped else None)
+        plan = BatchPlan(len(samples), 16, 0, samples.groups if grouped else None)
         source = StepSource(samples, plan, store, token_budget=600)
         steps = [source.step(step) for step in range(plan.steps_per_epoch)]
         batches = [batch for step in steps for batch in step.micro_batches]

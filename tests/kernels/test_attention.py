@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pite_kernels import attention, packed_attention, reference, row_index
+from pite_kernels import packed_attention, reference, row_index
+from pite_kernels.attention import backends, sdpa
 from tests.kernels.helpers import assert_as_accurate, assert_bitwise
 from tests.operators import Operators
 
@@ -94,10 +95,10 @@ def test_a_shared_prefix_gives_what_its_copies_give():
 def test_without_shared_rows_nothing_is_added():
     """A back end's own operators, and no other: q, k and v reach it as they are."""
     inputs = make([6, 6])
-    attention._loaded["identity"] = lambda q, k, v, *rest: q
+    backends._loaded["identity"] = lambda q, k, v, *rest: q
     with Operators() as operators:
         out = packed_attention(*inputs, backend="identity")
-    del attention._loaded["identity"]
+    del backends._loaded["identity"]
     assert out is inputs[0] and operators.names == []
 
 
@@ -133,10 +134,10 @@ def test_documents_do_not_attend_to_each_other():
 
 def test_similar_lengths_share_a_call():
     bounds = (0, 9, 20, 30, 130)
-    groups, order = attention._plan(bounds, bounds, width=64, causal=True)
+    groups, order = sdpa._plan(bounds, bounds, width=64, causal=True)
     assert [(group.documents, len(group.queries)) for group in groups] == [(1, 100), (3, 33)]
     assert order is not None
-    same, unchanged = attention._plan((0, 10, 20, 30), (0, 10, 20, 30), width=10**9, causal=False)
+    same, unchanged = sdpa._plan((0, 10, 20, 30), (0, 10, 20, 30), width=10**9, causal=False)
     assert len(same) == 1 and same[0].real is None and unchanged is None
 
 

@@ -11,13 +11,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from pite_kernels import attention, packed_attention, reference
+from pite_kernels import packed_attention, reference
+from pite_kernels.attention import backends, choice
 from tests.kernels.helpers import assert_bitwise
 from tests.kernels.test_attention import make, make_shared, results
 
 
 def test_the_error_names_a_backend_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(attention, "_loaded", {})
+    monkeypatch.setattr(backends, "_loaded", {})
     monkeypatch.setitem(sys.modules, "xformers.ops.fmha", None)
     with pytest.raises(ValueError, match="'xformers' is not usable here"):
         packed_attention(*make([3]), backend="xformers")
@@ -73,10 +74,10 @@ def test_adapters_match_the_signature_of_each_backend(which, causal, monkeypatch
         fmha = ModuleType("fmha")
 
         def attend(q, k, v, attn_bias, scale):
-            q, k, v = (t[0].flatten(1, 2) for t in (q, k, v))
+            q, k, v = (t[0] for t in (q, k, v))
             bounds, longest = zip(*((i.seqstart, i.max_seqlen) for i in (attn_bias.q, attn_bias.k)))
             out = good(q, k, v, *bounds, *longest, attn_bias.kind == "causal", scale)
-            return out.unflatten(1, (2, -1))[None]
+            return out[None]
 
         fmha.memory_efficient_attention = attend
         monkeypatch.setitem(sys.modules, "xformers.ops.fmha", fmha)
@@ -85,7 +86,7 @@ def test_adapters_match_the_signature_of_each_backend(which, causal, monkeypatch
         fake = ModuleType("varlen")
         fake.varlen_attn = (old_varlen if which.endswith("old") else new_varlen)(recorded)
         monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake)
-    monkeypatch.setattr(attention, "_loaded", {})
+    monkeypatch.setattr(backends, "_loaded", {})
     inputs, options = make_shared(key_heads=2), {"causal": causal, "scale": 0.3}
     ours = results(*inputs[:5], backend=which.split(",")[0], **inputs[5], **options)
     plain = results(*inputs[:5], function=reference.packed_attention, **inputs[5], **options)
@@ -99,19 +100,19 @@ KIND = (CPU, torch.bfloat16, 4, 2, 16, True)
 
 
 @pytest.fixture
-def backends(monkeypatch):
+def installed(monkeypatch):
     """Fake back ends by name: the only ones that count as installed, for bfloat16 on the CPU."""
-    installed = {}
+    found: dict[str, object] = {}
 
     def load(name):
-        if name not in installed:
+        if name not in found:
             raise ValueError(f"no {name}") from ModuleNotFoundError(name)
-        return installed[name]
+        return found[name]
 
-    monkeypatch.setattr(attention, "_load", load)
-    monkeypatch.setattr(attention, "_chosen", {})
-    monkeypatch.setattr(attention, "_KERNEL_DEVICES", ("cpu",))
-    return installed
+    monkeypatch.setattr(backends, "load", load)
+    monkeypatch.setattr(choice, "_chosen", {})
+    monkeypatch.setattr(choice, "_KERNEL_DEVICES", ("cpu",))
+    return found
 
 
 def good(q, k, v, of_q, of_k, longest_q, longest_k, causal, scale):
@@ -200,32 +201,75 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda f: f.__name__)
-def test_an_installed_backend_that_fails_the_trial_is_skipped(backends, caplog, bad):
-    backends.update({"flash_attn.cute": bad, "varlen_attn": good})
+def test_an_installed_backend_that_fails_the_trial_is_skipped(installed, caplog, bad):
+    installed.update({"flash_attn.cute": bad, "varlen_attn": good})
     with caplog.at_level("INFO"):
-        assert attention.choose_backend(*KIND) == "varlen_attn"
+        assert choice.choose_backend(*KIND) == "varlen_attn"
     assert [m for m in caplog.messages if re.match("packed_attention skips flash_attn.cute: (" + BAD[bad] + ")", m)]
     assert caplog.messages[-1] == "packed_attention uses varlen_attn"
-    backends.clear()  # the trial runs once
-    assert attention.choose_backend(*KIND) == "varlen_attn"
+    installed.clear()  # the trial runs once
+    assert choice.choose_backend(*KIND) == "varlen_attn"
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "key_heads", "width"), [(1, 1, 8), (8, 2, 128), (40, 40, 128)])
-def test_the_first_backend_that_works_is_chosen(backends, causal, dtype, heads, key_heads, width):
-    backends.update({"flash_attn": good, "varlen_attn": raises})
-    assert attention.choose_backend(CPU, dtype, heads, key_heads, width, causal) == "flash_attn"
+def test_the_first_backend_that_works_is_chosen(installed, causal, dtype, heads, key_heads, width):
+    installed.update({"flash_attn": good, "varlen_attn": raises})
+    assert choice.choose_backend(CPU, dtype, heads, key_heads, width, causal) == "flash_attn"
 
 
-def test_falls_back_to_sdpa_if_nothing_works_or_no_kernel_supports_the_inputs(backends, caplog):
-    backends["xformers"] = raises
-    assert attention.choose_backend(*KIND) == "sdpa"
+@pytest.mark.parametrize(
+    ("capability", "first"),
+    [
+        ((8, 0), "flash_attn"),
+        ((9, 0), "flash_attn_interface"),
+        ((10, 0), "flash_attn.cute"),
+        ((12, 0), "flash_attn.cute"),
+    ],
+)
+def test_the_version_of_flash_attn_written_for_the_gpu_comes_first(monkeypatch, capability, first):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    order = backends.by_preference(torch.device("cuda", 0))
+    assert order[0] == first and order[3:] == ("xformers", "varlen_attn")
+    assert sorted(order) == sorted(backends.BACKENDS[:-1])
+
+
+def test_deterministic_algorithms_choose_a_backend_of_their_own(installed, caplog):
+    """With this mode, which conftest.py sets, a back end passes only if it repeats bitwise."""
+    calls = iter(range(100))
+
+    def adds_in_any_order(q, *inputs):
+        return good(q, *inputs) * (1 + 0.01 * (next(calls) % 2))
+
+    installed.update({"flash_attn": adds_in_any_order, "varlen_attn": good})
+    assert choice.choose_backend(*KIND) == "varlen_attn"
+    assert "flash_attn: its results do not repeat" in caplog.text
+    torch.use_deterministic_algorithms(False)
+    assert choice.choose_backend(*KIND) == "flash_attn"
+
+
+def test_flash_attn_gets_the_deterministic_mode(monkeypatch):
+    recorded: dict[str, object] = {}
+    module, function = flash(recorded)
+    module.flash_attn_varlen_func = function
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    monkeypatch.setattr(backends, "_loaded", {})
+    packed_attention(*make([3, 5]), backend="flash_attn_interface")
+    assert recorded["deterministic"] is True
+    torch.use_deterministic_algorithms(False)
+    packed_attention(*make([3, 5]), backend="flash_attn_interface")
+    assert recorded["deterministic"] is False
+
+
+def test_falls_back_to_sdpa_if_nothing_works_or_no_kernel_supports_the_inputs(installed, caplog):
+    installed["xformers"] = raises
+    assert choice.choose_backend(*KIND) == "sdpa"
     assert "copies the document boundaries to the host" in caplog.text
-    backends["flash_attn"] = good
-    assert attention.choose_backend(CPU, torch.float32, 4, 2, 16) == "sdpa"
-    assert attention.choose_backend(torch.device("cuda", 0), torch.bfloat16, 4, 2, 16) == "sdpa"
-    assert attention.choose_backend(CPU, torch.bfloat16, 4, 2, 32) == "flash_attn"
+    installed["flash_attn"] = good
+    assert choice.choose_backend(CPU, torch.float32, 4, 2, 16) == "sdpa"
+    assert choice.choose_backend(torch.device("cuda", 0), torch.bfloat16, 4, 2, 16) == "sdpa"
+    assert choice.choose_backend(CPU, torch.bfloat16, 4, 2, 32) == "flash_attn"
 
 
 def test_a_failed_import_is_a_warning_and_a_missing_package_is_not(monkeypatch, caplog):
@@ -236,11 +280,11 @@ def test_a_failed_import_is_a_warning_and_a_missing_package_is_not(monkeypatch, 
             raise RuntimeError("no driver")
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(attention, "import_module", undefined_symbol)
-    monkeypatch.setattr(attention, "_chosen", {})
-    monkeypatch.setattr(attention, "_loaded", {})
-    monkeypatch.setattr(attention, "_KERNEL_DEVICES", ("cpu",))
-    assert attention.choose_backend(*KIND) == "sdpa"
+    monkeypatch.setattr(backends, "import_module", undefined_symbol)
+    monkeypatch.setattr(choice, "_chosen", {})
+    monkeypatch.setattr(backends, "_loaded", {})
+    monkeypatch.setattr(choice, "_KERNEL_DEVICES", ("cpu",))
+    assert choice.choose_backend(*KIND) == "sdpa"
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "'flash_attn.cute' is not usable here: no driver" in warnings[0]
     assert "undefined symbol" in warnings[1]
@@ -248,8 +292,8 @@ def test_a_failed_import_is_a_warning_and_a_missing_package_is_not(monkeypatch, 
 
 
 @pytest.mark.parametrize("surrounding", ["no_grad", "inference_mode", "autocast", "checkpoint", "fake tensors"])
-def test_the_trial_ignores_the_modes_of_the_caller(backends, surrounding):
-    backends["varlen_attn"] = good
+def test_the_trial_ignores_the_modes_of_the_caller(installed, surrounding):
+    installed["varlen_attn"] = good
     torch.manual_seed(3)
     state = torch.get_rng_state()
     inputs = make([9, 14, 3], torch.bfloat16, key_heads=2)
@@ -267,23 +311,23 @@ def test_the_trial_ignores_the_modes_of_the_caller(backends, surrounding):
             "fake tensors": FakeTensorMode(),
         }
         with modes[surrounding]:
-            assert attention.choose_backend(CPU, torch.bfloat16, 4, 2, 8) == "varlen_attn"
-    assert list(attention._chosen.values()) == ["varlen_attn"]
+            assert choice.choose_backend(CPU, torch.bfloat16, 4, 2, 8) == "varlen_attn"
+    assert list(choice._chosen.values()) == ["varlen_attn"]
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_trial_can_run_while_torch_compile_traces(backends):
-    backends.update({"flash_attn": raises, "varlen_attn": good})
+def test_the_trial_can_run_while_torch_compile_traces(installed):
+    installed.update({"flash_attn": raises, "varlen_attn": good})
     inputs = make([9, 14, 3], torch.bfloat16, key_heads=2)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def which(q, k):
         return q * ["flash_attn", "varlen_attn", "sdpa"].index(
-            attention.choose_backend(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2])
+            choice.choose_backend(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2])
         )
 
     assert torch.equal(which(*inputs[:2]), inputs[0])
-    assert list(attention._chosen.values()) == ["varlen_attn"]
+    assert list(choice._chosen.values()) == ["varlen_attn"]
     assert torch.equal(which(*inputs[:2]), inputs[0])
 
 
@@ -291,9 +335,9 @@ def test_a_chosen_backend_compiles_without_a_graph_break(monkeypatch):
     def attend(q, k, v, of_q, of_k, longest_q, longest_k, causal, scale):
         return q * scale + k + v * longest_q
 
-    monkeypatch.setattr(attention, "_loaded", {"varlen_attn": attend})
-    monkeypatch.setattr(attention, "_chosen", {(CPU, torch.bfloat16, 4, 4, 8, True): "varlen_attn"})
-    monkeypatch.setattr(attention, "_KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(backends, "_loaded", {"varlen_attn": attend})
+    monkeypatch.setattr(choice, "_chosen", {(CPU, torch.bfloat16, 4, 4, 8, True, True): "varlen_attn"})
+    monkeypatch.setattr(choice, "_KERNEL_DEVICES", ("cpu",))
     compiled = torch.compile(packed_attention, fullgraph=True, backend="aot_eager")
     for lengths in ([9, 14, 3], [4, 7], [20, 1]):  # lengths become symbolic
         inputs = make(lengths, torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pite_kernels import FusedLinearCrossEntropyLoss, cross_entropy, linear_cross_entropy, reference
-from pite_kernels.cross_entropy import cross_entropy_forward, scatter_rows
+from pite_kernels.cross_entropy import cross_entropy_forward, scatter_rows, token_losses
 from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads, run
 
 pytestmark = pytest.mark.usefixtures("cpu_path")
@@ -96,7 +96,7 @@ def test_frozen_head_has_no_weight_gradient():
     heads = make_heads()
     frozen = heads.lm_weight.detach()
     outputs = cross_entropy_forward(
-        heads.hidden, frozen, None, heads.target_ids, heads.target_rows, None, 0.1, -100, True, False, False
+        heads.hidden, frozen, None, heads.target_ids, heads.target_rows, None, None, 0.1, -100, True, False, False
     )
     assert outputs[3].numel() == outputs[4].numel() == 0
     loss = linear_cross_entropy(heads.hidden, frozen, heads.target_ids, heads.target_rows, label_smoothing=0.1)
@@ -188,13 +188,89 @@ def test_the_module_equals_torch():
     torch.testing.assert_close(loss, expected)
 
 
+def weighted(heads: Heads) -> Heads:
+    """Some targets ignored, some rows repeated; and weights, one of them 0."""
+    heads.target_ids[::4] = -100
+    heads.target_rows[3] = heads.target_rows[1]
+    return heads
+
+
+def weights_of(heads: Heads) -> torch.Tensor:
+    return torch.linspace(0, 2, len(heads.target_ids), dtype=heads.hidden.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalizer", [None, torch.tensor(9.0)])
+def test_weights(dtype, normalizer):
+    heads = weighted(make_heads(dtype))
+
+    def results(heads: Heads, function) -> list[torch.Tensor]:
+        bias = torch.linspace(-1, 1, 50, dtype=heads.hidden.dtype, requires_grad=True)
+        options = {"bias": bias, "weights": weights_of(heads), "normalizer": normalizer, "label_smoothing": 0.1}
+        return run(loss_of(heads, function, **options), (*trainable(heads), bias))
+
+    plain, truth = (results(heads.to(d), reference.linear_cross_entropy) for d in (dtype, torch.float64))
+    assert_as_accurate(results(heads, linear_cross_entropy), plain, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_the_losses_themselves(dtype, frozen, with_weights):
+    """As in DPO: the losses of each answer are summed, and a function of the sums is differentiated."""
+    heads = weighted(make_heads(dtype))
+    if frozen:
+        heads = replace(heads, lm_weight=heads.lm_weight.detach())
+    exact = heads.to(torch.float64)
+
+    def results(heads: Heads, function) -> list[torch.Tensor]:
+        options = {"weights": weights_of(heads)} if with_weights else {}
+        losses = loss_of(heads, function, reduction="none", label_smoothing=0.1, **options)()
+        assert losses.shape == heads.target_ids.shape and not losses[heads.target_ids == -100].any()
+        value = torch.sigmoid(losses[:5].sum() - losses[5:].sum() / 3)
+        return [value.detach(), *torch.autograd.grad(value, trainable(heads)[: 1 if frozen else 2])]
+
+    plain = results(heads.to(dtype), reference.linear_cross_entropy)
+    assert_as_accurate(results(heads, linear_cross_entropy), plain, results(exact, reference.linear_cross_entropy))
+    ours = results(heads, linear_cross_entropy)
+    assert_bitwise(results(heads, linear_cross_entropy), ours)
+    if dtype == torch.float32:  # one program for each dtype would be too many
+        compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+        assert_bitwise(results(heads, compiled), ours)
+
+
+def test_the_losses_equal_their_mean_and_the_module_passes_the_options_on():
+    heads = make_heads(supervised=37)
+    arguments = heads.hidden, heads.lm_weight, heads.target_ids
+    losses = FusedLinearCrossEntropyLoss(reduction="none")(*arguments, weights=torch.full((37,), 2.0))
+    torch.testing.assert_close(losses.mean() / 2, linear_cross_entropy(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": "sum"}, "'mean' or 'none', not 'sum'"),
+        ({"reduction": "none", "normalizer": torch.tensor(1.0)}, "leave the normalizer out"),
+        ({"weights": torch.ones(12)}, r"weights must be floating \(13,\)"),
+        ({"weights": torch.ones(13, dtype=torch.int64)}, "weights must be floating"),
+        ({"weights": torch.ones(13, requires_grad=True)}, "without gradients"),
+    ],
+)
+def test_wrong_weights_and_reductions_raise(options, message):
+    with pytest.raises(ValueError, match=message):
+        loss_of(make_heads(), **options)()
+
+
 @pytest.mark.parametrize("with_rows", [True, False])
 def test_opcheck(with_rows):
     heads = make_heads(supervised=37)
     rows = heads.target_rows if with_rows else None
-    arguments = (heads.hidden, heads.lm_weight, None, heads.target_ids, rows, None, 0.1, -100, True, True, False)
-    torch.library.opcheck(cross_entropy_forward, arguments)
-    torch.library.opcheck(scatter_rows, (torch.randn(37, 32), rows, torch.tensor(0.5), 37))
+    inputs = heads.hidden, heads.lm_weight, None, heads.target_ids, rows
+    for weights in (None, torch.rand(37)):
+        torch.library.opcheck(cross_entropy_forward, (*inputs, None, weights, 0.1, -100, True, True, False))
+    for coefficient in (torch.tensor(0.5), torch.rand(37)):
+        torch.library.opcheck(scatter_rows, (torch.randn(37, 32), rows, coefficient, 37))
+    torch.library.opcheck(token_losses, (*inputs, 0.1, -100, True))
 
 
 def test_compiled_equals_eager_bitwise():

@@ -10,8 +10,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2VLTextConfig, Qwen3VLTextConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from pite_kernels import (
     apply_rope,
@@ -56,6 +59,54 @@ def test_rope_equals_llama_with_positions_that_restart():
         torch.testing.assert_close(a, b[0].transpose(0, 1))
     with pytest.raises(ValueError, match="even"):
         rope_tables(positions, 15)
+
+
+def test_rope_of_three_axes_equals_qwen():
+    """M-RoPE in consecutive sections (Qwen2-VL, Qwen2.5-VL) and interleaved (Qwen3-VL)."""
+    positions = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+    for config_class, rotary, interleaved in (
+        (Qwen2VLTextConfig, Qwen2VLRotaryEmbedding, False),
+        (Qwen3VLTextConfig, Qwen3VLTextRotaryEmbedding, True),
+    ):
+        rope = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [8, 4, 4]}
+        config = config_class(hidden_size=64, num_attention_heads=2, head_dim=32, rope_parameters=rope)
+        expected = rotary(config)(torch.zeros(1), positions[:, None])
+        ours = rope_tables(positions, 32, theta=500.0, sections=[8, 4, 4], interleaved=interleaved)
+        for a, b in zip(ours, expected):
+            torch.testing.assert_close(a, b[0])
+    same = rope_tables(positions[:1].expand(3, -1), 32, sections=[8, 4, 4])
+    assert all(torch.equal(a, b) for a, b in zip(same, rope_tables(positions[0], 32)))
+    with pytest.raises(ValueError, match="add up to 16"):
+        rope_tables(positions, 32, sections=[8, 4, 5])
+    with pytest.raises(ValueError, match=r"must be \(3, T\)"):
+        rope_tables(positions[0], 32, sections=[8, 4, 4])
+    with pytest.raises(ValueError, match=r"must be \(T,\)"):
+        rope_tables(positions, 32)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_norms_of_queries_and_keys_equal_qwen3(gathered):
+    g = torch.Generator().manual_seed(2)
+    qkv = torch.randn(9, (4 + 2 * 2) * 16, generator=g, dtype=torch.float64, requires_grad=True)
+    norms = [Qwen3RMSNorm(16, eps=1e-5).double() for _ in range(2)]
+    for norm in norms:
+        norm.weight.data = torch.rand(16, generator=g, dtype=torch.float64)
+    tables = rope_tables(torch.arange(9), 16, dtype=torch.float64)
+    index = row_index(torch.tensor([0, 1, 1, 8, 2, 0]), 9) if gathered else None
+    weights = norms[0].weight, norms[1].weight
+    ours = rope_qkv(qkv, *tables, head_dim=16, key_heads=2, norms=weights, eps=1e-5, kv_rows=index)
+    q, k, v = (t.unflatten(-1, (-1, 16)) for t in qkv.split([64, 32, 32], -1))
+    q, k = apply_rope(norms[0](q), norms[1](k), *tables)
+    expected = (q, k[index.rows], v[index.rows]) if index else (q, k, v)
+    leaves = qkv, *weights
+    rounding = {"rtol": 1e-4, "atol": 1e-5}  # transformers computes this norm in float32
+    for a, b in zip(ours, expected):
+        torch.testing.assert_close(a, b, **rounding)
+    gradients = (torch.autograd.grad([t.square().sum() for t in parts], leaves) for parts in (ours, expected))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, **rounding)
+    with pytest.raises(ValueError, match="two weights of 16"):
+        rope_qkv(qkv, *tables, head_dim=16, key_heads=2, norms=(weights[0], weights[1][:8]))
 
 
 def test_rope_of_a_fused_projection_equals_rope_of_its_parts():

@@ -125,10 +125,10 @@ def test_compiled_and_repeated_calls_are_equal_and_opcheck():
     )
     # Without opcheck's schema test, which compares inputs: torch cannot compare float8. test_lora.py runs that test.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(lora_forward, (x, list(weight), a, b, 2.0, [32, 16]), test_utils=checks)
+    torch.library.opcheck(lora_forward, (x, list(weight), a, b, 2.0, [32, 16], None, []), test_utils=checks)
     x, a, b = (t.detach() for t in (x, a, b))
-    y, low = lora_forward(x, list(weight), a, b, 2.0, [32, 16])
-    arguments = (torch.randn_like(y), x, list(weight), a, b, low, 2.0, [32, 16], True, True, True)
+    y, low = lora_forward(x, list(weight), a, b, 2.0, [32, 16], None, [])
+    arguments = (torch.randn_like(y), x, list(weight), a, b, low, 2.0, [32, 16], [], True, True, True)
     torch.library.opcheck(lora_backward, arguments, test_utils=checks)
     empty = results(x[:0].requires_grad_(), weight, a.requires_grad_(), b.requires_grad_())
     assert empty[0].shape == (0, 48) and empty[2].eq(0).all()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from pite_kernels import lora_linear, reference
+from pite_kernels import lora_linear, quantize_weight, reference
 from pite_kernels.lora import lora_backward, lora_forward
 from tests.kernels.helpers import assert_as_accurate, assert_bitwise, run
 
@@ -101,9 +103,63 @@ def test_repeated_and_compiled_calls_are_equal_and_gradients_accumulate():
     assert_bitwise([t.grad for t in (x, a, b)], [2 * g for g in once])
 
 
-def test_opcheck():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("splits", SPLITS)
+def test_bias(dtype, splits):
+    x, weight, a, b = make(dtype, splits)
+    bias = torch.linspace(-2, 3, 48).to(dtype)
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, weight, a, b)]
+    ours, plain = (
+        results(x, weight, a, b, splits, partial(function, bias=bias))
+        for function in (lora_linear, reference.lora_linear)
+    )
+    truth = results(*exact, splits, partial(reference.lora_linear, bias=bias.double()))
+    assert_as_accurate(ours, plain, truth)
+    assert not torch.allclose(ours[0], results(x, weight, a, b, splits)[0])
+    assert torch.equal(lora_linear(x, weight, None, None, bias=bias), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_bias_of_a_float8_weight():
+    x, weight, a, b = make(torch.float32, [24, 24], d_in=48)
+    bias, frozen = torch.linspace(-2, 3, 48), quantize_weight(weight)
+    without, with_bias = (lora_linear(x, frozen, a, b, splits=[24, 24], bias=bias) for bias in (None, bias))
+    torch.testing.assert_close(with_bias, without + bias)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("splits", SPLITS)
+def test_adapters_that_are_cast_already(splits, compiled):
+    """The same bits as casting in the call; a cast in another dtype than x's is not used."""
+    x, weight, a, b = make(torch.bfloat16, splits, lora_dtype=torch.float32)
+    expected = results(x, weight, a, b, splits)
+    function = partial(lora_linear, cast=(a.detach().bfloat16(), b.detach().bfloat16()))
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found = results(x, weight, a, b, splits, function)
+    assert_bitwise(found, expected)
+    assert [t.dtype for t in found[2:]] == [torch.float32] * 2
+    stale = partial(lora_linear, cast=(a.detach() * 0, b.detach() * 0))
+    assert_bitwise(results(x, weight, a, b, splits, stale), expected)
+    used = partial(lora_linear, cast=(a.detach().bfloat16() * 0, b.detach().bfloat16()))
+    assert not torch.equal(results(x, weight, a, b, splits, used)[0], expected[0])
+
+
+def test_invalid_bias_and_cast_raise():
+    x, weight, a, b = make(splits=[24, 24])
+    with pytest.raises(ValueError, match="bias must be"):
+        lora_linear(x, weight, a, b, splits=[24, 24], bias=torch.zeros(24))
+    with pytest.raises(ValueError, match="frozen"):
+        lora_linear(x, weight, a, b, splits=[24, 24], bias=torch.zeros(48, requires_grad=True))
+    with pytest.raises(ValueError, match="in their shapes"):
+        lora_linear(x, weight, a, b, splits=[24, 24], cast=(b, a))
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_opcheck(cast):
     x, weight, a, b = make(splits=[24, 24], lead=(9,))
-    torch.library.opcheck(lora_forward, (x, [weight], a, b, 2.0, [24, 24]))
+    ready = [a.detach().clone(), b.detach().clone()] if cast else []
+    torch.library.opcheck(lora_forward, (x, [weight], a, b, 2.0, [24, 24], torch.ones(48), ready))
     x, a, b = (t.detach() for t in (x, a, b))
-    y, low = lora_forward(x, [weight], a, b, 2.0, [24, 24])
-    torch.library.opcheck(lora_backward, (torch.randn_like(y), x, [weight], a, b, low, 2.0, [24, 24], True, True, True))
+    y, low = lora_forward(x, [weight], a, b, 2.0, [24, 24], None, ready)
+    arguments = (torch.randn_like(y), x, [weight], a, b, low, 2.0, [24, 24], ready, True, True, True)
+    torch.library.opcheck(lora_backward, arguments)

@@ -54,7 +54,7 @@ def heads():
 
 @pytest.mark.parametrize("accumulate", [True, False])
 def test_trajectory(heads, launches, accumulate):
-    loss, sign, scale = trajectory.forward(
+    loss, sign, scale, _ = trajectory.forward(
         heads.hidden, heads.weight, heads.bias, heads.targets, heads.rows, None, True
     )
     gradient = torch.empty_like(heads.hidden)
@@ -75,13 +75,14 @@ def test_trajectory(heads, launches, accumulate):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_cross_entropy(heads, launches, frozen):
-    _, scale, dx, dw, _ = cross_entropy.forward(
+    _, scale, dx, dw, _, _ = cross_entropy.forward(
         heads.hidden,
         heads.lm_weight,
         None,
         heads.target_ids,
         heads.target_rows,
         torch.empty((), device="cuda"),
+        None,
         0.1,
         -100,
         True,
@@ -115,7 +116,7 @@ def test_frozen_vocabulary_head_needs_at_most_300_mb(heads, launches, depth, fra
     hidden, weight = heads.hidden.new_empty((16384, depth)), heads.hidden.new_empty((32000, depth))
     ids, at = (heads.rows.new_empty(rows) for _ in range(2))
     with PeakMemory() as forward:
-        results = cross_entropy.forward(hidden, weight, None, ids, at, None, 0.1, -100, True, False, False)
+        results = cross_entropy.forward(hidden, weight, None, ids, at, None, None, 0.1, -100, True, False, False)
     assert 100e6 < forward.peak < 300e6
     with PeakMemory() as backward:
         gradient = cross_entropy.scatter_rows(results[2], at, results[1], 16384)

@@ -6,46 +6,23 @@ with ours. The models are those of transformers, tiny, with random weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    LlavaNextVideoConfig,
-    LlavaNextVideoForConditionalGeneration,
-    PreTrainedModel,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    VideoLlavaConfig,
-    VideoLlavaForConditionalGeneration,
-)
+from transformers import AttentionInterface, PreTrainedModel
 
 from pite_kernels import FusedLinearCrossEntropyLoss, FusedTrajectoryL1Loss, packed_attention, row_index
-
-VOCABULARY, VIDEO, PAD = 64, 60, 0
-POINTS, FRAMES = 2, 3
-TEXT = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-)
-VISION = dict(
-    model_type="clip_vision_model",
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=16,
-    patch_size=8,
-    projection_dim=16,
+from tests.kernels.families import (
+    FAMILIES,
+    FRAMES,
+    POINTS,
+    VIDEO,
+    Document,
+    assert_gradients_equal,
+    document,
+    gradients,
+    inputs_of,
+    joined,
 )
 
 
@@ -57,81 +34,6 @@ def attend(module, q, k, v, mask, scaling=None, cu_seq_lens_q=None, max_length_q
 
 
 AttentionInterface.register("pite_kernels", attend)
-
-
-@dataclass(frozen=True)
-class Document:
-    """One video and its text: the model's inputs, with labels and trajectories of some answer tokens."""
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    rows: Tensor
-    targets: Tensor
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model, and a function that makes a random video: its inputs and its number of tokens."""
-
-    model: PreTrainedModel
-    video: Callable[[torch.Generator], tuple[dict[str, Tensor], int]]
-
-
-def llava_family(config_class, model_class, frame_tokens: Callable[[int], int]) -> Family:
-    config = config_class(
-        vision_config=VISION,
-        text_config=dict(TEXT, model_type="llama"),
-        image_token_index=61,
-        video_token_index=VIDEO,
-        vision_feature_layer=-1,
-    )
-
-    def video(g: torch.Generator) -> tuple[dict[str, Tensor], int]:
-        return {"pixel_values_videos": torch.randn(1, 8, 3, 16, 16, generator=g)}, 8 * frame_tokens(2)
-
-    return Family(model_class(config), video)
-
-
-def qwen_family() -> Family:
-    config = Qwen2VLConfig(
-        text_config=dict(TEXT, rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}),
-        vision_config=dict(depth=2, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4),
-        image_token_id=61,
-        video_token_id=VIDEO,
-        vision_start_token_id=62,
-        vision_end_token_id=63,
-    )
-
-    def video(g: torch.Generator) -> tuple[dict[str, Tensor], int]:
-        grid = torch.tensor([[3, 4, 4]])  # time, height, width in patches; 2 x 2 patches make one token
-        return {"pixel_values_videos": torch.randn(48, 3 * 2 * 4 * 4, generator=g), "video_grid_thw": grid}, 12
-
-    return Family(Qwen2VLForConditionalGeneration(config), video)
-
-
-FAMILIES = {
-    "VideoLlava": lambda: llava_family(VideoLlavaConfig, VideoLlavaForConditionalGeneration, lambda side: side**2 + 1),
-    "LlavaNextVideo": lambda: llava_family(
-        LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration, lambda side: (side // 2) ** 2
-    ),
-    "Qwen2VL": qwen_family,
-}
-
-
-def document(family: Family, words: int, seed: int) -> Document:
-    g = torch.Generator().manual_seed(seed)
-    video, tokens = family.video(g)
-    question = torch.randint(1, 50, (3,), generator=g)
-    answer = torch.randint(1, 50, (words,), generator=g)
-    marks = torch.tensor([62]), torch.tensor([63])
-    ids = torch.cat([question, marks[0], torch.full((tokens,), VIDEO), marks[1], question, answer])
-    labels = torch.full_like(ids, -100)
-    labels[-words:] = answer
-    rows = torch.arange(len(ids) - words, len(ids), 2) - 1
-    targets = torch.rand(len(rows), POINTS, FRAMES, 2, generator=g)
-    targets[torch.rand(len(rows), POINTS, FRAMES, generator=g) < 0.4] = -1
-    types = torch.where(ids == VIDEO, 2, 0)
-    return Document({"input_ids": ids[None], "mm_token_type_ids": types[None], **video}, labels, rows, targets)
 
 
 def another_question(d: Document, words: int, seed: int) -> Document:
@@ -149,15 +51,6 @@ def another_question(d: Document, words: int, seed: int) -> Document:
 
 def shared_length(d: Document) -> int:
     return int((d.inputs["input_ids"][0] == 63).nonzero()) + 1
-
-
-def inputs_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Qwen2-VL needs the type of each token; the other models do not accept this argument."""
-    return (
-        inputs
-        if hasattr(model.model, "get_rope_index")
-        else {k: v for k, v in inputs.items() if k != "mm_token_type_ids"}
-    )
 
 
 def own_loss(model: PreTrainedModel, head: nn.Linear, documents: list[Document]) -> Tensor:
@@ -190,12 +83,8 @@ def packed_loss(model: PreTrainedModel, head: nn.Linear, documents: list[Documen
     """All documents in one row, with the ops of pite_kernels."""
     lengths = [len(d.labels) for d in documents]
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    joined: dict[str, Any] = {
-        name: torch.cat([d.inputs[name] for d in documents], 1 if name in ("input_ids", "mm_token_type_ids") else 0)
-        for name in documents[0].inputs
-    }
     hidden = model.model(
-        **inputs_of(model, joined),
+        **joined(model, documents),
         position_ids=torch.cat([position_ids(model, d) for d in documents], -1),
         cu_seq_lens_q=bounds,
         max_length_q=max(lengths),
@@ -223,13 +112,13 @@ def shared_loss(model: PreTrainedModel, head: nn.Linear, documents: list[Documen
     )
     index = row_index(torch.tensor([row for document in keys for row in document]), int(ends[-1]))
     first = documents[0].inputs
-    joined = {
+    row = {
         name: torch.cat([first[name][:, :n], *(d.inputs[name][:, n:] for d in documents)], 1)
         for name in ("input_ids", "mm_token_type_ids")
     }
     positions = [position_ids(model, d) for d in documents]
     hidden = model.model(
-        **inputs_of(model, {**first, **joined}),
+        **inputs_of(model, {**first, **row}),
         position_ids=torch.cat([positions[0][..., :n], *(p[..., n:] for p in positions)], -1),
         cu_seq_lens_q=bounds,
         max_length_q=max(n, *own),
@@ -255,22 +144,13 @@ def test_loss_and_gradients_equal_those_of_the_models_own_code(name, shared):
     documents = [document(family, words, seed) for seed, words in enumerate((5, 8))]
     if shared:
         documents = [documents[0], *(another_question(documents[0], words, words) for words in (4, 7))]
-    trainable = {**dict(model.named_parameters()), "head.weight": head.weight, "head.bias": head.bias}
-
-    def gradients(loss: Tensor) -> dict[str, Tensor]:
-        values = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
-        return {n: g for n, g in zip(trainable, values) if g is not None}
-
+    trainable = nn.ModuleDict({"model": model, "head": head})
     model.set_attn_implementation("sdpa")
     own = own_loss(model, head, documents)
-    expected = gradients(own)
+    expected = gradients(own, trainable)
     model.set_attn_implementation({"text_config": "pite_kernels"})
-    packed = (shared_loss if shared else packed_loss)(model, head, documents)
-    torch.testing.assert_close(packed, own)
-    got = gradients(packed)
-    assert got.keys() == expected.keys()
+    loss = (shared_loss if shared else packed_loss)(model, head, documents)
+    torch.testing.assert_close(loss, own)
+    got = gradients(loss, trainable)
     assert any("projector" in n or "visual" in n for n in got), "no gradient reached the video"
-    for parameter, gradient in expected.items():
-        torch.testing.assert_close(
-            got[parameter], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, p=parameter: f"{p}: {m}"
-        )
+    assert_gradients_equal(got, expected)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pite_kernels import FusedTrajectoryL1Loss, reference, trajectory_l1
-from pite_kernels.trajectory import trajectory_backward, trajectory_forward
+from pite_kernels.trajectory import target_losses, trajectory_backward, trajectory_forward
 from tests.kernels.helpers import Heads, assert_as_accurate, assert_bitwise, make_heads, run
 
 pytestmark = pytest.mark.usefixtures("cpu_path")
@@ -213,6 +213,55 @@ def test_the_module_equals_the_function():
     assert torch.equal(loss, loss_of(heads, absent="regress")())
 
 
+def weights_of(heads):
+    return torch.linspace(0, 2, len(heads.rows), dtype=heads.hidden.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("absent", ["skip", "regress"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_weights_and_the_losses_themselves(dtype, absent, reduction):
+    heads = make_heads(dtype)
+    heads.rows[3] = heads.rows[1]
+    exact = heads.to(torch.float64)
+
+    def results(heads, function):
+        options = {"weights": weights_of(heads), "absent": absent, "reduction": reduction}
+        losses = loss_of(heads, function, **options)()
+        assert losses.shape == (heads.rows.shape if reduction == "none" else ())
+        return run(lambda: torch.log1p(losses).sum(), trainable(heads))
+
+    plain = results(heads.to(dtype), reference.trajectory_l1)
+    ours = results(heads, trajectory_l1)
+    assert_as_accurate(ours, plain, results(exact, reference.trajectory_l1))
+    assert_bitwise(results(heads, trajectory_l1), ours)
+    if dtype == torch.float32:  # one program for each dtype would be too many
+        assert_bitwise(results(heads, torch.compile(trajectory_l1, fullgraph=True, backend="aot_eager")), ours)
+
+
+def test_equal_weights_change_nothing_and_the_module_passes_them_on():
+    heads = make_heads()
+    inputs = heads.hidden, heads.weight, heads.bias, heads.targets, heads.rows
+    weighted = FusedTrajectoryL1Loss()(*inputs, weights=torch.full((11,), 3.0))
+    torch.testing.assert_close(weighted, trajectory_l1(*inputs))
+    each = FusedTrajectoryL1Loss(reduction="none")(*inputs)
+    torch.testing.assert_close(each.sum() / (heads.targets != -1).sum(), trajectory_l1(*inputs))
+    for count, options in ((0, {"weights": torch.zeros(0)}), (11, {"weights": torch.zeros(11)})):
+        assert loss_of(make_heads(count=count), **options)() == 0
+
+
+def test_tiny_upstream_gradients_do_not_vanish_in_half_precision():
+    """1 / normalizer of a large batch is below float16's smallest number, and the gradient of the head in float32 is not."""
+    heads = make_heads(torch.float16)
+    weight = heads.weight.detach().float().requires_grad_()
+    inputs = heads.hidden, weight, heads.bias, heads.targets, heads.rows
+    each = trajectory_l1(*inputs, reduction="none")
+    large, small = (
+        torch.autograd.grad(each.sum() * scale, weight, retain_graph=True)[0] / scale for scale in (1, 1e-9)
+    )
+    torch.testing.assert_close(large, small)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias):
     heads = make_heads()
@@ -221,6 +270,7 @@ def test_opcheck(bias):
     _, sign, scale = trajectory_forward(*arguments)
     detached = heads.hidden.detach(), heads.weight.detach()
     torch.library.opcheck(trajectory_backward, (scale, *detached, sign, heads.rows, True, bias, True))
+    torch.library.opcheck(target_losses, (*arguments[:5], True))
 
 
 def test_compiled_equals_eager_bitwise():

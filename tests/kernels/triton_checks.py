@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" e
 
 def trajectory_results(heads: Heads, skip: bool = True, normalizer=None, base=None) -> list[torch.Tensor]:
     """The loss and the gradients from the kernels; `base` is a gradient to accumulate into."""
-    loss, sign, scale = trajectory.forward(
+    loss, sign, scale, _ = trajectory.forward(
         heads.hidden, heads.weight, heads.bias, heads.targets, heads.rows, normalizer, skip
     )
     grad_hidden = torch.full_like(heads.hidden, float("nan")) if base is None else base.clone()
@@ -36,8 +36,19 @@ def trajectory_results(heads: Heads, skip: bool = True, normalizer=None, base=No
 
 def cross_entropy_results(heads: Heads, smoothing: float, with_rows: bool = True, ignore_index: int = -100, bias=None):
     rows = heads.target_rows if with_rows else None
-    loss, scale, dx, dw, db = cross_entropy.forward(
-        heads.hidden, heads.lm_weight, bias, heads.target_ids, rows, None, smoothing, ignore_index, True, True, True
+    loss, scale, dx, dw, db, _ = cross_entropy.forward(
+        heads.hidden,
+        heads.lm_weight,
+        bias,
+        heads.target_ids,
+        rows,
+        None,
+        None,
+        smoothing,
+        ignore_index,
+        True,
+        True,
+        True,
     )
     return [loss, cross_entropy.scatter_rows(dx, rows, scale, len(heads.hidden)), dw * scale, db * scale]
 
@@ -103,7 +114,7 @@ def test_trajectory_repeated_rows(dtype, frames):
 def test_signs_are_padded_with_zeros():
     """The last K-step of dX reads the columns from the last output on."""
     heads = make_heads(torch.float16, points=3, frames=100, count=7, device=DEVICE)
-    _, sign, _ = trajectory.forward(heads.hidden, heads.weight, heads.bias, heads.targets, heads.rows, None, True)
+    _, sign, *_ = trajectory.forward(heads.hidden, heads.weight, heads.bias, heads.targets, heads.rows, None, True)
     assert sign.shape == (7, 640) and sign.dtype == torch.float16
     assert not sign[:, 600:].any() and sign[:, :600].abs().max() == 1
 
@@ -243,12 +254,18 @@ def test_row_splits_fill_whole_waves():
     assert trajectory.row_splits(160, 100, 132) == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [{}, {"count": 0}, {"supervised": 0}, {"count": 60, "supervised": 60}])
-def test_two_heads_through_the_public_function(dtype, shape, monkeypatch):
-    """End to end, with autograd. Without a GPU, the dispatcher is patched to run Triton in its interpreter."""
+@pytest.fixture
+def triton_on_any_device(monkeypatch):
+    """Without a GPU, the dispatcher runs Triton in its interpreter."""
     for module in (pite_kernels.trajectory, pite_kernels.cross_entropy):
         monkeypatch.setattr(module, "uses_triton", lambda tensor: tensor.dtype != torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [{}, {"count": 0}, {"supervised": 0}, {"count": 60, "supervised": 60}])
+@pytest.mark.usefixtures("triton_on_any_device")
+def test_two_heads_through_the_public_function(dtype, shape):
+    """End to end, with autograd."""
     heads = make_heads(dtype, device=DEVICE, **shape)
 
     def loss(h: Heads, function=reference.two_head_loss):
@@ -260,6 +277,51 @@ def test_two_heads_through_the_public_function(dtype, shape, monkeypatch):
     plain, truth = (expected(heads.to(d), loss) for d in (dtype, torch.float64))
     assert_as_accurate(ours, plain, truth)
     assert_bitwise(ours, expected(heads, lambda h: loss(h, two_head_loss)))
+
+
+def compare_public(heads: Heads, loss, **options) -> None:
+    """The loss through the public function, with autograd, against the reference with the same options."""
+
+    def value(h: Heads, module):
+        result, inputs = loss(h, module, {k: v.to(h.hidden) if torch.is_tensor(v) else v for k, v in options.items()})
+        return (result.square().sum() if result.dim() else result), inputs
+
+    ours = expected(heads, lambda h: value(h, pite_kernels))
+    plain, truth = (expected(heads.to(d), lambda h: value(h, reference)) for d in (heads.hidden.dtype, torch.float64))
+    assert_as_accurate(ours, plain, truth)
+    assert_bitwise(ours, expected(heads, lambda h: value(h, pite_kernels)))
+
+
+@pytest.mark.usefixtures("triton_on_any_device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_weights_of_tokens(dtype, reduction):
+    heads = make_heads(dtype, supervised=40, tokens=9, device=DEVICE)
+    heads.target_ids[2:5] = -100
+    bias = torch.linspace(-1, 1, len(heads.lm_weight), device=DEVICE)
+
+    def loss(h: Heads, module, options):
+        own = bias.to(h.hidden).requires_grad_()
+        arguments = h.hidden, h.lm_weight, h.target_ids, h.target_rows
+        return module.linear_cross_entropy(*arguments, bias=own, label_smoothing=0.1, **options), (*arguments[:2], own)
+
+    compare_public(heads, loss, weights=torch.linspace(0, 2, 40, device=DEVICE), reduction=reduction)
+
+
+@pytest.mark.usefixtures("triton_on_any_device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", [{"count": 150, "frames": 100}, {"count": 0}, {"points": 1, "frames": 1}])
+def test_weights_of_targets(dtype, reduction, shape):
+    """600 outputs are several blocks of columns, and rows repeat."""
+    heads = make_heads(dtype, device=DEVICE, **shape)
+    heads.rows[:25] = 3
+
+    def loss(h: Heads, module, options):
+        inputs = h.hidden, h.weight, h.bias
+        return module.trajectory_l1(*inputs, h.targets, h.rows, **options), inputs
+
+    compare_public(heads, loss, weights=torch.linspace(0, 2, len(heads.rows), device=DEVICE), reduction=reduction)
 
 
 def test_other_tiles_are_timed_only_where_they_agree(monkeypatch):

@@ -48,6 +48,18 @@ def test_an_answer_is_printed_and_is_the_same_each_time(made: Path, capsys: pyte
     assert capsys.readouterr().out == first
 
 
+def test_a_media_tag_and_an_end_mark_around_the_query_change_nothing(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = []
+    for query in ("What happens?", "<video>\nWhat happens?", " What happens? <video>", "What happens?</s>"):
+        assert run_chat(made, "--query", query) == 0
+        printed.append(capsys.readouterr().out)
+    assert len(set(printed)) == 1
+    assert run_chat(made, "--query", "What <video> happens?") == 1
+    assert "a media tag may be at the start or end only" in capsys.readouterr().err
+
+
 def test_the_named_objects_are_drawn_on_every_frame(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -219,7 +219,7 @@ class DaliDecoder:
             return self.workers.submit(self._decode, request.media, f"PyAV ({why})")
         repeated = request.media.kind == "video" and len(request.places) != len(request.indices)
         frames = frames[request.places] if repeated else frames
-        return Decoded(request.media, frames, by=f"DALI ({request.codec})", uneven=request.uneven)
+        return Decoded(request.media, frames, by=f"DALI ({request.codec})", facts=request.facts)
 
     def _fallback_reason(self, request: DecodeRequest, frames: np.ndarray | Tensor | str) -> str:
         """Why PyAV must decode a file; empty where DALI's frames are good."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 from PIL import Image
 
 from dataloaders.decode.decoder import Decoded, decode_file, guarded
+from dataloaders.decode.facts import Facts
 from dataloaders.decode.orientation import UPRIGHT
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.readable import DecodeError
@@ -44,7 +45,7 @@ class DecodeRequest:
     places      (N,) position in `indices` of each wanted frame
     memory      bytes of the whole frames
     matrix      FFmpeg's number of the colour matrix
-    uneven      as in Decoded
+    facts       what is reported of the file
     """
 
     media: Media
@@ -53,7 +54,7 @@ class DecodeRequest:
     places: np.ndarray
     memory: int
     matrix: int = 2
-    uneven: bool = False
+    facts: Facts = field(default_factory=Facts)
 
 
 def prepare(
@@ -95,8 +96,8 @@ def _video(
         "large frames": memory > FRAME_MEMORY[device],
     }
     why = next((name for name, is_so in problems.items() if is_so), None)
-    uneven = probed.is_uneven(num_frames)
-    return why or DecodeRequest(media, probed.codec, indices, places, memory, probed.matrix, uneven)
+    facts = probed.facts(num_frames)
+    return why or DecodeRequest(media, probed.codec, indices, places, memory, probed.matrix, facts)
 
 
 def _still(media: Media, preprocess: Preprocess) -> DecodeRequest | str:

@@ -75,19 +75,28 @@ def cross_entropy_softmax_kernel(
 
 @triton.jit(do_not_specialize=["count", "num_rows"])
 def cross_entropy_bwd_scatter_rows_kernel(
-    out_ptr, source_ptr, sorted_ptr, order_ptr, coefficient_ptr, count, num_rows, depth, BLOCK: tl.constexpr
+    out_ptr,
+    source_ptr,
+    sorted_ptr,
+    order_ptr,
+    coefficient_ptr,
+    count,
+    num_rows,
+    depth,
+    PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program: BLOCK columns of one source row, scaled by the coefficient and added into its row of out.
 
-    source (count, depth), out (num_rows, depth), coefficient 0-dim
+    source (count, depth), out (num_rows, depth), coefficient 0-dim, or with PER_ROW (count,)
     sorted (count,) int64: row indices of out in rising order; order (count,) int64: the source row of each of them
     sorted and order are None where source row i goes to row i. Of equal rows, only the first one's program writes.
     """
     slot = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = column < depth
-    coefficient = tl.load(coefficient_ptr)  # scalar
     if sorted_ptr is None:
+        coefficient = tl.load(coefficient_ptr + (slot if PER_ROW else 0))  # scalar
         at = slot.to(tl.int64) * depth + column
         value = tl.load(source_ptr + at, mask=keep, other=0.0).to(tl.float32) * coefficient  # (BLOCK,)
         tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=keep)
@@ -101,11 +110,15 @@ def cross_entropy_bwd_scatter_rows_kernel(
             same = row
             while same == row:
                 source = tl.load(order_ptr + at)  # scalar
-                total += tl.load(source_ptr + source * depth + column, mask=keep, other=0.0).to(tl.float32)  # (BLOCK,)
+                value = tl.load(source_ptr + source * depth + column, mask=keep, other=0.0).to(tl.float32)  # (BLOCK,)
+                if PER_ROW:
+                    value *= tl.load(coefficient_ptr + source)  # scalar
+                total += value
                 at += 1
                 same = tl.load(sorted_ptr + at, mask=at < count, other=-1)  # scalar
-            value = (total * coefficient).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + row * depth + column, value, mask=keep)
+            if PER_ROW == 0:
+                total *= tl.load(coefficient_ptr)  # scalar
+            tl.store(out_ptr + row * depth + column, total.to(out_ptr.dtype.element_ty), mask=keep)
 
 
 def chunk_rows(vocabulary: int, depth: int, processors: int) -> int:
@@ -132,13 +145,14 @@ def forward(
     target_ids: Tensor,
     rows: Tensor | None,
     normalizer: Tensor | None,
+    weights: Tensor | None,
     label_smoothing: float,
     ignore_index: int,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, scale, dX of the rows, dW, db), as `pite_kernels.cross_entropy.cross_entropy_forward` returns them."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, scale, dX of the rows, dW, db, losses), as `pite_kernels.cross_entropy.cross_entropy_forward` returns them."""
     count, (vocabulary, depth) = target_ids.numel(), weight.shape
     head = weight.to(hidden.dtype)
     head_bias = None if bias is None else bias.to(hidden.dtype)
@@ -188,19 +202,26 @@ def forward(
             else:
                 torch.addmm(centre, out, head, out=dx)
                 zero_rows(dx, ids, ignore_index)
-        if need_weight or need_bias:
-            counted = partial.select(0, 1).narrow(0, start, size)
-            if need_weight:
-                add_product(grad_weight, out, x)
-                if label_smoothing:
-                    # The smoothing's part of dW, equal for every token of the vocabulary: counted' X in float32.
-                    grad_weight -= label_smoothing / vocabulary * (counted.unsqueeze(1) * x).sum(0)
-            if need_bias:
-                grad_bias += out.sum(0, dtype=torch.float32) - label_smoothing / vocabulary * counted.sum()
+        counted = partial.select(0, 1).narrow(0, start, size)
+        if weights is not None:
+            counted = counted * weights.narrow(0, start, size)
+        if need_weight:
+            # The rows of x take the weights, because they are shorter than those of the logits.
+            add_product(grad_weight, out, x if weights is None else x * counted.unsqueeze(1).to(x.dtype))
+            if label_smoothing:
+                # The smoothing's part of dW, equal for every token of the vocabulary: counted' X in float32.
+                grad_weight -= label_smoothing / vocabulary * (counted.unsqueeze(1) * x).sum(0)
+        if need_bias:
+            of_rows = out if weights is None else out * counted.unsqueeze(1).to(out.dtype)
+            grad_bias += of_rows.sum(0, dtype=torch.float32) - label_smoothing / vocabulary * counted.sum()
     if rows is not None:
         partial.select(0, 2).add_(((rows < 0) | (rows >= hidden.shape[0])).float())
+    losses = partial.select(0, 0)
+    if weights is not None:
+        losses = losses.clone()
+        partial.select(0, 0).mul_(weights)
     loss, scale = finish_loss(partial, normalizer, _INVALID)
-    return loss, scale, grad_hidden, grad_weight, grad_bias
+    return loss, scale, grad_hidden, grad_weight, grad_bias, losses
 
 
 def _clamped(rows: Tensor, count: int) -> Tensor:
@@ -227,6 +248,17 @@ def scatter_rows(source: Tensor, rows: Tensor | None, coefficient: Tensor, num_r
         ordered, order = rows.sort(stable=True)
     if count:
         cross_entropy_bwd_scatter_rows_kernel[grid](
-            out, source, ordered, order, coefficient, count, num_rows, depth, BLOCK=1024, num_warps=4, **FUSION
+            out,
+            source,
+            ordered,
+            order,
+            coefficient,
+            count,
+            num_rows,
+            depth,
+            PER_ROW=coefficient.dim() == 1,
+            BLOCK=1024,
+            num_warps=4,
+            **FUSION,
         )
     return out

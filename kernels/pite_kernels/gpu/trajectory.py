@@ -71,13 +71,19 @@ def forward(
     rows: Tensor,
     normalizer: Tensor | None,
     skip_absent: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, sign (M, width), scale), as `pite_kernels.trajectory.trajectory_forward` returns them."""
+    each: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, sign (M, width), scale), as `pite_kernels.trajectory.trajectory_forward` returns them.
+
+    The fourth is, with `each`, the sum of each target's distances (M,), else empty.
+    """
     count, (outputs, depth) = rows.numel(), weight.shape
     sign = empty_signs(hidden, count, outputs)
     tiles = forward_tiles(hidden.dtype, count, outputs, multiprocessors(hidden.device))
-    grid = triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(outputs, tiles["BLOCK_N"])
+    tiles_n = triton.cdiv(outputs, tiles["BLOCK_N"])
+    grid = triton.cdiv(count, tiles["BLOCK_M"]) * tiles_n
     partial = hidden.new_empty((3, grid), dtype=torch.float32)
+    distances = partial.new_empty((count, tiles_n)) if each else None
     if grid:
         trajectory_l1_fwd_kernel[(grid,)](
             hidden,
@@ -87,6 +93,7 @@ def forward(
             rows.contiguous(),
             sign,
             partial,
+            distances,
             count,
             hidden.shape[0],
             hidden.stride(0),
@@ -99,7 +106,7 @@ def forward(
             **FUSION,
         )
     loss, scale = finish_loss(partial, normalizer, _INVALID)
-    return loss, sign, scale
+    return loss, sign, scale, partial.new_empty(0) if distances is None else distances.sum(1)
 
 
 def write_grad_hidden(

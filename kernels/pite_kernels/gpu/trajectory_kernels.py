@@ -40,8 +40,9 @@ def l1_epilogue(
     outputs: tl.constexpr,
     WIDTH: tl.constexpr,
     SKIP_ABSENT: tl.constexpr,
+    EACH: tl.constexpr,
 ):
-    """Store the signs of prediction - target; (summed distance, coordinates counted, invalid coordinates)."""
+    """Store the signs of prediction - target; (distances, summed over all or with EACH over columns, counted, invalid)."""
     n = column + tl.arange(0, prediction.shape[1])
     keep = (m < count)[:, None] & (n < outputs)[None, :]
     target = tl.load(target_ptr + m[:, None] * outputs + n[None, :], mask=keep, other=0.0).to(
@@ -63,7 +64,8 @@ def l1_epilogue(
     sign = (distance > 0).to(tl.float32) - (distance < 0).to(tl.float32)  # 0 in the columns from `outputs` on
     sign = sign.to(sign_ptr.dtype.element_ty)
     tl.store(sign_ptr + m[:, None] * WIDTH + n[None, :], sign, mask=(m < count)[:, None] & (n < WIDTH)[None, :])
-    return tl.sum(tl.abs(distance)), counted, invalid
+    total = tl.sum(tl.abs(distance), 1) if EACH else tl.sum(tl.abs(distance))
+    return total, counted, invalid
 
 
 @triton.jit(do_not_specialize=["count", "num_rows"])
@@ -75,6 +77,7 @@ def trajectory_l1_fwd_kernel(
     rows_ptr,
     sign_ptr,
     partial_ptr,
+    each_ptr,
     count,
     num_rows,
     stride,
@@ -91,6 +94,7 @@ def trajectory_l1_fwd_kernel(
 
     hidden (T, d) with row stride `stride`, rows (M,) int64, weight (O, d), bias (O,) or None, target (M, O)
     sign (M, WIDTH), 0 from column O on;  partial (3, programs) float32: loss, coordinates counted, invalid coordinates
+    each (M, tiles of columns) float32: the sum of a target's distances in a tile, or None
     Sizes: count = M, num_rows = T, depth = d, outputs = O = P * N * 2. EVEN_K: d is a multiple of BLOCK_K.
     """
     # Tiles with the same rows of X have neighbouring program ids, so that X is read from memory once.
@@ -127,10 +131,11 @@ def trajectory_l1_fwd_kernel(
         pieces = (acc,)
     target_ptr += tl.cast(first, tl.int64) * outputs
     sign_ptr += tl.cast(first, tl.int64) * WIDTH
-    total, counted, invalid = 0.0, 0, 0
+    EACH: tl.constexpr = each_ptr is not None
+    total, counted, invalid = tl.zeros([BLOCK_M], tl.float32) if EACH else 0.0, 0, 0
     for i in tl.static_range(len(pieces)):
         sums = l1_epilogue(
-            pieces[i], bias_ptr, target_ptr, sign_ptr, m, column, inside, count, outputs, WIDTH, SKIP_ABSENT
+            pieces[i], bias_ptr, target_ptr, sign_ptr, m, column, inside, count, outputs, WIDTH, SKIP_ABSENT, EACH
         )
         total += sums[0]
         counted += sums[1]
@@ -138,6 +143,10 @@ def trajectory_l1_fwd_kernel(
         column += pieces[i].shape[1]
     tile = partial_ptr + tl.program_id(0)
     tiles = tl.num_programs(0)
+    if EACH:
+        at = each_ptr + (tl.cast(first, tl.int64) + m) * tiles_n + tl.program_id(0) % tiles_n
+        tl.store(at, total, mask=m < count)
+        total = tl.sum(total)
     tl.store(tile, total)
     tl.store(tile + tiles, tl.cast(counted, tl.float32))
     tl.store(tile + 2 * tiles, tl.cast(invalid, tl.float32))

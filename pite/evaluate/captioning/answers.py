@@ -86,7 +86,7 @@ def _parse_published(answer: str) -> Events:
     items = _list_of(_LIST.search(answer))
     if items is None:
         return Events((), whole=False)
-    events = []
+    events: list[Event] = []
     for item in items:
         event = _event(item, _published_frames)
         if event is None:

@@ -144,7 +144,7 @@ def _read_video_chatgpt(path: Path) -> Iterator[Item]:
 
 
 def _renamed(items: Sequence[Item], path: Path) -> Iterator[Item]:
-    names = {}
+    names: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         words = line.split()
         if words and len(words) != 2:

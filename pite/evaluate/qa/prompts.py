@@ -70,7 +70,8 @@ class Prompt:
 def prompts(item: Item, candidates: Sequence[str]) -> list[Prompt]:
     """The requests about an item whose questions have these candidates as answers."""
     assert len(candidates) == len(item.questions), "one answer for each question"
-    return [Prompt(axis, _system(axis), _user(item, candidates)) for axis in AXES[item.kind]]
+    text = _text(item, candidates)
+    return [Prompt(axis, f"{_INTRODUCTION} {CRITERIA[axis]}", f"{text}\n\n{_form(axis)}") for axis in AXES[item.kind]]
 
 
 def schema(axis: Axis) -> dict[str, Any]:
@@ -80,14 +81,14 @@ def schema(axis: Axis) -> dict[str, Any]:
     return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
 
 
-def _system(axis: Axis) -> str:
+def _form(axis: Axis) -> str:
+    """The reply's form, at the end of the user message: small models follow what they read last."""
     pred = '"pred", which is "yes" for a correct candidate and "no" for another, and ' if axis == "match" else ""
     example = '{"pred": "yes", "score": 4}' if axis == "match" else '{"score": 4}'
-    form = f'Reply with one JSON object and nothing else. It has {pred}"score", {_SCORE}. Example: {example}'
-    return f"{_INTRODUCTION} {CRITERIA[axis]}\n{form}"
+    return f'Reply with one JSON object and nothing else. It has {pred}"score", {_SCORE}. Example: {example}'
 
 
-def _user(item: Item, candidates: Sequence[str]) -> str:
+def _text(item: Item, candidates: Sequence[str]) -> str:
     numbers = [""] if len(candidates) == 1 else [f" {i + 1}" for i in range(len(candidates))]
     lines = [f"Question{number}: {text}" for number, text in zip(numbers, item.questions)]
     lines.append(f"Reference: {item.answer}")

@@ -79,12 +79,12 @@ def _judged(
     cache: Cache,
     price: Price | None,
 ) -> Numbers:
-    asked = [prompt for item in items if item in answered for prompt in prompts(item, answered[item])]
-    judgement = judge(asked, by, cache, price)
-    if judgement.failed == len(asked):
+    wanted = [prompt for item in items if item in answered for prompt in prompts(item, answered[item])]
+    judgement = judge(wanted, by, cache, price)
+    if judgement.failed == len(wanted):
         raise ValueError(f"the judge {by.name} gave no verdict: {judgement.malformed:,} replies are malformed")
     of: dict[Axis, list[Verdict]] = {}
-    for prompt, found in zip(asked, judgement.verdicts, strict=True):
+    for prompt, found in zip(wanted, judgement.verdicts, strict=True):
         of.setdefault(prompt.axis, []).extend([] if found is None else [found])
     for item in items:
         for axis in AXES[item.kind] if item not in answered else ():

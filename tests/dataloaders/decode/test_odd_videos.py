@@ -17,6 +17,7 @@ from dataloaders.decode.orientation import UPRIGHT, nearest, upright
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.readable import DecodeError
 from dataloaders.decode.video import decode_video, probe, sample_video
+from dataloaders.media import wrong_duration
 from dataloaders.records import Media
 from tests.media import which_frame, write_video
 from tests.odd_media import (
@@ -29,6 +30,9 @@ from tests.odd_media import (
     write_resized,
     write_tracks,
 )
+
+SLIDES = {".mov": "libx264", ".flv": "flv"}
+"""Codecs of slides; others are in MPEG-4."""
 
 FILM, COVER = Track(20, default=True), Track(1, size=(48, 80), offset=50, codec="mjpeg", default=False)
 PREVIEW = Track(4, size=(32, 24), offset=50, default=False)
@@ -90,12 +94,32 @@ class TestTimes:
             range(20, 30)
         )
 
-    def test_a_last_slide_that_is_shown_long(self, tmp_path: Path) -> None:
-        path = write_tracks(tmp_path / "v.mp4", [Track(6)], last=6.0)
+    @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi", ".flv"])
+    def test_a_last_slide_that_is_shown_long(self, tmp_path: Path, suffix: str) -> None:
+        path = write_tracks(tmp_path / f"v{suffix}", [Track(6, codec=SLIDES.get(suffix, "mpeg4"))], last=6.0)
         assert decoded(path, 6) == list(range(6))
         assert decoded(path, 4, (0.4, 6.0)) == [4, 4, 4, 5]
-        with pytest.raises(DecodeError, match=r"last frame is at 0\.50 s, before the clip's end at 9 s"):
-            decode_video(path, 5, (0.4, 9.0))
+        by_time = [which_frame(frame) for frame in sample_video(path, 13, sampling="time").frames]
+        assert by_time == [0, 4] + 11 * [5], "frame k of 13 is the one at 0.45 k seconds"
+        with pytest.raises(DecodeError, match=r"last frame is at 0\.50 s, before the clip's end at 19 s"):
+            decode_video(path, 5, (0.4, 19.0))
+
+    @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".flv"])
+    def test_a_last_slide_with_music(self, tmp_path: Path, suffix: str) -> None:
+        """Players hold the last picture until the end of the sound."""
+        path = write_tracks(tmp_path / f"v{suffix}", [Track(6, codec=SLIDES.get(suffix, "mpeg4"))], sound=8.0)
+        facts = sample_video(path, 6).facts
+        pictures, whole = facts.ends
+        assert pictures < 0.8 and whole == pytest.approx(8, abs=0.2) and facts.uneven
+        assert decoded(path, 4, (0.4, 6.0))[-1] == 5
+        assert [which_frame(frame) for frame in sample_video(path, 4, sampling="time").frames] == [0, 5, 5, 5]
+        wrong = partial(wrong_duration, ends=facts.ends)
+        assert wrong(Media("k", path, duration=8.0)) is None and wrong(Media("k", path, duration=0.6)) is None
+        assert "is it another video?" in (wrong(Media("k", path, duration=20.0)) or "")
+
+    def test_sound_that_is_a_little_longer_changes_nothing(self, tmp_path: Path) -> None:
+        path = write_tracks(tmp_path / "v.mp4", [Track(20)], sound=2.9)
+        assert probe(path).packets.end == 2.0 and not sample_video(path, 5).facts.uneven
 
     def test_avi_written_into_a_pipe(self, tmp_path: Path) -> None:
         assert decoded(write_piped(tmp_path / "v.avi"), 20) == list(range(20))

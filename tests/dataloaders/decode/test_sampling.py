@@ -57,7 +57,7 @@ def test_a_video(tmp_path: Path) -> None:
     assert frames == [sum(time <= 1000 * moment + 1 for time in times) - 1 for moment in moments]
     assert frames[8] < 10, "most frames come from the slow part"
     assert [which_frame(frame) for frame in decode_video(path, 12)] == frame_indices(40, 12).tolist()
-    assert sample_video(path, 12).uneven and sample_video(path, 12, (0.0, 4.9)).uneven is False
+    assert sample_video(path, 12).facts.uneven and sample_video(path, 12, (0.0, 4.9)).facts.uneven is False
 
 
 def test_uneven_files_are_marked(tmp_path: Path) -> None:
@@ -67,4 +67,4 @@ def test_uneven_files_are_marked(tmp_path: Path) -> None:
     )
     media = [Media("e", even), Media("u", uneven)]
     with DecodePool(lambda m: decode_file(m, 10, Preprocess(32, 32)), 0) as pool:
-        assert [decoded.uneven for decoded in pool.map(media)] == [False, True]
+        assert [decoded.facts.uneven for decoded in pool.map(media)] == [False, True]

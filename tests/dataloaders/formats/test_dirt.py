@@ -130,3 +130,17 @@ def test_bad_records_are_left_out_of_the_media_by_line(dirty: Path) -> None:
     names = {line: name for line, name in enumerate(BAD, 2)}
     taken = [name for line, name in names.items() if line not in lines]
     assert taken == ["a number of 400 digits", "a number as text"] and lines == sorted(lines)
+
+
+def test_repeated_records_are_counted_and_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Several conversations about one clip are no repeats. A last line may lack its end."""
+    other = changed(PITE, "conversations.0.value", "<video>\nAnd then?")
+    (tmp_path / "stage2").mkdir()
+    (tmp_path / "stage2/pite_143k.jsonl").write_text(
+        "\n".join(map(json.dumps, (PITE, other, {**PITE, "id": "b"}, PITE)))
+    )
+    found = dataset(tmp_path, tokenizer, 0.0)
+    assert len(found) == 4 and [(m.line, m.reason) for m in found.repeats] == [(4, "repeats an earlier record")]
+    assert found.summary().endswith("1 records that repeat an earlier one, the first at pite_143k.jsonl:4")
+    (tmp_path / "stage2/pite_143k.jsonl").write_text("\n".join(map(json.dumps, (PITE, other))))
+    assert not dataset(tmp_path, tokenizer, 0.0).repeats

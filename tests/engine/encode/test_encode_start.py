@@ -17,7 +17,7 @@ import pytest
 from dataloaders import derived
 from dataloaders.decode.dali import decoder as dali
 from dataloaders.failures import BudgetExceeded, read_failures
-from dataloaders.ranks import Ranks
+from dataloaders.ranks import ALONE, Ranks
 from dataloaders.store.__main__ import main as store_main
 from dataloaders.store.features import FeatureStore
 from engine.encode import backend, job, run
@@ -270,6 +270,24 @@ def test_a_file_of_another_duration_than_its_record_is_logged(config: EncodeConf
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     with pytest.raises(BudgetExceeded, match=r"1 of 15 media failed.*another video"):
         encode(replace(config, failure_budget=0.0))
+
+
+def test_clips_that_were_cut_before_are_used_whole(config: EncodeConfig, caplog) -> None:
+    """The record of v1 has the times of its source, but its file is the clip; that of v2 may be either."""
+    file = config.data / "stage2/pite_143k.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record, start in zip(records[1:], (100.0, 0.4)):
+        lasts = record["meta"]["duration"]
+        record["meta"]["split"] = [start, start + lasts + (0.3 if start < 1 else 0.0)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with caplog.at_level(logging.INFO, "engine"):
+        run.run(replace(config, failure_budget=0.1), ALONE)
+    assert "1 files are clips that were cut before" in caplog.text
+    store = FeatureStore(config.store / "videos")
+    whole, cut = (store.read(f"{split}/{records[1]['id']}") for split in ("stage3", "stage2"))
+    np.testing.assert_array_equal(whole, cut)
+    (failure,) = read_failures(config.store / "failures.jsonl")
+    assert failure.id == f"stage2/{records[2]['id']}" and "may be the clip from 0.4 to 2.3 s" in failure.reason
 
 
 def test_a_split_with_a_store_of_its_own_is_left_alone(config: EncodeConfig, tmp_path: Path, caplog) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import re
 import signal
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dataloaders.failures import LEDGER, Failure, Ledger
+from dataloaders.locks import lock
 from dataloaders.ranks import ALONE
 from dataloaders.samples.prompts import prompt_ids
 from dataloaders.store.features import FeatureStore, FeatureWriter
@@ -19,7 +23,7 @@ from pite.evaluate.__main__ import main
 from pite.evaluate.inputs import find_features, open_store
 from pite.evaluate.predictions import PredictionWriter, read_predictions
 from pite.generate import Generator
-from pite.prefixes import Rows
+from pite.prefixes import Rows, SharedPrefixes, VideoPrefixes
 from tests.commands import status_of
 from tests.engine.distributed.ranks import launch
 from tests.held_out import FRAMES, make_held_out, save_model
@@ -49,7 +53,7 @@ def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def same(folder: Path, whole: Path) -> bool:
     """Whether a folder has the predictions and metrics of the whole run, and no file of a process."""
-    assert not list(folder.glob("*.rank*"))
+    assert not list(folder.glob("*.rank*")) + list(folder.glob(".*"))
     return all((folder / name).read_bytes() == (whole / name).read_bytes() for name in ("p.jsonl", "m.json"))
 
 
@@ -86,6 +90,21 @@ def test_prefix_rows_are_computed_once_for_a_video_and_the_head_once_a_run(made:
     own = sum(len(ids) - head - FRAMES for ids, head in prompts)
     assert model.prefixes.rows == Rows(prompts[0][1], 2 * len(truth) * FRAMES, 2 * own)
     assert rows == [2 * FRAMES] * 4, "in windows of two videos"
+
+
+def test_the_frames_of_one_window_are_in_memory(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute, alive = SharedPrefixes.videos, []
+
+    def videos(self: SharedPrefixes, features: list) -> VideoPrefixes:  # type: ignore[type-arg]
+        gc.collect()
+        assert not [each for each in alive if each() is not None] and len(features) <= 2
+        found = compute(self, features)
+        alive.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(SharedPrefixes, "videos", videos)
+    assert evaluated(made) == 0
+    assert len(alive) == 2
 
 
 def _die_in(argv: list[str], appends: int) -> int:
@@ -246,3 +265,51 @@ def test_answers_of_other_tasks_in_the_file_stay(made: Path, whole: Path, tmp_pa
     (tmp_path / "p.jsonl").write_text(line)
     assert evaluated(made, "--predictions", f"{tmp_path}/p.jsonl") == 0
     assert (tmp_path / "p.jsonl").read_text() == line + (whole / "p.jsonl").read_text()
+
+
+def test_a_second_job_that_writes_the_same_file_is_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.jsonl"
+    with lock(tmp_path / ".p.jsonl.lock", ""):
+        assert evaluated(made, "--predictions", str(path)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"pite.evaluate: another process writes its answers into {path}: wait for it, or give another file"
+    assert evaluated(made, "--predictions", str(path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"video_id": "v", "task": "captioning"}\n', r"p\.jsonl:1: field 'query_id'|field 'answer' is missing"),
+        ("[]\n", "expected an object"),
+    ],
+)
+def test_a_malformed_file_is_named_before_the_weights_are_read(
+    made: Path,
+    tmp_path: Path,
+    content: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delattr(answering, "SharedPrefixes")
+    (tmp_path / "p.jsonl").write_text(content)
+    assert evaluated(made, "--predictions", f"{tmp_path}/p.jsonl") == 1
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+    assert evaluated(made, "--predictions", "/dev/null") == 1
+    assert "--predictions /dev/null: this is no regular file" in capsys.readouterr().err
+
+
+def test_videos_that_are_encoded_later_are_answered_by_the_same_command(
+    partial: Path, made: Path, whole: Path, tmp_path: Path
+) -> None:
+    given = ["--predictions", f"{tmp_path}/p.jsonl", "--metrics", f"{tmp_path}/m.json", "--skip-missing"]
+    assert evaluated(partial, *given) == 0
+    assert len(read_predictions(tmp_path / "p.jsonl")) < 8
+    full = FeatureStore(made / "store" / "videos")
+    with FeatureWriter(FeatureStore(partial / "store" / "videos")) as writer:
+        for key in sorted(full.keys):
+            writer.add({key: full.read(key)})
+    assert evaluated(partial, *given) == 0
+    assert same(tmp_path, whole)

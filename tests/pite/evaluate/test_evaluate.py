@@ -85,6 +85,13 @@ def test_interval_iou(predicted: metrics.Interval, true: metrics.Interval, publi
     assert metrics.interval_iou(predicted, true) == strict
 
 
+def test_an_iou_that_is_a_threshold_counts() -> None:
+    """0.7 - 0.4 is less than 0.3 in float64."""
+    iou = metrics.interval_iou((0.4, 0.7), (0.1, 0.7))
+    assert iou < 0.5
+    assert metrics.grounding_scores([iou]).recall == {0.3: 100.0, 0.5: 100.0, 0.7: 0.0}
+
+
 @pytest.mark.parametrize("protocol", ["published", "strict"])
 def test_bounds_equal_an_exhaustive_search(protocol: Protocol) -> None:
     rng = np.random.default_rng(0)

@@ -47,9 +47,10 @@ def test_malformed_records_are_left_out_and_counted(
     assert printed.startswith(whole.rstrip("\n"))
 
 
-def test_more_than_the_budget_is_one_sentence(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_than_the_budget_ends_the_command(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluated(made) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"pite.evaluate: {made}/data/evaluation/pite_143k.jsonl:2: not valid JSON")
-    assert "records are malformed, more than the failure budget of 1.00%; add --failure-budget 0." in error
+    *_, first, second, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"pite.evaluate: {made}/data/evaluation/pite_143k.jsonl:2: not valid JSON")
+    assert "field 'id' holds '../x', which cannot name a media file" in second
+    assert "records are malformed, more than the failure budget of 1.00%; add --failure-budget 0." in last
     assert evaluated(made, "--failure-budget", "2") == 2

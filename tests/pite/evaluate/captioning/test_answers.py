@@ -109,3 +109,32 @@ def test_no_answer_breaks_the_parsers() -> None:
         for protocol in ("published", "strict"):
             for event in parse(answer, protocol).events:
                 assert f"{event.start:02}" in answer and f"{event.end:02}" in answer
+
+
+def test_what_is_written_is_read_again() -> None:
+    pytest.importorskip("hypothesis")
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    frames = st.integers(0, 99)
+    events = st.lists(st.builds(Event, st.text(), frames, frames), max_size=4)
+    # Prose without brackets, which may begin a list or an object.
+    prose = st.text(alphabet=st.characters(exclude_characters="[]{}\r\n"))
+
+    @settings(max_examples=200, deadline=None, database=None)
+    @given(events, prose, prose)
+    def read_again(written: list[Event], before: str, after: str) -> None:
+        items = [{"event": e.sentence, "timestamps": f"from {e.start:02} to {e.end:02}"} for e in written]
+        text = f"{before}{json.dumps(items)}{after}"
+        for protocol in ("published", "strict"):
+            found = parse(text, protocol)
+            assert found.events == tuple(written) and found.whole and not found.faults
+
+    @settings(max_examples=200, deadline=None, database=None)
+    @given(st.text())
+    def any_text(text: str) -> None:
+        for protocol in ("published", "strict"):
+            assert len(parse(text, protocol).events) <= text.count("{")
+
+    read_again()
+    any_text()

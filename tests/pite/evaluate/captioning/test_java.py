@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,8 +39,26 @@ def test_tokens_are_those_of_pycocoevalcap() -> None:
     assert java.tokenize([]) == {}
 
 
+class Running:
+    """In place of a process of pycocoevalcap: one of ours, in bytes, which it cannot end."""
+
+    def __init__(self, process: subprocess.Popen[str], command: list[str], cwd: str, **_: object) -> None:
+        assert isinstance(process.args, list) and sorted(command) == sorted(process.args)
+        assert Path(cwd) == java.package() / "meteor"
+        assert process.stdin is not None and process.stdout is not None
+        self.write, self.flush, self.stdout = (
+            process.stdin.buffer.write,
+            process.stdin.buffer.flush,
+            process.stdout.buffer,
+        )
+        self.stdin = self
+        self.close = self.kill = self.wait = lambda: None
+
+
 @needs_java
-def test_scores_are_those_of_pycocoevalcap(meteor: java.Meteor, capfd: pytest.CaptureFixture[str]) -> None:
+def test_scores_are_those_of_pycocoevalcap(
+    meteor: java.Meteor, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     from pycocoevalcap.meteor.meteor import Meteor
 
     tokens = list(java.tokenize(SENTENCES).values())
@@ -47,6 +67,8 @@ def test_scores_are_those_of_pycocoevalcap(meteor: java.Meteor, capfd: pytest.Ca
     each, all_pairs = meteor.scores(pairs)
     assert meteor.scores(pairs[:3])[0] == each[:3] and meteor.scores([]) == ([], 0.0)
     assert len(meteor._statistics) == len(set(pairs))
+    # Its class starts the same command, so it can use the process that runs already.
+    monkeypatch.setattr("subprocess.Popen", partial(Running, meteor._process))
     hypotheses, references = ({i: [pair[k]] for i, pair in enumerate(pairs)} for k in (0, 1))
     expected, expected_each = Meteor().compute_score(references, hypotheses)
     assert (each, all_pairs) == (expected_each, expected)

@@ -94,6 +94,16 @@ def test_strict_counts_a_missing_video_as_zero(tmp_path: Path, capsys: pytest.Ca
 
 @needs_java
 @pytest.mark.usefixtures("shared_meteor")
+def test_the_order_of_the_events_does_not_matter(tmp_path: Path) -> None:
+    events, found = [(DOG, 0, 50), (CAT, 50, 100)], [(DOG, 0, 49), (CAT, 50, 99)]
+    for order in (events, events[::-1]):
+        for answers in (found, found[::-1]):
+            assert run(tmp_path, {"v": answer(*answers)}, [{"v": annotated(*order)}]) == 0
+            assert numbers(tmp_path)["soda_c"] == pytest.approx(100.0)
+
+
+@needs_java
+@pytest.mark.usefixtures("shared_meteor")
 def test_two_annotators(tmp_path: Path) -> None:
     """SODA_c is the mean over the annotators; METEOR and CIDEr pair a prediction with the captions of both."""
     one, two = {"v": annotated((DOG, 0, 50))}, {"v": annotated((CAT, 0, 50)), "w": annotated((CAT, 0, 100))}

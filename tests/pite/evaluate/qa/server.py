@@ -73,16 +73,18 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(seconds)
         self.closed()
 
-    def trickle(self) -> None:
-        """Spaces, one after the other, each before a socket's timeout."""
+    def trickle(self, seconds: float = 1.5) -> None:
+        """Spaces, one after the other, each before a socket's timeout, and then a completion."""
         self.send_response(200)
         self.end_headers()
-        for _ in range(60):
-            try:
+        end = time.monotonic() + seconds
+        try:
+            while time.monotonic() < end:
                 self.wfile.write(b" ")
-            except OSError:
-                return
-            time.sleep(0.05)
+                time.sleep(0.05)
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": "late"}}]}).encode())
+        except OSError:
+            return  # the client has gone
 
 
 @contextmanager

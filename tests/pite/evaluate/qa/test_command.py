@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from pite.evaluate.__main__ import main
+from tests import SOURCE_PATH
 from tests.commands import status_of
 from tests.pite.evaluate.qa.server import Handler, in_turn, running
 
@@ -29,7 +34,7 @@ def qa(folder: Path, *more: str) -> int:
 
 
 def grade(handler: Handler, body: dict) -> None:
-    dog = body["messages"][1]["content"].endswith("dog")
+    dog = "dog" in body["messages"][1]["content"].partition("Candidate: ")[2]
     handler.complete(json.dumps({"pred": "yes" if dog else "no", "score": 4.5 if dog else 1}))
 
 
@@ -64,7 +69,7 @@ def test_a_server_that_misbehaves_gives_the_same_scores(tmp_path: Path) -> None:
         lambda h: h.status(429, Retry_After="0"),
         Handler.truncated,
         lambda h: h.complete("I cannot grade this."),
-        lambda h: grade(h, {"messages": [{}, {"content": "dog"}]}),
+        lambda h: grade(h, {"messages": [{}, {"content": "Candidate: dog"}]}),
         Handler.closed,
     )
     seen: list[int] = []
@@ -90,6 +95,35 @@ def test_errors_are_one_sentence(
     assert qa(tmp_path, "--judge-url", server.url, "--judge-model", "m") == 1
     error = capsys.readouterr().err
     assert "OPENAI_API_KEY has characters that no header may hold" in error and "cret" not in error
+
+
+def test_a_process_that_is_killed_pays_for_no_reply_twice(tmp_path: Path) -> None:
+    judge = ["--judge-model", "m", "--concurrency", "1"]
+    stuck = threading.Event()
+
+    def behave(handler: Handler, body: dict) -> None:
+        if len(server.bodies) == 4:
+            stuck.set()
+            never.wait(60)
+        else:
+            grade(handler, body)
+
+    never = threading.Event()
+    with running(behave) as server:
+        argv = ["qa", "--benchmark", "msvd_qa", *files(tmp_path), "--judge-url", server.url, *judge]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pite.evaluate", *argv], env={**os.environ, "PYTHONPATH": SOURCE_PATH}
+        )
+        try:
+            assert stuck.wait(120)
+        finally:
+            process.kill()
+            process.wait()
+            never.set()
+        assert qa(tmp_path, "--judge-url", server.url, *judge) == 0
+        first, second = server.prompts[:3], server.prompts[4:]
+    assert len(second) == 3 and not set(first) & set(second)
+    assert json.loads((tmp_path / "m.json").read_text())["msvd_qa"]["accuracy"] == pytest.approx(400 / 6)
 
 
 @pytest.mark.parametrize(

@@ -30,18 +30,18 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer))).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer), initializer_range=0.5)).save_pretrained(folder)
     return folder
 
 
-def asked() -> list[Prompt]:
+def wanted() -> list[Prompt]:
     return [prompts(Item(0, "v", ("Is it a dog?",), "yes"), ["no " * (i % 5)])[0] for i in range(11)]
 
 
 def test_replies_do_not_depend_on_the_batch(directory: Path) -> None:
     judge = LocalJudge(directory, "cpu")
-    together = dict(judge.replies(asked()))
-    alone = [next(iter(judge.replies([prompt])))[1] for prompt in asked()]
+    together = dict(judge.replies(wanted()))
+    alone = [next(iter(judge.replies([prompt])))[1] for prompt in wanted()]
     assert [together[i] for i in range(11)] == alone
     # Prompts differ in more than their order.
     assert len(set(alone)) > 1 and judge.name == f"local:{directory.name}"

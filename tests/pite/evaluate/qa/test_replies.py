@@ -1,4 +1,4 @@
-"""Verdicts in a judge's replies, and the prompts that ask for them."""
+"""Verdicts in a judge's replies, and the prompts for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import pytest
 
 from pite.evaluate.qa.benchmarks import Item, Kind
-from pite.evaluate.qa.prompts import AXES, CRITERIA, prompts
+from pite.evaluate.qa.prompts import AXES, CRITERIA, Prompt, prompts
 from pite.evaluate.qa.replies import Verdict, verdict
 
 
@@ -86,17 +86,24 @@ def test_no_text_breaks_the_parser() -> None:
     any_score()
 
 
+def item_of(prompt: Prompt) -> str:
+    """The user message before the reply's form."""
+    return prompt.user.partition("\n\n")[0]
+
+
 def test_a_prompt_holds_its_item_on_a_line_each() -> None:
     item = Item("generic/0", "v", ("What runs?",), "A dog.", "generic")
     found = prompts(item, ["A cat.\nReference: a cat."])
     assert [prompt.axis for prompt in found] == ["correctness", "detail", "context"]
-    assert {prompt.user for prompt in found} == {
+    assert {item_of(prompt) for prompt in found} == {
         "Question: What runs?\nReference: A dog.\nCandidate: A cat. Reference: a cat."
     }
-    assert all(CRITERIA[prompt.axis] in prompt.system and "pred" not in prompt.system for prompt in found)
+    assert all(CRITERIA[prompt.axis] in prompt.system and "pred" not in prompt.user for prompt in found)
     assert found[0].schema["required"] == ["score"]
     two = prompts(Item("consistency/0", "v", ("Q?", "R?"), "A.", "consistency"), ["x", "y"])
-    assert [p.user for p in two] == ["Question 1: Q?\nQuestion 2: R?\nReference: A.\nCandidate 1: x\nCandidate 2: y"]
+    assert [item_of(p) for p in two] == [
+        "Question 1: Q?\nQuestion 2: R?\nReference: A.\nCandidate 1: x\nCandidate 2: y"
+    ]
     assert {axis for axes in AXES.values() for axis in axes} == set(CRITERIA)
 
 
@@ -104,4 +111,4 @@ def test_a_prompt_holds_its_item_on_a_line_each() -> None:
 def test_the_example_in_a_prompt_is_a_verdict(kind: Kind) -> None:
     questions = ("Q?", "R?") if kind == "consistency" else ("Q?",)
     for prompt in prompts(Item(0, "v", questions, "A", kind), questions):
-        assert verdict(prompt.system.rpartition("Example: ")[2], prompt.axis) is not None
+        assert verdict(prompt.user.rpartition("Example: ")[2], prompt.axis) is not None

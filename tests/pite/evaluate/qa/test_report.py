@@ -38,7 +38,7 @@ def answered(*texts: str | None) -> list[Prediction]:
 
 def by_candidate(prompt: Prompt) -> str | None:
     """yes 4.6 for a dog, no 1.5 for anything else, nonsense for "?" and nothing for "!"."""
-    candidate = prompt.user.rpartition("Candidate: ")[2]
+    candidate = prompt.user.rpartition("Candidate: ")[2].partition("\n")[0]
     return {"dog": '{"pred": "yes", "score": 4.6}', "?": "hm", "!": None}.get(candidate, '{"pred": "no", "score": 1.5}')
 
 
@@ -134,18 +134,30 @@ def test_a_run_that_is_killed_pays_for_no_reply_twice(tmp_path: Path) -> None:
     assert first.numbers == {**uncached.numbers, "calls": 2}
 
 
+def test_each_reply_is_on_disk_before_the_next_prompt(tmp_path: Path) -> None:
+    lines: list[int] = []
+
+    def reply(prompt: Prompt) -> str | None:
+        lines.append((tmp_path / "c.jsonl").read_bytes().count(b"\n"))
+        return by_candidate(prompt)
+
+    with Cache(tmp_path / "c.jsonl") as cache:
+        report(answered("dog", "cat", "cow"), ITEMS, "msvd_qa", by=Function(reply), cache=cache)
+    assert lines == [0, 1, 2]
+
+
 def test_equal_prompts_are_sent_once_and_verdicts_are_in_order() -> None:
-    asked = [prompts(ITEMS[0], [text])[0] for text in ("dog", "cat", "dog", "dog")]
+    wanted = [prompts(ITEMS[0], [text])[0] for text in ("dog", "cat", "dog", "dog")]
     by = Function(by_candidate)
-    made = judge(asked, by, Cache())
+    made = judge(wanted, by, Cache())
     assert [v is not None and v.correct for v in made.verdicts] == [True, False, True, True]
     assert made.calls == len(by.sent) == 2
 
 
 def test_keys_differ_between_models_and_prompts() -> None:
-    asked = [prompts(item, [text])[0] for item in ITEMS for text in ("dog", "cat")]
-    asked += prompts(Item("generic/0", "v", ("Q?",), "A", "generic"), ["x"])
-    assert len({key_of(model, prompt) for model in ("f", "g") for prompt in asked}) == 2 * len(asked)
+    wanted = [prompts(item, [text])[0] for item in ITEMS for text in ("dog", "cat")]
+    wanted += prompts(Item("generic/0", "v", ("Q?",), "A", "generic"), ["x"])
+    assert len({key_of(model, prompt) for model in ("f", "g") for prompt in wanted}) == 2 * len(wanted)
 
 
 def test_malformed_replies_are_not_cached(tmp_path: Path) -> None:
@@ -162,11 +174,11 @@ def test_a_file_that_is_no_cache_is_refused(tmp_path: Path, line: str) -> None:
 
 
 def test_the_estimate_counts_characters_and_replies() -> None:
-    asked = [Prompt("match", "s" * 300, "u" * 100)] * 1000
-    text = estimate(asked, 1500, "m", (2.0, 10.0))
+    wanted = [Prompt("match", "s" * 300, "u" * 100)] * 1000
+    text = estimate(wanted, 1500, "m", (2.0, 10.0))
     assert text.startswith("judge m: 1,000 calls, 500 replies are in the cache; estimated 100,000 tokens in prompts")
     assert "20,000 in replies, estimated cost 0.40" in text
-    assert "cost" not in estimate(asked, 1500, "m") and "estimated" not in estimate([], 5, "m", (1.0, 1.0))
+    assert "cost" not in estimate(wanted, 1500, "m") and "estimated" not in estimate([], 5, "m", (1.0, 1.0))
 
 
 def test_the_estimate_comes_before_the_first_call(caplog: pytest.LogCaptureFixture) -> None:

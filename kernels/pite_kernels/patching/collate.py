@@ -1,0 +1,42 @@
+"""A padded Hugging Face batch as one packed row, made in the data loader, where nothing waits for the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pite_kernels.patching.documents import find_documents
+
+_IGNORED = -100
+"""transformers' label of a token without a loss."""
+
+
+def pack_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """One row without padding, with what a patched model needs in order not to synchronize with the GPU.
+
+    batch  a collator's output on the CPU: input_ids (B, T), attention_mask (B, T), labels (B, T) with -100 for tokens
+           without a loss. Other integer (B, T) tensors, such as mm_token_type_ids, are packed too; pixels are passed on
+    Returns input_ids and labels (1, N), cu_seq_lens_q (S + 1,) int32, max_length_q, and with labels also rows and
+    target_ids (L,). A document's first label becomes -100, because no token predicts it. transformers'
+    DataCollatorWithFlattening would drop the pixels. Raises ValueError if attention_mask is not (B, T).
+    """
+    ids = batch["input_ids"]
+    shape = (ids.shape[0], ids.shape[1])
+    documents = find_documents(shape, ids.device, attention_mask=batch.get("attention_mask"))
+    row: dict[str, Any] = {}
+    for name, value in batch.items():
+        per_token = isinstance(value, Tensor) and tuple(value.shape) == shape and not value.is_floating_point()
+        row[name] = documents.pack(value) if per_token else value
+    row.pop("attention_mask", None)
+    if batch.get("position_ids") is not None:
+        row["position_ids"] = documents.pack_positions(batch["position_ids"])
+    row |= {"cu_seq_lens_q": documents.cu_seqlens, "max_length_q": documents.longest}
+    if batch.get("labels") is None:
+        return row
+    starts = documents.cu_seqlens[:-1][documents.cu_seqlens.diff() > 0]
+    labels = row["labels"][0].index_fill(0, starts.long(), _IGNORED)
+    rows = (labels[1:] != _IGNORED).nonzero().flatten()
+    return row | {"labels": labels[None], "rows": rows, "target_ids": torch.index_select(labels, 0, rows + 1)}
