@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dataloaders.decode.video import probe
 from dataloaders.errors import sentence
@@ -46,7 +47,7 @@ class Chat:
 
     def __init__(self, session: Session, flags: ChatFlags) -> None:
         self.session, self.flags = session, flags
-        self._options = {"max_new_tokens": flags.max_new_tokens, "temperature": flags.temperature}
+        self._options: dict[str, Any] = {"max_new_tokens": flags.max_new_tokens, "temperature": flags.temperature}
 
     def answer(self, video: Path, question: str) -> None:
         """Print and draw the answer to one question. Raises ValueError."""

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from torch import Tensor
@@ -103,9 +104,9 @@ class Session:
         """
         return Session(Model(model, clip, str(devices.resolve(device)), max_videos, adapters), max_videos, history)
 
-    def fork(self) -> Session:
+    def fork(self) -> Self:
         """A session of another user, with the same model and encoded videos and no conversation."""
-        return Session(self.model, self._max_videos, self.history)
+        return type(self)(self.model, self._max_videos, self.history)
 
     def forget(self, video: Path | str) -> None:
         """Start a new conversation about a video."""
@@ -126,8 +127,8 @@ class Session:
         Raises ValueError (one sentence) for a file that is no video, and for a question without text or of more tokens
         than the model's context holds.
         """
-        options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        for _ in self.stream(video, question, phrases=phrases, **options):
+        stream = self.stream(video, question, max_new_tokens=max_new_tokens, temperature=temperature, phrases=phrases)
+        for _ in stream:
             pass
         assert self.last is not None
         return self.last

@@ -6,13 +6,12 @@ of a video, except that of its own upload, which Gradio checks.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 # Gradio reads it when it is imported. It would send the version and a random identifier to its makers.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -25,8 +24,6 @@ from pite.web.examples import MOST, QUESTIONS, Example, thumbnail
 from pite.web.scene import heading, notice, player, scene
 from pite.web.upload import RefusedVideo, accept
 
-log = logging.getLogger(__name__)
-
 _BUTTONS = 3
 _FORGOTTEN_AFTER = 6 * 3600
 """Seconds after which an upload, and the state of a visitor who has left, are deleted."""
@@ -37,11 +34,13 @@ class Chat(Protocol):
 
     last: Reply | None
 
-    def fork(self) -> Chat: ...
+    def fork(self) -> Self: ...
 
     def forget(self, video: Path | str) -> None: ...
 
-    def stream(self, video: Path | str, question: str, **options: Any) -> Iterator[str]: ...
+    def stream(
+        self, video: Path | str, question: str, *, max_new_tokens: int = ..., temperature: float = ...
+    ) -> Iterator[str]: ...
 
 
 @dataclass
@@ -63,7 +62,7 @@ def upload_box() -> gr.File:
             raise gr.Error("An address is no upload: download the video, and upload the file.", print_exception=False)
         return await move(path)
 
-    box.async_move_resource_to_block_cache = moved
+    box.async_move_resource_to_block_cache = moved  # type: ignore[method-assign, assignment]
     return box
 
 

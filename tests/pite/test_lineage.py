@@ -18,7 +18,7 @@ from pite.chat.__main__ import main as chat
 from pite.clip import ClipEncoder
 from pite.evaluate.__main__ import main as evaluate
 from pite.export.__main__ import main as export
-from pite.lineage import check_encoder, encoder_of
+from pite.lineage import check_encoder, encoder_of, sampling_of
 from tests import clips
 from tests.commands import status_of
 from tests.held_out import CHANNELS, FRAMES, make_held_out
@@ -74,6 +74,29 @@ def test_the_record_of_every_version_is_read(
     made: Path, tmp_path: Path, made_of: dict[str, Any] | None, encoder: str | None
 ) -> None:
     assert encoder_of(write_stage(tmp_path / "final", made / "model", made_of)) == encoder
+
+
+@pytest.mark.parametrize(
+    ("features", "rule"),
+    [
+        ({"sampling": "linspace truncated"}, "index"),
+        ({"sampling": "linspace in time"}, "time"),
+        ({"sampling": "still"}, "index"),
+        ("abc", "index"),
+        (None, "index"),
+    ],
+)
+def test_the_sampling_rule_of_training_is_read(made: Path, tmp_path: Path, features: object, rule: str) -> None:
+    stage = write_stage(tmp_path / "final", made / "model", {"features": features})
+    assert sampling_of(stage) == rule
+    assert export(["--model", str(stage), "--output", f"{tmp_path}/out"]) == 0
+    assert sampling_of(tmp_path / "out") == rule
+
+
+def test_an_unknown_sampling_rule_is_warned_about(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stage = write_stage(tmp_path / "final", made / "model", {"features": {"sampling": "every second"}})
+    assert sampling_of(stage) == "index"
+    assert "by a rule named 'every second', which is unknown here: frames are sampled by index" in caplog.text
 
 
 def test_a_whole_model_without_a_record_has_no_encoder(made: Path) -> None:

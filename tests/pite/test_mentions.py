@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pite.mentions import find_named, find_phrases
+from pite.mentions import find_intervals, find_named, find_phrases
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,11 @@ def test_every_occurrence_of_a_named_phrase_is_found() -> None:
         ("Dogs", 35, None),
     ]
     assert find_named("From 04 to 08, dogs run.", ["a cat"], 32) == []
+
+
+def test_every_interval_that_is_of_frames_is_found() -> None:
+    text = "A dog: 12 and 40, from 95 to 07. From 100 to 200! 5% to 15%, 1.5 to 20, 12.05 to 15.50 and 90 to 100."
+    found = [(each.first, each.last, each.sentence) for each in find_intervals(text, 100)]
+    sentence = "A dog: 12 and 40, from 95 to 07"
+    assert found == [(12, 40, sentence), (7, 95, sentence)]
+    assert [(each.first, each.last) for each in find_intervals("1 to 2 and 7 to 8", 8)] == [(1, 2)]

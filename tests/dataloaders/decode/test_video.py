@@ -16,7 +16,7 @@ from dataloaders.decode.packets import Packets
 from dataloaders.decode.readable import DecodeError
 from dataloaders.decode.sampling import frame_indices
 from dataloaders.decode.stills import decode_image
-from dataloaders.decode.video import decode_video
+from dataloaders.decode.video import decode_video, sample_video
 from tests.media import truncate, which_frame, write_audio, write_video
 
 
@@ -95,6 +95,18 @@ def test_clip_takes_frames_shown_in_it(clip: Path) -> None:
     assert decoded(clip, 10, (1.0, 2.0)) == list(range(10, 20))
     assert decoded(clip, 4, (1.3, 4.0)) == [13, 21, 30, 39]
     assert decoded(clip, 3, (0.0, 100.0 / 25)) == [0, 19, 39]
+
+
+def test_sampled_frames_have_their_times(tmp_path: Path) -> None:
+    uneven = write_video(tmp_path / "uneven.mp4", 4, times=[0, 100, 200, 1000])
+    sampled = sample_video(uneven, 3)
+    assert sampled.times == pytest.approx((0, 0.1, 1.0), abs=1e-3)
+    assert sampled.duration is not None and sampled.duration > 1.0
+    by_time = sample_video(uneven, 3, sampling="time")
+    assert by_time.duration == sampled.duration and by_time.times[1] == pytest.approx(0.2, abs=1e-3)
+    bare = sample_video(write_video(tmp_path / "bare.h264", 6), 3)
+    assert len(bare.frames) == 3 and len(bare.times) in (0, 3)
+    assert (bare.duration is None) == (bare.times == ())
 
 
 def test_clip_of_variable_frame_rate(tmp_path: Path) -> None:
