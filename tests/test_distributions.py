@@ -72,6 +72,12 @@ def test_a_wheel_installs_only_its_own_packages(wheels: dict[str, Path], folder:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+def test_the_files_of_the_web_page_are_installed(installed: Path) -> None:
+    names = {file.relative_to(ROOT) for pattern in ("*.js", "*.css") for file in (ROOT / "pite").rglob(pattern)}
+    assert names
+    assert not [name for name in names if not (installed / name).is_file()]
+
+
 def test_no_file_is_in_both_wheels(wheels: dict[str, Path]) -> None:
     """So that uninstalling one does not break the other."""
     ours, engine = (set(zipfile.ZipFile(wheel).namelist()) for wheel in wheels.values())

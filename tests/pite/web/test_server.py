@@ -24,7 +24,7 @@ from pite.web.scene import player, scene
 from tests.commands import status_of
 from tests.held_out import make_held_out
 from tests.media import write_video
-from tests.pite.web.conftest import running
+from tests.pite.web.conftest import free_port, running
 from tests.pite.web.fakes import FakeChat
 
 
@@ -99,9 +99,47 @@ def test_nothing_is_sent_to_gradios_makers(server: Any) -> None:
         assert outside not in config
 
 
+def test_the_server_looks_up_and_connects_to_this_machine_only(
+    example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it starts, and while it makes the page."""
+    hosts, look_up, connect = [], socket.getaddrinfo, socket.socket.connect
+
+    def looked_up(host: Any, *more: Any, **options: Any) -> Any:
+        hosts.append(host)
+        return look_up(host, *more, **options)
+
+    def connected(self: socket.socket, address: Any) -> None:
+        hosts.append(address[0])
+        connect(self, address)
+
+    monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+    monkeypatch.setattr(socket.socket, "connect", connected)
+    with running(FakeChat(), tmp_path, example) as blocks:
+        assert httpx.get(blocks.address, timeout=60).status_code == 200
+    assert hosts and set(hosts) <= {"127.0.0.1", "localhost", "::1"}
+
+
 def test_it_listens_on_this_machine_only(server: Any) -> None:
     assert server.server_name == "127.0.0.1" == WebFlags().host
     assert server.max_file_size == 1 << 20 or server.max_file_size == 10**6
+
+
+def test_the_command_loads_the_model_and_opens_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gradio
+
+    made, port, pages = make_held_out(tmp_path), free_port(), []
+    address = f"http://127.0.0.1:{port}"
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda _: pages.append(httpx.get(address, timeout=60)))
+    where = ["--model", f"{made}/model", "--clip", f"{made}/clip", "--examples", f"{made}/data/evaluation/videos"]
+    assert status_of(main, [*where, "--port", str(port), "--device", "cpu"]) == 0
+    assert address in capsys.readouterr().out.splitlines()
+    (page,) = pages
+    assert page.status_code == 200 and "pite-scene" in page.text
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(address, timeout=60)
 
 
 def test_a_port_in_use_is_named(example: Path, tmp_path: Path) -> None:
