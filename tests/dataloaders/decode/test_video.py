@@ -210,7 +210,7 @@ class TestBadFiles:
         rng = np.random.default_rng(0)
         path = tmp_path / "noise.mp4"
         with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream("libx264", rate=10)
+            stream = container.add_stream("libx264", rate=10, options={"threads": "1"})  # the same bytes each time
             stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
             for _ in range(30):
                 image = rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)
