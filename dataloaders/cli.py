@@ -39,6 +39,10 @@ WAIT_SECONDS = 5.0
 """Seconds that other ranks wait for rank 0 to print an error and end the job."""
 
 
+INTERRUPTED = 128 + 2
+"""Exit status after Ctrl-C, as of a shell: 128 and the number of the signal."""
+
+
 def flag(
     default: Any = dataclasses.MISSING, *, name: str | None = None, positional: bool = False, shown: str | None = None
 ) -> Any:
@@ -90,12 +94,15 @@ def parse_command(
 
 
 def run(program: str, command: Callable[[], int | None]) -> int:
-    """Call `command` and return its exit status, or 1 after one sentence for an error that a user can mend."""
+    """Call `command` and return its exit status: 1 after one sentence for an error that a user can mend, 130 after Ctrl-C."""
     try:
         return command() or 0
     except (ValueError, OSError, MemoryError) as error:
         print_once(program, sentence(error))
         return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def print_on_rank0(program: str, error: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from dataloaders.files import check_model_name, temporary_sibling
@@ -46,6 +47,19 @@ def output_file(flag: str, path: Path | None) -> None:
         trial.unlink()
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written: {error.strerror}") from None
+
+
+def distinct_files(written: Mapping[str, Path | None], read: Mapping[str, Path | None]) -> None:
+    """Raise ValueError if a file that will be written is one that is read, or another one that is written.
+
+    written, read  flag -> file, or None
+    """
+    named = [(flag, path) for flag, path in written.items() if path is not None]
+    for i, (flag, path) in enumerate(named):
+        others = [*named[:i], *((other, file) for other, file in read.items() if file is not None)]
+        for other, file in others:
+            if path.resolve() == file.resolve() or (path.exists() and file.exists() and path.samefile(file)):
+                raise ValueError(f"{flag} {path}: {other} names the same file, which would be lost; give another file")
 
 
 def output_folder(flag: str, path: Path) -> None:

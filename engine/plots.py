@@ -123,6 +123,7 @@ class PlotFlags(LogFlags):
         """Raise ValueError for metrics that do not exist, and a picture that cannot be written."""
         for path in self.metrics:
             paths.input_file("STAGES", path)
+        paths.distinct_files({"--output": self.output}, {f"STAGES ({path})": path for path in self.metrics})
         paths.output_file("--output", self.output)
 
 

@@ -69,6 +69,7 @@ class AnnotationFlags(LogFlags):
         paths.input_file("--records", self.records)
         for name in ("videos", "stanza", "detector", "segmenter"):
             paths.input_folder(f"--{name}", getattr(self, name))
+        paths.distinct_files({"--output": self.output}, {"--captions": self.captions, "--records": self.records})
         paths.output_file("--output", self.output)
         if self.work is not None:
             paths.output_folder("--work", self.work)

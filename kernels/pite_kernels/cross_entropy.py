@@ -54,6 +54,8 @@ def linear_cross_entropy(
     check_cross_entropy(hidden, weight, target_ids, rows, bias, label_smoothing, normalizer)
     check_weights("linear_cross_entropy", weights, target_ids, normalizer, reduction)
     hidden = with_unit_stride(autocast(hidden))
+    # In half precision a sum of weights rounds, or overflows.
+    weights = None if weights is None else weights.to(accumulator(hidden.dtype))
     track = torch.is_grad_enabled()
     needs = [track and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if reduction == "none":
@@ -327,11 +329,13 @@ def _tokens_backward(ctx, grad_losses, _grad_dx):  # type: ignore[no-untyped-def
     grad_weight = grad_bias = None
     if again:
         hidden, weight, bias, target_ids = again
-        one = grad_losses.new_ones(())
+        # Weights are shares of the largest one, since half precision has no 1 / normalizer.
+        largest = torch.cat([grad_losses.abs(), grad_losses.new_zeros(1)]).max()
+        shares = grad_losses * reciprocal(largest)
         options = *ctx.options, False, *needs[1:3]
-        outputs = cross_entropy_forward(hidden, weight, bias, target_ids, rows, one, grad_losses, *options)
-        grad_weight = outputs[3].to(weight.dtype) if needs[1] else None
-        grad_bias = outputs[4].to(bias.dtype) if needs[2] else None
+        outputs = cross_entropy_forward(hidden, weight, bias, target_ids, rows, largest, shares, *options)
+        grad_weight = (outputs[3] * largest).to(weight.dtype) if needs[1] else None
+        grad_bias = (outputs[4] * largest).to(bias.dtype) if needs[2] else None
     return grad_hidden, grad_weight, grad_bias, *[None] * 5
 
 

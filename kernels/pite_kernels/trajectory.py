@@ -50,6 +50,8 @@ def trajectory_l1(
     check_trajectory(hidden, weight, bias, targets, rows, normalizer, absent)
     check_weights("trajectory_l1", weights, targets, normalizer, reduction)
     hidden = with_unit_stride(autocast(hidden))
+    # In half precision a sum of weights rounds, or overflows.
+    weights = None if weights is None else weights.to(accumulator(hidden.dtype))
     skip = absent == "skip"
     if weights is None and reduction == "mean":
         loss, _, _ = trajectory_forward(hidden, weight, bias, targets, rows, normalizer, skip)

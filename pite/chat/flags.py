@@ -95,6 +95,7 @@ class ChatFlags(AnswerFlags):
         elif not self.videos:
             raise ValueError(f"--video {self.video}: this folder holds no video ({', '.join(VIDEO_SUFFIXES)})")
         paths.model("--clip", self.clip)
+        paths.distinct_files({"--trajectory": self.trajectory}, {"--video": self.video})
         paths.output_file("--trajectory", self.trajectory)
 
     @property

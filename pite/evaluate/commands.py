@@ -26,7 +26,7 @@ def score_answers(flags: AnswerFlags, ranks: Ranks, model: Model | None = None) 
     model  that of --model, if it is open already
     """
     if flags.model is None:
-        return _score_file(flags)
+        return None if ranks.rank else _score_file(flags)
     model = model or open_model(flags, ranks)
     if flags.given_frames not in (None, model.num_frames):
         raise ValueError(

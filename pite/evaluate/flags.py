@@ -25,9 +25,19 @@ class EvaluationFlags(DeviceFlags):
     metrics: Path | None = None
     """also write the scores and counts to this JSON file, which pite.export reads"""
 
+    def outputs(self) -> dict[str, Path | None]:
+        """The files that the command writes, by flag."""
+        return {"--metrics": self.metrics}
+
+    def inputs(self) -> dict[str, Path | None]:
+        """The files that it reads, by flag."""
+        return {}
+
     def check_paths(self) -> None:
-        """Raise ValueError for a path that does not exist or cannot be written."""
-        paths.output_file("--metrics", self.metrics)
+        """Raise ValueError for a path that does not exist or cannot be written, and for an output that is an input."""
+        paths.distinct_files(self.outputs(), self.inputs())
+        for flag, path in self.outputs().items():
+            paths.output_file(flag, path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +90,22 @@ class AnswerFlags(EvaluationFlags):
         assert self.data is not None, "__post_init__ requires one of the two"
         return tuple(self.data / SPLIT / name for name in self.FILES)
 
+    def outputs(self) -> dict[str, Path | None]:
+        return super().outputs() | ({} if self.model is None else {"--predictions": self.predictions})
+
+    def inputs(self) -> dict[str, Path | None]:
+        flag = "--ground-truth" if self.ground_truth else "--data"
+        truth = {f"{flag} ({file.name})": file for file in self.truth}
+        return super().inputs() | truth | ({"--predictions": self.predictions} if self.model is None else {})
+
     def check_paths(self) -> None:
         check_inputs(self.model, self.data, self.store)
         for file in self.truth:
             paths.input_file("--ground-truth" if self.ground_truth else "--data", file)
         if self.model is not None and self.predictions is None and Ranks.read().size > 1:
             raise ValueError("several processes write their answers into one file: give --predictions")
-        check = paths.input_file if self.model is None else paths.output_file
-        check("--predictions", self.predictions)
+        if self.model is None:
+            paths.input_file("--predictions", self.predictions)
         if self.predictions is not None and self.predictions.exists() and not self.predictions.is_file():
             raise ValueError(f"--predictions {self.predictions}: this is no regular file, so no run can continue in it")
         super().check_paths()
@@ -134,10 +152,8 @@ class GroundingFlags(IntervalFlags):
             if path is not None and path.suffix.lower() != ".png":
                 raise ValueError(f"{flag} {path}: a PNG is written, so give a name that ends in .png")
 
-    def check_paths(self) -> None:
-        super().check_paths()
-        paths.output_file("--histogram", self.histogram)
-        paths.output_file("--timeline", self.timeline)
+    def outputs(self) -> dict[str, Path | None]:
+        return super().outputs() | {"--histogram": self.histogram, "--timeline": self.timeline}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +180,9 @@ class TrajectoriesFlags(EvaluationFlags):
     def samples(self) -> Path:
         """The file of the held-out answers and their trajectories."""
         return self.data / SPLIT / "pite_143k.jsonl"
+
+    def inputs(self) -> dict[str, Path | None]:
+        return super().inputs() | {"--data": self.samples}
 
     def check_paths(self) -> None:
         check_inputs(self.model, self.data, self.store)

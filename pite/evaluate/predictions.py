@@ -67,12 +67,23 @@ def read_lines(path: Path, task: str | None = None) -> list[Line]:
     A byte order mark is skipped, lines end at line feeds only, and a last line that a kill cut off is left out with a
     warning. Raises ValueError with file, line and field for other malformed lines, and for two answers to one question.
     """
+    lines, cut_off = _read(path, task)
+    if lines and cut_off:
+        log.warning("%s: the last line is cut off and left out; the command that wrote the file completes it", path)
+    return lines
+
+
+def read_predictions(path: Path, task: str | None = None) -> list[Prediction]:
+    """The predictions of `read_lines`, without their places, for the command that completes a cut-off line."""
+    return [line.prediction for line in _read(path, task)[0]]
+
+
+def _read(path: Path, task: str | None) -> tuple[list[Line], bool]:
+    """The complete lines, and whether the last line is cut off."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     content = path.read_bytes()
     end = _complete(content)
-    if content[end:].strip():
-        log.warning("%s: the last line is cut off and left out; the command that wrote the file completes it", path)
     lines: list[Line] = []
     seen: dict[Key, int] = {}
     for number, text in enumerate(content[:end].removeprefix(_BOM).split(b"\n"), start=1):
@@ -84,12 +95,7 @@ def read_lines(path: Path, task: str | None = None) -> list[Line]:
         if (first := seen.setdefault(prediction.key, number)) != number:
             raise ValueError(f"{path}:{number}: answers the same question as line {first}; keep one of the two")
         lines.append(Line(path, number, prediction))
-    return lines
-
-
-def read_predictions(path: Path, task: str | None = None) -> list[Prediction]:
-    """The predictions of `read_lines`, without their places."""
-    return [line.prediction for line in read_lines(path, task)]
+    return lines, bool(content[end:].strip())
 
 
 class PredictionWriter:

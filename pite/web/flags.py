@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +56,23 @@ class WebFlags(AnswerFlags):
             )
         paths.model("--clip", self.chosen_clip)
         paths.input_folder("--examples", self.examples)
+        self.check_address()
+
+    def check_address(self) -> None:
+        """Raise ValueError for an address that is not this machine's, and for a port that is in use."""
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ValueError(f"--port {self.port} is in use: give another one") from None
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(
+                    f"--host {self.host} is no address of this machine: give 127.0.0.1, or 0.0.0.0 for all of them"
+                ) from None
+            raise ValueError(f"--host {self.host} --port {self.port}: {error.strerror}") from None
 
     @property
     def chosen_model(self) -> Path:

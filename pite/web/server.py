@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -52,6 +53,8 @@ def run_server(flags: WebFlags) -> None:
     page = Page(session, videos, title=str(flags.chosen_model), options=options, max_seconds=flags.max_seconds)
     if flags.host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("the page is open to everyone who can reach %s", flags.host)
+    # A stop by systemd, Docker or kill ends like Ctrl-C, so that the uploads are removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="pite-web-") as uploads:
         blocks = start(page, flags, Path(uploads))
         print(f"http://{flags.host}:{flags.port}", flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dataloaders.paths import input_file, input_folder, model, output_file, output_folder
+from dataloaders.paths import distinct_files, input_file, input_folder, model, output_file, output_folder
 
 
 @pytest.fixture
@@ -55,3 +55,14 @@ def test_usable_paths(here: Path) -> None:
     output_file("--x", Path("e/new.jsonl"))
     assert Path("f").read_text() == "content"
     assert sorted(str(path.relative_to(here)) for path in here.rglob("*")) == ["d", "e", "f"]
+
+
+def test_a_file_is_not_read_and_written(here: Path) -> None:
+    (here / "link").symlink_to(here / "f")
+    (here / "hard").hardlink_to(here / "f")
+    for path in ("f", "d/../f", "link", "hard"):
+        with pytest.raises(ValueError, match=f"^--out {path}: --in names the same file, which would be lost"):
+            distinct_files({"--out": Path(path)}, {"--other": None, "--in": Path("f")})
+    with pytest.raises(ValueError, match=r"^--second new: --first names the same file"):
+        distinct_files({"--first": Path("new"), "--second": Path("new")}, {})
+    distinct_files({"--out": Path("new"), "--none": None}, {"--in": Path("f"), "--folder": Path("d")})

@@ -246,6 +246,24 @@ def test_the_losses_equal_their_mean_and_the_module_passes_the_options_on():
     torch.testing.assert_close(losses.mean() / 2, linear_cross_entropy(*arguments))
 
 
+def test_half_precision_weights_are_summed_in_float32():
+    """In float16 70,000 ones are infinite, and a loss divided by that is 0."""
+    heads = make_heads(torch.float16, supervised=10)
+    rows, ids = (t.repeat(7000) for t in (heads.target_rows, heads.target_ids))
+    arguments = heads.hidden, heads.lm_weight, ids, rows
+    loss = linear_cross_entropy(*arguments, weights=torch.ones(70_000, dtype=torch.float16))
+    torch.testing.assert_close(loss, linear_cross_entropy(*arguments))
+    assert linear_cross_entropy(*arguments, weights=torch.ones(70_000, dtype=torch.float64)).dtype == torch.float32
+
+
+def test_tiny_gradients_of_losses_reach_a_trained_head_in_half_precision():
+    heads = make_heads(torch.float16)
+    weight = heads.lm_weight.detach().float().requires_grad_()
+    each = linear_cross_entropy(heads.hidden, weight, heads.target_ids, heads.target_rows, reduction="none")
+    large, small = (torch.autograd.grad(each.sum() * s, weight, retain_graph=True)[0] / s for s in (1, 1e-9))
+    torch.testing.assert_close(large, small)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -150,6 +150,21 @@ def test_a_packed_batch() -> None:
     assert row["cu_seq_lens_q"].tolist() == [0, 3, 4, 4]
 
 
+def test_documents_that_share_a_row_stay_apart_when_a_batch_is_packed() -> None:
+    model = small("Llama")
+    g = torch.Generator().manual_seed(1)
+    tokens = {"input_ids": torch.randint(1, 50, (1, 12), generator=g)}
+    tokens["labels"] = tokens["input_ids"].clone()
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 7, 12], dtype=torch.int32), "max_length_q": 7}
+    with patch(model):
+        expected = model(**tokens, **bounds).loss
+        once = pack_batch({**tokens, **bounds})
+        positions = torch.tensor([[*range(7), *range(5)]])
+        for batch in (once, pack_batch(once), pack_batch({**tokens, "position_ids": positions})):
+            assert torch.equal(batch["cu_seq_lens_q"], bounds["cu_seq_lens_q"])
+            torch.testing.assert_close(model(**batch).loss, expected)
+
+
 def test_given_boundaries_and_rows_do_not_synchronize_with_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On fake CUDA tensors, which have no values to read: what is found instead of given reads some."""
     with fake_cuda(monkeypatch):

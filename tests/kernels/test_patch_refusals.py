@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -39,10 +40,40 @@ def test_wrong_boundaries_are_refused() -> None:
         rows["attention_mask"][1, 18] = 0
         with raises("zeros between the tokens of a row"):
             model(**rows)
-        with raises("call the patched model or its text model, not a layer"):
+        with raises("got no document boundaries: its model does not pass them on, it was called by itself"):
             model.model.language_model.layers[0](torch.zeros(1, 3, 32), position_embeddings=torch.ones(2, 1, 3, 8))
         with raises("output_attentions"):
             model(**row, output_attentions=True)
+        rising = torch.arange(46)[None]
+        with raises("do not restart at 0 exactly where cu_seq_lens_q begins a document"):
+            model(**row | {"position_ids": rising})
+        with raises("do not restart at 0 exactly where"):
+            whole = {"cu_seq_lens_q": torch.tensor([0, 46], dtype=torch.int32), "max_length_q": 46}
+            model(**row | whole | {"position_ids": torch.cat([torch.arange(len(d.labels)) for d in documents])[None]})
+
+
+def test_boundaries_need_packed_attention() -> None:
+    model, documents = make()
+    with patch(model, attention=False):
+        with raises("does not read cu_seq_lens_q"):
+            model(**packed(model, documents))
+        model(**padded(model, documents))
+
+
+def test_a_lora_on_the_head_after_patching_is_refused() -> None:
+    model, documents = make()
+    with patch(model):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
+        with raises("the head of .* is Linear of peft"):
+            model(**padded(model, documents))
+
+
+def test_positions_with_an_offset_are_refused() -> None:
+    shape = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    options = dict(is_decoder=True, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
+    model = transformers.RobertaForCausalLM(transformers.RobertaConfig(**shape, **options))
+    with raises("derives positions from input_ids"):
+        patch(model)
 
 
 def test_positions_must_not_replace_those_of_images() -> None:

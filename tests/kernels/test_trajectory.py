@@ -250,6 +250,13 @@ def test_equal_weights_change_nothing_and_the_module_passes_them_on():
         assert loss_of(make_heads(count=count), **options)() == 0
 
 
+def test_half_precision_weights_are_summed_in_float32():
+    """150 targets of 600 coordinates are more than float16 can count."""
+    heads = make_heads(torch.float16, count=150, points=3, frames=100, absent=0.0)
+    weights = torch.ones(150, dtype=torch.float16)
+    torch.testing.assert_close(loss_of(heads, weights=weights)(), loss_of(heads)())
+
+
 def test_tiny_upstream_gradients_do_not_vanish_in_half_precision():
     """1 / normalizer of a large batch is below float16's smallest number, and the gradient of the head in float32 is not."""
     heads = make_heads(torch.float16)

@@ -38,7 +38,8 @@ def attend(
     bounds, longest = options.get("cu_seq_lens_q"), options.get("max_length_q")
     if bounds is None or longest is None or attention_mask is not None or len(q) != 1:
         raise ValueError(
-            "patch: a layer got no document boundaries; call the patched model or its text model, not a layer"
+            f"patch: {type(module).__name__} got no document boundaries: its model does not pass them on, it was called by "
+            f"itself, or it belongs to another model that shares the config of a patched one{LOSS_ONLY}"
         )
     check_options(module, options, longest)
     keys: dict[str, Any] = {}
@@ -119,7 +120,8 @@ def _documents(text: nn.Module, call: dict[str, Any]) -> Documents | None:
         cu_seqlens=given,
         longest=call.get("max_length_q"),
         attention_mask=mask,
-        position_ids=call.get("position_ids"),
+        # Positions of segments that continue a shared prefix do not restart.
+        position_ids=None if call.get("kv_rows") is not None else call.get("position_ids"),
     )
     wanted = call.get("use_cache")
     wanted = getattr(text.config, "use_cache", False) if wanted is None else wanted

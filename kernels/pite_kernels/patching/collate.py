@@ -19,20 +19,29 @@ def pack_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
 
     batch  a collator's output on the CPU: input_ids (B, T), attention_mask (B, T), labels (B, T) with -100 for tokens
            without a loss. Other integer (B, T) tensors, such as mm_token_type_ids, are packed too; pixels are passed on
+           Documents that share a row already stay apart, by cu_seq_lens_q or by position_ids that restart at 0
     Returns input_ids and labels (1, N), cu_seq_lens_q (S + 1,) int32, max_length_q, and with labels also rows and
     target_ids (L,). A document's first label becomes -100, because no token predicts it. transformers'
     DataCollatorWithFlattening would drop the pixels. Raises ValueError if attention_mask is not (B, T).
     """
     ids = batch["input_ids"]
     shape = (ids.shape[0], ids.shape[1])
-    documents = find_documents(shape, ids.device, attention_mask=batch.get("attention_mask"))
+    positions = batch.get("position_ids")
+    documents = find_documents(
+        shape,
+        ids.device,
+        cu_seqlens=batch.get("cu_seq_lens_q"),
+        longest=batch.get("max_length_q"),
+        attention_mask=batch.get("attention_mask"),
+        position_ids=positions,
+    )
     row: dict[str, Any] = {}
     for name, value in batch.items():
         per_token = isinstance(value, Tensor) and tuple(value.shape) == shape and not value.is_floating_point()
         row[name] = documents.pack(value) if per_token else value
     row.pop("attention_mask", None)
-    if batch.get("position_ids") is not None:
-        row["position_ids"] = documents.pack_positions(batch["position_ids"])
+    if positions is not None:
+        row["position_ids"] = documents.pack_positions(positions)
     row |= {"cu_seq_lens_q": documents.cu_seqlens, "max_length_q": documents.longest}
     if batch.get("labels") is None:
         return row

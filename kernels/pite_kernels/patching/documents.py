@@ -92,7 +92,8 @@ def find_documents(
 ) -> Documents:
     """The documents of a batch (B, T) on `device`.
 
-    cu_seqlens, longest  boundaries (S + 1,) of the documents in one row, and the longest length; they are taken as given
+    cu_seqlens, longest  boundaries (S + 1,) of the documents in one row, and the longest length; on the CPU they are
+                         compared with text positions, on a GPU they are taken as given
     attention_mask       (B, T), 0 for padding: each row is a document
     position_ids         (B, T), or (C, B, T) where images have C coordinates. Without boundaries and mask, a document
                          begins wherever all C are 0; each row begins a document too
@@ -101,7 +102,7 @@ def find_documents(
     if cu_seqlens is not None:
         if attention_mask is not None:
             raise ValueError("patch: pass either cu_seq_lens_q or attention_mask; with boundaries leave the mask out")
-        return _given(shape, device, cu_seqlens, longest)
+        return _given(shape, device, cu_seqlens, longest, position_ids)
     if attention_mask is not None:
         return _unpadded(shape, device, attention_mask, position_ids)
     starts = torch.zeros(shape, dtype=torch.bool)
@@ -112,7 +113,9 @@ def find_documents(
     return Documents(shape, bounds.to(device, torch.int32, non_blocking=True), int(bounds.diff().max()))
 
 
-def _given(shape: tuple[int, int], device: torch.device, cu_seqlens: Tensor, longest: int | None) -> Documents:
+def _given(
+    shape: tuple[int, int], device: torch.device, cu_seqlens: Tensor, longest: int | None, position_ids: Tensor | None
+) -> Documents:
     bounds = cu_seqlens.flatten()
     if shape[0] != 1:
         raise ValueError(f"patch: cu_seq_lens_q divides one row of tokens, but the batch has {shape[0]} rows")
@@ -122,6 +125,13 @@ def _given(shape: tuple[int, int], device: torch.device, cu_seqlens: Tensor, lon
             raise ValueError(f"patch: cu_seq_lens_q must rise from 0 to the number of tokens, {shape[1]}")
         if longest is not None and longest < int(lengths.max()):
             raise ValueError(f"patch: max_length_q is {longest}, but a document has {int(lengths.max())} tokens")
+        if position_ids is not None and position_ids.dim() == 2 and not position_ids.is_cuda:
+            starts = torch.zeros(shape[1], dtype=torch.bool).index_fill(0, bounds[:-1][lengths > 0].long().cpu(), True)
+            if not torch.equal(position_ids[0] == 0, starts):
+                raise ValueError(
+                    "patch: position_ids do not restart at 0 exactly where cu_seq_lens_q begins a document; "
+                    "leave position_ids out, or correct one of the two"
+                )
     longest = int(bounds.diff().max()) if longest is None else int(longest)
     return Documents(shape, bounds.to(device, torch.int32, non_blocking=True), longest)
 

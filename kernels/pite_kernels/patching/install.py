@@ -113,6 +113,8 @@ def _generate(handle: Patch, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _model_forward(handle: Patch, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     call = _call(self, args, kwargs)
     handle.documents = None
+    if not handle.attention:
+        refusals.check_boundaries(handle.text, call)
     if handle.attention and (torch.is_grad_enabled() or call.get("labels") is not None):
         refusals.check_positions(self, call)
     if handle.loss and call.get("labels") is not None:

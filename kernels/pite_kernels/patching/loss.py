@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from pite_kernels.cross_entropy import linear_cross_entropy
 from pite_kernels.patching.documents import Documents
-from pite_kernels.patching.refusals import ATTENTION_ONLY
+from pite_kernels.patching.refusals import ATTENTION_ONLY, check_head
 from pite_kernels.patching.state import Patch
 
 
 def loss_forward(patch: Patch, model: nn.Module, call: dict[str, Any]) -> Any:
     """The model's forward with labels. Its output has the loss, and no logits where gradients are computed."""
+    check_head(model)
     targets = call.pop("rows", None), call.pop("target_ids", None)
     if (targets[0] is None) != (targets[1] is None):
         raise ValueError("patch: pass both rows and target_ids, or neither")

@@ -32,16 +32,31 @@ def text_model(model: Any) -> Any:
 def check_loss(model: Any) -> None:
     """Raise ValueError unless the loss is the cross-entropy of a plain linear head."""
     name, config = type(model).__name__, model.config.get_text_config()
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        kind = f"{type(head).__name__} of {type(head).__module__.partition('.')[0]}"
-        raise ValueError(f"patch: the head of {name} is {kind}, not torch.nn.Linear{ATTENTION_ONLY}")
+    check_head(model)
     for field in ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_logit_soft_cap"):
         if getattr(config, field, None) not in (None, 1, 1.0):
             raise ValueError(f"patch: {field} is {getattr(config, field)}, and the fused loss has none{ATTENTION_ONLY}")
     own = import_module("transformers.loss.loss_utils").ForCausalLMLoss
     if model.loss_function is not own or "loss_function" not in _globals_of(model):
         raise ValueError(f"patch: {name} has a loss of its own (loss_type {model.loss_type}){ATTENTION_ONLY}")
+
+
+def check_head(model: Any) -> None:
+    """Raise ValueError unless the head is a plain linear layer; a LoRA may have replaced it since `patch`."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        kind = f"{type(head).__name__} of {type(head).__module__.partition('.')[0]}"
+        raise ValueError(f"patch: the head of {type(model).__name__} is {kind}, not torch.nn.Linear{ATTENTION_ONLY}")
+
+
+def check_boundaries(text: Any, call: dict[str, Any]) -> None:
+    """Raise ValueError for document boundaries that the model's own attention does not read."""
+    own = text.config._attn_implementation
+    if call.get("cu_seq_lens_q") is not None and own in ("eager", "sdpa", "flex_attention"):
+        raise ValueError(
+            f"patch: the model's own attention ({own}) does not read cu_seq_lens_q, so documents would attend to each other; "
+            "patch the attention too, or pass padded rows"
+        )
 
 
 def check_attention(model: Any, text: Any) -> None:
@@ -69,6 +84,9 @@ def check_attention(model: Any, text: Any) -> None:
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if others:
         raise ValueError(f"patch: layer_types has {', '.join(sorted(others))}{LOSS_ONLY}")
+    offset = next((type(m).__name__ for m in text.modules() if hasattr(m, "create_position_ids_from_input_ids")), None)
+    if offset:
+        raise ValueError(f"patch: {offset} derives positions from input_ids, so they do not start at 0{LOSS_ONLY}")
     sinks = next((n for n, _ in text.named_parameters() if n.endswith("sinks")), None)
     if sinks:
         raise ValueError(f"patch: {name} has attention sinks ({sinks}){LOSS_ONLY}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import threading
 import time
 import urllib.error
@@ -26,6 +27,8 @@ LONGEST_WAIT = 120.0
 
 FAILURES_IN_A_ROW = 10
 """After as many failed prompts without a reply in between, the endpoint counts as down."""
+
+log = logging.getLogger(__name__)
 
 _BUSY = {408, 409, 429}
 _REFUSED = {400, 422}
@@ -93,6 +96,8 @@ class Endpoint:
                 for future in as_completed(futures):
                     reply, error = future.result()
                     failures = 0 if reply is not None else failures + 1
+                    if failures == 1:
+                        log.warning("the judge at %s failed for a prompt: %s", self._url, error)
                     if failures >= FAILURES_IN_A_ROW:
                         raise ValueError(
                             f"the judge at {self._url} failed for {failures} prompts in a row ({error}); repeat the "
@@ -113,6 +118,8 @@ class Endpoint:
             except _TryAgainError as fault:
                 error = str(fault)
                 pause = min(LONGEST_WAIT, wait if fault.wait is None else fault.wait)
+                if attempt == 0 and self._retries:
+                    log.info("the judge at %s: %s; trying again", self._url, error)
                 if attempt < self._retries and self._stop.wait(pause):
                     break
                 wait *= 2

@@ -88,8 +88,12 @@ class QaFlags(AnswerFlags, JudgeFlags):
         assert self.data is not None, "__post_init__ requires one of the two"
         return tuple(self.data / SPLIT / name for name in FILES[self.benchmark])
 
+    def outputs(self) -> dict[str, Path | None]:
+        return super().outputs() | ({} if self.judge_model is None else {"--judge-cache": self.cache})
+
+    def inputs(self) -> dict[str, Path | None]:
+        return super().inputs() | {"--video-names": self.video_names}
+
     def check_paths(self) -> None:
         super().check_paths()
         paths.input_file("--video-names", self.video_names)
-        if self.judge_model is not None:
-            paths.output_file("--judge-cache", self.cache)

@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataloaders.ranks import ALONE, Ranks
 from pite.evaluate import metrics
 from pite.evaluate.__main__ import main
+from pite.evaluate.commands import score_answers
+from pite.evaluate.flags import GroundingFlags
 from pite.evaluate.grounding import read_answers, read_truth
 from pite.evaluate.predictions import Prediction, PredictionWriter
 from pite.evaluate.protocols import Protocol
@@ -40,6 +43,32 @@ def test_the_scores_file_holds_the_printed_numbers(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err.startswith(
         f"pite.evaluate: --metrics {tmp_path}/grounding.json/none.json cannot be "
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("grounding", ["--metrics", "p.jsonl"]),
+        ("grounding", ["--metrics", "g.json"]),
+        ("grounding", ["--histogram", "a.png", "--timeline", "a.png"]),
+        ("captioning", ["--metrics", "g.json"]),
+        ("qa", ["--metrics", "p.jsonl", "--benchmark", "msvd_qa"]),
+    ],
+)
+def test_no_output_replaces_an_input_or_another_output(tmp_path, monkeypatch, capsys, command, flags) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("p.jsonl", "predictions.jsonl"), ("g.json", "ground_truth.json")):
+        (tmp_path / name).write_bytes((GOLDEN / source).read_bytes())
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert main([command, "--predictions", "p.jsonl", "--ground-truth", "g.json", *flags]) == 1
+    assert "names the same file, which would be lost" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_of_several_processes_one_scores_a_file(monkeypatch, capsys) -> None:
+    flags = GroundingFlags(predictions=GOLDEN / "predictions.jsonl", ground_truth=(GOLDEN / "ground_truth.json",))
+    assert score_answers(flags, Ranks(rank=1, size=2, local=1, local_size=2)) is None
+    assert score_answers(flags, ALONE) is not None
 
 
 @pytest.mark.parametrize(

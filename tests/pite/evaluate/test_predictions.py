@@ -62,7 +62,8 @@ def test_a_line_that_a_kill_cut_off_is_left_out_and_removed(
     tmp_path: Path, cut: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = written(tmp_path / "p.jsonl", line(), line(query_id=1)[:cut], end="")
-    assert read_predictions(path) == [FIRST]
+    assert read_predictions(path) == [FIRST] and not caplog.text
+    assert len(read_lines(path)) == 1
     assert "p.jsonl: the last line is cut off" in caplog.text
     with PredictionWriter(path) as log:
         log.append([SECOND])

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,12 +99,20 @@ def test_errors_are_one_sentence(
     assert "OPENAI_API_KEY has characters that no header may hold" in error and "cret" not in error
 
 
+def wait_until(condition: Callable[[], bool], seconds: float = 100.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.05)
+
+
 def test_a_process_that_is_killed_pays_for_no_reply_twice(tmp_path: Path) -> None:
     judge = ["--judge-model", "m", "--concurrency", "1"]
-    stuck = threading.Event()
+    stuck, cache = threading.Event(), tmp_path / "p.judge.jsonl"
 
     def behave(handler: Handler, body: dict) -> None:
         if len(server.bodies) == 4:
+            # The process stores a reply while its next request is under way.
+            wait_until(lambda: cache.exists() and cache.read_text().count("\n") == 3)
             stuck.set()
             never.wait(60)
         else:
