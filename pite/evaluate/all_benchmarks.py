@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dataloaders import paths
-from dataloaders.cli import at_least
 from dataloaders.files import write_atomically
 from dataloaders.ranks import Ranks
 from pite.evaluate.captioning.flags import CaptioningFlags
 from pite.evaluate.commands import find_inputs, score_answers, score_trajectories
-from pite.evaluate.flags import AnswerFlags, GroundingFlags, TrajectoriesFlags, check_inputs
+from pite.evaluate.flags import AnswerFlags, GroundingFlags, RunFlags, TrajectoriesFlags, check_inputs
 from pite.evaluate.inputs import SPLIT
-from pite.evaluate.protocols import Protocol
 from pite.evaluate.qa.benchmarks import FILES
 from pite.evaluate.qa.flags import JudgeFlags, QaFlags
 from pite.evaluate.reports import Report
@@ -37,7 +35,7 @@ NAMES: tuple[Name, ...] = get_args(Name)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllFlags(JudgeFlags):
+class AllFlags(RunFlags, JudgeFlags):
     """All benchmarks that a data folder has, and the paper's Tables 3 and 4 (5 for several models)."""
 
     model: tuple[Path, ...]
@@ -50,18 +48,9 @@ class AllFlags(JudgeFlags):
     """folder for answers, metrics and tables; the same command continues in it"""
     benchmarks: tuple[Name, ...] = ()
     """benchmarks to run; those whose files are in DATA/evaluation unless given"""
-    protocol: Protocol = "strict"
-    """strict: exact; published: the predecessor's rules, with their faults, to reproduce its numbers"""
-    batch_size: int = 32
-    """questions per batch, and videos whose frames are in memory"""
-    skip_missing: bool = False
-    """leave out videos without features, and count them; those that engine.encode could not encode are always left out"""
-    overwrite: bool = False
-    """replace answers of another model or other questions in OUTPUT"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "batch_size")
         self.labels()
         if self.metrics is not None and len(self.model) > 1:
             raise ValueError("--metrics is for one model: those of each --model are in OUTPUT/MODEL/metrics.json")

@@ -41,7 +41,25 @@ class EvaluationFlags(DeviceFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerFlags(EvaluationFlags):
+class RunFlags(EvaluationFlags):
+    """Flags of a command in which a model answers questions."""
+
+    protocol: Protocol = "strict"
+    """strict: exact; published: the predecessor's rules, with their faults, to reproduce its numbers"""
+    batch_size: int = 32
+    """questions per batch, and videos whose frames are in memory"""
+    skip_missing: bool = False
+    """leave out videos without features, and count them; those that engine.encode could not encode are always left out"""
+    overwrite: bool = False
+    """replace answers of another model or other questions, which are refused otherwise"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFlags(RunFlags):
     """Flags of a command that scores a file of answers, or a model's answers."""
 
     NAME: ClassVar[str]
@@ -58,18 +76,9 @@ class AnswerFlags(EvaluationFlags):
     """prediction file, JSON lines: read, or with --model written, and continued after a kill"""
     ground_truth: tuple[Path, ...] = ()
     """annotation file; with --model that in DATA/evaluation unless given"""
-    protocol: Protocol = "strict"
-    """strict: exact; published: the predecessor's rules, with their faults, to reproduce its numbers"""
-    batch_size: int = 32
-    """questions per batch, and videos whose frames are in memory"""
-    skip_missing: bool = False
-    """leave out videos without features, and count them; those that engine.encode could not encode are always left out"""
-    overwrite: bool = False
-    """replace answers of another model or other questions in the file of --predictions"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "batch_size")
         if self.model is None and (self.predictions is None or not self.ground_truth):
             raise ValueError(f"{self.NAME} needs --predictions and --ground-truth, or --model, --data and --store")
         if self.model is not None and (self.data is None or self.store is None):
