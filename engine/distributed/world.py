@@ -19,8 +19,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from dataloaders.errors import reason
 from dataloaders.ranks import Ranks
-from engine.distributed.watchdog import SETUP_TIMEOUT, Watchdog, torchrun_hosts_store
+from engine.distributed import start
+from engine.distributed.watchdog import SETUP_TIMEOUT, Watchdog
 from pite import devices, names
 
 # A decoder layer may return a view. That is safe: the next layer writes only to its own memory.
@@ -71,21 +73,7 @@ class World:
             devices.check_computes(torch.device(kind))
         if size == 1:
             return World(rank, size, torch.device(kind))
-        # torchrun's store exists before the process group, so the watchdog can name a rank that never joins the group.
-        watchdog = Watchdog(rank, size, stall, torch.device(kind)) if torchrun_hosts_store() else None
-        if not dist.is_initialized():
-            on_gpu = kind.startswith("cuda")
-            backstop = BACKSTOP_FACTOR * max(SETUP_TIMEOUT, stall)
-            os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(1000 * NCCL_DUMP))
-            os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{backstop:.0f}")
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                device_id=torch.device(kind) if on_gpu else None,
-                timeout=timedelta(seconds=backstop),
-            )
-        watchdog = watchdog or Watchdog(rank, size, stall, torch.device(kind))
-        watchdog.attach_process_group()
-        return World(rank, size, torch.device(kind), watchdog)
+        return _join_group(ranks, torch.device(kind), stall)
 
     @property
     def is_main(self) -> bool:
@@ -156,6 +144,40 @@ class World:
         self.watchdog.close(reason or "")
         if reason is None:
             dist.destroy_process_group()
+
+
+def _join_group(ranks: Ranks, device: torch.device, stall: float) -> World:
+    """Connect to all other ranks. Raises ValueError, with host, port and remedy, where the network does not allow it."""
+    start.check_restarts()
+    start.choose_interface(ranks)
+    store = start.connect(ranks.rank)
+    # The store exists before the process group, so the watchdog can name a rank that never joins the group.
+    watchdog = Watchdog(ranks.rank, ranks.size, stall, device)
+    watchdog.set_status("connecting to the other ranks")
+    try:
+        if not dist.is_initialized():
+            _init_process_group(dist.PrefixStore(f"pite/{start.attempt()}", store), ranks, device, stall)
+    except RuntimeError as error:
+        cause = watchdog.diagnose() or f"{reason(error)}: {start.network_hint()}"
+        watchdog.close(cause)
+        raise ValueError(f"the ranks do not connect to each other: {cause}") from error
+    watchdog.attach_process_group()
+    return World(ranks.rank, ranks.size, device, watchdog)
+
+
+def _init_process_group(store: dist.Store, ranks: Ranks, device: torch.device, stall: float) -> None:
+    on_gpu = device.type == "cuda"
+    backstop = BACKSTOP_FACTOR * max(SETUP_TIMEOUT, stall)
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(1000 * NCCL_DUMP))
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{backstop:.0f}")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        device_id=device if on_gpu else None,
+        timeout=timedelta(seconds=backstop),
+    )
 
 
 def _failure(check: Callable[[], object]) -> str | None:

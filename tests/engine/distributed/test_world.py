@@ -116,7 +116,9 @@ def test_gradients_are_reduced_while_backward_runs(tmp_path: Path):
 def test_torchs_own_timeouts_are_longer_than_the_watchdogs(monkeypatch: pytest.MonkeyPatch):
     """Torch's NCCL watchdog aborts four dump times after an error. All its other timeouts are longer than ours too."""
     joined: dict[str, object] = {}
-    monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"})
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
+    monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **place})
+    monkeypatch.setattr("engine.distributed.start.connect", lambda rank: dist.HashStore())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
