@@ -110,7 +110,11 @@ def build_model(
     if merged:
         checkpoint.load_heads(model, Path(merged[-1]))
     elif recipe.align_adapter:
-        align_adapter(model, dataset, store)
+        if world.is_main:
+            align_adapter(model, dataset, store)
+        # Computed by one rank: linear algebra on another kind of CPU differs in the last bits.
+        for parameter in model.vision_adapter.parameters():
+            world.broadcast(parameter.data)
     if stage == 2 and recipe.head_init:
         model.initialize_trajectory_head()
     mesh = init_device_mesh(world.device.type, (world.size,)) if layout.shards > 1 else None

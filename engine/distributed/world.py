@@ -8,6 +8,7 @@ any layout.
 from __future__ import annotations
 
 import os
+import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dataloaders.errors import reason
@@ -95,6 +96,11 @@ class World:
         local = Ranks.read().local if self.size > 1 else 0
         return cast(T, self.gather(make() if local == 0 else None)[self.rank - local])
 
+    def broadcast(self, tensor: Tensor) -> None:
+        """Copy rank 0's values of a contiguous tensor to all ranks, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in order of the ranks."""
         if self.size == 1:
@@ -104,11 +110,12 @@ class World:
         return cast(list[T], values)
 
     def agree(self, check: Callable[[], object]) -> None:
-        """Run a check on every rank. If it fails on any, all raise the same ValueError, with the rank unless all fail."""
-        every = self.gather(_failure(check))
-        for rank, sentence in enumerate(every):
+        """Run a check on every rank. If it fails on any, all raise the same ValueError, with rank and host unless all fail."""
+        every = self.gather((_failure(check), socket.gethostname()))
+        for rank, (sentence, host) in enumerate(every):
             if sentence is not None:
-                raise ValueError(sentence if set(every) == {sentence} else f"rank {rank}: {sentence}")
+                everywhere = all(other == sentence for other, _ in every)
+                raise ValueError(sentence if everywhere else f"rank {rank} ({host}): {sentence}")
 
     def agree_with_main(self, check: Callable[[], object]) -> None:
         """Run a check on rank 0 alone. If it fails, all ranks raise the same ValueError."""

@@ -188,3 +188,22 @@ def test_restarts_with_a_shared_store_are_refused(training: Training):
     started = training.start("--max-restarts", "1", "--monitor-interval", "0.1")
     assert [each.wait(60 + BUSY) for each in started] == [1, 1]
     assert "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in started[0].output
+
+
+def test_a_host_goes_on_alone(cluster: Cluster, workspace: Path, tmp_path: Path, alone: list[dict[str, float]]):
+    """With --nnodes 1:2, after the other host has lost power."""
+    cluster.mend()
+    training = Training(cluster, workspace, tmp_path)
+    quick = ["--rdzv-conf", "last_call_timeout=8,keep_alive_interval=2,keep_alive_max_attempt=3"]
+    try:
+        started = training.start("--max-restarts", "3", *quick, nodes="1:2", own_store=True)
+        training.after_steps(started)
+        assert "2 ranks on 2 hosts" in started[0].output
+        cluster.lose(cluster.hosts[1])
+        assert started[0].wait(150 + BUSY) == 0, started[0].output
+        assert re.search(r"rank 0 ends: rank 1 \(hostb, process \d+\) died or was cut off", named(started[0]))
+        assert "1 rank on 1 host (hosta)" in started[0].output and training.steps() == STEPS
+        training.check_equal(alone)
+    finally:
+        for host in cluster.hosts:
+            host.kill()
