@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from dataloaders.files import sha256
@@ -117,7 +116,7 @@ def build_model(
             world.broadcast(parameter.data)
     if stage == 2 and recipe.head_init:
         model.initialize_trajectory_head()
-    mesh = init_device_mesh(world.device.type, (world.size,)) if layout.shards > 1 else None
+    mesh = world.shard_mesh(layout.shards) if layout.shards > 1 else None
     draws = torch.Generator().manual_seed(seed + stage)
     for i in origin.layers(model):
         world.set_status(f"building layer {i + 1} of the model")

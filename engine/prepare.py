@@ -276,6 +276,7 @@ def _layout(
         # All ranks have one layout: that of the smallest device.
         min(world.gather(capacity_of(world.device)), key=lambda capacity: capacity or 0.0),
         ranks=world.size,
+        per_host=world.ranks_per_host(),
         width=dtype.itemsize,
         fp8=config.model.frozen_dtype == "fp8",
         parallel=config.parallel.parallel,

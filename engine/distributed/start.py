@@ -119,6 +119,8 @@ def choose_interface(ranks: Ranks) -> str | None:
     unset = [name for name in INTERFACES if name not in os.environ]
     if ranks.size <= ranks.local_size or not unset or not _is_loopback(socket.gethostname()):
         return None
+    if store_address()[0] in ("localhost", "127.0.0.1", "::1"):
+        return None  # all ranks are on this host
     interface = _interface_towards(*store_address())
     if interface is None:
         return None

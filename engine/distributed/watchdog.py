@@ -130,6 +130,11 @@ class Watchdog:
         """Count the collectives of a group's back ends for these kinds of device as progress, too."""
         self._backends += [private.backend_of(group, kind) for kind in kinds]
 
+    @property
+    def stall(self) -> float:
+        """Seconds without progress in the training loop after which the ranks end."""
+        return self._stall
+
     def set_status(self, status: str) -> None:
         """Set what this rank is doing, for the message if it stalls. A new status counts as progress."""
         self._status = status

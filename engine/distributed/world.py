@@ -18,7 +18,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dataloaders.errors import reason
 from dataloaders.ranks import Ranks
@@ -123,6 +123,26 @@ class World:
         if failed is not None:
             raise ValueError(failed)
 
+    def ranks_per_host(self) -> int:
+        """Ranks of each host, by torchrun. All ranks, where that is unknown or hosts have different numbers."""
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        return local if self.size % local == 0 and set(self.gather(local)) == {local} else self.size
+
+    def shard_mesh(self, shards: int) -> DeviceMesh:
+        """The mesh over which FSDP2 shards: all ranks, or groups of `shards` neighbours, each with all frozen weights.
+
+        Frozen weights have no gradient, so the groups exchange nothing: a group inside a host keeps every gather there.
+        """
+        if shards == self.size:
+            return init_device_mesh(self.device.type, (self.size,))
+        assert self.watchdog is not None
+        timeout = timedelta(seconds=_backstop(self.watchdog.stall))
+        firsts = range(0, self.size, shards)
+        groups = [dist.new_group([*range(first, first + shards)], timeout=timeout) for first in firsts]
+        mine = groups[self.rank // shards]
+        self.watchdog.count_collectives(mine, self.device.type)
+        return DeviceMesh.from_group(mine, self.device.type)
+
     def set_status(self, status: str) -> None:
         """Set what this rank is doing, for the other ranks' message if it stalls."""
         if self.watchdog is not None:
@@ -172,9 +192,13 @@ def _join_group(ranks: Ranks, device: torch.device, stall: float) -> World:
     return World(ranks.rank, ranks.size, device, watchdog)
 
 
+def _backstop(stall: float) -> float:
+    return BACKSTOP_FACTOR * max(SETUP_TIMEOUT, stall)
+
+
 def _init_process_group(store: dist.Store, ranks: Ranks, device: torch.device, stall: float) -> None:
     on_gpu = device.type == "cuda"
-    backstop = BACKSTOP_FACTOR * max(SETUP_TIMEOUT, stall)
+    backstop = _backstop(stall)
     os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(1000 * NCCL_DUMP))
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{backstop:.0f}")
     dist.init_process_group(
@@ -212,7 +236,7 @@ def use_deterministic_algorithms() -> None:
 
 
 def shard_frozen(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard the frozen weights of a decoder layer, or in the last call of the rest of a model, over all ranks (FSDP2).
+    """Shard the frozen weights of a decoder layer, or in the last call of the rest of a model, over a mesh (FSDP2).
 
     A layer's weights are gathered while it computes, forward and backward. Adapter, heads and LoRA stay whole on every
     rank.

@@ -39,7 +39,7 @@ def test_the_dry_run_needs_neither_weights_nor_data(tmp_path, monkeypatch, capsy
         "143,640 samples",
         "assumed, not measured",
         "A100-40GB",
-        "sharded (FSDP2)",
+        "sharded over 8 (FSDP2)",
         "the paper took about 17 h",
         "1.05 h on 8x A100 at 100% of the peak, 1.46 h with the features",
         "samples over length not known",
@@ -74,7 +74,7 @@ def test_each_number_of_devices_has_a_layout_of_its_own(capsys):
     lines = capsys.readouterr().out.splitlines()
     alone, eight = (next(line for line in lines if f"{n}x A100-40GB" in line) for n in (1, 8))
     assert "activation checkpointing in 32 of 40 layers" in alone and "sharded" not in alone
-    assert "sharded (FSDP2), no activation checkpointing" in eight
+    assert "sharded over 8 (FSDP2), no activation checkpointing" in eight
     hours = [float(line.split()[2]) for line in (alone, eight)]
     assert hours[0] / hours[1] == pytest.approx(8 * (1 + 0.5 * 32 / 40), rel=0.01)
 
