@@ -68,6 +68,38 @@ def test_the_collectives_of_a_step_on_one_host(
     assert collectives(one) == collectives(other) == expected
 
 
+WIRE = """
+import json
+import torch.distributed as dist
+reduce, dtypes = dist.all_reduce, []
+def noted(tensor, **rest):
+    dtypes.append(str(tensor.dtype))
+    return reduce(tensor, **rest)
+dist.all_reduce = noted
+from engine import run
+step = run.train
+def noting(*rest, **named):
+    yield from step(*rest, **named)
+    with open(f"OUTPUT/dtypes{rank}.json", "w") as file: json.dump(dtypes, file)
+run.train = noting"""
+
+
+def test_gradients_cross_the_network_in_bfloat16(workspace: Path, tmp_path: Path):
+    """The numbers of a step stay in float32. The losses differ by no more than bfloat16 rounds."""
+    arguments = train_arguments(workspace, tmp_path / "two", "1", reduce_dtype="bfloat16")
+    ranks = train(2, tmp_path / "logs", arguments, WIRE.replace("OUTPUT", str(tmp_path)))
+    assert ranks.wait() == [0, 0], ranks.stderr(0)
+    dtypes = json.loads((tmp_path / "dtypes0.json").read_text())
+    assert dtypes == ["torch.bfloat16", "torch.float32"] * 6
+    assert main(train_arguments(workspace, tmp_path / "one", "1", dtype="float32")) == 0
+    one, two = (read_metrics(tmp_path / name / "stage1" / "metrics.jsonl") for name in ("one", "two"))
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5), "before the first update"
+    assert two[0]["gradient_norm"] != one[0]["gradient_norm"]
+    for a, b in zip(one, two):
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=2**-7)
+        assert b["loss"] == pytest.approx(a["loss"], rel=2**-7)
+
+
 @pytest.mark.parametrize("stall", [False, True])
 def test_weights_are_sharded_inside_each_host(workspace: Path, tmp_path: Path, stall: bool):
     """Two hosts of two ranks have the losses of one process; a rank that stalls in a layer is named."""
