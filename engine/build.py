@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
@@ -169,5 +170,14 @@ def align_adapter(
 
 @cache
 def language_model_checksum(directory: Path) -> str:
-    """Shortened SHA-256 of each weight file that is read from a model directory, in order of their names."""
-    return " ".join(sha256(file)[:16] for file in weight_files(directory))
+    """Shortened SHA-256 of each weight file that is read from a model directory, in order of their names.
+
+    In the Hugging Face cache a weight file is a link to a blob whose name is this checksum, so it is not read.
+    """
+    return " ".join((_blob_checksum(file) or sha256(file))[:16] for file in weight_files(directory))
+
+
+def _blob_checksum(file: Path) -> str | None:
+    blob = file.resolve()
+    named = file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name)
+    return blob.name if named else None

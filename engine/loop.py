@@ -169,10 +169,15 @@ def train(
             model.cast_lora()
             gradients.zero()
 
-            numbers, ready = torch.cat([sums, norm.float()[None], skipped[None]]), None
-            if device.type == "cuda":
-                numbers = numbers.to("cpu", non_blocking=True)
-                ready = torch.cuda.Event()
-                ready.record()
+            numbers, ready = _start_copy(torch.cat([sums, norm.float()[None], skipped[None]]))
             counts = current.samples, current.tokens, current.targets
             yield StepResult(step + 1, *counts, rate, data_wait, numbers, ready)
+
+
+def _start_copy(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Start copying a step's numbers to the host; the event happens when they are there."""
+    if numbers.device.type != "cuda":
+        return numbers, None
+    copied, ready = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+    ready.record()
+    return copied, ready

@@ -80,6 +80,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_host_main(self) -> bool:
+        """Whether this is the first rank of its host."""
+        return self.size == 1 or Ranks.read().local == 0
+
     def from_main(self, make: Callable[[], T]) -> T:
         """Run `make` on rank 0 and return its result on every rank; for long work with the same result everywhere."""
         if self.size == 1:
@@ -94,7 +99,7 @@ class World:
         For long work on files that each host may have of its own.
         """
         local = Ranks.read().local if self.size > 1 else 0
-        return cast(T, self.gather(make() if local == 0 else None)[self.rank - local])
+        return cast(T, self.gather(make() if self.is_host_main else None)[self.rank - local])
 
     def broadcast(self, tensor: Tensor) -> None:
         """Copy rank 0's values of a contiguous tensor to all ranks, in place."""

@@ -206,3 +206,18 @@ def test_a_sample_with_nan_features_is_named_with_its_rank(workspace: Path, tmp_
     saved = sorted(p.name for p in (tmp_path / "stage2" / "checkpoints").iterdir())
     assert saved[-1:] == ([f"step-{failed - 1:08d}"] if failed > 1 else [])
     assert len(lines(tmp_path, 2)) == failed - 1
+
+
+def test_one_rank_of_a_host_checksums_the_annotations(workspace: Path, tmp_path: Path):
+    code = """
+from dataloaders import files
+read = files.sha256
+def noted(path):
+    if path.suffix == ".jsonl": open(f"OUTPUT/read{rank}", "a").write(f"{path.name} ")
+    return read(path)
+files.sha256 = noted""".replace("OUTPUT", str(tmp_path))
+    place = 'import os\nos.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}'
+    ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path / "out", "1", max_steps=1), place + code)
+    assert ranks.wait() == [0, 0], ranks.stderr(0)
+    assert (tmp_path / "read0").read_text() == "localized_narratives.jsonl "
+    assert not (tmp_path / "read1").exists()
