@@ -12,13 +12,17 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 STAMP := $(VENV)/.installed
 SOURCES := setup.py kernels/setup.py kernels/pyproject.toml $(wildcard kernels/csrc/*)
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-cluster lint bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/python -m engine.demo --output runs/demo
 
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Training over two hosts, which are network namespaces of this machine; needs root.
+test-cluster: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -249,6 +249,28 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_known: dict[tuple[str, int, int], str] = {}
+"""(path, size, time of the last change) -> checksum, of this process and of those that gave theirs."""
+
+
+def sha256_once(path: Path) -> str:
+    """`sha256`, read once in a process while size and time of the last change are the same."""
+    status = path.stat()
+    key = str(path), status.st_size, status.st_mtime_ns
+    if key not in _known:
+        _known[key] = sha256(path)
+    return _known[key]
+
+
+def known_checksums() -> dict[tuple[str, int, int], str]:
+    """What `sha256_once` has read, for `remember_checksums` in another process of this host."""
+    return dict(_known)
+
+
+def remember_checksums(known: Mapping[tuple[str, int, int], str]) -> None:
+    _known.update(known)
+
+
 def require_file(path: Path) -> None:
     """Raise ValueError unless `path` is a regular file with content of its own.
 

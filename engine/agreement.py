@@ -10,8 +10,10 @@ import hashlib
 import platform
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dataloaders.cli import dump
+from dataloaders.files import sha256
 from engine.config import TrainConfig
 from engine.distributed.world import World
 from engine.identity import Identity, first_difference
@@ -39,6 +42,8 @@ def check_same_command(world: World, config: TrainConfig) -> None:
     """
     flags = {name: value for group in dump(config).values() for name, value in group.items() if name not in _OF_A_HOST}
     code = {package: _checksum_of_code(package) for package in _PACKAGES}
+    if world.device.type == "cpu":
+        code["pite_kernels' C++ operators"] = _checksum_of_operators()
     _check_same(world, {"flags": flags, "code": code, "versions": _versions()})
 
 
@@ -107,5 +112,18 @@ def _checksum_of_code(package: str) -> str:
     return content.hexdigest()[:16]
 
 
+def _checksum_of_operators() -> str:
+    """The same of the compiled C++ operators, which only a CPU uses; "none" where they are not compiled."""
+    folder = Path(str(import_module("pite_kernels").__file__)).parent
+    return next((sha256(file)[:16] for file in sorted(folder.glob("_C*.so"))), "none")
+
+
 def _versions() -> dict[str, str | None]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    known = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    return known | {name: _version_of(name) for name in ("triton", "flash-attn", "liger-kernel", "transformers")}
+
+
+def _version_of(distribution: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(distribution)
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from dataloaders.files import sha256
@@ -110,10 +110,14 @@ def build_model(
     if merged:
         checkpoint.load_heads(model, Path(merged[-1]))
     elif recipe.align_adapter:
-        align_adapter(model, dataset, store)
+        if world.is_main:
+            align_adapter(model, dataset, store)
+        # Computed by one rank: linear algebra on another kind of CPU differs in the last bits.
+        for parameter in model.vision_adapter.parameters():
+            world.broadcast(parameter.data)
     if stage == 2 and recipe.head_init:
         model.initialize_trajectory_head()
-    mesh = init_device_mesh(world.device.type, (world.size,)) if layout.shards > 1 else None
+    mesh = world.shard_mesh(layout.shards) if layout.shards > 1 else None
     draws = torch.Generator().manual_seed(seed + stage)
     for i in origin.layers(model):
         world.set_status(f"building layer {i + 1} of the model")
@@ -166,5 +170,14 @@ def align_adapter(
 
 @cache
 def language_model_checksum(directory: Path) -> str:
-    """Shortened SHA-256 of each weight file that is read from a model directory, in order of their names."""
-    return " ".join(sha256(file)[:16] for file in weight_files(directory))
+    """Shortened SHA-256 of each weight file that is read from a model directory, in order of their names.
+
+    In the Hugging Face cache a weight file is a link to a blob whose name is this checksum, so it is not read.
+    """
+    return " ".join((_blob_checksum(file) or sha256(file))[:16] for file in weight_files(directory))
+
+
+def _blob_checksum(file: Path) -> str | None:
+    blob = file.resolve()
+    named = file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name)
+    return blob.name if named else None

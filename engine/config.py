@@ -141,6 +141,8 @@ class ParallelConfig:
     CPU 1024 a thread"""
     parallel: Parallel = "auto"
     """copy the frozen weights to every device (ddp) or shard them (fsdp); auto shards if they do not fit"""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype in which the ranks sum the gradients; bfloat16 halves what crosses the network (docs/cluster.md)"""
     recompute: int | None = None
     """number of layers with activation checkpointing; unless given, as few as the memory allows"""
     compile: bool = False

@@ -19,7 +19,7 @@ from engine.agreement import check_same_command, check_same_run
 from engine.build import build_model
 from engine.checkpoint import check_identity, check_resumable
 from engine.config import TrainConfig
-from engine.distributed.errors import print_error
+from engine.distributed.errors import print_error, record_error
 from engine.distributed.watchdog import print_end
 from engine.distributed.world import World, use_deterministic_algorithms
 from engine.identity import Identity
@@ -70,6 +70,7 @@ def run_job(config: TrainConfig) -> int:
         # All ranks raise it: rank 0 prints it, and all leave together.
         if world is None or world.is_main:
             print(f"engine.train: {error}", file=sys.stderr)
+        record_error(f"engine.train: {error}")
         reason = ""
     except torch.OutOfMemoryError as error:
         print_error("engine.train", f"{error}\nLower --token-budget, which is one micro-batch's computed rows.")

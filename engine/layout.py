@@ -111,7 +111,7 @@ class Layout:
         return 0.5 * self.recompute / layers
 
     def describe(self, layers: int) -> str:
-        weights = "weights copied" if self.shards == 1 else "weights sharded (FSDP2)"
+        weights = "weights copied" if self.shards == 1 else f"weights sharded over {self.shards} (FSDP2)"
         where = f" in {self.recompute} of {layers} layers" if self.recompute else ""
         checkpointing = f"{'' if self.recompute else 'no '}activation checkpointing{where}"
         return f"{weights}, {checkpointing}, {self.token_budget:,} rows a micro-batch"
@@ -193,6 +193,7 @@ def choose_layout(
     capacity: float | None,
     *,
     ranks: int = 1,
+    per_host: int | None = None,
     width: int = 2,
     fp8: bool = False,
     parallel: Parallel = "auto",
@@ -204,8 +205,9 @@ def choose_layout(
 ) -> Layout:
     """The cheapest layout that fits.
 
-    First choice: copied weights and activation checkpointing in few layers. Second: sharded weights. Last: activation
-    checkpointing in as many layers as needed.
+    First choice: copied weights and activation checkpointing in few layers. Second: weights sharded inside each host, then
+    over all hosts, whose network is slower. Last: activation checkpointing in as many layers as needed.
+    per_host      ranks of each host; all of them unless given
     capacity      bytes of the device; None for a CPU: neither checkpointing nor sharding unless a flag sets it
     parallel, recompute, token_budget  values of the flags; None or "auto" means that this function chooses
     longest       tokens of the longest sample; a CPU's micro-batch holds at least these
@@ -220,7 +222,8 @@ def choose_layout(
         shares = {"read": read, "copied": copied}
         return memory(config, count, tokens, width, fp8=fp8, recompute=checkpointed, shards=shards, **shares)
 
-    kinds = {"ddp": (1,), "fsdp": (ranks,), "auto": (1,) if ranks == 1 else (1, ranks)}[parallel]
+    sharded = tuple(dict.fromkeys(shards for shards in (per_host or ranks, ranks) if shards > 1)) or (1,)
+    kinds = {"ddp": (1,), "fsdp": sharded, "auto": tuple(dict.fromkeys((1, *sharded)))}[parallel]
     if capacity is None:
         budget = token_budget or max(min(MAX_TOKEN_BUDGET, CPU_TOKENS_PER_THREAD * torch.get_num_threads()), longest)
         return Layout(kinds[0], recompute or 0, budget, needed(budget, kinds[0], recompute or 0))

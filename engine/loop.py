@@ -125,18 +125,20 @@ def train(
     stop: int,
     total: int,
     stop_requested: Callable[[], bool] = lambda: False,
+    reduce_dtype: torch.dtype | None = None,
 ) -> Generator[StepResult, None, None]:
     """Run optimizer steps `start` .. `stop`, and yield each one's result. Close the iterator to end earlier.
 
     total           steps of the whole learning-rate schedule
     stop_requested  whether this rank got a signal to stop; the ranks share it along with the step's other numbers
+    reduce_dtype    dtype in which the ranks sum the gradients; None for the gradients' own
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
     skipped = torch.zeros((), device=device)
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     model.cast_lora()
-    with closing(Gradients(backward_order(model), world.size)) as gradients:
+    with closing(Gradients(backward_order(model), world.size, reduce_dtype=reduce_dtype)) as gradients:
         for step in range(start, stop):
             world.set_status(f"waiting for the data of step {step + 1}")
             before = time.perf_counter()
@@ -167,10 +169,15 @@ def train(
             model.cast_lora()
             gradients.zero()
 
-            numbers, ready = torch.cat([sums, norm.float()[None], skipped[None]]), None
-            if device.type == "cuda":
-                numbers = numbers.to("cpu", non_blocking=True)
-                ready = torch.cuda.Event()
-                ready.record()
+            numbers, ready = _start_copy(torch.cat([sums, norm.float()[None], skipped[None]]))
             counts = current.samples, current.tokens, current.targets
             yield StepResult(step + 1, *counts, rate, data_wait, numbers, ready)
+
+
+def _start_copy(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Start copying a step's numbers to the host; the event happens when they are there."""
+    if numbers.device.type != "cuda":
+        return numbers, None
+    copied, ready = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+    ready.record()
+    return copied, ready

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +19,9 @@ from pite.lineage import LINEAGE, stages
 
 if TYPE_CHECKING:
     from engine.distributed.world import World
+
+SHARED_SECONDS = 40.0
+"""Seconds for a new file to appear on other hosts: an NFS client remembers for 30 s that a folder did not exist."""
 
 
 def check_paths(config: TrainConfig) -> None:
@@ -72,10 +77,31 @@ def _check_start(config: TrainConfig) -> None:
 
 @contextmanager
 def claimed(output: Path, world: World) -> Iterator[None]:
-    """Lock a run's folder for the block. Raises ValueError, on all ranks, if another run has locked it."""
+    """Lock a run's folder for the block. Raises ValueError, on all ranks, if another run has locked it, or if it is not
+    the same folder on every host."""
     with ExitStack() as held:
         world.agree_with_main(lambda: _claim(output, held))
+        if world.size > 1:
+            token = output / world.from_main(lambda: f".shared-{secrets.token_hex(8)}")
+            world.agree_with_main(token.touch)
+            try:
+                world.agree(lambda: check_shared(output, token.name))
+            finally:
+                if world.is_main:
+                    token.unlink(missing_ok=True)
         yield
+
+
+def check_shared(output: Path, token: str) -> None:
+    """Raise ValueError where rank 0's file `token` is not in this host's folder after `SHARED_SECONDS`."""
+    until = time.monotonic() + SHARED_SECONDS
+    while not (output / token).exists():
+        if time.monotonic() > until:
+            raise ValueError(
+                f"--output {output} is not the folder that rank 0 writes to: give a folder that all hosts share, which rank 0 "
+                "writes and all ranks read"
+            )
+        time.sleep(0.1)
 
 
 def _claim(output: Path, held: ExitStack) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dataloaders.failures import LEDGER, read_failures
+from dataloaders.files import known_checksums, remember_checksums
 from dataloaders.samples.dataset import StageDataset, read_names
 from dataloaders.samples.plan import BatchPlan, InOrder
 from dataloaders.store.features import FeatureStore, Manifest
@@ -92,6 +93,8 @@ def prepare_language_model(config: TrainConfig, world: World) -> LanguageModel:
     name = config.model.llm or LANGUAGE_MODELS[config.model.size]
     if name == RANDOM:
         return LanguageModel(name, None, load_tokenizer(RANDOM))
+    # One rank of each host downloads it.
+    world.agree(lambda: checkpoint.resolve(name) if world.is_host_main else None)
     directory = checkpoint.resolve(name)
     shape = model_config(directory, config.data.store, config.model.num_points)
     world.agree_with_main(lambda: checkpoint.WeightLoader(shape, directory, dtype=torch.float32))
@@ -253,8 +256,11 @@ def _open_dataset(
 
     opened: list[StageDataset] = []
     world.agree_with_main(open_it)
-    # The other ranks find what rank 0 made in the cache, unless each machine has a cache of its own.
-    world.agree(lambda: None if world.is_main else open_it())
+    # The other ranks find what rank 0 made in the cache, unless each machine has a cache of its own. One rank of each machine
+    # checksums the annotations.
+    world.agree(lambda: open_it() if world.is_host_main and not world.is_main else None)
+    remember_checksums(world.from_host_main(known_checksums))
+    world.agree(lambda: None if opened else open_it())
     return opened[0]
 
 
@@ -276,6 +282,7 @@ def _layout(
         # All ranks have one layout: that of the smallest device.
         min(world.gather(capacity_of(world.device)), key=lambda capacity: capacity or 0.0),
         ranks=world.size,
+        per_host=world.ranks_per_host(),
         width=dtype.itemsize,
         fp8=config.model.frozen_dtype == "fp8",
         parallel=config.parallel.parallel,

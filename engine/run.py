@@ -10,6 +10,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from dataloaders.samples.prefetch import prefetch
 from engine.agreement import check_same_weights
 from engine.checkpoint import Checkpoint, CheckpointWriter, restore_checkpoint, resume_point
@@ -77,6 +79,7 @@ def run(config: TrainConfig, inputs: StageInputs, model: PiTe, world: World, ide
         steps = train(
             model, optimizer, batches, recipe, world,
             start=start, stop=stop, total=total, stop_requested=lambda: interrupt.set,
+            reduce_dtype=torch.bfloat16 if config.parallel.reduce_dtype == "bfloat16" else None,
         )  # fmt: skip
         with closing(steps), closing(batches):
             for result in steps:

@@ -10,6 +10,7 @@ from dataloaders.annotation.steps import Step
 from dataloaders.cli import at_least
 from dataloaders.decode import TIME_LIMIT
 from dataloaders.logs import LogFlags
+from dataloaders.ranks import Part, check_one_host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class AnnotationFlags(LogFlags):
     """P key points of a trajectory"""
     when_questions: bool = True
     """add a question for the time of one event, as in grounding, to each record that has none"""
+    part: str | None = None
+    """`2/3` annotates the second of three parts of the videos, one for each host; then run the command once without it"""
     workers: int | None = None
     """worker processes, each with its own models; 0 for none; one per core, or one for a GPU, unless given"""
     time_limit: float = TIME_LIMIT
@@ -57,6 +60,7 @@ class AnnotationFlags(LogFlags):
             raise ValueError("give one of --captions and --records: what to annotate")
         if self.segmenter and not self.detector:
             raise ValueError("--segmenter needs the boxes of a detector; give --detector, too")
+        Part.parse(self.part)
         at_least(self, 0, "workers")
         at_least(self, 1, "num_points")
         at_least(self, 2, "num_frames")
@@ -65,6 +69,7 @@ class AnnotationFlags(LogFlags):
 
     def check_paths(self) -> None:
         """Raise ValueError for a path that does not exist or cannot be written."""
+        check_one_host("dataloaders.annotation")
         paths.input_file("--captions", self.captions)
         paths.input_file("--records", self.records)
         for name in ("videos", "stanza", "detector", "segmenter"):

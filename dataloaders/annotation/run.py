@@ -22,7 +22,7 @@ from dataloaders.decode import TIME_LIMIT
 from dataloaders.decode.workers import TaskLost, Workers
 from dataloaders.failures import LEDGER, Failure, Ledger
 from dataloaders.files import write_atomically
-from dataloaders.ranks import Ranks
+from dataloaders.ranks import Part, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +118,13 @@ def run(flags: AnnotationFlags) -> None:
     check_models(videos, settings, flags.failure_budget * len(entries))
     check_settings(settings)
     ledger = Ledger(work / LEDGER, len(entries), flags.failure_budget)
-    if ranks.rank == 0:
+    if ranks.rank == 0 and Part.parse(flags.part).number == 1:
         for failure in entries:
             if isinstance(failure, Failure):
                 ledger.add(failure)
-    mine = [v for v in videos[ranks.rank :: ranks.size] if not _is_done(work, flags.until, v)]
+    part = Part.parse(flags.part)
+    ours = videos[part.number - 1 :: part.count]
+    mine = [v for v in ours[ranks.rank :: ranks.size] if not _is_done(work, flags.until, v)]
     log.info("%s of %s videos to annotate", f"{len(mine):,}", f"{len(videos):,}")
     if STEPS.index(flags.until) >= STEPS.index("tracks") and any(not _is_done(work, "tracks", v) for v in mine):
         opencv()
@@ -136,8 +138,8 @@ def run(flags: AnnotationFlags) -> None:
     print(f"{len(mine) - failed:,} videos annotated" + (f", {failed:,} failed: see {ledger.files}" if failed else ""))
     if flags.until != "records":
         print(f"the files of each step are in {work}")
-    elif ranks.size > 1:
-        print(f"when all ranks are done, run the same command without torchrun to write {flags.output}")
+    elif ranks.size > 1 or part.count > 1:
+        print(f"when all ranks are done, run the same command without torchrun and --part to write {flags.output}")
     else:
         counts = join_records((step_path(work, "records", v.name) for v in videos), flags.output)
         print(f"{flags.output}: {summary(counts)}")

@@ -30,7 +30,7 @@ from dataloaders.derived import (
     line_numbers,
     make_once,
 )
-from dataloaders.files import sha256
+from dataloaders.files import sha256_once
 from dataloaders.formats import Format, Reading, parse_json
 from dataloaders.records import Media, RecordError, clash
 from dataloaders.samples import prompts, tokenized
@@ -137,7 +137,7 @@ def _identity(folder: Path, formats: Sequence[Format], tokenizer: PreTrainedToke
     """16 hexadecimal digits: a checksum of everything that the numbers of the index depend on."""
     inputs = [
         folder.name,
-        {kind.file: sha256(folder / kind.file) for kind in formats},
+        {kind.file: sha256_once(folder / kind.file) for kind in formats},
         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         [tokenizer.bos_token_id, tokenizer.eos_token_id],
         repr(reading),

@@ -187,7 +187,7 @@ def _machine_cost(
     try:
         sharing = corpus.sharing(recipe, ranks, config.parallel.token_budget or max(MAX_TOKEN_BUDGET, corpus.longest))
         layout = choose_layout(
-            model, count, device.bytes, ranks=ranks, width=width, fp8=fp8, parallel=config.parallel.parallel,
+            model, count, device.bytes, ranks=ranks, per_host=min(ranks, 8), width=width, fp8=fp8, parallel=config.parallel.parallel,
             recompute=config.parallel.recompute, token_budget=config.parallel.token_budget, longest=corpus.longest,
             read=sharing.read, copied=sharing.copied,
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.budget.costs import MachineCost, StageCost
+from engine.budget.scaling import scaling_lines
 from engine.hardware import CLIP_MFU, DEVICES
 from engine.layout import Memory
 
@@ -17,6 +18,7 @@ def report(costs: Sequence[StageCost]) -> str:
     lines = [line for cost in costs for line in _stage_lines(cost)]
     if len(costs) > 1:
         lines += _together(costs)
+    lines += scaling_lines(costs)
     return "\n".join(lines)
 
 

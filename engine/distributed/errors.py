@@ -8,11 +8,14 @@ collective: a rank that alone has an error prints it too.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 from dataloaders.ranks import Ranks
 
@@ -23,6 +26,7 @@ COLLECT_SECONDS = 2.0
 def print_error(program: str, error: str) -> None:
     """Print an error on stderr, once for all ranks that have it. If some do not have it, add the first rank's name."""
     ranks = Ranks.read()
+    record_error(f"{program}: {error}")
     prefix: str | None = ""
     if ranks.size > 1:
         try:
@@ -33,15 +37,25 @@ def print_error(program: str, error: str) -> None:
         print(f"{program}: {prefix}{error}", file=sys.stderr, flush=True)
 
 
+def record_error(sentence: str) -> None:
+    """Write why this rank ends to the file that torchrun gives it; torchrun's report, its last output, then quotes it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and not Path(path).exists():
+        content = {"message": sentence, "extraInfo": {"py_callstack": sentence, "timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": content}))
+
+
 def _prefix(error: str, rank: int, size: int) -> str | None:
     """The start of the printed line; None when another rank prints it."""
     import torch.distributed as dist
 
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not dist.is_initialized():
+    from engine.distributed import start
+
+    if not start.torchrun_hosts_store() and not dist.is_initialized():
         return "" if rank == 0 else _rank_name(rank)  # no store: unknown whether the others have it too
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))
-    key = f"pite/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{hashlib.sha256(error.encode()).hexdigest()}"
+    store = dist.TCPStore(*start.store_address(), is_master=False, timeout=timedelta(seconds=10))
+    key = f"pite/error/{start.attempt()}/{hashlib.sha256(error.encode()).hexdigest()}"
     until = time.monotonic() + COLLECT_SECONDS
     if store.add(key, 1) > 1:
         # If this rank ended now, torchrun would end the rank that prints.

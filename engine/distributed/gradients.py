@@ -2,7 +2,7 @@
 
 Each parameter's `.grad` is a view of its bucket, so nothing is copied before or after an all-reduce. All ranks reduce
 the buckets in the same fixed order, the order in which backward finishes them. Where a parameter got no gradient, zeros
-are reduced.
+are reduced. In bfloat16 the network carries half the bytes; each rank's sum and the optimizer stay in float32.
 """
 
 from __future__ import annotations
@@ -21,11 +21,20 @@ _ALIGNMENT = 32
 class Gradients:
     """Flat gradients of `parameters`, given in the order in which backward finishes them.
 
-    ranks  number of processes that sum them; with 1 nothing is reduced
+    ranks         number of processes that sum them; with 1 nothing is reduced
+    reduce_dtype  dtype of the all-reduce; None for that of the gradients
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], ranks: int, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        ranks: int,
+        bucket_bytes: int = BUCKET_BYTES,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
         self._buckets: list[Tensor] = []
+        self._reduce_dtype = reduce_dtype
+        self._reduced: list[Tensor] = []
         self._members: list[int] = []
         self._bucket_of: dict[nn.Parameter, int] = {}
         for group in _buckets_of(parameters, bucket_bytes):
@@ -67,7 +76,11 @@ class Gradients:
             self._start_all_reduce()
         for work in [*self._works, dist.all_reduce(sums, async_op=True)]:
             work.wait()
+        for bucket, reduced in zip(self._buckets, self._reduced):
+            if reduced is not bucket:
+                bucket.copy_(reduced)
         self._works.clear()
+        self._reduced.clear()
 
     def _on_gradient_ready(self, parameter: nn.Parameter) -> None:
         if not self._reducing:
@@ -77,7 +90,9 @@ class Gradients:
             self._start_all_reduce()
 
     def _start_all_reduce(self) -> None:
-        self._works.append(dist.all_reduce(self._buckets[len(self._works)], async_op=True))
+        bucket = self._buckets[len(self._works)]
+        self._reduced.append(bucket if self._reduce_dtype is None else bucket.to(self._reduce_dtype))
+        self._works.append(dist.all_reduce(self._reduced[-1], async_op=True))
 
 
 def _buckets_of(parameters: Sequence[nn.Parameter], most: int) -> list[list[nn.Parameter]]:

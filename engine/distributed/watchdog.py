@@ -5,6 +5,9 @@ other ranks. Missing heartbeats mean that a process or machine is gone. Heartbea
 stalled. All ranks begin the same collectives in the same order, so the stalled rank is the one that has begun the
 fewest: the others wait in a collective that it never reached. The collectives themselves do not report this. They only
 wait, and an exception cannot interrupt some of them (NCCL's).
+
+Requests to the store can hang as well: where its host loses power, only TCP ends them, after a quarter of an hour. A second
+thread bounds their time.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from engine.distributed import private, start
+from engine.distributed.errors import record_error
+
 HEARTBEAT_TIMEOUT = 20.0
 """Seconds without a heartbeat after which a rank counts as dead; less than torchrun's 30 s from SIGTERM to SIGKILL."""
 
@@ -32,6 +38,9 @@ HEARTBEAT_TIMEOUT_AFTER_ERROR = 4.0
 
 ERROR_GRACE = 3.0
 """Seconds between reading another rank's error and ending because of it."""
+
+STORE_TIMEOUT = 60.0
+"""Seconds without an answer of the key-value store after which its host counts as lost; a pause of 40 s is survived."""
 
 SETUP_TIMEOUT = 1800.0
 """Seconds without any progress, outside the training loop and in its first step, after which the ranks end. One rank
@@ -47,6 +56,7 @@ class Heartbeat:
     collectives  collectives that it has begun
     status       what it is doing
     training     whether it is in the training loop, after the first step
+    joined       whether it is connected to all other ranks
     ended        why it ended, if it did: its own error, or (`found`) a sentence about another rank that is the cause
     """
 
@@ -55,6 +65,7 @@ class Heartbeat:
     collectives: int
     status: str
     training: bool
+    joined: bool
     host: str
     process: int
     ended: str | None
@@ -87,8 +98,8 @@ class Watchdog:
         self._rank, self._size, self._stall, self._device = rank, size, stall, device
         # Longer intervals with many ranks: every rank reads the heartbeats of all others.
         self._interval = min(max(0.5, size / 128), stall / 4)
-        self._on_failure = on_failure or _print_and_exit
-        self._steps_done, self._training, self._status = 0, False, "starting"
+        self._on_failure = on_failure or self._print_and_exit
+        self._steps_done, self._training, self._joined, self._status = 0, False, False, "starting"
         self._backends: list[Any] = []
         self._events: list[torch.cuda.Event] = []
         self._end_reason: str | None = None
@@ -100,19 +111,29 @@ class Watchdog:
         self._unreachable: str | None = None
         self._stop = threading.Event()
         # A client of its own: with the process group's client, a heartbeat would wait for requests of the main thread.
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=60)
-        )
-        self._store = dist.PrefixStore(f"pite/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = dist.TCPStore(*start.store_address(), is_master=False, timeout=timedelta(seconds=STORE_TIMEOUT))
+        self._store = dist.PrefixStore(f"pite/watchdog/{start.attempt()}", store)
+        self._waits_for_store = self._store_lost = False
+        self._requests = 0
         self._heartbeats = 0
         self._write_heartbeat()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._bound_requests, name="watchdog of the store", daemon=True).start()
 
     def attach_process_group(self) -> None:
         """Call when the process group exists: the collectives that this rank begins in it count as its progress."""
-        group = dist.distributed_c10d._get_default_group()
-        self._backends = [group._get_backend(torch.device(kind)) for kind in {"cpu", self._device.type}]
+        self._joined = True
+        self.count_collectives(private.default_group(), *{"cpu", self._device.type})
+
+    def count_collectives(self, group: dist.ProcessGroup, *kinds: str) -> None:
+        """Count the collectives of a group's back ends for these kinds of device as progress, too."""
+        self._backends += [private.backend_of(group, kind) for kind in kinds]
+
+    @property
+    def stall(self) -> float:
+        """Seconds without progress in the training loop after which the ranks end."""
+        return self._stall
 
     def set_status(self, status: str) -> None:
         """Set what this rank is doing, for the message if it stalls. A new status counts as progress."""
@@ -144,17 +165,22 @@ class Watchdog:
         return None
 
     def close(self, reason: str = "") -> None:
-        """Stop the thread and publish the reason to the other ranks; empty when the rank ends without an error."""
+        """Stop the threads and publish the reason to the other ranks; empty when the rank ends without an error.
+
+        Returns within seconds, also where the store does not answer.
+        """
         self._stop.set()
         self._thread.join(5)
-        self._send_last_heartbeat(reason)
+        last = threading.Thread(target=self._send_last_heartbeat, args=(reason,), daemon=True)
+        last.start()
+        last.join(5)
 
     def _send_last_heartbeat(self, reason: str) -> None:
         self._end_reason = self._cause or reason
         # The process that hosts the store may be gone; then no rank is left to read the heartbeat.
         with suppress(RuntimeError):
             self._write_heartbeat()
-            if reason and self._rank == 0 and not torchrun_hosts_store():
+            if reason and self._rank == 0 and not start.torchrun_hosts_store():
                 time.sleep(3 * self._interval)  # the store ends with this process: let the others read first
 
     def _run(self) -> None:
@@ -172,16 +198,16 @@ class Watchdog:
                 # then, so that this rank does not look dead.
                 self._events.clear()
             try:
+                self._waits_for_store = True
                 self._write_heartbeat()
                 self._read_heartbeats()
+                self._waits_for_store = False
+                self._requests += 1
                 self._unreachable = None
                 sentence = self._check_ranks(starved=time.monotonic() - last > 3 * self._interval + 2)
             except RuntimeError as error:
-                # torchrun hosts the store in its own process; without torchrun, rank 0 does.
-                beat = self._latest.get(0)
-                torchrun = f"torchrun on {os.environ['MASTER_ADDR']}"
-                keeper = self._name(0, beat[0]) if beat and not torchrun_hosts_store() else torchrun
-                lost = f"{keeper} died or was cut off: its key-value store is gone ({_first_line(error)})"
+                self._waits_for_store = False
+                lost = f"{self._store_host()} died or was cut off: its key-value store is gone ({_first_line(error)})"
                 self._unreachable = self._reported_cause() or lost
                 # When a run ends without an error, its store may be gone a moment before this rank has ended.
                 sentence = None if self._stop.wait(5) else self._unreachable
@@ -190,6 +216,36 @@ class Watchdog:
                 self._send_last_heartbeat(sentence)
                 self._on_failure(f"rank {self._rank} ends: {sentence}")
                 return
+
+    def _bound_requests(self) -> None:
+        """End the rank where a request to the store takes longer than `STORE_TIMEOUT`.
+
+        Time in which this thread did not run, because the process was stopped, does not count.
+        """
+        seconds, requests, last = 0.0, self._requests, time.monotonic()
+        while not self._stop.wait(1.0) and self._cause is None:
+            now = time.monotonic()
+            same = self._waits_for_store and requests == self._requests
+            seconds = seconds + min(now - last, 2.0) if same else 0.0
+            requests, last = self._requests, now
+            if seconds > STORE_TIMEOUT:
+                sentence = f"{self._store_host()} was cut off: its key-value store does not answer for {seconds:.0f} s"
+                self._store_lost = True
+                if self._claim_cause(sentence):
+                    self._on_failure(f"rank {self._rank} ends: {sentence}")
+
+    def _print_and_exit(self, sentence: str) -> None:
+        print_end(sentence)
+        if self._store_lost:
+            start.end_torchrun()
+        os._exit(1)
+
+    def _store_host(self) -> str:
+        """torchrun hosts the store in its own process; without torchrun, or if it does not share the store, rank 0 does."""
+        beat = self._latest.get(0)
+        if beat and not start.torchrun_hosts_store():
+            return self._name(0, beat[0])
+        return f"{'torchrun' if start.torchrun_hosts_store() else 'rank 0'} on {start.store_address()[0]}"
 
     def _claim_cause(self, sentence: str) -> bool:
         """Whether this thread is the first to find a cause; the main thread and the watchdog may find one at once."""
@@ -203,9 +259,9 @@ class Watchdog:
         self._store.set(str(self._rank), json.dumps(asdict(self._own_heartbeat())))
 
     def _own_heartbeat(self) -> Heartbeat:
-        begun = sum(backend._get_sequence_number_for_group() for backend in self._backends)
+        begun = sum(private.collectives_begun(backend) for backend in self._backends)
         return Heartbeat(
-            self._heartbeats, self._steps_done, begun, self._status, self._training,
+            self._heartbeats, self._steps_done, begun, self._status, self._training, self._joined,
             socket.gethostname(), os.getpid(), self._end_reason, self._cause is not None,
         )  # fmt: skip
 
@@ -262,12 +318,17 @@ class Watchdog:
         progress = {rank: (*beat.progress, beat.status, beat.training) for rank, beat in beats.items()}
         if progress != self._last_progress:
             self._last_progress, self._last_progress_time = progress, now
+        absent = [f"rank {r}" for r in range(self._size) if r != self._rank and r not in self._latest]
+        starting = bool(absent) or not all(beat.joined for beat in beats.values())
         limit = self._stall if any(beat.training for beat in beats.values()) else max(self._stall, SETUP_TIMEOUT)
+        limit = start.START_TIMEOUT if starting else limit
         if now - self._last_progress_time <= limit:
             return None
-        absent = [f"rank {r}" for r in range(self._size) if r != self._rank and r not in self._latest]
         if absent:
-            return f"the others wait for {', '.join(absent)}, without a heartbeat since the start {limit:.0f} s ago"
+            return f"no heartbeat of {', '.join(absent)} within {limit:.0f} s: start them on their hosts, {start.network_hint()}"
+        if starting:
+            late = [self._name(r, b) for r, b in sorted(beats.items()) if not b.joined]
+            return f"{', '.join(late)} did not connect to the other ranks within {limit:.0f} s: {start.network_hint()}"
         # Only the last rank is the cause. Ranks in between, such as the source of a broadcast, did their part and wait.
         least = min(beat.progress for beat in beats.values())
         names = [self._name(r, b, b.status) for r, b in sorted(beats.items()) if b.progress == least]
@@ -281,19 +342,12 @@ class Watchdog:
         return f"rank {rank} ({', '.join((beat.host, f'process {beat.process}', *more))})"
 
 
-def torchrun_hosts_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def print_end(sentence: str) -> None:
-    """Print why this rank ends."""
-    print(f"engine.train: {sentence}; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
-
-
-def _print_and_exit(sentence: str) -> None:
-    print_end(sentence)
-    os._exit(1)
+    """Print why this rank ends, and leave it for torchrun's report."""
+    text = f"engine.train: {sentence}; the same command continues from the last checkpoint"
+    record_error(text)
+    print(text, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ any layout.
 from __future__ import annotations
 
 import os
+import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from dataloaders.errors import reason
 from dataloaders.ranks import Ranks
-from engine.distributed.watchdog import SETUP_TIMEOUT, Watchdog, torchrun_hosts_store
+from engine.distributed import start
+from engine.distributed.watchdog import SETUP_TIMEOUT, Watchdog
 from pite import devices, names
 
 # A decoder layer may return a view. That is safe: the next layer writes only to its own memory.
@@ -71,25 +74,16 @@ class World:
             devices.check_computes(torch.device(kind))
         if size == 1:
             return World(rank, size, torch.device(kind))
-        # torchrun's store exists before the process group, so the watchdog can name a rank that never joins the group.
-        watchdog = Watchdog(rank, size, stall, torch.device(kind)) if torchrun_hosts_store() else None
-        if not dist.is_initialized():
-            on_gpu = kind.startswith("cuda")
-            backstop = BACKSTOP_FACTOR * max(SETUP_TIMEOUT, stall)
-            os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(1000 * NCCL_DUMP))
-            os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{backstop:.0f}")
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                device_id=torch.device(kind) if on_gpu else None,
-                timeout=timedelta(seconds=backstop),
-            )
-        watchdog = watchdog or Watchdog(rank, size, stall, torch.device(kind))
-        watchdog.attach_process_group()
-        return World(rank, size, torch.device(kind), watchdog)
+        return _join_group(ranks, torch.device(kind), stall)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_host_main(self) -> bool:
+        """Whether this is the first rank of its host."""
+        return self.size == 1 or Ranks.read().local == 0
 
     def from_main(self, make: Callable[[], T]) -> T:
         """Run `make` on rank 0 and return its result on every rank; for long work with the same result everywhere."""
@@ -105,7 +99,12 @@ class World:
         For long work on files that each host may have of its own.
         """
         local = Ranks.read().local if self.size > 1 else 0
-        return cast(T, self.gather(make() if local == 0 else None)[self.rank - local])
+        return cast(T, self.gather(make() if self.is_host_main else None)[self.rank - local])
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Copy rank 0's values of a contiguous tensor to all ranks, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in order of the ranks."""
@@ -116,17 +115,38 @@ class World:
         return cast(list[T], values)
 
     def agree(self, check: Callable[[], object]) -> None:
-        """Run a check on every rank. If it fails on any, all raise the same ValueError, with the rank unless all fail."""
-        every = self.gather(_failure(check))
-        for rank, sentence in enumerate(every):
+        """Run a check on every rank. If it fails on any, all raise the same ValueError, with rank and host unless all fail."""
+        every = self.gather((_failure(check), socket.gethostname()))
+        for rank, (sentence, host) in enumerate(every):
             if sentence is not None:
-                raise ValueError(sentence if set(every) == {sentence} else f"rank {rank}: {sentence}")
+                everywhere = all(other == sentence for other, _ in every)
+                raise ValueError(sentence if everywhere else f"rank {rank} ({host}): {sentence}")
 
     def agree_with_main(self, check: Callable[[], object]) -> None:
         """Run a check on rank 0 alone. If it fails, all ranks raise the same ValueError."""
         failed = self.from_main(lambda: _failure(check))
         if failed is not None:
             raise ValueError(failed)
+
+    def ranks_per_host(self) -> int:
+        """Ranks of each host, by torchrun. All ranks, where that is unknown or hosts have different numbers."""
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        return local if self.size % local == 0 and set(self.gather(local)) == {local} else self.size
+
+    def shard_mesh(self, shards: int) -> DeviceMesh:
+        """The mesh over which FSDP2 shards: all ranks, or groups of `shards` neighbours, each with all frozen weights.
+
+        Frozen weights have no gradient, so the groups exchange nothing: a group inside a host keeps every gather there.
+        """
+        if shards == self.size:
+            return init_device_mesh(self.device.type, (self.size,))
+        assert self.watchdog is not None
+        timeout = timedelta(seconds=_backstop(self.watchdog.stall))
+        firsts = range(0, self.size, shards)
+        groups = [dist.new_group([*range(first, first + shards)], timeout=timeout) for first in firsts]
+        mine = groups[self.rank // shards]
+        self.watchdog.count_collectives(mine, self.device.type)
+        return DeviceMesh.from_group(mine, self.device.type)
 
     def set_status(self, status: str) -> None:
         """Set what this rank is doing, for the other ranks' message if it stalls."""
@@ -158,6 +178,44 @@ class World:
             dist.destroy_process_group()
 
 
+def _join_group(ranks: Ranks, device: torch.device, stall: float) -> World:
+    """Connect to all other ranks. Raises ValueError, with host, port and remedy, where the network does not allow it."""
+    start.check_restarts()
+    start.choose_interface(ranks)
+    store = start.connect(ranks.rank)
+    # The store exists before the process group, so the watchdog can name a rank that never joins the group.
+    watchdog = Watchdog(ranks.rank, ranks.size, stall, device)
+    watchdog.set_status("connecting to the other ranks")
+    try:
+        if not dist.is_initialized():
+            _init_process_group(dist.PrefixStore(f"pite/{start.attempt()}", store), ranks, device, stall)
+    except RuntimeError as error:
+        cause = watchdog.diagnose() or f"{reason(error)}: {start.network_hint()}"
+        watchdog.close(cause)
+        raise ValueError(f"the ranks do not connect to each other: {cause}") from error
+    watchdog.attach_process_group()
+    return World(ranks.rank, ranks.size, device, watchdog)
+
+
+def _backstop(stall: float) -> float:
+    return BACKSTOP_FACTOR * max(SETUP_TIMEOUT, stall)
+
+
+def _init_process_group(store: dist.Store, ranks: Ranks, device: torch.device, stall: float) -> None:
+    on_gpu = device.type == "cuda"
+    backstop = _backstop(stall)
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(1000 * NCCL_DUMP))
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{backstop:.0f}")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        device_id=device if on_gpu else None,
+        timeout=timedelta(seconds=backstop),
+    )
+
+
 def _failure(check: Callable[[], object]) -> str | None:
     try:
         check()
@@ -183,7 +241,7 @@ def use_deterministic_algorithms() -> None:
 
 
 def shard_frozen(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard the frozen weights of a decoder layer, or in the last call of the rest of a model, over all ranks (FSDP2).
+    """Shard the frozen weights of a decoder layer, or in the last call of the rest of a model, over a mesh (FSDP2).
 
     A layer's weights are gathered while it computes, forward and backward. Adapter, heads and LoRA stay whole on every
     rank.

@@ -11,6 +11,7 @@ from dataloaders.cli import at_least
 from dataloaders.decode import TIME_LIMIT
 from dataloaders.formats import present_splits
 from dataloaders.logs import LogFlags
+from dataloaders.ranks import Part, check_one_host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class EncodeConfig(LogFlags):
     decoder: Literal["auto", "pyav", "dali", "torchcodec"] = "auto"
     """decoder; auto is DALI if CLIP runs on a GPU and DALI is installed, else PyAV. Each file that DALI cannot decode
     falls back to PyAV"""
+    part: str | None = None
+    """`2/3` encodes the second of three parts of the media, of equal length: one for each host"""
     verify: int = 0
     """instead of encoding, decode and encode this many random records of the store again, and compare"""
     dry_run: bool = False
@@ -60,11 +63,13 @@ class EncodeConfig(LogFlags):
 
         Imports neither torch nor a decoder.
         """
+        check_one_host("engine.encode")
         present_splits(self.data)
         paths.output_folder("--store", self.store)
         paths.model("--clip", self.clip)
 
     def __post_init__(self) -> None:
+        Part.parse(self.part)
         at_least(self, 1, "num_frames", "batch_size", "shard_records")
         at_least(self, 0, "workers")
         if self.verify < 0 or self.time_limit <= 0:

@@ -54,9 +54,9 @@ class Inventory:
         examples = ", ".join(failure.reason for failure in list(self.absent.values())[:_EXAMPLES])
         return f"{count:,} of {total:,} media are absent, such as {examples}: {over_budget(count, total, budget)}"
 
-    def log_absent(self, ledger: Ledger, rank: int) -> None:
-        """Log the absent media, on rank 0; all ranks count them. Raises BudgetExceeded if they are too many."""
-        if rank == 0:
+    def log_absent(self, ledger: Ledger, logs_them: bool) -> None:
+        """Log the absent media, on one rank; all ranks count them. Raises BudgetExceeded if they are too many."""
+        if logs_them:
             ledger.log(self.absent.values())
         ledger.count_elsewhere(self.absent)
         if sentence := self.over_budget(ledger.budget):

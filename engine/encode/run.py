@@ -16,7 +16,7 @@ from dataloaders.decode.decoder import Decoded, is_fallback
 from dataloaders.decode.sampling import IN_MANIFEST
 from dataloaders.failures import LEDGER, Failure, Ledger, read_failures, reason_kind, report
 from dataloaders.media import duration_error, wrong_duration
-from dataloaders.ranks import ALONE, Ranks
+from dataloaders.ranks import ALONE, Part, Ranks
 from dataloaders.records import Media
 from dataloaders.store.features import FeatureStore, FeatureWriter, Manifest, NonFiniteError
 from engine.encode.backend import Backend, choose_backend
@@ -124,7 +124,7 @@ def encode(config: EncodeConfig, ranks: Ranks = ALONE) -> Summary:
     backend = choose_backend(config, ranks)
     inventory = take_inventory(config, ranks)
     ledger, summary = Ledger(config.store / LEDGER, len(inventory.media), config.failure_budget), Summary()
-    inventory.log_absent(ledger, ranks.rank)
+    inventory.log_absent(ledger, logs_them=ranks.rank == 0 and Part.parse(config.part).number == 1)
     for job in make_jobs(config, inventory, backend, ranks):
         _encode(job, ledger, ranks, summary)
     summary.failed = ledger.count
@@ -152,7 +152,10 @@ def make_jobs(config: EncodeConfig, inventory: Inventory, backend: Backend, rank
     for kind, manifest in manifests.items():
         store = FeatureStore.create_or_open(config.store / f"{kind}s", manifest)
         # Absent files are partitioned too: the shares must not depend on the moment at which a rank looked for them.
-        groups = partition_by_length(groups_of(m for m in inventory.media if m.kind == kind), ranks.size)[ranks.rank]
+        # First into parts: hosts may have different numbers of ranks.
+        groups = groups_of(m for m in inventory.media if m.kind == kind)
+        part = Part.parse(config.part)
+        groups = partition_by_length(partition_by_length(groups, part.count)[part.number - 1], ranks.size)[ranks.rank]
         if groups:
             jobs.append(Job(groups[0][0].kind, groups, inventory.absent.keys(), store, encoder, config, backend))
     return jobs
@@ -212,7 +215,7 @@ def _encode(job: Job, ledger: Ledger, ranks: Ranks, summary: Summary) -> None:
     frames, waited, started = 0, 0.0, time.perf_counter()
     with (
         job.decoder(len(groups)) as decoder,
-        FeatureWriter(job.store, ranks.rank, job.config.shard_records) as writer,
+        FeatureWriter(job.store, Part.parse(job.config.part).writer(ranks.rank), job.config.shard_records) as writer,
         tqdm(
             total=total,
             initial=total - todo,

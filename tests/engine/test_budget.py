@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine import hardware
 from engine.budget import __main__ as budget
-from engine.budget.costs import VIT_L_14, step_flops
+from engine.budget import scaling
+from engine.budget.costs import VIT_L_14, stage_cost, step_flops
+from engine.config import ModelConfig, TrainConfig
 from engine.layout import count_parameters
 from engine.recipes import PAPER, recipe
 from engine.train import main
@@ -39,7 +42,7 @@ def test_the_dry_run_needs_neither_weights_nor_data(tmp_path, monkeypatch, capsy
         "143,640 samples",
         "assumed, not measured",
         "A100-40GB",
-        "sharded (FSDP2)",
+        "sharded over 8 (FSDP2)",
         "the paper took about 17 h",
         "1.05 h on 8x A100 at 100% of the peak, 1.46 h with the features",
         "samples over length not known",
@@ -74,7 +77,7 @@ def test_each_number_of_devices_has_a_layout_of_its_own(capsys):
     lines = capsys.readouterr().out.splitlines()
     alone, eight = (next(line for line in lines if f"{n}x A100-40GB" in line) for n in (1, 8))
     assert "activation checkpointing in 32 of 40 layers" in alone and "sharded" not in alone
-    assert "sharded (FSDP2), no activation checkpointing" in eight
+    assert "sharded over 8 (FSDP2), no activation checkpointing" in eight
     hours = [float(line.split()[2]) for line in (alone, eight)]
     assert hours[0] / hours[1] == pytest.approx(8 * (1 + 0.5 * 32 / 40), rel=0.01)
 
@@ -165,3 +168,26 @@ def test_a_measurement_applies_only_to_its_own_device(name, device, peak, tmp_pa
 
 def test_flops_of_a_clip_frame():
     assert frame_flops(VIT_L_14, 768) == pytest.approx(156e9, rel=0.01)
+
+
+def test_more_devices_are_counted_by_wire():
+    """Bytes over bandwidths: 7B's gradients take 31 ms between two hosts and 54 ms between eight, 5 ms inside one."""
+    cost = stage_cost(TrainConfig(model=ModelConfig(size="7b")), 2)
+    machine = next(m for m in cost.machines if (m.device, m.ranks) == ("A100-80GB", 8))
+    slow = replace(machine, hours=1e-9)  # nothing hides the all-reduce
+    reduce = [1000 * scaling.step_time(cost, slow, ranks).reduce for ranks in (8, 16, 64)]
+    assert reduce == pytest.approx([4.8, 31, 54], rel=0.05)
+    assert scaling.step_time(cost, slow, 64, gradient_bytes=2).reduce == pytest.approx(reduce[-1] / 2000, rel=0.01)
+    assert scaling.step_time(cost, machine, 16).reduce == 0, "hidden behind backward"
+    assert scaling.step_time(cost, machine, 8).gather == 0, "copied"
+    sharded = replace(slow, layout=replace(machine.layout, shards=8))
+    assert scaling.step_time(cost, sharded, 64).gather == pytest.approx(0.096, rel=0.02), "13 GB twice, over NVLink"
+    assert scaling.step_time(cost, machine, 64).host == pytest.approx(32 * 1.9e-3), "one micro-batch"
+
+
+def test_the_dry_run_names_the_devices_beyond_which_more_do_not_pay(capsys):
+    assert budget.main(["--model", "7b"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "A100-80GB" in line and "do not pay" in line)
+    hours = [float(number) for number in re.findall(r"\d+: ([\d.]+) h", line)]
+    assert hours == sorted(hours, reverse=True) and len(hours) == 5
+    assert 1 <= hours[0] / hours[1] <= 2 and hours[3] / hours[4] < 1.6, line

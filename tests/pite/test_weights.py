@@ -276,3 +276,17 @@ def test_a_whole_model_is_not_written_into_a_stage(tmp_path: Path) -> None:
     checkpoint.save_stage(tiny_model(), stage, {"stage": 1, "language_model": str(tmp_path / "base"), "merged": []})
     with pytest.raises(ValueError, match="holds a training stage's output"):
         save_pretrained(tiny_model(seed=2), stage)
+
+
+def test_the_checksum_of_a_file_in_the_hub_s_cache_is_its_blobs_name(tmp_path: Path):
+    from engine.build import _blob_checksum
+
+    blob = tmp_path / "blobs" / ("ab" * 32)
+    blob.parent.mkdir()
+    blob.write_bytes(b"weights")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    assert _blob_checksum(tmp_path / "model.safetensors") == "ab" * 32
+    assert _blob_checksum(blob) is None, "no link of the cache"
+    other = blob.rename(blob.with_name("cd" * 20))  # a git blob's name is another checksum
+    (tmp_path / "config.json").symlink_to(other)
+    assert _blob_checksum(tmp_path / "config.json") is None

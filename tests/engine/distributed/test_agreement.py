@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +82,52 @@ def test_other_start_values(workspace: Path, tmp_path: Path):
     """One number of one parameter differs in its last bits."""
     ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path / "run", "1"), OTHER_WEIGHTS)
     assert "after step 0, the checksum of the parameter " in refusal(ranks, tmp_path / "run")
+
+
+OTHER_ADAPTER = """
+from engine import build
+align = build.align_adapter
+def other(model, *rest):
+    assert rank == 0
+    align(model, *rest)
+build.align_adapter = other"""
+
+
+def test_rank_0_computes_the_start_values_of_the_adapter(workspace: Path, tmp_path: Path):
+    """The other ranks get them: another kind of CPU would compute other last bits, which the checksum refuses."""
+    arguments = train_arguments(workspace, tmp_path / "run", "1", max_steps=1)
+    ranks = train(2, tmp_path / "logs", arguments, OTHER_ADAPTER)
+    assert ranks.wait(60) == [0, 0], ranks.stderr(1)
+    assert not list((tmp_path / "run").glob(".shared-*"))
+
+
+NOT_SHARED = """
+from engine import preflight
+preflight.SHARED_SECONDS = 0.5
+check = preflight.check_shared
+if rank == 1: preflight.check_shared = lambda output, *rest: check(output / "local", *rest)"""
+
+
+def test_an_output_folder_that_hosts_do_not_share(workspace: Path, tmp_path: Path):
+    ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path / "run", "1"), NOT_SHARED)
+    assert ranks.wait(60) == [1, 1]
+    texts = [ranks.stderr(rank) for rank in range(2)]
+    (sentence,) = (line for text in texts for line in text.splitlines() if line.startswith("engine.train:"))
+    assert "rank 1 (" in sentence and "is not the folder that rank 0 writes to" in sentence
+    assert not (tmp_path / "run" / "stage1" / "metrics.jsonl").exists()
+
+
+def test_missing_operators_and_versions_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from engine import agreement
+
+    assert agreement._versions().keys() >= {"torch", "triton", "flash-attn"}
+    assert agreement._version_of("no-such-distribution") is None and agreement._version_of("torch")
+    package = tmp_path / "pite_kernels" / "__init__.py"
+    package.parent.mkdir()
+    monkeypatch.setattr(agreement, "import_module", lambda name: SimpleNamespace(__file__=str(package)))
+    assert agreement._checksum_of_operators() == "none"
+    (package.parent / "_C.so").write_bytes(b"compiled")
+    assert len(agreement._checksum_of_operators()) == 16
 
 
 DRIFT = """

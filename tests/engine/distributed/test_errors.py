@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def test_an_error_of_one_rank_in_the_checks_is_raised_by_all(workspace: Path, tm
     arguments = train_arguments(workspace, tmp_path, "1")
     ranks = train(2, tmp_path / "logs", arguments, MISSING.format("engine.train.check_paths = job.check_paths"))
     assert ranks.wait(END_WITHIN) == [1, 1]
-    assert printed_lines(ranks, "engine.train:") == ["engine.train: rank 1: /scratch is not mounted"]
+    host = socket.gethostname()
+    assert printed_lines(ranks, "engine.train:") == [f"engine.train: rank 1 ({host}): /scratch is not mounted"]
 
 
 def test_a_later_error_of_one_rank_ends_the_others(workspace: Path, tmp_path: Path):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.distributed import watchdog
+from engine.distributed import start, watchdog
 from engine.metrics import read_metrics
 from engine.preemption import MARKER
 from engine.train import main
@@ -40,7 +41,7 @@ decoder.DecoderLayer._compute = stalling"""
 STALL_BEFORE_THE_FIRST = """
 import time
 from engine import job
-from engine.distributed import watchdog
+from engine.distributed import start, watchdog
 watchdog.SETUP_TIMEOUT = 4
 build = job.build_model
 job.build_model = lambda *rest, **named: time.sleep(1000) if rank == 1 else build(*rest, **named)"""
@@ -211,26 +212,60 @@ def test_a_rank_whose_device_fails_does_not_look_dead(store: dist.TCPStore, monk
         each.close()
 
 
-def test_progress_before_the_first_step_is_not_a_stall(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "size, joined, expected",
+    [
+        (2, True, r"no rank made progress for 2 s: .*, layer 3\).*, starting\)"),
+        (
+            2,
+            False,
+            r"rank 0 .*, rank 1 .* did not connect to the other ranks within 2 s: .*127\.0\.0\.1:\d+\).*_IFNAME",
+        ),
+        (3, False, r"no heartbeat of rank 2 within 2 s: .*127\.0\.0\.1:\d+\).* GLOO_SOCKET_IFNAME"),
+    ],
+)
+def test_progress_before_the_first_step_is_not_a_stall(
+    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch, size: int, joined: bool, expected: str
+):
     """Two ranks in one process: one makes progress while the other waits, then stops. A third rank never starts."""
     monkeypatch.setattr(watchdog, "SETUP_TIMEOUT", 1.5)
-    for size, expected in (
-        (2, r"no rank made progress for 2 s: .*, layer 3\).*, starting\)"),
-        (3, "wait for rank 2,"),
-    ):
-        found: list[str] = []
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(size))  # a place of its own in the store
-        working, waiting = (watchdog.Watchdog(rank, size, 1.0, torch.device("cpu"), found.append) for rank in (0, 1))
-        for layer in range(4):
-            working.set_status(f"layer {layer}")
-            time.sleep(0.5)
-            assert not found
-        until = time.monotonic() + 10
-        while len(found) < 2 and time.monotonic() < until:
-            time.sleep(0.1)
-        assert len(found) == 2 and all(re.search(expected, sentence) for sentence in found), found
-        for each in (working, waiting):
-            each.close()
+    monkeypatch.setattr(start, "START_TIMEOUT", 1.5)
+    found: list[str] = []
+    working, waiting = (watchdog.Watchdog(rank, size, 1.0, torch.device("cpu"), found.append) for rank in (0, 1))
+    working._joined = waiting._joined = joined
+    for layer in range(4):
+        working.set_status(f"layer {layer}")
+        time.sleep(0.5)
+        assert not found
+    until = time.monotonic() + 10
+    while len(found) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(found) == 2 and all(re.search(expected, sentence) for sentence in found), found
+    for each in (working, waiting):
+        each.close()
+
+
+def test_a_store_that_does_not_answer_is_named(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch):
+    """Its host has lost power: a request to it would hang for a quarter of an hour. A shorter pause is survived."""
+    monkeypatch.setattr(watchdog, "STORE_TIMEOUT", 3.0)
+    found: list[str] = []
+    rank = watchdog.Watchdog(0, 1, 60.0, torch.device("cpu"), found.append)
+    write, answers = rank._write_heartbeat, threading.Event()
+    monkeypatch.setattr(rank, "_write_heartbeat", lambda: (answers.wait(20), write()))
+    time.sleep(2)
+    answers.set()
+    time.sleep(1.5)
+    assert not found, "a pause of 2 s"
+    answers.clear()
+    until = time.monotonic() + 15
+    while not found and time.monotonic() < until:
+        time.sleep(0.1)
+    (sentence,) = found
+    assert re.search(r"rank 0 .*127\.0\.0\.1 was cut off: its key-value store does not answer for \d s", sentence)
+    before = time.monotonic()
+    rank.close("lost")
+    assert time.monotonic() - before < 15, "leaving does not wait for the store"
+    answers.set()
 
 
 @pytest.mark.parametrize("victim", [0, 1])

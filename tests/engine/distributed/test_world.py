@@ -116,7 +116,9 @@ def test_gradients_are_reduced_while_backward_runs(tmp_path: Path):
 def test_torchs_own_timeouts_are_longer_than_the_watchdogs(monkeypatch: pytest.MonkeyPatch):
     """Torch's NCCL watchdog aborts four dump times after an error. All its other timeouts are longer than ours too."""
     joined: dict[str, object] = {}
-    monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"})
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
+    monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **place})
+    monkeypatch.setattr("engine.distributed.start.connect", lambda rank: dist.HashStore())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -204,3 +206,18 @@ def test_a_sample_with_nan_features_is_named_with_its_rank(workspace: Path, tmp_
     saved = sorted(p.name for p in (tmp_path / "stage2" / "checkpoints").iterdir())
     assert saved[-1:] == ([f"step-{failed - 1:08d}"] if failed > 1 else [])
     assert len(lines(tmp_path, 2)) == failed - 1
+
+
+def test_one_rank_of_a_host_checksums_the_annotations(workspace: Path, tmp_path: Path):
+    code = """
+from dataloaders import files
+read = files.sha256
+def noted(path):
+    if path.suffix == ".jsonl": open(f"OUTPUT/read{rank}", "a").write(f"{path.name} ")
+    return read(path)
+files.sha256 = noted""".replace("OUTPUT", str(tmp_path))
+    place = 'import os\nos.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}'
+    ranks = train(2, tmp_path / "logs", train_arguments(workspace, tmp_path / "out", "1", max_steps=1), place + code)
+    assert ranks.wait() == [0, 0], ranks.stderr(0)
+    assert (tmp_path / "read0").read_text() == "localized_narratives.jsonl "
+    assert not (tmp_path / "read1").exists()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dataloaders.decode.video import decode_video
 from dataloaders.failures import BudgetExceeded, read_failures
-from dataloaders.ranks import ALONE
+from dataloaders.ranks import ALONE, Ranks
 from dataloaders.records import Media
 from dataloaders.store.features import FeatureStore
 from engine.encode import job
@@ -107,6 +107,34 @@ def test_batches_change_no_feature(config: EncodeConfig, tmp_path: Path, batch_s
     for key in one:
         a, b = (np.frombuffer(r[key], np.float16).astype(np.float32) for r in (one, two))
         np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+def test_parts_of_hosts_give_the_same_records(config: EncodeConfig, data: Path, tmp_path: Path) -> None:
+    """Hosts with different numbers of ranks, one after the other; absent files are logged once."""
+    bad = replace(config, data=spoiled(data, tmp_path), failure_budget=1.0)
+    encode(bad)
+    shared = replace(bad, store=tmp_path / "shared")
+    for part, size in (("2/2", 3), ("1/2", 1)):
+        for rank in range(size):
+            encode(replace(shared, part=part), Ranks(rank, size, rank, size))
+    assert records(shared.store) == records(bad.store)
+    failed = [sorted(f.id for f in read_failures(store.store / "failures.jsonl")) for store in (bad, shared)]
+    assert failed[0] == failed[1] and failed[0]
+    assert {int(p.name[:5]) // 1000 for p in (shared.store / "videos").glob("*.safetensors")} == {0, 1}
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b", "1/2/3"])
+def test_a_part_is_a_number_of_parts(config: EncodeConfig, part: str) -> None:
+    with pytest.raises(ValueError, match="--part is a number and their count, such as 2/3"):
+        replace(config, part=part)
+
+
+def test_one_torchrun_on_several_hosts_is_refused(config: EncodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8, "GROUP_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "pite"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match=r"torchrun --standalone --nproc-per-node 8 -m engine.encode .* --part i/2"):
+        config.check_paths()
 
 
 def test_processes_give_the_same_bytes(config: EncodeConfig, tmp_path: Path) -> None:
