@@ -11,6 +11,7 @@ from pite.evaluate.grounding import Events, Prediction, ious
 from pite.evaluate.metrics import (
     best_fixed_interval,
     grounding_scores,
+    motion_scores,
     parse_interval,
     question_blind_bound,
     trajectory_scores,
@@ -60,12 +61,15 @@ def num_events(truth: Mapping[str, Events]) -> int:
 
 def trajectory_report(predicted: np.ndarray, true: np.ndarray, answers: int) -> Report:
     """Scores of trajectories (M, P, N, 2), of the tokens of `answers` answers."""
-    scores = trajectory_scores(predicted, true)
+    scores, motion = trajectory_scores(predicted, true), motion_scores(predicted, true)
     report = (
         f"L1            {scores.l1:.4f}\n"
         f"best constant {scores.best_constant:.4f}\n"
         f"static oracle {scores.static_oracle:.4f}\n"
+        f"motion slope  {motion.slope:.4f}   predicted over true displacement of {motion.points} points\n"
+        f"directions    {motion.directions:.4f}   share that is right, of four\n"
         f"over {len(true)} tokens of {answers} answers"
     )
     numbers = {"L1": scores.l1, "constant": scores.best_constant, "unmoved": scores.static_oracle, "tokens": len(true)}
+    numbers |= {"motion slope": motion.slope, "motion directions": motion.directions}
     return report, {"task": "trajectories", **numbers}
