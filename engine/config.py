@@ -102,6 +102,8 @@ class OptimizationConfig:
     """samples per optimizer step, over all devices"""
     learning_rate: float | None = _of_recipe("learning_rate")
     """peak learning rate"""
+    adapter_rate_ratio: float | None = _of_recipe("adapter_rate_ratio")
+    """learning rate of the vision adapter, as a share of the peak learning rate"""
     head_rate_ratio: float | None = _of_recipe("head_rate_ratio")
     """learning rate of the coordinate heads, as a share of the peak learning rate"""
     warmup_ratio: float | None = _of_recipe("warmup_ratio")
