@@ -2,4 +2,8 @@
 
 from setuptools import find_packages, setup
 
-setup(packages=find_packages(include=["dataloaders*", "pite*", "engine*"]))
+setup(
+    packages=find_packages(include=["dataloaders*", "pite*", "engine*"]),
+    # The tiny CLIP and Vicuna that the demo starts from.
+    package_data={"engine.tiny": ["parts/**"]},
+)

@@ -227,7 +227,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least(self.model, 1, "num_points")
         if self.model.size == "tiny" and self.model.llm is None:
-            raise ValueError("--model tiny needs --llm, the directory that `python -m engine.tiny` made")
+            raise ValueError("--model tiny needs --llm, engine/tiny/parts/vicuna or one that `python -m engine.tiny` made")
         for stage in self.run.stages:
             self.recipe(stage)
 
