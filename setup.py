@@ -4,5 +4,9 @@ from setuptools import find_packages, setup
 
 setup(
     packages=find_packages(include=["dataloaders*", "pite*", "engine*"]),
-    package_data={"pite.web": ["*.js", "*.css"]},
+    package_data={
+        "pite.web": ["*.js", "*.css"],
+        # The tiny CLIP and Vicuna that the demo starts from.
+        "engine.tiny": ["parts/**"],
+    },
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from dataloaders.files import write_atomically
 from dataloaders.store.features import FeatureStore
 from engine.demo.held_out import measure_grounding, measure_trajectories
 from engine.plots import read_curves, smooth
+from engine.tiny.shipped import PARTS
 from pite.evaluate.grounding import read_answers, read_truth
 from pite.generate import Generator
 
@@ -78,11 +80,18 @@ def run(module: str, *arguments: object) -> None:
 
 
 def make_world(output: Path, videos: int, evaluation: int, frames: int, tiny: Sequence[str]) -> None:
-    """Make the world, the tiny models and the features, as the demo does."""
+    """Make the world, the tiny models and the features, as the demo does.
+
+    Without flags for engine.tiny the models are copies of those in the package. Their pre-training had trajectories as
+    targets, so "no trajectory stage" is not without trajectories.
+    """
     data, models = output / "data", output / "models"
     if not (data / "evaluation" / "activitynet_captions.json").exists():
         run("dataloaders.synthetic", data, "--videos", videos, "--evaluation", evaluation, "--frames", frames)
-    run("engine.tiny", models, "--frames", frames, *tiny)
+    if tiny:
+        run("engine.tiny", models, "--frames", frames, *tiny)
+    elif not models.exists():
+        shutil.copytree(PARTS, models)
     run("engine.encode", "--data", data, "--store", output / "store", "--clip", models / "clip", "--num-frames", frames)
 
 
@@ -121,7 +130,7 @@ def measure(output: Path, folder: Path, answers: Path, stage2: Path | None) -> d
     found = {"miou": every.miou, "blind": every.question_blind}
     if stage2 is not None:
         features = FeatureStore(output / "store" / "videos").read
-        scores = measure_trajectories(Generator.from_pretrained(stage2), evaluation / "pite_143k.jsonl", features)
+        scores, _ = measure_trajectories(Generator.from_pretrained(stage2), evaluation / "pite_143k.jsonl", features)
         losses = read_curves(stage2.parent / "metrics.jsonl")["ce"]
         last = losses[-max(1, len(losses) // 10) :]
         found |= {"l1": scores.l1, "l1_constant": scores.best_constant, "ce": float(last.mean())}
@@ -177,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--videos", type=int, default=3400, help="training videos")
     parser.add_argument("--evaluation", type=int, default=400, help="held-out videos")
     parser.add_argument("--frames", type=int, default=32, help="N, frames per video")
-    parser.add_argument("--tiny", default="", help="extra flags for engine.tiny, as one string")
+    parser.add_argument("--tiny", default="", help="train the tiny models with these flags for engine.tiny")
     parser.add_argument("--train", default="", help="extra flags for engine.train, as one string")
     options = parser.parse_args(arguments)
     make_world(options.output, options.videos, options.evaluation, options.frames, options.tiny.split())

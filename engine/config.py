@@ -102,6 +102,8 @@ class OptimizationConfig:
     """samples per optimizer step, over all devices"""
     learning_rate: float | None = _of_recipe("learning_rate")
     """peak learning rate"""
+    adapter_rate_ratio: float | None = _of_recipe("adapter_rate_ratio")
+    """learning rate of the vision adapter, as a share of the peak learning rate"""
     head_rate_ratio: float | None = _of_recipe("head_rate_ratio")
     """learning rate of the coordinate heads, as a share of the peak learning rate"""
     warmup_ratio: float | None = _of_recipe("warmup_ratio")
@@ -227,7 +229,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least(self.model, 1, "num_points")
         if self.model.size == "tiny" and self.model.llm is None:
-            raise ValueError("--model tiny needs --llm, the directory that `python -m engine.tiny` made")
+            raise ValueError(
+                "--model tiny needs --llm, engine/tiny/parts/vicuna or one that `python -m engine.tiny` made"
+            )
         for stage in self.run.stages:
             self.recipe(stage)
 

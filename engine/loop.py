@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from engine.distributed.world import World
 from engine.recipes import Recipe
 from pite.model import Losses, PiTe
 
+_ADAPTER = "vision_adapter."
 _COORDINATE_HEADS = ("localization_projector.", "trajectory_projector.")
 
 
@@ -39,17 +41,21 @@ def learning_rate(step: int, total: int, recipe: Recipe) -> float:
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+def _rate_ratio(name: str, recipe: Recipe) -> float:
+    """A parameter's share of the learning rate."""
+    if name.startswith(_ADAPTER):
+        return recipe.adapter_rate_ratio
+    return recipe.head_rate_ratio if name.startswith(_COORDINATE_HEADS) else 1.0
+
+
 def make_optimizer(model: PiTe, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; fused: one launch updates a group, and `found_inf` can skip the step.
 
-    Each group's `rate_ratio` is its share of the learning rate. The coordinate heads have a ratio of their own.
+    Each group's `rate_ratio` is its share of the learning rate. The adapter and the coordinate heads have their own.
     """
-    heads = [p for name, p in model.trainable() if name.startswith(_COORDINATE_HEADS)]
-    others = [p for name, p in model.trainable() if not name.startswith(_COORDINATE_HEADS)]
     groups = [
-        {"params": parameters, "rate_ratio": ratio}
-        for parameters, ratio in ((others, 1.0), (heads, recipe.head_rate_ratio))
-        if parameters
+        {"params": [parameter for _, parameter in named], "rate_ratio": ratio}
+        for ratio, named in groupby(model.trainable(), key=lambda pair: _rate_ratio(pair[0], recipe))
     ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
 

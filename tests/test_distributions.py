@@ -110,6 +110,13 @@ def test_an_installed_engine_trains_from_any_folder(installed: Path, tmp_path: P
     assert (tmp_path / "run" / "stage1" / "metrics.jsonl").read_text()
 
 
+def test_an_installed_engine_has_the_parts_that_the_demo_starts_from(installed: Path) -> None:
+    folder = ROOT / "engine" / "tiny" / "parts"
+    parts = [file.relative_to(ROOT) for file in folder.rglob("*") if file.is_file()]
+    assert {Path("engine/tiny/parts/clip/tiny.json"), Path("engine/tiny/parts/vicuna/tiny.json")} <= set(parts)
+    assert all((installed / part).read_bytes() == (ROOT / part).read_bytes() for part in parts)
+
+
 def test_hugging_faces_kernels_keeps_its_name(other: Path) -> None:
     """Imported in the source tree, where our folder `kernels` is not a package, together with our packages."""
     code = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +12,18 @@ from dataloaders.decode.video import decode_video
 from dataloaders.formats import Where, iter_json, read_pite
 from dataloaders.samples.prompts import tokenize
 from dataloaders.store.features import FeatureStore
+from engine.demo.captions import describe, score_captions
 from engine.demo.example import example_event
 from pite.draw import Track, save_strip, save_video
 from pite.evaluate.answering import check_features
 from pite.evaluate.grounding import Events, ious, read_answers, read_truth
+from pite.evaluate.inputs import key_of
 from pite.evaluate.metrics import (
+    MotionScores,
     TrajectoryScores,
     best_fixed_interval,
     grounding_scores,
+    motion_scores,
     question_blind_bound,
     trajectory_scores,
 )
@@ -78,11 +82,13 @@ def _grounding(predictions: Sequence[Prediction], truth: dict[str, Events], num_
     )
 
 
-def measure_trajectories(generator: Generator, annotations: Path, features: Features) -> TrajectoryScores:
+def measure_trajectories(
+    generator: Generator, annotations: Path, features: Features
+) -> tuple[TrajectoryScores, MotionScores]:
     """Scores of the trajectory head, over the answers in an annotation file."""
     samples = read_samples(annotations, generator.model.config, generator.tokenizer).samples
     predicted, true = predict_trajectories(generator.model, samples, features)
-    return trajectory_scores(predicted, true)
+    return trajectory_scores(predicted, true), motion_scores(predicted, true)
 
 
 def draw_example(
@@ -117,14 +123,20 @@ def summarize(output: Path) -> dict[str, object]:
     predictions = read_answers(output / "grounding.jsonl", truth)
     every, by_objects = measure_grounding(predictions, truth, stage3.model.config.num_frames)
     tracks = evaluation / "pite_143k.jsonl"
-    trajectories = measure_trajectories(stage2, tracks, features)
+    trajectories, motion = measure_trajectories(stage2, tracks, features)
+    after_stage3, _ = measure_trajectories(stage3, tracks, features)
+    descriptions = describe(stage2, list(truth), lambda video: features(key_of(video)))
+    captions = score_captions(descriptions, truth, stage2.model.config.num_frames)
     video, _ = example_event(evaluation / "activitynet_captions.json")
     draw_example(stage2, tracks, features, video, output / "overlay.png", output / "overlay.mp4")
     return {
         "trajectory_l1": trajectories.l1,
         "trajectory_l1_best_constant": trajectories.best_constant,
-        "trajectory_l1_best_still": trajectories.static_oracle,
-        "trajectory_l1_after_stage3": measure_trajectories(stage3, tracks, features).l1,
+        "trajectory_l1_static_oracle": trajectories.static_oracle,
+        "trajectory_l1_after_stage3": after_stage3.l1,
+        "motion_slope": motion.slope,
+        "motion_directions": motion.directions,
+        **{f"caption_{name}": value for name, value in asdict(captions).items()},
         "grounding_miou": every.miou,
         "grounding_miou_best_fixed": every.best_fixed,
         "grounding_miou_query_blind": every.question_blind,

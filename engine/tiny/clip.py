@@ -1,15 +1,16 @@
 """Trains a tiny CLIP image encoder on the synthetic world: the demo's features contain what is where in a picture.
 
 CLIP's contrastive loss against captions learns, in the minute available, what is in a picture but hardly where. The
-embedding is therefore trained by regression: its target is a random rotation of a code that holds, for each colour,
-presence, position and shape. All numbers of the code have about the same variance, so an adapter with random initial
-weights passes all of them on. A learned read-out would put positions into the directions of least variance.
+embedding is therefore trained by regression: its target is a random rotation of a code (engine/tiny/code.py) that holds,
+for each colour, presence, position and shape. All numbers of the code have about the same variance, so an adapter with
+random initial weights passes all of them on. A learned read-out would put positions into the directions of least variance.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from dataloaders.decode.preprocess import CLIP_MEAN, CLIP_STD
 from dataloaders.synthetic.render import draw
 from dataloaders.synthetic.scene import COLOURS, SHAPES, Scene, sample_still, sample_things
+from engine.tiny.code import FIELDS, PRESENCE, SHAPE, X, encode
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +30,8 @@ SIZE = 64
 BATCH = 128
 LEARNING_RATE = 2e-3
 CHANNELS = 64
-_COLOURS = tuple(COLOURS)
-
-_FIELDS = 3 + len(SHAPES)
-"""Numbers of the code for each colour: presence, x, y, and one for each shape."""
+SHAPE_WEIGHT = 3.0
+"""Loss weight of a shape's numbers."""
 
 PREPROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
@@ -60,20 +60,22 @@ def pixels(scenes: list[Scene]) -> Tensor:
     return pixel_values(np.concatenate([draw(scene, SIZE) for scene in scenes]))
 
 
+def sample_scenes(rng: np.random.Generator, count: int) -> list[Scene]:
+    """Stills of up to three things."""
+    return [sample_still(rng, sample_things(rng)) for _ in range(count)]
+
+
 def code(scenes: list[Scene]) -> Tensor:
-    """Code of stills, (n, CHANNELS) float32: `_FIELDS` numbers of unit scale per colour, 0 if it is absent."""
-    codes = np.zeros((len(scenes), len(COLOURS), _FIELDS), np.float32)
-    for row, scene in zip(codes, scenes):
-        for thing in scene.things:
-            row[_COLOURS.index(thing.colour), :3] = 1.0, *(4 * (thing.path[0] - 0.5))
-            row[_COLOURS.index(thing.colour), 3 + SHAPES.index(thing.shape)] = 0.5
-    return F.pad(torch.from_numpy(codes).flatten(1), (0, CHANNELS - len(COLOURS) * _FIELDS))
+    """Code of stills, (n, CHANNELS) float32, 0 in the unused rest."""
+    codes = np.concatenate([encode(scene, np.zeros(1, int)) for scene in scenes])
+    return F.pad(torch.from_numpy(codes).flatten(1), (0, CHANNELS - len(COLOURS) * FIELDS))
 
 
 def code_weights() -> Tensor:
     """(CHANNELS,) loss weight of each number of the code: highest for positions, low for the unused rest."""
-    weights = torch.tensor([1.0, 2.0, 2.0] + [0.3] * len(SHAPES)).repeat(len(COLOURS))
-    return F.pad(weights, (0, CHANNELS - len(weights)), value=0.1)
+    weights = torch.full((len(COLOURS), FIELDS), SHAPE_WEIGHT)
+    weights[:, PRESENCE], weights[:, X:SHAPE] = 1.0, 2.0
+    return F.pad(weights.flatten(), (0, CHANNELS - weights.numel()), value=0.1)
 
 
 def build() -> CLIPVisionModelWithProjection:
@@ -89,13 +91,14 @@ def build() -> CLIPVisionModelWithProjection:
             projection_dim=CHANNELS,
         )
     )
+    model.set_attn_implementation("eager")
     # At the usual scale (0.02) position embeddings are too small next to patch contents, and positions are not learned.
     nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.5)
     return model
 
 
-def train(steps: int, seed: int) -> CLIPVisionModelWithProjection:
-    """Train for a fixed number of steps; on one thread the same seed gives the same weights."""
+def train(steps: int, seed: int, stop: int | None = None) -> CLIPVisionModelWithProjection:
+    """Train for `steps` optimizer steps, or the first `stop` of them; as `vicuna.train`, reproducible on one thread."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 10])
     model = build().train()
@@ -103,9 +106,11 @@ def train(steps: int, seed: int) -> CLIPVisionModelWithProjection:
     weights = code_weights()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
-        scenes = [sample_still(rng, sample_things(rng)) for _ in range(BATCH)]
-        read = model(pixel_values=pixels(scenes)).image_embeds @ rotation
+    for step in range(steps if stop is None else min(stop, steps)):
+        scenes = sample_scenes(rng, BATCH)
+        with torch.autocast("cpu", torch.bfloat16):
+            embeds = model(pixel_values=pixels(scenes)).image_embeds
+        read = embeds.float() @ rotation
         loss = (F.smooth_l1_loss(read, code(scenes), beta=0.1, reduction="none") * weights).sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -117,27 +122,40 @@ def train(steps: int, seed: int) -> CLIPVisionModelWithProjection:
     return model.eval()
 
 
-@torch.no_grad()
-def probe(model: CLIPVisionModelWithProjection, seed: int = 0, count: int = 900) -> tuple[float, float]:
-    """R2 of a linear probe from image embeddings to the red thing's centre: alone, and among two others.
+@dataclass(frozen=True)
+class Probe:
+    """What a linear probe reads from embeddings of fresh stills about the red thing.
 
-    It is fitted on two thirds of `count` fresh stills and measured on the rest. A constant prediction reaches 0.
+    position  R2 of its centre; a constant prediction reaches 0
+    shape     share of its shapes that are right; chance is one third
     """
+
+    position: float
+    shape: float
+
+
+@torch.no_grad()
+def probe(model: CLIPVisionModelWithProjection, others: int, seed: int = 0, count: int = 900) -> Probe:
+    """Probes fitted on two thirds of `count` stills of the red thing among `others`, and measured on the rest."""
     rng = np.random.default_rng([seed, 11])
-    scores = []
-    for others in (0, 2):
-        scenes = []
-        for _ in range(count):
-            colours = rng.choice([c for c in COLOURS if c != "red"], others, replace=False)
-            scenes.append(sample_still(rng, [(str(c), str(rng.choice(SHAPES))) for c in ("red", *colours)]))
-        features = model(pixel_values=pixels(scenes)).image_embeds.double()
-        x = torch.cat((features, torch.ones(count, 1, dtype=torch.double)), 1)
-        y = torch.from_numpy(np.stack([scene.things[0].path[0] for scene in scenes]))
-        split = count * 2 // 3
-        fit = torch.linalg.lstsq(x[:split], y[:split]).solution
-        error = (x[split:] @ fit - y[split:]).square().sum()
-        scores.append(1 - float(error / (y[split:] - y[:split].mean(0)).square().sum()))
-    return scores[0], scores[1]
+    rest = [colour for colour in COLOURS if colour != "red"]
+    scenes = []
+    for _ in range(count):
+        colours = ("red", *rng.choice(rest, others, replace=False))
+        scenes.append(sample_still(rng, [(str(colour), str(rng.choice(SHAPES))) for colour in colours]))
+    features = model(pixel_values=pixels(scenes)).image_embeds.double()
+    x = torch.cat((features, torch.ones(count, 1, dtype=torch.double)), 1)
+    centres = torch.from_numpy(np.stack([scene.things[0].path[0] for scene in scenes]))
+    shapes = torch.tensor([SHAPES.index(scene.things[0].shape) for scene in scenes])
+    split = count * 2 // 3
+
+    def read(y: Tensor) -> Tensor:
+        return x[split:] @ torch.linalg.lstsq(x[:split], y[:split]).solution
+
+    error = (read(centres) - centres[split:]).square().sum()
+    spread = (centres[split:] - centres[:split].mean(0)).square().sum()
+    right = read(F.one_hot(shapes).double()).argmax(1) == shapes[split:]
+    return Probe(1 - float(error / spread), float(right.double().mean()))
 
 
 def save(model: CLIPVisionModelWithProjection, directory: Path) -> None:

@@ -12,21 +12,19 @@ from dataloaders.logs import LogFlags
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """training; the same settings always give the same weights"""
+    """training; the same settings give the same weights on the same kind of CPU"""
 
-    clip_steps: int = 1200
+    clip_steps: int = 5000
     """CLIP's steps, of 128 stills each"""
-    list_steps: int = 350
-    """the Vicuna's first steps, of 32 dialogues each that are mostly lists"""
-    vicuna_steps: int = 750
-    """the Vicuna's further steps, of 32 dialogues of every kind each"""
+    vicuna_steps: int = 5000
+    """the Vicuna's steps, of 32 dialogues each"""
     frames: int = 32
     """N, entries of a log, and so frames of a video later"""
     seed: int = 0
     """seed of weights and data"""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "clip_steps", "list_steps", "vicuna_steps")
+        at_least(self, 1, "clip_steps", "vicuna_steps")
         if not 2 <= self.frames <= 100:
             raise ValueError(f"--frames must be 2 to 100 (indices have two digits), not {self.frames}")
         at_least(self, 0, "seed")

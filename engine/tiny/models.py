@@ -1,64 +1,144 @@
-"""The training of the demo's two initial models.
+"""The training of the demo's two initial models, and the manifest of each.
 
-The two are trained in parallel, each on one thread. On two cores this is twice as fast as one after the other, and one
-thread always sums in the same order, so the same seed gives the same weights.
+The two are trained in parallel, each on one thread. On two cores this is faster than one after the other, and one thread
+always sums in the same order, so the same seed gives the same weights on the same kind of CPU.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPVisionModelWithProjection, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dataloaders import logs
-from dataloaders.files import directory_written_atomically
+from dataloaders.files import directory_written_atomically, sha256, write_tensors
 from dataloaders.logs import LogLevel
-from engine.tiny import clip, vicuna
+from engine.tiny import clip, probes, vicuna
 from engine.tiny.config import TinyConfig
+from engine.tiny.prefix import machine, measure_clip, measure_vicuna
 from engine.tiny.tokenizer import build_tokenizer
 
-VERSION = 4
+VERSION = 5
 """Version of the recipe: weights of another version are refused."""
+
+MANIFEST = "tiny.json"
+HEADS = "heads/heads.safetensors"
+"""What `vicuna.Trainer` adds to the model. Only the probes read it."""
 
 
 def make_clip(directory: Path, config: TinyConfig) -> str:
-    """Train, probe and write the tiny CLIP; return one line with the probe's result."""
+    """Train, probe and write the tiny CLIP; return one line with the probes' results."""
     torch.set_num_threads(1)
+    prefix, started = measure_clip(config), time.process_time()
     model = clip.train(config.clip_steps, config.seed)
-    alone, among = clip.probe(model)
+    seconds = time.process_time() - started
+    results = probe_clip(model)
     with directory_written_atomically(directory) as unfinished:
         clip.save(model, unfinished)
-        _write_manifest(unfinished, config)
-    return f"clip: R2 of position from features {alone:.2f} alone, {among:.2f} among three"
+        _write_manifest(unfinished, config, seconds, results, prefix)
+    return f"clip: {_shown(results)}"
 
 
 def make_vicuna(directory: Path, config: TinyConfig) -> str:
-    """Train, probe and write the tiny Vicuna; return one line with the probe's result."""
+    """Train, probe and write the tiny Vicuna; return one line with the probes' results."""
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
-    model = vicuna.train(tokenizer, config.list_steps, config.vicuna_steps, config.frames, config.seed)
-    right = vicuna.probe(model, tokenizer, config.frames)
+    prefix, started = measure_vicuna(config, tokenizer), time.process_time()
+    trainer = vicuna.train(tokenizer, config.vicuna_steps, config.frames, config.seed)
+    seconds = time.process_time() - started
+    results = probe_vicuna(trainer, tokenizer, config.frames)
     with directory_written_atomically(directory) as unfinished:
-        vicuna.save(model, tokenizer, unfinished)
-        _write_manifest(unfinished, config)
-    return f"vicuna: {right:.0%} of questions about logs of several things answered to within one frame"
+        vicuna.save(trainer.model, tokenizer, unfinished)
+        (unfinished / HEADS).parent.mkdir()
+        write_tensors(unfinished / HEADS, _heads(trainer))
+        _write_manifest(unfinished, config, seconds, results, prefix)
+    return f"vicuna: {_shown(results)}"
 
 
-def _write_manifest(directory: Path, config: TinyConfig) -> None:
-    (directory / "tiny.json").write_text(json.dumps({"version": VERSION, **asdict(config)}, indent=1))
+def probe_clip(model: CLIPVisionModelWithProjection) -> dict[str, float]:
+    """What a linear probe reads from the tiny CLIP's features: of the red thing alone, and among two others."""
+    alone, among = clip.probe(model, 0), clip.probe(model, 2)
+    return {
+        "position R2, alone": alone.position,
+        "position R2, among three": among.position,
+        "shapes right, alone": alone.shape,
+        "shapes right, among three": among.shape,
+    }
+
+
+def probe_vicuna(trainer: vicuna.Trainer, tokenizer: PreTrainedTokenizerFast, num_frames: int) -> dict[str, float]:
+    """What the tiny Vicuna reads from logs that it was not trained on."""
+    return {
+        "grounding, right to within a frame": probes.probe_grounding(trainer, tokenizer, num_frames),
+        **probes.probe_motion(trainer, tokenizer, num_frames),
+    }
+
+
+def load_clip(directory: Path) -> CLIPVisionModelWithProjection:
+    """The tiny CLIP of a directory that `make_clip` wrote."""
+    return CLIPVisionModelWithProjection.from_pretrained(directory).eval()
+
+
+def load_vicuna(directory: Path) -> tuple[vicuna.Trainer, PreTrainedTokenizerFast]:
+    """The tiny Vicuna of a directory that `make_vicuna` wrote, with its heads, and its tokenizer."""
+    from safetensors.torch import load_file
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = LlamaForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    trainer = vicuna.Trainer(model, tokenizer, read_manifest(directory)["frames"])
+    heads = load_file(directory / HEADS)
+    missing = trainer.load_state_dict(heads, strict=False).missing_keys
+    assert all(name.startswith("model.") for name in missing), missing
+    return trainer.eval(), tokenizer
+
+
+def _heads(trainer: vicuna.Trainer) -> dict[str, Tensor]:
+    return {name: weights for name, weights in trainer.state_dict().items() if not name.startswith("model.")}
+
+
+def _shown(results: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in results.items())
+
+
+def _identity(config: TinyConfig) -> dict[str, Any]:
+    return {"version": VERSION, **asdict(config)}
+
+
+def _write_manifest(
+    directory: Path, config: TinyConfig, seconds: float, results: dict[str, float], prefix: dict[str, Any]
+) -> None:
+    record = {
+        **_identity(config),
+        "sha256": sha256(directory / "model.safetensors"),
+        "probes": {name: round(value, 6) for name, value in results.items()},
+        "cpu_minutes": round(seconds / 60, 1),
+        "machine": machine(),
+        "prefix": prefix,
+    }
+    (directory / MANIFEST).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a tiny model."""
+    record: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
+    return record
 
 
 def _missing(directory: Path, config: TinyConfig) -> bool:
     """Whether `directory` does not exist yet. Raises ValueError if it holds anything but the model of `config`."""
     if not directory.exists():
         return True
-    manifest = directory / "tiny.json"
-    wanted = {"version": VERSION, **asdict(config)}
-    if not manifest.exists() or json.loads(manifest.read_text()) != wanted:
+    wanted = _identity(config)
+    if not (directory / MANIFEST).exists() or {**read_manifest(directory), **wanted} != read_manifest(directory):
         raise ValueError(f"{directory} does not hold the tiny model of {wanted}; choose another folder")
     return False
 
@@ -73,5 +153,6 @@ def make_tiny(output: Path, config: TinyConfig, log_level: LogLevel = "info") ->
     if not missing:
         return []
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(len(missing), spawn, initializer=logs.configure, initargs=(log_level,)) as pool:
+    start = partial(logs.configure, log_level)
+    with ProcessPoolExecutor(len(missing), spawn, initializer=start) as pool:
         return [future.result() for future in [pool.submit(make, path, config) for path, make in missing.items()]]

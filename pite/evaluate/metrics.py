@@ -165,3 +165,45 @@ def trajectory_scores(predicted: np.ndarray, true: np.ndarray) -> TrajectoryScor
 def best_constant_l1(true: np.ndarray) -> float:
     """Trajectory L1 of the best constant predictor, fitted on the (M, P, N, 2) trajectories that it is scored on."""
     return trajectory_l1(np.broadcast_to(best_constant_trajectory(true), true.shape), true)
+
+
+@dataclass(frozen=True)
+class MotionScores:
+    """How predicted points move from the first to the last frame in which the true ones are present.
+
+    slope       of the least-squares line through 0 of predicted on true displacements: 0 for points that do not move, 1
+                for the true motion
+    directions  share of the moving points whose direction is right, of right, left, down and up; chance is a quarter
+    points      points that are present in two frames and move between them
+    """
+
+    slope: float
+    directions: float
+    points: int
+
+
+def motion_scores(predicted: np.ndarray, true: np.ndarray) -> MotionScores:
+    """Motion of (M, P, N, 2) trajectories. Raises ValueError if no true point moves, and as `trajectory_l1`."""
+    trajectory_l1(predicted, true)
+    shown = present(true)[..., 0]
+    ends = shown.argmax(-1), shown.shape[-1] - 1 - shown[..., ::-1].argmax(-1)
+    moved = [_displacements(trajectory.astype(np.float64), *ends) for trajectory in (predicted, true)]
+    moves = moved[1].any(-1)
+    if not moves.any():
+        raise ValueError("no true point moves, so there is no motion to compare with")
+    found, wanted = moved[0][moves], moved[1][moves]
+    right = _direction(found) == _direction(wanted)
+    return MotionScores(float((found * wanted).sum() / (wanted**2).sum()), float(right.mean()), len(wanted))
+
+
+def _displacements(trajectory: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """(M, P, 2) displacement of (M, P, N, 2) points between frames `first` and `last` (M, P)."""
+    start, end = (np.take_along_axis(trajectory, at[..., None, None], axis=2)[:, :, 0] for at in (first, last))
+    return np.asarray(end - start)
+
+
+def _direction(displacements: np.ndarray) -> np.ndarray:
+    """(n, 2) -> (n,) number of the direction, by the coordinate that changes most; -1 for none."""
+    axis = np.abs(displacements).argmax(-1)
+    along = np.take_along_axis(displacements, axis[:, None], axis=1)[:, 0]
+    return np.where(along == 0, -1, 2 * axis + (along > 0))

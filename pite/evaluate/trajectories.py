@@ -16,7 +16,7 @@ from dataloaders.samples.batch import collate
 from dataloaders.samples.prompts import tokenize
 from pite import checkpoint, lineage
 from pite.config import PiTeConfig
-from pite.evaluate.metrics import trajectory_scores
+from pite.evaluate.metrics import motion_scores, trajectory_scores
 from pite.evaluate.reports import Report
 from pite.model import PiTe
 from pite.tokenizers import check_vocabulary
@@ -111,12 +111,15 @@ def _batches(samples: Sequence[TokenizedSample], token_budget: int) -> Iterator[
 
 def report(predicted: np.ndarray, true: np.ndarray, answers: int) -> Report:
     """Scores of trajectories (M, P, N, 2), of the tokens of `answers` answers."""
-    scores = trajectory_scores(predicted, true)
+    scores, motion = trajectory_scores(predicted, true), motion_scores(predicted, true)
     text = (
         f"L1            {scores.l1:.4f}\n"
         f"best constant {scores.best_constant:.4f}\n"
         f"static oracle {scores.static_oracle:.4f}\n"
+        f"motion slope  {motion.slope:.4f}   predicted over true displacement of {motion.points} points\n"
+        f"directions    {motion.directions:.4f}   share that is right, of four\n"
         f"over {len(true)} tokens of {answers} answers"
     )
     numbers = {"L1": scores.l1, "constant": scores.best_constant, "unmoved": scores.static_oracle, "tokens": len(true)}
+    numbers |= {"motion slope": motion.slope, "motion directions": motion.directions}
     return Report("trajectories", text, numbers)

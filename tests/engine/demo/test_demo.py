@@ -12,9 +12,12 @@ import pytest
 from PIL import Image
 
 from engine.demo import __main__ as demo
+from engine.demo.captions import Captions, score_captions
 from engine.demo.held_out import PROTOCOL, measure_grounding, summarize
+from engine.tiny.shipped import PARTS
 from pite.evaluate.grounding import Events, ious, read_truth
 from pite.evaluate.predictions import Prediction, PredictionWriter
+from tests.commands import status_of
 from tests.held_out import FRAMES, make_held_out, save_model
 
 
@@ -52,7 +55,6 @@ def test_every_step_is_run_once(tmp_path: Path, ran: list[demo.Step]) -> None:
     assert first
     assert [step.module for step in ran] == [
         "dataloaders.synthetic",
-        "engine.tiny",
         "engine.encode",
         *["engine.train"] * 3,
         "pite.evaluate",
@@ -61,7 +63,22 @@ def test_every_step_is_run_once(tmp_path: Path, ran: list[demo.Step]) -> None:
     assert "e1.mp4" in ran[-1].command, "the second video shows two objects"
     assert "During which frames can we see a?" in ran[-2].arguments
     assert demo.run_steps(config) == (seconds, False)
-    assert len(ran) == 9
+    assert len(ran) == 8
+    assert all(str(PARTS / "vicuna") in step.arguments for step in ran if step.module == "engine.train")
+    assert [str(PARTS / "clip") in step.arguments for step in ran if step.module == "engine.encode"] == [True]
+
+
+def test_pretraining_makes_the_models_that_the_later_steps_start_from(tmp_path: Path, ran: list[demo.Step]) -> None:
+    demo.run_steps(demo.DemoConfig(tmp_path, pretrain=True, num_frames=16, tiny="--clip-steps 3"))
+    assert ran[1].module == "engine.tiny" and ran[1].arguments[-2:] == ("--clip-steps", "3")
+    assert not any(str(PARTS) in argument for step in ran for argument in step.arguments)
+    assert f"{tmp_path}/models/vicuna" in ran[3].arguments
+
+
+def test_settings_that_need_pretraining_are_refused_without_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, message in ((["--tiny", "--seed 1"], "add --pretrain"), (["--num-frames", "16"], "reads videos of 32")):
+        assert status_of(demo.main, flags) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_step_is_run_again_when_its_command_changed_or_its_product_is_gone(
@@ -69,26 +86,26 @@ def test_a_step_is_run_again_when_its_command_changed_or_its_product_is_gone(
 ) -> None:
     demo.run_steps(demo.DemoConfig(tmp_path))
     demo.run_steps(demo.DemoConfig(tmp_path, train="--epochs 1"))
-    assert [step.title for step in ran[9:]] == ["stage 1", "stage 2", "stage 3"]
+    assert [step.title for step in ran[8:]] == ["stage 1", "stage 2", "stage 3"]
     (tmp_path / "grounding.jsonl").unlink()
     demo.run_steps(demo.DemoConfig(tmp_path, train="--epochs 1"))
-    assert [step.title for step in ran[12:]] == ["grounding"]
+    assert [step.title for step in ran[11:]] == ["grounding"]
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("fail", "engine.demo: step 'tiny models' ended with status 1: python -m engine.tiny"),
-        ("stop-early", "engine.demo: step 'tiny models' was stopped before it was done; the same command continues"),
+        ("fail", "engine.demo: step 'pre-training' ended with status 1: python -m engine.tiny"),
+        ("stop-early", "engine.demo: step 'pre-training' was stopped before it was done; the same command continues"),
     ],
 )
 def test_a_failed_step_is_named_and_run_again(
     tmp_path: Path, ran: list[demo.Step], flag: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
-        assert demo.main(["--output", str(tmp_path), "--tiny", flag]) == 1
+        assert demo.main(["--output", str(tmp_path), "--pretrain", "--tiny", flag]) == 1
         assert message in capsys.readouterr().err
-    assert [step.title for step in ran] == ["world", "tiny models", "tiny models"]
+    assert [step.title for step in ran] == ["world", "pre-training", "pre-training"]
 
 
 def prediction(video: str, sentence: int, answer: str) -> Prediction:
@@ -128,7 +145,7 @@ def test_summary_has_all_numbers_and_pictures(tmp_path: Path) -> None:
     for name in (
         "trajectory_l1",
         "trajectory_l1_best_constant",
-        "trajectory_l1_best_still",
+        "trajectory_l1_static_oracle",
         "grounding_miou_best_fixed",
         "grounding_miou_query_blind",
     ):
@@ -145,3 +162,18 @@ def test_summary_has_all_numbers_and_pictures(tmp_path: Path) -> None:
     assert (tmp_path / "overlay.mp4").stat().st_size > 1000
     table = demo.table({**summary, "seconds": {"world": 3.0, "chat": 4.0}})
     assert "total                7" in table
+    assert f"motion slope          {summary['motion_slope']:.3f}    directions" in table
+    assert summary["caption_events"] == len(answers)
+
+
+def test_captions_are_scored_by_event() -> None:
+    events = Events(((0.0, 0.5), (0.5, 1.0)), ("A red circle moves left.", "A blue square moves up."))
+    right = "From 00 to 16, a red circle moves left. From 16 to 31, a blue square moves up."
+    assert score_captions({"v": right}, {"v": events}, 32) == Captions(1, 1, 1, 1, 1, 2)
+    other = "A blue triangle moves up, from 15 to 30. From 00 to 14, a red circle moves right."
+    near = "From 15 to 30, a blue triangle moves up. From 00 to 14, a red circle moves right."
+    assert score_captions({"v": near}, {"v": events}, 32) == Captions(1, 0.5, 0.5, 0.5, 0, 2)
+    assert score_captions({"v": other}, {"v": events}, 32) == Captions(0.5, 0.5, 0, 0, 0, 2)
+    assert score_captions({"v": "There is nothing."}, {"v": events}, 32) == Captions(0, 0, 0, 0, 0, 2)
+    with pytest.raises(ValueError, match=r"'A dog runs\.' is no sentence of the synthetic world"):
+        score_captions({"v": right}, {"v": Events(((0.0, 1.0),), ("A dog runs.",))}, 32)

@@ -24,14 +24,17 @@ from dataloaders.records import Turn
 from dataloaders.samples.prompts import SYSTEM
 from dataloaders.synthetic.scene import COLOURS, DIRECTIONS, SHAPES, Scene, Thing
 from engine.tiny.__main__ import main
+from engine.tiny.batch import CODE_NOISE, PLACE_NOISE, make_batch
 from engine.tiny.clip import CHANNELS, PREPROCESSOR, SIZE, code, code_weights, pixel_values
+from engine.tiny.code import FIELDS, PRESENCE, SHAPE, SHAPE_SCALE, X, encode, velocities
+from engine.tiny.dialogues import KINDS, Dialogue, frame_log, sample_dialogue
 from engine.tiny.models import TinyConfig, make_tiny
 from engine.tiny.tokenizer import build_tokenizer
-from engine.tiny.vicuna import Dialogue, build, frame_log, hidden_states, make_batch, sample_dialogue
+from engine.tiny.vicuna import Trainer, build
 from tests import SOURCE_PATH
 from tests.commands import status_of
 
-CONFIG = TinyConfig(clip_steps=2, list_steps=1, vicuna_steps=1, frames=8, seed=1)
+CONFIG = TinyConfig(clip_steps=2, vicuna_steps=2, frames=8, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +100,7 @@ def test_same_seed_gives_the_same_weights(tiny, tmp_path):
 
 def test_repeating_trains_nothing_and_another_seed_is_refused(tiny, capsys):
     assert make_tiny(tiny, CONFIG) == []
-    assert (
-        main(
-            [str(tiny), "--clip-steps", "2", "--list-steps", "1", "--vicuna-steps", "1", "--frames", "8", "--seed", "2"]
-        )
-        == 1
-    )
+    assert main([str(tiny), "--clip-steps", "2", "--vicuna-steps", "2", "--frames", "8", "--seed", "2"]) == 1
     assert "choose another folder" in capsys.readouterr().err
     assert status_of(main, [str(tiny), "--frames", "101"]) == 2
     assert "--frames must be 2 to 100" in capsys.readouterr().err
@@ -125,10 +123,12 @@ def test_transformers_loads_both_and_preprocesses_as_they_were_trained(tiny):
 def test_a_batch_has_answers_as_labels_and_the_log_as_frames(tokenizer):
     rng = np.random.default_rng(0)
     dialogues = [sample_dialogue(rng, 32) for _ in range(24)]
-    batch = make_batch(dialogues, tokenizer)
-    ends = [*batch.offsets[1:].tolist(), len(batch.words)]
-    shown = [tokenizer.decode(batch.words[a:b]) for a, b in zip(batch.offsets.tolist(), ends)]
-    assert shown == [words for dialogue in dialogues for words in dialogue.log]
+    batch = make_batch(dialogues, tokenizer, rng)
+    exact = np.concatenate([dialogue.log for dialogue in dialogues])
+    error = np.abs(batch.codes.numpy() - exact)
+    shown = exact[..., PRESENCE] > 0
+    assert error[shown][:, X:SHAPE].mean() == pytest.approx(PLACE_NOISE * (2 / np.pi) ** 0.5, rel=0.1)
+    assert error[~shown].mean() == pytest.approx(CODE_NOISE * (2 / np.pi) ** 0.5, rel=0.1)
     assert not batch.ids[batch.rows, batch.columns].any()
     assert tokenizer.decode(batch.numbers[batch.rows == 0]).split()[:3] == ["00", "01", "02"][: len(dialogues[0].log)]
     for row, dialogue in enumerate(dialogues):
@@ -137,12 +137,35 @@ def test_a_batch_has_answers_as_labels_and_the_log_as_frames(tokenizer):
         assert [answer.strip() for answer in learned] == [turn.answer for turn in dialogue.turns]
 
 
+def test_the_row_before_each_token_of_a_phrase_has_its_things_path(tokenizer):
+    rng = np.random.default_rng(0)
+    video, still = (sample_dialogue(rng, 8, [kind == wanted for kind in KINDS]) for wanted in ("description", "still"))
+    batch = make_batch([video, still], tokenizer, rng)
+    assert batch.paths.points.shape[1:] == (8, 2) and batch.places.points.shape[1:] == (1, 2)
+    assert set(batch.paths.rows.tolist()) == {0} and set(batch.places.rows.tolist()) == {1}
+    places = batch.places
+    colours = {"<c>": None}
+    for column, point in zip(places.columns.tolist(), places.points[:, 0]):
+        word = tokenizer.decode(batch.ids[1, column + 1])
+        if word in COLOURS:
+            colours[word] = 4 * (point.numpy() - 0.5)
+    del colours["<c>"]
+    index = [list(COLOURS).index(colour) for colour in colours]
+    assert sorted(index) == np.flatnonzero(still.log[0, :, PRESENCE]).tolist()
+    # The mouse circles around the centre.
+    np.testing.assert_allclose(list(colours.values()), still.log[0, index, X:SHAPE], atol=4 * 0.05)
+    for row in ("paths", "places"):
+        found = getattr(batch, row)
+        assert (batch.labels[found.rows, found.columns + 1] != -100).all()
+
+
 def test_first_layer_target_is_the_last_colour_mentioned(tokenizer):
     turns = (
         Turn("When is the red circle there?", "From 00 to 01, before a blue square."),
         Turn("And the circle?", "There is no circle."),
     )
-    batch = make_batch([Dialogue(("green square top",), turns)], tokenizer)
+    log = encode(still(("green", "square", (0.5, 0.5))), np.zeros(1, int))
+    batch = make_batch([Dialogue(log, turns)], tokenizer, np.random.default_rng(0))
     targets = {"": [], "red": [], "blue": [], "green": []}
     for token, colour in zip(batch.ids[0].tolist(), batch.colours[0].tolist()):
         targets["" if colour == -100 else tokenizer.decode(colour)].append(tokenizer.decode(token))
@@ -154,36 +177,43 @@ def test_first_layer_target_is_the_last_colour_mentioned(tokenizer):
     assert targets["blue"][-3:] == ["circle", ".", "</s>"]
 
 
-def test_a_frames_embedding_is_the_sum_of_its_words(tokenizer):
+def test_a_frame_binds_place_and_shape_to_the_colour(tokenizer):
     torch.manual_seed(0)
-    model = build(len(tokenizer)).eval()
-    dialogue = Dialogue(("red circle top", "nothing"), (Turn("When?", "From 00 to 00."),))
-    batch = make_batch([dialogue], tokenizer)
-    embedded: list[torch.Tensor] = []
-    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0]))
+    trainer = Trainer(build(len(tokenizer)), tokenizer, 8)
+    things = [("red", "circle", (0.25, 0.5)), ("blue", "square", (0.75, 0.5))]
+    swaps = [things, [(c, s, p) for (c, s, _), (_, _, p) in zip(things, things[::-1])]]
+    swaps.append([(c, s, p) for (c, _, p), (_, s, _) in zip(things, things[::-1])])
+    codes = [encode(still(*scene), np.zeros(1, int)) for scene in (*swaps, [])]
     with torch.no_grad():
-        hidden_states(model, batch)
-    table = model.model.embed_tokens.weight
-    words = tokenizer.encode("red circle top", add_special_tokens=False)
-    torch.testing.assert_close(embedded[0][0, batch.columns[0]], table[words].sum(0))
-    before = int(batch.columns[0]) - 1
-    torch.testing.assert_close(embedded[0][0, before], table[batch.ids[0, before]])
+        rows = trainer.frames(torch.from_numpy(np.concatenate(codes)))
+        table = trainer.model.model.embed_tokens.weight
+    assert torch.equal(rows[3], table[trainer.nothing])
+    for other in rows[1:3]:
+        assert (rows[0] - other).abs().mean() > 0.3
+    words = tokenizer.encode("nothing red circle blue square", add_special_tokens=False)
+    bound = trainer.bound.detach()[[0, 2]]
+    parts = bound[:, PRESENCE] + bound[:, X] * torch.tensor([[-1.0], [1.0]])
+    parts += SHAPE_SCALE * torch.stack((bound[0, SHAPE], bound[1, SHAPE + 1]))
+    torch.testing.assert_close(rows[0], table[words].sum(0) + parts.sum(0))
 
 
-def test_a_log_names_only_visible_things():
-    thing = Thing("red", "circle", "right", 10, 19, np.full((10, 2), 0.1))
-    log = frame_log(Scene(40, 30, (thing,)), 40)
-    assert len(log) == 40
-    assert set(log[:10] + log[20:]) == {"nothing"}
-    assert set(log[10:20]) == {"red circle top left"}
+def still(*things: tuple[str, str, tuple[float, float]]) -> Scene:
+    return Scene(1, 30, tuple(Thing(c, s, "", 0, 0, np.array([p])) for c, s, p in things))
+
+
+def test_a_log_holds_only_visible_things_and_their_velocity():
+    path = np.stack((np.linspace(0.1, 0.55, 10), np.full(10, 0.5)), -1)
+    log = frame_log(Scene(40, 30, (Thing("red", "circle", "right", 10, 19, path),)), 40)
+    assert log.shape == (40, len(COLOURS), FIELDS)
+    assert not log[:10].any() and not log[20:].any() and not log[:, 1:].any()
+    np.testing.assert_allclose(log[10, 0], [1, -1.6, 0, 0.5, 0, 0], atol=1e-6)
+    speeds = velocities(log)
+    assert np.isnan(speeds[:12]).all() and np.isnan(speeds[20:]).all() and np.isnan(speeds[:, 1:]).all()
+    np.testing.assert_allclose(speeds[12:20, 0], np.tile([0.05, 0.0], (8, 1)), atol=1e-6)
 
 
 def test_code_of_a_still():
-    things = tuple(
-        Thing(colour, shape, "", 0, 0, np.array([centre]))
-        for colour, shape, centre in (("red", "square", (0.5, 0.25)), ("cyan", "circle", (1.0, 0.75)))
-    )
-    codes = code([Scene(1, 30, things), Scene(1, 30, ())])
+    codes = code([still(("red", "square", (0.5, 0.25)), ("cyan", "circle", (1.0, 0.75))), still()])
     assert codes.shape == (2, CHANNELS) == (2, len(code_weights()))
     assert codes[0, :6].tolist() == [1, 0, -1, 0, 0.5, 0]
     assert codes[0, 30:36].tolist() == [1, 2, 1, 0.5, 0, 0]
@@ -192,7 +222,7 @@ def test_code_of_a_still():
 
 
 def test_the_command_trains_in_processes_of_its_own(tmp_path: Path) -> None:
-    steps = [f"--{name}-steps=1" for name in ("clip", "list", "vicuna")]
+    steps = [f"--{name}-steps=2" for name in ("clip", "vicuna")]
     done = subprocess.run(
         [sys.executable, "-m", "engine.tiny", str(tmp_path / "models"), *steps, "--frames=8"],
         env={**os.environ, "PYTHONPATH": SOURCE_PATH},
@@ -203,5 +233,5 @@ def test_the_command_trains_in_processes_of_its_own(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "models").iterdir()} == {"clip", "vicuna"}
-    assert "INFO    clip step 1/1: loss " in done.stderr and "INFO    vicuna step 2/2: loss " in done.stderr
+    assert "INFO    clip step 1/2: loss " in done.stderr and "INFO    vicuna step 1/2: loss " in done.stderr
     assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["clip", "vicuna", f"{tmp_path}/models"]

@@ -173,6 +173,23 @@ def test_static_oracle_error_is_the_motion() -> None:
     assert metrics.best_constant_l1(true) > metrics.static_oracle_l1(true)
 
 
+def test_motion_is_measured_where_the_true_points_are_present() -> None:
+    true = np.full((3, 1, 5, 2), -1.0, dtype=np.float32)
+    true[0, 0, 1:4] = [[0.2, 0.5], [0.5, 0.9], [0.8, 0.5]]
+    true[1, 0, :4] = [[0.5, 0.8], [0.5, 0.7], [-1.0, -1.0], [0.5, 0.4]]
+    true[2, 0, 2] = 0.25
+    assert metrics.motion_scores(true, true) == metrics.MotionScores(pytest.approx(1.0), 1.0, 2)
+    still = np.full_like(true, 0.5)
+    assert metrics.motion_scores(still, true) == metrics.MotionScores(0.0, 0.0, 2)
+    half = np.where(true == -1, true, 0.5 + (true - 0.5) / 2)
+    half[1] = 0.5 - (half[1] - 0.5)
+    scores = metrics.motion_scores(half, true)
+    assert scores.slope == pytest.approx((0.3 * 0.6 - 0.2 * 0.4) / (0.6**2 + 0.4**2))
+    assert scores.directions == 0.5
+    with pytest.raises(ValueError, match="no true point moves"):
+        metrics.motion_scores(true[2:], true[2:])
+
+
 TRUTH = {"v": {"duration": 10.0, "timestamps": [[1, 2]], "sentences": ["A dog runs."]}}
 LINE = {"video_id": "v", "task": "grounding", "query_id": 0, "answer": "From 10 to 20.", "info": {"sentence_id": 0}}
 
