@@ -101,15 +101,18 @@ def run_hours(costs: Sequence[StageCost], machines: Sequence[MachineCost], ranks
 
 
 def scaling_lines(costs: Sequence[StageCost]) -> list[str]:
-    """For each kind of device, the hours of the run on 8 and more, and from how many on more do not pay."""
+    """For each kind of device, the hours of the run on 8 and more, and from how many on more do not pay.
+
+    Empty for a batch with less than a sample for each device of a host.
+    """
+    batch = min(cost.recipe.global_batch for cost in costs)
+    counts = [count for count in COUNTS if count <= batch]
     lines = []
     for machines in zip(*(cost.machines for cost in costs)):
-        if any(machine.ranks != PER_HOST or machine.hours is None for machine in machines):
+        if not counts or any(machine.ranks != PER_HOST or machine.hours is None for machine in machines):
             continue
-        batch = costs[0].recipe.global_batch
-        counts = [count for count in COUNTS if count <= batch]
         hours = {count: run_hours(costs, machines, count) for count in counts}
-        most = next((n for n in counts if 2 * n not in hours or hours[n] / hours[2 * n] < WORTH), counts[-1])
+        most = next(n for n in counts if 2 * n not in hours or hours[n] / hours[2 * n] < WORTH)
         each = ", ".join(f"{count}: {hours[count]:.2f} h" for count in counts)
         lines.append(f"  {machines[0].device:<22}{each}; more than {most} do not pay at batch {batch}")
     if lines:

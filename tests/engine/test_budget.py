@@ -12,7 +12,7 @@ from engine import hardware
 from engine.budget import __main__ as budget
 from engine.budget import scaling
 from engine.budget.costs import VIT_L_14, stage_cost, step_flops
-from engine.config import ModelConfig, TrainConfig
+from engine.config import ModelConfig, OptimizationConfig, TrainConfig
 from engine.layout import count_parameters
 from engine.recipes import PAPER, recipe
 from engine.train import main
@@ -191,3 +191,12 @@ def test_the_dry_run_names_the_devices_beyond_which_more_do_not_pay(capsys):
     hours = [float(number) for number in re.findall(r"\d+: ([\d.]+) h", line)]
     assert hours == sorted(hours, reverse=True) and len(hours) == 5
     assert 1 <= hours[0] / hours[1] <= 2 and hours[3] / hours[4] < 1.6, line
+
+
+def test_a_batch_limits_the_devices_that_are_counted():
+    def lines(*batches: int) -> list[str]:
+        costs = [stage_cost(TrainConfig(optimization=OptimizationConfig(global_batch=batch)), 2) for batch in batches]
+        return scaling.scaling_lines(costs)
+
+    assert lines(7) == []
+    assert ", 16: " in lines(256, 16)[1] and ", 32: " not in lines(256, 16)[1]
