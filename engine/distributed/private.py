@@ -21,6 +21,11 @@ def backend_of(group: dist.ProcessGroup, kind: str) -> Any:
     return group._get_backend(torch.device(kind))
 
 
+def has_nccl2() -> bool:
+    """Whether torch has the NCCL back end that aborts the process one second after an error, the default of torch 2.15."""
+    return hasattr(dist.distributed_c10d, "ProcessGroupNCCL2")
+
+
 def collectives_begun(backend: Any) -> int:
     """Number of collectives that this rank has begun in a back end."""
     return int(backend._get_sequence_number_for_group())

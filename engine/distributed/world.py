@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dataloaders.errors import reason
 from dataloaders.ranks import Ranks
-from engine.distributed import start
+from engine.distributed import private, start
 from engine.distributed.watchdog import SETUP_TIMEOUT, Watchdog
 from pite import devices, names
 
@@ -204,6 +204,9 @@ def _backstop(stall: float) -> float:
 def _init_process_group(store: dist.Store, ranks: Ranks, device: torch.device, stall: float) -> None:
     on_gpu = device.type == "cuda"
     backstop = _backstop(stall)
+    if private.has_nccl2():
+        # Its abort would name no rank, and come before our watchdog ends the process.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(1000 * NCCL_DUMP))
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{backstop:.0f}")
     dist.init_process_group(

@@ -29,3 +29,9 @@ def count_collectives() -> int:
 def test_a_rank_counts_the_collectives_that_it_has_begun(tmp_path: Path):
     ranks = launch(2, tmp_path, count_collectives)
     assert ranks.wait() == [0, 0], ranks.stderr(0)
+
+
+def test_nccl2_came_with_torch_2_14():
+    major, minor = map(int, torch.__version__.split(".")[:2])
+    # A CPU build has no NCCL.
+    assert private.has_nccl2() == (dist.is_nccl_available() and (major, minor) >= (2, 14))

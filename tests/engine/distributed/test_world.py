@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dataloaders.samples.batch import collate
 from dataloaders.samples.plan import Prefixes, split_batch
-from engine.distributed import watchdog
+from engine.distributed import private, watchdog
 from engine.distributed.gradients import Gradients
 from engine.distributed.world import World, shard_frozen
 from engine.loop import backward_order
@@ -113,8 +113,13 @@ def test_gradients_are_reduced_while_backward_runs(tmp_path: Path):
     assert ranks.wait() == [0, 0], ranks.stderr(0)
 
 
-def test_torchs_own_timeouts_are_longer_than_the_watchdogs(monkeypatch: pytest.MonkeyPatch):
-    """Torch's NCCL watchdog aborts four dump times after an error. All its other timeouts are longer than ours too."""
+@pytest.mark.parametrize("nccl2", [False, True])
+def test_torchs_own_timeouts_are_longer_than_the_watchdogs(monkeypatch: pytest.MonkeyPatch, nccl2: bool):
+    """Torch's NCCL watchdog aborts four dump times after an error. All its other timeouts are longer than ours too.
+
+    That of nccl2 aborts at once, unless its error handling is off.
+    """
+    monkeypatch.setattr(private, "has_nccl2", lambda: nccl2)
     joined: dict[str, object] = {}
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
     monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **place})
@@ -130,6 +135,7 @@ def test_torchs_own_timeouts_are_longer_than_the_watchdogs(monkeypatch: pytest.M
     assert joined["timeout"].total_seconds() > stall
     assert int(os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > stall
     assert 4 * int(os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) / 1000 > 2 * watchdog.HEARTBEAT_TIMEOUT
+    assert os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == ("0" if nccl2 else None)
 
 
 def test_more_processes_than_devices_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
