@@ -21,7 +21,7 @@ from engine.tiny.dialogues import Dialogue
 PLACE_NOISE = 0.12
 """Standard deviation of the noise on a visible thing's place, in the code's numbers: 0.03 of the frame."""
 
-SHAPE_NOISE = 0.15
+SHAPE_NOISE = 0.35
 """The same on its shape, which is coded as 0.5. The tiny CLIP sees shapes worst, so a single frame must not decide."""
 
 CODE_NOISE = 0.05

@@ -16,10 +16,13 @@ class TinyConfig:
 
     clip_steps: int = 5000
     """CLIP's steps, of 128 stills each"""
-    vicuna_steps: int = 5000
+    vicuna_steps: int = 15000
     """the Vicuna's steps, of 32 dialogues each"""
     frames: int = 32
     """N, entries of a log, and so frames of a video later"""
+    motion: bool = True
+    """train the Vicuna on velocities and paths too; without them its training has no trajectory, as that of Vicuna
+    (bench.ablation)"""
     seed: int = 0
     """seed of weights and data"""
 

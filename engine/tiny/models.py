@@ -27,7 +27,7 @@ from engine.tiny.config import TinyConfig
 from engine.tiny.prefix import machine, measure_clip, measure_vicuna
 from engine.tiny.tokenizer import build_tokenizer
 
-VERSION = 5
+VERSION = 6
 """Version of the recipe: weights of another version are refused."""
 
 MANIFEST = "tiny.json"
@@ -53,7 +53,7 @@ def make_vicuna(directory: Path, config: TinyConfig) -> str:
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     prefix, started = measure_vicuna(config, tokenizer), time.process_time()
-    trainer = vicuna.train(tokenizer, config.vicuna_steps, config.frames, config.seed)
+    trainer = vicuna.train(tokenizer, config)
     seconds = time.process_time() - started
     results = probe_vicuna(trainer, tokenizer, config.frames)
     with directory_written_atomically(directory) as unfinished:

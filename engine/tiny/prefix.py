@@ -34,7 +34,7 @@ def measure_clip(config: TinyConfig) -> dict[str, Any]:
 
 def measure_vicuna(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """The tiny Vicuna after the first steps; the number is the loss of the answers of fresh dialogues."""
-    trainer = vicuna.train(tokenizer, config.vicuna_steps, config.frames, config.seed, stop=STEPS)
+    trainer = vicuna.train(tokenizer, config, stop=STEPS)
     rng = np.random.default_rng(0)
     batch = make_batch([sample_dialogue(rng, config.frames) for _ in range(64)], tokenizer, rng)
     with torch.no_grad():

@@ -33,6 +33,7 @@ from dataloaders.records import ABSENT
 from dataloaders.synthetic.scene import COLOURS, SHAPES
 from engine.tiny.batch import Batch, Coordinates, colour_ids, make_batch, word_id
 from engine.tiny.code import FIELDS, PRESENCE, SHAPE, SHAPE_SCALE
+from engine.tiny.config import TinyConfig
 from engine.tiny.dialogues import sample_dialogue
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ INDEX_WEIGHT = 2.0
 """Loss weight of an index in an answer: most other tokens can be guessed from the words before them."""
 WEIGHTS = {"answer": 1.0, "first layer": 0.3, "path": 10.0, "place": 6.0, "velocity": 1.0}
 """Weight of each loss in the sum."""
+OF_MOTION = ("path", "velocity")
+"""Losses that a model without motion is not trained on."""
 VELOCITY_LAYER = 2
 VELOCITY_SCALE = 10.0
 """Velocities are multiplied by this: they are about 0.04 of the frame for each step."""
@@ -165,26 +168,26 @@ def _mean(values: Tensor) -> Tensor:
     return values.sum() / max(1, values.numel())
 
 
-def train(
-    tokenizer: PreTrainedTokenizerFast, steps: int, num_frames: int, seed: int, stop: int | None = None
-) -> Trainer:
-    """Train for `steps` optimizer steps, or the first `stop` of them.
+def train(tokenizer: PreTrainedTokenizerFast, config: TinyConfig, stop: int | None = None) -> Trainer:
+    """Train for `config.vicuna_steps` optimizer steps, or the first `stop` of them.
 
     On one thread the same seed gives the same bits on the same kind of CPU with the same version of PyTorch. The layers
     compute in bfloat16 (autocast), and each kind of CPU sums in its own order.
     """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng([seed, 20])
-    trainer = Trainer(build(len(tokenizer)), tokenizer, num_frames).train()
+    steps = config.vicuna_steps
+    weights = {name: weight for name, weight in WEIGHTS.items() if config.motion or name not in OF_MOTION}
+    torch.manual_seed(config.seed)
+    rng = np.random.default_rng([config.seed, 20])
+    trainer = Trainer(build(len(tokenizer)), tokenizer, config.frames).train()
     optimizer = torch.optim.AdamW(
         trainer.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
     for step in range(steps if stop is None else min(stop, steps)):
-        batch = make_batch([sample_dialogue(rng, num_frames) for _ in range(BATCH)], tokenizer, rng)
+        batch = make_batch([sample_dialogue(rng, config.frames) for _ in range(BATCH)], tokenizer, rng)
         losses = trainer.losses(batch)
         optimizer.zero_grad()
-        torch.stack([weight * losses[name] for name, weight in WEIGHTS.items()]).sum().backward()
+        torch.stack([weight * losses[name] for name, weight in weights.items()]).sum().backward()
         nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
         optimizer.step()
         schedule.step()
