@@ -78,6 +78,10 @@ def test_rope_of_three_axes_equals_qwen():
     assert all(torch.equal(a, b) for a, b in zip(same, rope_tables(positions[0], 32)))
     with pytest.raises(ValueError, match="add up to 16"):
         rope_tables(positions, 32, sections=[8, 4, 5])
+    with pytest.raises(ValueError, match="add up to 16"):
+        rope_tables(positions, 32, sections=[24, -4, -4])
+    with pytest.raises(ValueError, match="the first must be the largest"):
+        rope_tables(positions, 32, sections=[4, 6, 6], interleaved=True)
     with pytest.raises(ValueError, match=r"must be \(3, T\)"):
         rope_tables(positions[0], 32, sections=[8, 4, 4])
     with pytest.raises(ValueError, match=r"must be \(T,\)"):
