@@ -25,8 +25,8 @@ from engine.layout import MAX_TOKEN_BUDGET, Layout, Memory, ParameterCount, choo
 from engine.prepare import check_tokens, dtype_of, split_held_out
 from engine.recipes import LANGUAGE_MODELS, RANDOM, Recipe, Stage
 from engine.sharing import PROMPT_HEAD, Lengths, Sharing, assume_sharing, count_sharing, lengths_of
-from pite.clip import frame_flops
 from pite.config import PiTeConfig
+from pite.towers import frame_flops
 from pite_kernels.attention import choose_backend
 
 VIT_L_14 = CLIPVisionConfig(
