@@ -39,7 +39,10 @@ READ_SHARE = 0.9
 stage 1 and .4 in stages 2 and 3."""
 
 LOSS_BYTES = 300e6
-"""Bytes of the losses' chunks of logits and signs."""
+"""Bytes of the losses' chunks of logits and signs, with a vocabulary of 32,000."""
+
+LOSS_ROWS = 2048
+"""Maximum rows of a chunk of logits (`pite_kernels.gpu.cross_entropy`)."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,11 @@ def memory(
     queries = llm.num_attention_heads * config.head_dim
     keys = llm.num_key_value_heads * config.head_dim
     rank = count.lora // max(1, _lora_rows(config))
-    kept = 4 * hidden + 2 * queries + 2 * keys * (1 + copied) + 3 * inner + 7 * rank
-    last = 2 * hidden + 2 * queries + 2 * keys * (1 + copied) + 2 * rank
-    last += read * (3 * hidden + queries + 3 * inner + 5 * rank)
+    # Norms of q's and k's heads write copies, which are rotated in place.
+    q_copy, k_copy = (queries, keys) if config.architecture.qk_norm else (0, 0)
+    kept = 4 * hidden + 2 * queries + 2 * keys * (1 + copied) + 3 * inner + 7 * rank + q_copy + k_copy
+    last = 2 * hidden + 2 * queries + 2 * keys * (1 + copied) + 2 * rank + k_copy
+    last += read * (3 * hidden + queries + 3 * inner + 5 * rank + q_copy)
     layers = llm.num_hidden_layers
     working = width * (3 * inner + 3 * hidden) + 2 * inner * fp8
     top = bottom = 0.0
@@ -173,7 +178,7 @@ def memory(
         weights=frozen,
         trained=16 * (count.lora + count.heads) + (width * count.lora if width < 4 else 0),
         activations=token_budget * (width * hidden * (recompute + 4) + max(top, bottom)),
-        losses=LOSS_BYTES,
+        losses=LOSS_BYTES + width * LOSS_ROWS * max(0, llm.vocab_size - 32_000),
     )
 
 

@@ -19,6 +19,7 @@ from dataloaders.files import write_if_changed
 from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, check_budget, present_formats, split_of
 from dataloaders.records import TokenizedSample
 from dataloaders.samples.index import open_index
+from dataloaders.samples.layouts import VICUNA, layout_of
 from dataloaders.samples.plan import Prefixes
 
 
@@ -60,6 +61,7 @@ class StageDataset:
     ) -> None:
         self.num_frames, self.num_points, self.max_length = num_frames, num_points, max_length
         self._stage, self._folder = stage, data / split_of(stage)
+        self._layout = layout_of(tokenizer)
         formats = present_formats(data, split_of(stage))
         reading = Reading(num_frames, num_points, turn, narrative_timing)
         index = open_index(self._folder, formats, tokenizer, reading, cache, processes)
@@ -183,8 +185,10 @@ class StageDataset:
         write_if_changed(path, "".join(lines))
 
     def fingerprint(self) -> str:
-        """A short checksum of the samples: their annotations, and their lengths in tokens."""
+        """A short checksum of the samples: their annotations, their lengths in tokens, and a chat template's text."""
         contents = hashlib.sha256(self._index.digests[self._rows].tobytes())
+        if self._layout != VICUNA:
+            contents.update(repr(self._layout).encode())
         for counts in (self.tokens, self.targets, self.coordinates):
             contents.update(counts.tobytes())
         return f"{len(self):,} samples {contents.hexdigest()[:16]}"

@@ -27,7 +27,7 @@ class EncodeConfig(LogFlags):
     store: Path
     """output folder for features: STORE/images and STORE/videos"""
     clip: str = "openai/clip-vit-large-patch14"
-    """CLIP in Hugging Face format, a folder or a name on the hub"""
+    """image tower in Hugging Face format, a folder or a name on the hub: CLIP, SigLIP or SigLIP 2 (docs/models.md)"""
     num_frames: int = 100
     """frames per video"""
     sampling: Literal["index", "time"] = "index"
