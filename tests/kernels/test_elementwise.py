@@ -113,6 +113,15 @@ def test_norms_of_queries_and_keys_equal_qwen3(gathered):
         rope_qkv(qkv, *tables, head_dim=16, key_heads=2, norms=(weights[0], weights[1][:8]))
 
 
+def test_norms_have_the_dtype_of_the_projection():
+    g = torch.Generator().manual_seed(3)
+    qkv, norms = torch.randn(5, 64, generator=g).bfloat16(), tuple(torch.rand(2, 16, generator=g))
+    tables = rope_tables(torch.arange(5), 16, dtype=torch.bfloat16)
+    half = tuple(norm.bfloat16() for norm in norms)
+    ours, same = (rope_qkv(qkv, *tables, head_dim=16, key_heads=1, norms=each) for each in (norms, half))
+    assert all(a.dtype == torch.bfloat16 and torch.equal(a, b) for a, b in zip(ours, same))
+
+
 def test_rope_of_a_fused_projection_equals_rope_of_its_parts():
     qkv, tables = torch.randn(9, (4 + 2 * 2) * 16), rope_tables(torch.arange(9), 16)
     q, k, v = (t.unflatten(-1, (-1, 16)) for t in qkv.split([64, 32, 32], -1))
