@@ -169,8 +169,8 @@ def _parse(values: dict[str, Any]) -> Preprocess:
         crop = resize
     half = (0.5, 0.5, 0.5)
     return Preprocess(
-        resize,
-        crop["height"] if isinstance(crop, dict) else crop,
+        int(resize),
+        int(crop["height"] if isinstance(crop, dict) else crop),
         mean=tuple(values.get("image_mean", half if siglip else CLIP_MEAN)),
         std=tuple(values.get("image_std", half if siglip else CLIP_STD)),
         filter=names[resample],
