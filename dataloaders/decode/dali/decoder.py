@@ -103,7 +103,7 @@ class DaliDecoder:
         self._prepare = partial(prepare, device=device, **settings)
         self._decode = partial(guarded, partial(decode_file, **settings))
         self._surroundings = partial(guarded, partial(surroundings, **settings))
-        self._failed, self._succeeded, self._hung = 0, False, 0
+        self._failed, self._succeeded, self._hung, self._cause = 0, False, 0, ""
         self._disagree: set[tuple[str, int]] = set()
         self._of_kind: Counter[tuple[str, int]] = Counter()
         self._shown: dict[str, set[tuple[int, int]]] = {}
@@ -209,8 +209,15 @@ class DaliDecoder:
             _LOG.info("rebuilding DALI's pipeline: %s", root_cause(error))
             self._rebuild(batch.slot)
             frames = self._bisect(batch.requests, batch.slot)
+        before = self._disabled
         self._failed += sum(isinstance(f, str) and f == _CANNOT_DECODE for f in frames)
         self._succeeded |= any(not isinstance(f, str) for f in frames)
+        if self._disabled and not before:
+            _LOG.warning(
+                "disabling DALI after %d files without a success (%s): falling back to PyAV for all other files",
+                self._failed,
+                self._cause,
+            )
         return frames
 
     def _finish(self, requests: list[DecodeRequest], slot: int) -> list[Frames]:
@@ -243,7 +250,8 @@ class DaliDecoder:
             try:
                 self._pipelines[slot].start(part)
                 frames += self._finish(part, slot)
-            except RuntimeError:
+            except RuntimeError as error:
+                self._cause = root_cause(error)
                 self._rebuild(slot)
                 frames += self._bisect(part, slot) if len(part) > 1 else [_CANNOT_DECODE]
             else:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dataloaders.decode import nvdec
 from dataloaders.decode.dali.request import BT709, DecodeRequest
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.errors import reason
@@ -25,13 +26,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def require() -> None:
-    """Raise ValueError where DALI cannot be used."""
+def require(device: str = "cpu") -> None:
+    """Raise ValueError where DALI cannot be used on "cpu" or "cuda", whose current device is tried: with the cure.
+
+    DALI may be installed and yet not run: without the driver's video libraries, or under a driver older than its CUDA.
+    """
     try:
         import nvidia.dali  # noqa: F401
     except (ImportError, OSError) as error:
         raise ValueError(
             f"DALI cannot be used here ({reason(error)}); install nvidia-dali-cuda130, or use pyav"
+        ) from None
+    if device != "cuda":
+        return
+    nvdec.require()
+    try:
+        Pipeline("video", Preprocess(), device, 1, 1)
+    except RuntimeError as error:
+        raise ValueError(
+            f"DALI cannot decode on cuda here ({root_cause(error)}); nvidia-dali-cuda130 needs a driver from 580 on,"
+            " nvidia-dali-cuda120 one from 525 on; or use pyav"
         ) from None
 
 
@@ -148,4 +162,4 @@ FROM_601_TO_709 = (_to_rgb(0.2126, 0.0722) @ np.linalg.inv(_to_rgb(0.299, 0.114)
 
 def root_cause(error: Exception) -> str:
     """The cause in DALI's message, without the place where its operators were defined, which comes first."""
-    return " ".join(str(error).rpartition("encountered:")[2].split())[:200]
+    return " ".join(str(error).rpartition("encountered:")[2].split())[:200].rstrip(".")

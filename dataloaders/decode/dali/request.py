@@ -21,6 +21,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
+from dataloaders.decode import nvdec
 from dataloaders.decode.decoder import Decoded, decode_file, guarded
 from dataloaders.decode.facts import Facts
 from dataloaders.decode.orientation import UPRIGHT
@@ -133,6 +134,7 @@ def _video(
         "large frames": memory > FRAME_MEMORY[device],
         probed.packets.pictures.problem: bool(probed.packets.pictures.problem),
         probed.packets.pictures.hidden: bool(probed.packets.pictures.hidden),
+        "a size that NVDEC does not decode": device == "cuda" and nvdec.refuses(probed.codec, probed.coded),
     }
     why = next((name for name, is_so in problems.items() if is_so), None)
     if why is not None:
