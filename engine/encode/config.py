@@ -58,6 +58,9 @@ class EncodeConfig(LogFlags):
     """instead of encoding, print the store's size, the time to encode and the number of absent files; creates empty stores
     and the lists of media at most"""
 
+    measured: Path = Path("bench/results")
+    """folder with the results of bench.encode, from which --dry-run takes the rates of GPUs"""
+
     def check_paths(self) -> None:
         """Raise ValueError for a data folder without annotations, a store that is no folder, or a CLIP that cannot exist.
 
