@@ -53,7 +53,10 @@ class Results:
     def open(path: Path, environment: Mapping[str, str]) -> Results:
         """The results of earlier parts on this device, if there are any, with a new environment."""
         content = json.loads(path.read_text()) if path.exists() else {}
-        if content.get("environment", {}).get("device") != environment["device"]:
+        before = content.get("environment", {}).get("device", "")
+        if (
+            before.partition(",")[0] != environment["device"].partition(",")[0]
+        ):  # A CPU has its number of threads there.
             content = {}
         parts: dict[str, Any] = {"nvdec": [], "decode": [], "clip": [], "encode": [], "projection": None}
         return Results(path, {**parts, **content, "environment": dict(environment)})

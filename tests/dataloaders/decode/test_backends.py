@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from bench.frame_cases import picture
 from bench.media import link_ffmpeg
 from dataloaders.decode.dali import decoder as dali
 from dataloaders.decode.dali import pipeline as dali_pipeline
@@ -44,18 +45,6 @@ DIFFERENCE = 3
 needs_torchcodec = pytest.mark.skipif(
     importlib.util.find_spec("torchcodec") is None, reason="torchcodec is not installed: pip install torchcodec"
 )
-
-
-def picture(i: int, size: tuple[int, int]) -> np.ndarray:
-    """Frame `i` of a scene whose shades and shapes move: (H, W, 3) uint8, no two frames alike."""
-    width, height = size
-    y, x = np.mgrid[:height, :width] / max(size)
-    shade = np.stack([x + 0.02 * i, y + 0.3 - 0.01 * i, (x + y) / 2 + 0.015 * i], -1) % 1
-    frame = (255 * np.abs(2 * shade - 1)).astype(np.uint8)
-    column = (5 * i) % width
-    frame[height // 4 : height // 2, column : column + width // 4] = (200, 60, 40)
-    frame[height // 2 : 3 * height // 4, width - 1 - column : width - 1 - column + width // 5] = (40, 80, 190)
-    return frame
 
 
 def write(
