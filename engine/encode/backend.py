@@ -11,6 +11,7 @@ from dataloaders.decode.dali import decoder as dali
 from dataloaders.decode.dali.sessions import ON_CPU, Sessions, engines, on_gpu
 from dataloaders.ranks import Ranks
 from engine.encode.config import EncodeConfig
+from engine.encode.share import estimated_share
 
 NAMES = {"pyav": "PyAV", "dali": "DALI", "torchcodec": "torchcodec"}
 log = logging.getLogger(__name__)
@@ -24,12 +25,14 @@ class Backend:
     decoder   "pyav", "dali" or "torchcodec"
     workers   decoding processes of this rank
     sessions  how DALI uses the device
+    cpu_share  share of the videos that the CPU decodes while DALI decodes the others
     """
 
     device: str
     decoder: str
     workers: int
     sessions: Sessions = ON_CPU
+    cpu_share: float = 0.0
 
 
 def choose_backend(config: EncodeConfig, ranks: Ranks) -> Backend:
@@ -60,22 +63,25 @@ def choose_backend(config: EncodeConfig, ranks: Ranks) -> Backend:
         device = f"cuda:{ranks.local}"
         name = f"{device} ({torch.cuda.get_device_name(ranks.local)})"
     decoder, why = _choose_decoder(config, kind)
-    sessions = _sessions(ranks.local) if (kind, decoder) == ("cuda", "dali") else ON_CPU
+    sessions, share = ON_CPU, 0.0
+    if (kind, decoder) == ("cuda", "dali"):
+        number = _engines(ranks.local)
+        sessions, share = on_gpu(number), estimated_share(workers, number)
     if ranks.local == 0:
         log.info("ranks: %d, hosts: %d", ranks.size, -(-ranks.size // ranks.local_size))
         log.info("CLIP %s on %s in %s", config.clip, name, "float32" if kind == "cpu" else "bfloat16")
         # On a GPU the default is DALI; each host that lacks it warns.
         level = logging.WARNING if (config.decoder, kind, decoder) == ("auto", "cuda", "pyav") else logging.INFO
         log.log(level, "decoder %s (%s), %d decoding processes a rank", NAMES[decoder], why, workers)
-    return Backend(device, decoder, workers, sessions)
+    return Backend(device, decoder, workers, sessions, share)
 
 
-def _sessions(local: int) -> Sessions:
-    """How DALI uses a GPU: by its number of NVDEC engines, from the driver, else from its name."""
+def _engines(local: int) -> int:
+    """Number of NVDEC engines of a GPU: from the driver, else from its name."""
     import torch
 
     found = nvdec.capabilities("h264")
-    return on_gpu(found.engines if found and found.engines else engines(torch.cuda.get_device_name(local)))
+    return found.engines if found and found.engines else engines(torch.cuda.get_device_name(local))
 
 
 def _choose_decoder(config: EncodeConfig, device: str) -> tuple[str, str]:

@@ -64,6 +64,7 @@ class Job:
                     workers=min(files, self.backend.workers),
                     time_limit=self.config.time_limit,
                     sessions=self.backend.sessions,
+                    cpu_share=self.backend.cpu_share,
                     **self._frames,
                 )
             except ValueError as error:

@@ -25,6 +25,7 @@ from engine.encode.check import predict, verify
 from engine.encode.config import EncodeConfig
 from engine.encode.inventory import Inventory, take_inventory
 from engine.encode.job import Job
+from engine.encode.share import agreed_share
 from engine.encode.work import features_of, groups_of, partition_by_length, rows_of
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def encode(config: EncodeConfig, ranks: Ranks = ALONE) -> Summary:
     Raises ValueError for a data folder, CLIP or store that cannot be used, and when failures exceed the budget: before
     CLIP is loaded if too many files are absent. Features that were stored before the error are kept.
     """
-    backend = choose_backend(config, ranks)
+    backend = _with_share(choose_backend(config, ranks), config, write=True)
     inventory = take_inventory(config, ranks)
     ledger, summary = Ledger(config.store / LEDGER, len(inventory.media), config.failure_budget), Summary()
     inventory.log_absent(ledger, logs_them=ranks.rank == 0 and Part.parse(config.part).number == 1)
@@ -134,9 +135,18 @@ def encode(config: EncodeConfig, ranks: Ranks = ALONE) -> Summary:
 
 def prepare(config: EncodeConfig, ranks: Ranks = ALONE) -> tuple[Inventory, list[Job]]:
     """The inventory and this rank's jobs, to look at the stores without encoding."""
-    backend = choose_backend(config, ranks)
+    backend = _with_share(choose_backend(config, ranks), config, write=False)
     inventory = take_inventory(config, ranks)
     return inventory, make_jobs(config, inventory, backend, ranks)
+
+
+def _with_share(backend: Backend, config: EncodeConfig, write: bool) -> Backend:
+    """The backend with the CPU's share of the store, which the first run with DALI stores if it may `write`."""
+    if backend.decoder != "dali":
+        return backend
+    share = agreed_share(config.store, config.cpu_share, backend.cpu_share, write)
+    log.info("the CPU decodes %.0f%% of the videos, DALI the others", 100 * share)
+    return replace(backend, cpu_share=share)
 
 
 def make_jobs(config: EncodeConfig, inventory: Inventory, backend: Backend, ranks: Ranks) -> list[Job]:

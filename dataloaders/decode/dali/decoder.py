@@ -85,6 +85,7 @@ class DaliDecoder:
     workers     processes that probe files, and decode those that DALI cannot
     time_limit  seconds that DALI may take for a batch, and a worker process for a file
     sessions    how many pipelines decode how many files at a time
+    cpu_share   share of the videos that the processes decode with PyAV while DALI decodes the others (`share`)
     """
 
     def __init__(
@@ -97,10 +98,11 @@ class DaliDecoder:
         time_limit: float | None = TIME_LIMIT,
         sampling: Sampling = "index",
         sessions: Sessions = ON_CPU,
+        cpu_share: float = 0.0,
     ) -> None:
         require()
         settings: dict[str, Any] = {"num_frames": num_frames, "preprocess": preprocess, "sampling": sampling}
-        self._prepare = partial(prepare, device=device, **settings)
+        self._prepare = partial(prepare, device=device, cpu_share=cpu_share, **settings)
         self._decode = partial(guarded, partial(decode_file, **settings))
         self._surroundings = partial(guarded, partial(surroundings, **settings))
         self._failed, self._succeeded, self._hung, self._cause = 0, False, 0, ""

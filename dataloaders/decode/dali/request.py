@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from dataloaders.decode import nvdec
+from dataloaders.decode.dali.share import is_for_the_cpu
 from dataloaders.decode.decoder import Decoded, decode_file, guarded
 from dataloaders.decode.facts import Facts
 from dataloaders.decode.orientation import UPRIGHT
@@ -95,9 +96,20 @@ class DecodeRequest:
 
 
 def prepare(
-    media: Media, num_frames: int, preprocess: Preprocess, device: str, sampling: Sampling = "index"
+    media: Media,
+    num_frames: int,
+    preprocess: Preprocess,
+    device: str,
+    sampling: Sampling = "index",
+    cpu_share: float = 0.0,
 ) -> Decoded | DecodeRequest:
-    """A request if DALI can decode the file on `device`; otherwise PyAV's result: frames, or the reason for none."""
+    """A request if DALI can decode the file on `device`; otherwise PyAV's result: frames, or the reason for none.
+
+    PyAV also decodes the CPU's share of the videos.
+    """
+    decode = partial(decode_file, num_frames=num_frames, preprocess=preprocess, sampling=sampling)
+    if media.kind == "video" and is_for_the_cpu(media, cpu_share):
+        return guarded(decode, media)
     try:
         if media.kind == "image":
             request = _still(media, preprocess)
@@ -107,10 +119,7 @@ def prepare(
         return Decoded(media, reason=str(error))
     except Exception as error:  # PyAV reports what is wrong with the file.
         request = f"{type(error).__name__}: {error}"
-    if isinstance(request, DecodeRequest):
-        return request
-    decode = partial(decode_file, num_frames=num_frames, preprocess=preprocess, sampling=sampling)
-    return guarded(decode, media, by=f"PyAV ({request})")
+    return request if isinstance(request, DecodeRequest) else guarded(decode, media, by=f"PyAV ({request})")
 
 
 def _video(
