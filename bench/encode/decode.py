@@ -1,4 +1,5 @@
-"""Part `decode`: files to 100 cropped frames each, by PyAV on all cores and by DALI with 1 to 14 sessions.
+"""Part `decode`: files to 100 cropped frames each, by PyAV on all cores, and by DALI and torchcodec's CUDA decoder with 1 to 14
+sessions.
 
 Before a decoder is timed, its frames of the first file are compared with PyAV's, frame by frame and with their neighbours.
 A file that it leaves to PyAV is counted in the row: its rate is then that of both.
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Final, Literal
 
 import numpy as np
 
@@ -23,7 +25,9 @@ from dataloaders.decode.decoder import DecodePool, Decoder, decode_cropped
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.records import Media
 
-DALI, PYAV, WHOLE = "DALI", "PyAV", "PyAV, all packets"
+PYAV: Final = "PyAV"
+DALI: Final = "DALI"
+TORCHCODEC: Final = "torchcodec"
 
 
 def measure(settings: Settings, results: Results) -> None:
@@ -44,17 +48,26 @@ def _decoders(settings: Settings) -> list[tuple[str, int | None, Callable[[], Ab
     cores = available_cores()
     cropped = partial(decode_cropped, num_frames=NUM_FRAMES, preprocess=Preprocess())
 
-    def dali(sessions: int) -> AbstractContextManager[Decoder]:
+    def on_device(engine: Literal["DALI", "torchcodec"], sessions: int) -> AbstractContextManager[Decoder]:
         from dataloaders.decode.dali.decoder import DaliDecoder
 
         return DaliDecoder(
-            "video", NUM_FRAMES, Preprocess(), settings.device, workers=cores, sessions=_sessions(sessions)
+            "video",
+            NUM_FRAMES,
+            Preprocess(),
+            settings.device,
+            workers=cores,
+            sessions=_sessions(sessions),
+            engine=engine,
         )
 
-    number = settings.sessions if settings.device == "cuda" else settings.sessions[:1]
+    on_gpu = settings.device == "cuda"
+    number = settings.sessions if on_gpu else settings.sessions[:1]
+    # torchcodec finds FFmpeg's libraries on the GPU machine; on a CPU `bench.test_decode` measures it.
+    engines: tuple[Literal["DALI", "torchcodec"], ...] = (DALI, TORCHCODEC) if on_gpu else (DALI,)
     return [
         (PYAV, None, lambda: DecodePool(cropped, cores)),
-        *((DALI, sessions, partial(dali, sessions)) for sessions in number),
+        *((engine, sessions, partial(on_device, engine, sessions)) for sessions in number for engine in engines),
     ]
 
 

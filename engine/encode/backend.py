@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from dataloaders.cpu import available_cores
 from dataloaders.decode import nvdec, torchcodec
 from dataloaders.decode.dali import decoder as dali
+from dataloaders.decode.dali import torchcodec as cuda_torchcodec
 from dataloaders.decode.dali.sessions import ON_CPU, Sessions, engines, on_gpu
 from dataloaders.ranks import Ranks
 from engine.encode.config import EncodeConfig
 from engine.encode.share import estimated_share
 
-NAMES = {"pyav": "PyAV", "dali": "DALI", "torchcodec": "torchcodec"}
+NAMES = {"pyav": "PyAV", "dali": "DALI", "torchcodec": "torchcodec", "torchcodec-cuda": "torchcodec on the GPU"}
 log = logging.getLogger(__name__)
 
 
@@ -22,7 +23,7 @@ class Backend:
     """How this rank encodes.
 
     device    "cpu" or "cuda:1"
-    decoder   "pyav", "dali" or "torchcodec"
+    decoder   "pyav", "dali", "torchcodec" or "torchcodec-cuda"
     workers   decoding processes of this rank
     sessions  how DALI uses the device
     cpu_share  share of the videos that the CPU decodes while DALI decodes the others
@@ -64,7 +65,7 @@ def choose_backend(config: EncodeConfig, ranks: Ranks) -> Backend:
         name = f"{device} ({torch.cuda.get_device_name(ranks.local)})"
     decoder, why = _choose_decoder(config, kind)
     sessions, share = ON_CPU, 0.0
-    if (kind, decoder) == ("cuda", "dali"):
+    if kind == "cuda" and decoder in ("dali", "torchcodec-cuda"):
         number = _engines(ranks.local)
         sessions, share = on_gpu(number), estimated_share(workers, number)
     if ranks.local == 0:
@@ -91,6 +92,10 @@ def _choose_decoder(config: EncodeConfig, device: str) -> tuple[str, str]:
         dali.require(device)
     elif config.decoder == "torchcodec":
         torchcodec.require()
+    elif config.decoder == "torchcodec-cuda":
+        if device == "cpu":
+            raise ValueError("--decoder torchcodec-cuda needs --device cuda; torchcodec decodes on the CPU")
+        cuda_torchcodec.require(device)
     if config.decoder != "auto":
         return config.decoder, "--decoder"
     if device == "cpu":

@@ -47,9 +47,9 @@ class EncodeConfig(LogFlags):
     """records per shard; a kill loses at most this many"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device of CLIP"""
-    decoder: Literal["auto", "pyav", "dali", "torchcodec"] = "auto"
+    decoder: Literal["auto", "pyav", "dali", "torchcodec", "torchcodec-cuda"] = "auto"
     """decoder; auto is DALI if CLIP runs on a GPU and DALI is installed, else PyAV. Each file that DALI cannot decode
-    falls back to PyAV"""
+    falls back to PyAV. torchcodec decodes on the CPU, torchcodec-cuda on the GPU (not yet run on one)"""
     cpu_share: float | None = None
     """share of the videos that PyAV decodes on the CPU while DALI decodes the others on the GPU. By default estimated from
     the numbers of workers and NVDEC engines; STORE/decode.json keeps it for later runs"""

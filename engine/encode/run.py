@@ -24,7 +24,7 @@ from engine.encode.backend import Backend, choose_backend
 from engine.encode.check import predict, verify
 from engine.encode.config import EncodeConfig
 from engine.encode.inventory import Inventory, take_inventory
-from engine.encode.job import Job
+from engine.encode.job import ENGINES, Job
 from engine.encode.share import agreed_share
 from engine.encode.work import features_of, groups_of, partition_by_length, rows_of
 
@@ -142,10 +142,10 @@ def prepare(config: EncodeConfig, ranks: Ranks = ALONE) -> tuple[Inventory, list
 
 def _with_share(backend: Backend, config: EncodeConfig, write: bool) -> Backend:
     """The backend with the CPU's share of the store, which the first run with DALI stores if it may `write`."""
-    if backend.decoder != "dali":
+    if backend.decoder not in ENGINES:
         return backend
     share = agreed_share(config.store, config.cpu_share, backend.cpu_share, write)
-    log.info("the CPU decodes %.0f%% of the videos, DALI the others", 100 * share)
+    log.info("the CPU decodes %.0f%% of the videos, the GPU the others", 100 * share)
     return replace(backend, cpu_share=share)
 
 

@@ -114,7 +114,7 @@ class Pipeline:
         frames = []
         for place, request in enumerate(requests):
             whole = torch.from_numpy(output.at(place)) if self._gpu is None else torch.from_dlpack(output[place])
-            cropped = self._preprocess.cropped_batch(_shown(whole if whole.ndim == 4 else whole[None], request.size))
+            cropped = self._preprocess.cropped_batch(shown(whole if whole.ndim == 4 else whole[None], request.size))
             frames.append(_in_bt709(cropped) if request.matrix in BT709 else cropped)
         if self._gpu is None:
             self._graph.release_outputs()
@@ -136,7 +136,7 @@ class Pipeline:
             answers.put(str(error))
 
 
-def _shown(frames: Tensor, size: tuple[int, int]) -> Tensor:
+def shown(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """The shown part of decoded frames (n, H, W, 3); all of a still, of which no size is given."""
     width, height = size
     return frames[:, :height, :width] if width else frames

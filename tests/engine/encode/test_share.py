@@ -1,4 +1,4 @@
-"""The CPU decodes a share of the videos beside DALI: by name, stored, and the same after a kill. DALI runs on the CPU here."""
+"""The CPU decodes a share of the videos and DALI the others: by name, stored, and the same after a kill. DALI runs on the CPU here."""
 
 from __future__ import annotations
 
