@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from bench.encode.results import Results, Row
 from bench.encode.settings import Settings, problem_of
@@ -28,7 +29,12 @@ def measure_clip(settings: Settings, results: Results) -> None:
 
     encoder = ClipEncoder(str(clip_folder(settings)), settings.device, compiled=settings.device == "cuda")
     for row in measure(encoder, settings.batch, settings.rounds):
-        values = {"frames_per_second": row.frames_per_second, "slow": row.slow, "fast": row.fast, "mfu": row.mfu}
+        values: dict[str, Any] = {
+            "frames_per_second": row.frames_per_second,
+            "slow": row.slow,
+            "fast": row.fast,
+            "mfu": row.mfu,
+        }
         results.add("clip", Row("CLIP", row.implementation, problem=row.problem, **values))
 
 

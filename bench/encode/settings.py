@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Clock:
         return time.perf_counter() - self.begin > self.budget
 
 
-def rates(run: Callable[[], int], rounds: int) -> dict[str, float]:
+def rates(run: Callable[[], int], rounds: int) -> dict[str, Any]:
     """Frames per second of the median, slowest and fastest round; `run` returns the number of frames."""
     measured = []
     for _ in range(rounds):

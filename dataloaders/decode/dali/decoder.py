@@ -108,8 +108,7 @@ class DaliDecoder:
         make: Callable[..., Pipeline | TorchcodecPipeline] = Pipeline if engine == "DALI" else TorchcodecPipeline
         self._engine = engine
         settings: dict[str, Any] = {"num_frames": num_frames, "preprocess": preprocess, "sampling": sampling}
-        counted = {"cpu_share": cpu_share, "counts_hidden": engine == "DALI"}
-        self._prepare = partial(prepare, device=device, **counted, **settings)
+        self._prepare = partial(prepare, device=device, cpu_share=cpu_share, counts_hidden=engine == "DALI", **settings)
         self._decode = partial(guarded, partial(decode_file, **settings))
         self._surroundings = partial(guarded, partial(surroundings, **settings))
         self._failed, self._succeeded, self._hung, self._cause = 0, False, 0, ""
