@@ -14,12 +14,15 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
+from dataloaders.decode.bitstream.pictures import Pictures, read_pictures
 from dataloaders.decode.clips import CLIP_TOLERANCE, Clip, clip_in
 from dataloaders.decode.containers import duration, is_avif
 from dataloaders.decode.readable import MAX_PIXELS, DecodeError
 
 _VP8_SHOWN = 0x10
 """The bit of a VP8 packet's first byte that marks a frame as shown (RFC 6386, 9.1)."""
+
+_INDEXED = {"mp4", "matroska"}
 
 
 def open_container(path: Path) -> InputContainer:
@@ -96,6 +99,8 @@ class Packets:
                counted
     all_shown  every packet is a frame that is shown
     stream, streams  index of the stream in the file, and the number of video streams
+    indexed    the container has an index of its packets, MP4 or Matroska, so that every decoder seeks to the same place
+    pictures   what the headers of the packets prove, with the reason where they prove nothing
     """
 
     first: int = 0
@@ -109,6 +114,8 @@ class Packets:
     all_shown: bool = False
     stream: int = 0
     streams: int = 1
+    indexed: bool = False
+    pictures: Pictures = field(default_factory=lambda: Pictures(problem="packets without times"))
 
     @property
     def total(self) -> int:
@@ -120,6 +127,15 @@ class Packets:
         """Every packet is a shown frame with a time, so that all decoders count the same frames."""
         return self.origin is not None and self.seekable and self.all_shown
 
+    @property
+    def thinnable(self) -> bool:
+        """The headers prove that each packet is one shown frame, so that a decoder can do without some."""
+        return self.regular and not self.pictures.problem
+
+    def ticks(self, indices: np.ndarray) -> np.ndarray:
+        """Display times (n,) int64 in the stream's units of frames of a `thinnable` file, by their index in the clip."""
+        return self.pictures.in_display_order[self.first + indices]
+
 
 def read_packets(path: Path, clip: Clip) -> Packets:
     """The frames of a clip, or of the whole file. Raises DecodeError for damage and for a clip that is not in the file."""
@@ -128,8 +144,11 @@ def read_packets(path: Path, clip: Clip) -> Packets:
         hides, count = stream.codec_context.codec.name == "vp8", len(container.streams.video)
         packets = [p for p in container.demux(stream) if p.size]
         shown = [p for p in packets if not (p.is_discard or (hides and not bytes(p)[0] & _VP8_SHOWN))]
+        whole = len(shown) == len(packets)
+        pictures = read_pictures(stream, packets) if whole else Pictures(problem="packets without a frame")
         unit, announced = stream.time_base, _announced(container, stream)
         start, seekable = container.start_time, not _counts_frames(container, shown)
+        indexed = bool(_INDEXED & set(container.format.name.split(",")))
         stream_index, file_end = stream.index, _file_end(container, path)
     found = [p.pts if seekable else p.dts for p in shown]
     ticks = sorted(t for t in found if t is not None)
@@ -160,9 +179,11 @@ def read_packets(path: Path, clip: Clip) -> Packets:
         ends=ends,
         origin=origin,
         seekable=seekable,
-        all_shown=len(shown) == len(packets),
+        all_shown=whole,
         stream=stream_index,
         streams=count,
+        indexed=indexed,
+        pictures=pictures,
     )
 
 
@@ -201,7 +222,7 @@ def _step(ticks: list[int]) -> int:
 
 def _announced(container: InputContainer, stream: VideoStream) -> float | None:
     """Seconds in the stream's header. A container's duration may be that of the audio; other formats estimate it."""
-    if not {"mp4", "matroska"} & set(container.format.name.split(",")):
+    if not _INDEXED & set(container.format.name.split(",")):
         return None
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)

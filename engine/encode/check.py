@@ -14,6 +14,7 @@ import numpy as np
 
 from dataloaders.decode.decoder import Decoder
 from dataloaders.records import Media
+from engine.encode.measured import hours_on, measured_rates
 from engine.encode.work import features_of, seconds_of
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ _SAMPLE = 6
 
 
 def verify(jobs: Sequence[Job], records: int) -> str:
-    """Decode and encode a random sample of the records of all stores again, and return a one-line comparison.
+    """Decode a random sample of the records of all stores with PyAV and encode them, and return a one-line comparison.
+
+    PyAV decodes whatever stored the records: a decoder that takes wrong frames would take them again.
 
     Raises ValueError if a record does not match its file: a cosine below LEAST_COSINE in any frame.
     """
@@ -41,7 +44,7 @@ def verify(jobs: Sequence[Job], records: int) -> str:
         if not media:
             continue
         num_frames = job.store.manifest.num_frames
-        with job.decoder(len(media)) as decoder:
+        with job.reference(len(media)) as decoder:
             results = zip(media, decoder.map(media))
             while batch := list(islice(results, max(1, job.batch_size // num_frames))):
                 features = features_of([decoded for _, decoded in batch], job.encoder, num_frames, job.batch_size)
@@ -79,7 +82,8 @@ def _least_cosine(one: np.ndarray, two: np.ndarray) -> float:
 def predict(job: Job, ranks: int) -> str:
     """The dry run's report for one kind of media: the store's size, and the time to encode the missing files.
 
-    It decodes some files and runs CLIP a few times on this machine. Times for other devices are computed from FLOPs.
+    It decodes some files and runs CLIP a few times on this machine. Times for GPUs are from measurements of `bench.encode`
+    where there are any, else from data sheets, and each line states which.
     """
     # Imported here: the decoding processes import engine.encode, and need no torch.
     from engine.hardware import CLIP_MFU, DEVICES
@@ -108,13 +112,11 @@ def predict(job: Job, ranks: int) -> str:
         f" decoding {hours[0]:,.2f} h, {ranks / decode:,.1f} files/s; CLIP {hours[1]:,.2f} h, {ranks / clip:,.0f} frames/s"
         f" (measured now on {min(_SAMPLE, len(missing))} files and some frames, times {ranks} ranks)"
     )
-    flops = job.encoder.flops_per_frame * manifest.num_frames * len(missing)
+    frames = float(manifest.num_frames * len(missing))
     for name in ("A100-80GB", "H100", "H200"):
-        peak = DEVICES[name].peak
-        lines.append(
-            f"  8x {name:<9} {flops / (8 * peak * CLIP_MFU) / 3600:,.3f} h for CLIP, {flops:.2e} FLOPs at {CLIP_MFU:.0%} of the"
-            " bfloat16 peak (assumed, not measured)"
-        )
+        assumed = DEVICES[name].peak * CLIP_MFU / job.encoder.flops_per_frame
+        rates = measured_rates(name, job.config.measured)
+        lines.append(hours_on(name, rates, frames, sum(lengths), assumed))
     return "\n".join(lines)
 
 

@@ -90,6 +90,11 @@ def partition_by_length(groups: Sequence[list[Media]], ranks: int) -> list[list[
     return [[groups[place] for place in sorted(share)] for share in shares]
 
 
+def rows_of(batch_size: int, num_frames: int) -> int:
+    """Frames of each forward pass: those of whole files, where at least one fits."""
+    return batch_size // num_frames * num_frames or batch_size
+
+
 def features_of(
     batch: Sequence[Decoded], encoder: ClipEncoder, num_frames: int, batch_size: int
 ) -> list[np.ndarray | None]:
@@ -97,7 +102,7 @@ def features_of(
     good = [decoded.frames for decoded in batch if decoded.frames is not None]
     if not good:
         return [None] * len(batch)
-    rows = batch_size // num_frames * num_frames or batch_size
+    rows = rows_of(batch_size, num_frames)
     frames = _joined(good, rows)
     encoded = [encoder.encode(frames[i : i + rows]).cpu().numpy() for i in range(0, len(frames), rows)]
     records = iter(np.concatenate(encoded)[: len(good) * num_frames].reshape(len(good), num_frames, -1))

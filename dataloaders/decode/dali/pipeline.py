@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dataloaders.decode import nvdec
 from dataloaders.decode.dali.request import BT709, DecodeRequest
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.errors import reason
@@ -24,23 +25,36 @@ from dataloaders.errors import reason
 if TYPE_CHECKING:
     from torch import Tensor
 
-_THREADS = 4
 
+def require(device: str = "cpu") -> None:
+    """Raise ValueError where DALI cannot be used on "cpu" or "cuda", whose current device is tried: with the cure.
 
-def require() -> None:
-    """Raise ValueError where DALI cannot be used."""
+    DALI may be installed and yet not run: without the driver's video libraries, or under a driver older than its CUDA.
+    """
     try:
         import nvidia.dali  # noqa: F401
     except (ImportError, OSError) as error:
         raise ValueError(
             f"DALI cannot be used here ({reason(error)}); install nvidia-dali-cuda130, or use pyav"
         ) from None
+    if device != "cuda":
+        return
+    nvdec.require()
+    try:
+        Pipeline("video", Preprocess(), device, 1, 1)
+    except RuntimeError as error:
+        raise ValueError(
+            f"DALI cannot decode on cuda here ({root_cause(error)}); nvidia-dali-cuda130 needs a driver from 580 on,"
+            " nvidia-dali-cuda120 one from 525 on; or use pyav"
+        ) from None
 
 
 class Pipeline:
     """Decodes batches of media of one kind. After a bad sample or a timeout it cannot be used; build a new one."""
 
-    def __init__(self, kind: Literal["video", "image"], preprocess: Preprocess, device: str, batch: int) -> None:
+    def __init__(
+        self, kind: Literal["video", "image"], preprocess: Preprocess, device: str, batch: int, threads: int
+    ) -> None:
         from nvidia.dali import Pipeline as Graph
         from nvidia.dali import fn, types
 
@@ -52,13 +66,14 @@ class Pipeline:
         placement = "cpu" if self._gpu is None else "mixed"
         # Depth 1, because the first run would otherwise wait for more input; `start` prefetches instead. With the
         # dynamic executor, outputs belong to their reader.
-        graph = Graph(batch, _THREADS, self._gpu, exec_dynamic=True, prefetch_queue_depth=1, set_affinity=False)
+        graph = Graph(batch, threads, self._gpu, exec_dynamic=True, prefetch_queue_depth=1, set_affinity=False)
         with graph:
-            encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             if kind == "video":
                 indices = fn.external_source(name="indices", dtype=types.INT32, ndim=1)
-                frames = fn.decoders.video(encoded, device=placement, frames=indices)
+                frames = fn.decoders.video(encoded, device=placement, frames=indices, affine=False)
             else:
+                encoded = fn.io.file.read(encoded)
                 frames = fn.decoders.image(encoded, device=placement, output_type=types.RGB, jpeg_fancy_upsampling=True)
             graph.set_outputs(frames)
         graph.build()
@@ -68,7 +83,8 @@ class Pipeline:
         """Start to decode in the background. Raises RuntimeError after an earlier batch failed."""
         if not requests:
             return
-        self._graph.feed_input("path", [np.frombuffer(bytes(r.media.path), np.uint8) for r in requests])
+        inputs = (r.content if self._kind == "video" else bytes(r.media.path) for r in requests)
+        self._graph.feed_input("encoded", [np.frombuffer(content, np.uint8) for content in inputs])
         if self._kind == "video":
             self._graph.feed_input("indices", [r.indices.astype(np.int32) for r in requests])
         self._graph.schedule_run()
@@ -98,7 +114,7 @@ class Pipeline:
         frames = []
         for place, request in enumerate(requests):
             whole = torch.from_numpy(output.at(place)) if self._gpu is None else torch.from_dlpack(output[place])
-            cropped = self._preprocess.cropped_batch(whole if whole.ndim == 4 else whole[None])
+            cropped = self._preprocess.cropped_batch(shown(whole if whole.ndim == 4 else whole[None], request.size))
             frames.append(_in_bt709(cropped) if request.matrix in BT709 else cropped)
         if self._gpu is None:
             self._graph.release_outputs()
@@ -118,6 +134,12 @@ class Pipeline:
         except Exception as error:
             # As text: the exception's traceback would keep the failed pipeline alive, with all its memory.
             answers.put(str(error))
+
+
+def shown(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """The shown part of decoded frames (n, H, W, 3); all of a still, of which no size is given."""
+    width, height = size
+    return frames[:, :height, :width] if width else frames
 
 
 def _in_bt709(frames: Tensor) -> Tensor:
@@ -140,4 +162,4 @@ FROM_601_TO_709 = (_to_rgb(0.2126, 0.0722) @ np.linalg.inv(_to_rgb(0.299, 0.114)
 
 def root_cause(error: Exception) -> str:
     """The cause in DALI's message, without the place where its operators were defined, which comes first."""
-    return " ".join(str(error).rpartition("encountered:")[2].split())[:200]
+    return " ".join(str(error).rpartition("encountered:")[2].split())[:200].rstrip(".")
