@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from dataloaders.annotation import steps
 from dataloaders.annotation.key_points import key_points
+from dataloaders.annotation.objects import Following, track_all
 from dataloaders.annotation.record import Existing, pite_record, with_trajectories
 from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, Step, step_path
-from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, first_frames, track_events
+from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, first_frames
 from dataloaders.decode.readable import DecodeError
 from dataloaders.failures import Failure
 from dataloaders.formats.activitynet import EventVideo
@@ -58,7 +59,7 @@ class Settings:
         if self.detector:
             segmenter = self.segmenter and _name(self.segmenter)
             made["masks"] = {"detector": _name(self.detector), "segmenter": segmenter, "threshold": self.threshold}
-        made["tracks"] = {"num_frames": self.num_frames, **asdict(LucasKanade())}
+        made["tracks"] = {"num_frames": self.num_frames, **asdict(LucasKanade()), "objects": asdict(Following())}
         made["records"] = {"num_points": self.num_points, "when_questions": self.when_questions}
         return {step: made[step] for step in STEPS[: STEPS.index(self.until) + 1] if step in made}
 
@@ -115,7 +116,7 @@ def annotate(video: Video, settings: Settings) -> None:
     if not path["tracks"].exists():
         assert masks is not None
         moments = _moments(video, settings)
-        steps.write_tracks(path["tracks"], track_events(video.path, moments, masks))
+        steps.write_tracks(path["tracks"], track_all(video.path, moments, masks))
     tracks = steps.read_tracks(path["tracks"], phrases)
     if last == 2:
         return

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from bench.annotation.synthetic import FRAMES, SIZE, agreement, exact_mask
 from dataloaders.annotation import steps
 from dataloaders.annotation.__main__ import main
 from dataloaders.annotation.tracking import LucasKanade, Moments, track_events
@@ -32,7 +33,7 @@ from tests.text import llama_like
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-python-headless")
 
-SIZE, FRAMES, SEEDS = 128, 32, range(8)
+SEEDS = range(8)
 
 
 @dataclass(frozen=True)
@@ -60,27 +61,6 @@ class World:
 
     def records(self) -> list[dict]:
         return [json.loads(line) for line in self.output.read_text().splitlines()]
-
-
-def hidden(scene: Scene, index: int, points: np.ndarray, frame: int) -> np.ndarray:
-    """Which points (..., 2) of a thing are hidden in a frame: outside, behind the occluder or behind a later thing."""
-    out = ~((points >= 0) & (points <= 1)).all(-1)
-    if scene.occluder is not None:
-        left, top, right, bottom = scene.occluder
-        x, y = points[..., 0], points[..., 1]
-        out |= (left <= x) & (x < right) & (top <= y) & (y < bottom)
-    for other in scene.things[index + 1 :]:
-        if other.first <= frame <= other.last:
-            out |= signed_distance(other.shape, points - other.path[frame - other.first]) > 0
-    return out
-
-
-def exact_mask(scene: Scene, index: int) -> np.ndarray:
-    thing = scene.things[index]
-    centres = (np.arange(SIZE) + 0.5) / SIZE
-    grid = np.stack(np.meshgrid(centres, centres), -1)
-    inside = signed_distance(thing.shape, grid - thing.path[0]) > 0
-    return np.asarray(inside & ~hidden(scene, index, grid, thing.first))
 
 
 def make_world(data: Path) -> World:
@@ -118,31 +98,6 @@ def fresh(annotated: World, tmp_path: Path) -> World:
     ignored = shutil.ignore_patterns("records", "pite_143k.jsonl")
     shutil.copytree(annotated.data, tmp_path, ignore=ignored, dirs_exist_ok=True)
     return World(tmp_path, annotated.scenes)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Errors of visible points in fractions of the frame; share of visible points kept, and of kept points hidden."""
-
-    errors: np.ndarray
-    kept: float
-    wrong: float
-
-
-def agreement(found: list[tuple[Scene, int, np.ndarray]]) -> Agreement:
-    """Compare tracks with the true motion of their things, from each point's first position."""
-    errors, visible, both, kept = [], 0, 0, 0
-    for scene, index, tracks in found:
-        thing = scene.things[index]
-        event = Event(scene.seconds(thing.first), scene.seconds(thing.last), "")
-        frames = Moments.of(event, scene.duration, scene.num_frames, FRAMES).frames
-        assert tracks.shape[1] == len(frames)
-        for k, frame in enumerate(frames):
-            truth = tracks[:, 0] + thing.path[frame - thing.first] - thing.path[0]
-            seen, shown = (tracks[:, k] != ABSENT).all(-1), ~hidden(scene, index, truth, frame)
-            errors += np.linalg.norm(tracks[:, k] - truth, axis=-1)[seen & shown].tolist()
-            visible, both, kept = visible + shown.sum(), both + (seen & shown).sum(), kept + seen.sum()
-    return Agreement(np.array(errors), both / visible, 1 - both / kept)
 
 
 def test_points_move_with_their_things(annotated):
