@@ -44,6 +44,10 @@ class AnnotationFlags(LogFlags):
     """N frames that PiTe will see"""
     num_points: int = 3
     """P key points of a trajectory"""
+    lost: float = 0.3
+    """a trajectory that is present in a smaller share of its moments is lost: counted, not written"""
+    sheets: int = 16
+    """videos of which a contact sheet is drawn, a PNG in the folder of the steps; 0 for none"""
     when_questions: bool = True
     """add a question for the time of one event, as in grounding, to each record that has none"""
     part: str | None = None
@@ -62,6 +66,9 @@ class AnnotationFlags(LogFlags):
             raise ValueError("--segmenter needs the boxes of a detector; give --detector, too")
         Part.parse(self.part)
         at_least(self, 0, "workers")
+        at_least(self, 0, "sheets")
+        if not 0 <= self.lost <= 1:
+            raise ValueError(f"--lost is a share of the moments, from 0 to 1, not {self.lost}")
         at_least(self, 1, "num_points")
         at_least(self, 2, "num_frames")
         if not self.time_limit > 0:

@@ -12,6 +12,7 @@ from dataloaders.annotation import steps
 from dataloaders.annotation.key_points import key_points
 from dataloaders.annotation.objects import Following, track_all
 from dataloaders.annotation.record import Existing, pite_record, with_trajectories
+from dataloaders.annotation.report import measure
 from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, Step, step_path
 from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, first_frames
 from dataloaders.decode.readable import DecodeError
@@ -36,6 +37,7 @@ class Settings:
     detector, segmenter  directories for `Grounding`; None if the masks files exist
     threshold   minimum score of the detector
     device      where the models run
+    lost        share of its moments below which a trajectory is lost
     until       last step to run, of `steps.STEPS`
     when_questions  add a question for the time of one event to each record that has none
     """
@@ -48,6 +50,7 @@ class Settings:
     segmenter: Path | None = None
     threshold: float = 0.35
     device: str = "cpu"
+    lost: float = 0.3
     until: Step = "records"
     when_questions: bool = True
 
@@ -60,7 +63,7 @@ class Settings:
             segmenter = self.segmenter and _name(self.segmenter)
             made["masks"] = {"detector": _name(self.detector), "segmenter": segmenter, "threshold": self.threshold}
         made["tracks"] = {"num_frames": self.num_frames, **asdict(LucasKanade()), "objects": asdict(Following())}
-        made["records"] = {"num_points": self.num_points, "when_questions": self.when_questions}
+        made["records"] = {"num_points": self.num_points, "lost": self.lost, "when_questions": self.when_questions}
         return {step: made[step] for step in STEPS[: STEPS.index(self.until) + 1] if step in made}
 
 
@@ -120,9 +123,11 @@ def annotate(video: Video, settings: Settings) -> None:
     tracks = steps.read_tracks(path["tracks"], phrases)
     if last == 2:
         return
-    points = {
+    chosen = {
         key: found for key, track in tracks.items() if (found := key_points(track, settings.num_points)) is not None
     }
+    measured = {key: measure(phrases[key[0]][key[1]].text, found, settings.lost) for key, found in chosen.items()}
+    points = {key: found for key, found in chosen.items() if not measured[key].lost}
     if video.record is None:
         record = pite_record(name, video.source, video.captions, phrases, points, settings.when_questions)
     else:
@@ -135,8 +140,10 @@ def annotate(video: Video, settings: Settings) -> None:
         "found": len(tracks) if masks is None else sum(mask is not None for event in masks for mask in event),
         "followed": len(tracks),
         "trajectories": len(points),
+        "lost": len(chosen) - len(points),
     }
-    steps.write_json(path["records"], {"record": record, "counts": counts})
+    outcome = [asdict(each) for each in measured.values()]
+    steps.write_json(path["records"], {"record": record, "counts": counts, "trajectories": outcome})
 
 
 def attempt(video: Video, settings: Settings) -> Failure | None:

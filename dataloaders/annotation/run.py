@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from dataloaders.annotation.flags import AnnotationFlags
 from dataloaders.annotation.pipeline import Settings, Video, attempt, load_models
+from dataloaders.annotation.report import Measured, summary, table
+from dataloaders.annotation.sheets import draw_sheets
 from dataloaders.annotation.sources import read_captions, read_records
 from dataloaders.annotation.steps import STEPS, join_records, step_path
 from dataloaders.annotation.tracking import opencv
@@ -93,15 +95,6 @@ def check_models(videos: Sequence[Video], settings: Settings, allowed: float) ->
             )
 
 
-def summary(counts: Sequence[dict[str, int]]) -> str:
-    total = sum((Counter(each) for each in counts), Counter[str]())
-    return (
-        f"{len(counts):,} videos, {total['events']:,} events, {total['phrases']:,} phrases; {total['found']:,} of them "
-        f"found in their event's first frame, {total['followed']:,} tracked, "
-        f"{total['trajectories']:,} with a trajectory"
-    )
-
-
 def run(flags: AnnotationFlags) -> None:
     """Annotate this rank's share of the videos. A run without torchrun then joins the records."""
     ranks = Ranks.read()
@@ -141,8 +134,10 @@ def run(flags: AnnotationFlags) -> None:
     elif ranks.size > 1 or part.count > 1:
         print(f"when all ranks are done, run the same command without torchrun and --part to write {flags.output}")
     else:
-        counts = join_records((step_path(work, "records", v.name) for v in videos), flags.output)
-        print(f"{flags.output}: {summary(counts)}")
+        found = join_records((step_path(work, "records", v.name) for v in videos), flags.output)
+        print(f"{flags.output}: {summary([counts for counts, _ in found], flags.lost)}")
+        print(table([Measured(**each) for _, trajectories in found for each in trajectories]))
+        draw_sheets(videos, work, flags.sheets)
 
 
 def _settings(flags: AnnotationFlags, ranks: Ranks) -> Settings:
@@ -155,6 +150,7 @@ def _settings(flags: AnnotationFlags, ranks: Ranks) -> Settings:
         segmenter=flags.segmenter,
         threshold=flags.threshold,
         device=f"cuda:{ranks.local}" if flags.device == "cuda" else flags.device,
+        lost=flags.lost,
         until=flags.until,
         when_questions=flags.when_questions,
     )

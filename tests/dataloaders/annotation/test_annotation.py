@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from bench.annotation.synthetic import FRAMES, SIZE, agreement, exact_mask
 from dataloaders.annotation import steps
 from dataloaders.annotation.__main__ import main
+from dataloaders.annotation.sheets import COLUMNS, TITLE, WIDTH
 from dataloaders.annotation.tracking import LucasKanade, Moments, track_events
 from dataloaders.decode.video import decode_video, iter_frames
 from dataloaders.failures import read_failures
@@ -26,7 +28,7 @@ from dataloaders.records import ABSENT
 from dataloaders.samples.dataset import StageDataset
 from dataloaders.synthetic.language import activitynet_record
 from dataloaders.synthetic.render import draw, write_mp4
-from dataloaders.synthetic.scene import Scene, sample_video, signed_distance
+from dataloaders.synthetic.scene import Scene, sample_video
 from tests.commands import status_of
 from tests.media import truncate
 from tests.text import llama_like
@@ -95,7 +97,7 @@ def annotated(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def fresh(annotated: World, tmp_path: Path) -> World:
     """A copy without records but with tracks. A test that changes an earlier step removes the tracks of its video."""
-    ignored = shutil.ignore_patterns("records", "pite_143k.jsonl")
+    ignored = shutil.ignore_patterns("records", "sheets", "pite_143k.jsonl")
     shutil.copytree(annotated.data, tmp_path, ignore=ignored, dirs_exist_ok=True)
     return World(tmp_path, annotated.scenes)
 
@@ -248,6 +250,35 @@ def test_phrases_that_are_not_found_have_no_trajectory(fresh, capsys):
     assert summary in capsys.readouterr().out
 
 
+def test_lost_trajectories_are_counted_and_not_written(fresh, capsys):
+    """A track that is present in a fifth of its moments, and one that stands still."""
+    steps.step_path(fresh.work, "masks", "v0").unlink()
+    still = np.full((4, 10, 2), 0.5, np.float32) + np.arange(4, dtype=np.float32)[:, None, None] / 50
+    gone = still.copy()
+    gone[:, 2:] = ABSENT
+    assert len(fresh.scenes["v0"].things) >= 2
+    save_file({"0.0": gone, "1.0": still}, steps.step_path(fresh.work, "tracks", "v0"))
+    assert fresh.run("--sheets", 2) == 0
+    (trajectory,) = fresh.records()[0]["trajectories"]
+    phrase = fresh.scenes["v0"].things[1].phrase
+    assert trajectory["phrase"].lower() == phrase
+    found = json.loads(steps.step_path(fresh.work, "records", "v0").read_text())["trajectories"]
+    assert [(each["present"], each["moved"], each["lost"]) for each in found] == [(0.2, 0.0, True), (1.0, 0.0, False)]
+    output = capsys.readouterr().out
+    assert "1 lost (present in less than 30% of the moments)" in output
+    assert "all phrases" in output and phrase in output
+    sheets = sorted((fresh.work / "sheets").glob("*.png"))
+    assert [sheet.stem for sheet in sheets] == ["v0", "v4"]
+    with Image.open(sheets[0]) as sheet:
+        picture = np.asarray(sheet)
+    assert picture.shape == (WIDTH + TITLE, COLUMNS * WIDTH, 3)  # One row of square frames.
+    red = (picture == (255, 0, 0)).all(-1)
+    assert all(red[:, k * WIDTH : (k + 1) * WIDTH].any() for k in range(COLUMNS))
+    shutil.rmtree(fresh.work / "records")
+    assert fresh.run("--lost", 0, "--sheets", 0) == 0
+    assert len(fresh.records()[0]["trajectories"]) == 2
+
+
 def test_tracks_of_another_tool_are_used(fresh):
     line = np.stack((np.linspace(0.2, 0.6, 5), np.full(5, 0.5)), -1)
     tracks = np.stack([line + np.array([0, 0.1 * i]) for i in range(4)]).astype(np.float32)
@@ -292,8 +323,8 @@ def test_invalid_step_files_are_refused(fresh, step, content, sentence):
 def test_steps_with_other_settings_are_not_mixed(annotated, capsys):
     assert annotated.run("--num-points", 1) == 1
     assert (
-        "{'num_points': 3, 'when_questions': True}, not {'num_points': 1, 'when_questions': True}: remove"
-        in capsys.readouterr().err
+        "{'num_points': 3, 'lost': 0.3, 'when_questions': True}, not "
+        "{'num_points': 1, 'lost': 0.3, 'when_questions': True}: remove" in capsys.readouterr().err
     )
     assert annotated.run("--segmenter", "sam") == 2
     assert "give --detector, too" in capsys.readouterr().err

@@ -26,9 +26,9 @@ def walker(frame: np.ndarray, left: int, top: int, upper: tuple[int, ...], lower
     for rows, colour in ((slice(top, top + 20), upper), (slice(top + 20, top + 40), lower)):
         texture = RNG.integers(-35, 36, (10, 8, 1)).repeat(2, 0).repeat(2, 1)
         area = frame[rows, max(left, 0) : max(left + 16, 0)]
-        area[:] = np.clip(np.array(colour) + texture[:, 16 - area.shape[1] :] if left < 0 else colour + texture, 0, 255)[
-            :, : area.shape[1]
-        ]
+        area[:] = np.clip(
+            np.array(colour) + texture[:, 16 - area.shape[1] :] if left < 0 else colour + texture, 0, 255
+        )[:, : area.shape[1]]
 
 
 @pytest.fixture(scope="module")
