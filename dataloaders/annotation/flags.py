@@ -31,7 +31,7 @@ class AnnotationFlags(LogFlags):
     until: Step = "records"
     """last step to run"""
     stanza: Path | None = None
-    """folder of Stanza's models, which make the phrases; not needed if their files exist"""
+    """folder of Stanza's models, which make the phrases; spaCy's noun chunks unless given"""
     detector: Path | None = None
     """folder of a GroundingDINO, which makes the masks; not needed if their files exist"""
     segmenter: Path | None = None

@@ -17,13 +17,13 @@ _ENOUGH = 0.35
 """Score at which a place is worth as much as no place."""
 _HIDDEN = (3.0, 0.3)
 """Cost of a gap, and of each frame of it."""
-_LONGEST = 40
+_LONGEST = 20
 """Frames of the longest gap."""
 _FREE, _PER_FRAME = 0.2, 0.05
 """Deviation from the expected place: as a share of the object's size, and of it per frame of the step."""
 _RESIZED = 0.1
 """Cost of each step between two of `SCALES`; one in four frames of a gap is free."""
-_IMPOSSIBLE = 30.0
+_IMPOSSIBLE = 5.0
 """Half the square of a deviation, in standard deviations, that no step may exceed."""
 
 

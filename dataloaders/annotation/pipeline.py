@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dataloaders.annotation import steps
 from dataloaders.annotation.key_points import key_points
 from dataloaders.annotation.objects import Following, track_all
+from dataloaders.annotation.phrases import SPACY_MODEL, SpacyPhrases, StanzaPhrases
 from dataloaders.annotation.record import Existing, pite_record, with_trajectories
 from dataloaders.annotation.report import measure
 from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, Step, step_path
@@ -33,7 +34,8 @@ class Settings:
     work        folder for the files of each step
     num_frames  N: events are sampled at least as densely as N frames sample the video
     num_points  P key points of a trajectory
-    stanza      directory of Stanza's models; None if the phrases files exist
+    stanza      directory of Stanza's models; None for spaCy, or if the phrases files exist
+    spacy       whether spaCy makes phrases
     detector, segmenter  directories for `Grounding`; None if the masks files exist
     threshold   minimum score of the detector
     device      where the models run
@@ -46,6 +48,7 @@ class Settings:
     num_frames: int = 100
     num_points: int = 3
     stanza: Path | None = None
+    spacy: bool = False
     detector: Path | None = None
     segmenter: Path | None = None
     threshold: float = 0.35
@@ -59,6 +62,8 @@ class Settings:
         made: dict[str, dict[str, Any]] = {}
         if self.stanza:
             made["phrases"] = {"stanza": _name(self.stanza)}
+        elif self.spacy:
+            made["phrases"] = {"spacy": SPACY_MODEL}
         if self.detector:
             segmenter = self.segmenter and _name(self.segmenter)
             made["masks"] = {"detector": _name(self.detector), "segmenter": segmenter, "threshold": self.threshold}
@@ -104,7 +109,7 @@ def annotate(video: Video, settings: Settings) -> None:
     if not path["phrases"].exists():
         parser = _parser(settings)
         if parser is None:
-            raise ValueError(f"{path['phrases']}: no such file; write it, or make it with --stanza")
+            raise ValueError(f"{path['phrases']}: no such file; write it, or make it with spaCy or --stanza")
         steps.write_phrases(path["phrases"], video.captions, [parser(e.sentence) for e in video.captions.events])
     phrases = steps.read_phrases(path["phrases"], video.captions)
     if last == 0:
@@ -189,9 +194,9 @@ def _moments(video: Video, settings: Settings) -> Sequence[Moments]:
 @lru_cache(1)
 def _parser(settings: Settings) -> Callable[[str], list[Phrase]] | None:
     """Loaded once per process."""
-    from dataloaders.annotation.phrases import StanzaPhrases
-
-    return StanzaPhrases(settings.stanza, settings.device) if settings.stanza else None
+    if settings.stanza:
+        return StanzaPhrases(settings.stanza, settings.device)
+    return SpacyPhrases() if settings.spacy else None
 
 
 @lru_cache(1)

@@ -7,12 +7,14 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dataloaders.annotation.flags import AnnotationFlags
+from dataloaders.annotation.phrases import INSTALL, has_spacy
 from dataloaders.annotation.pipeline import Settings, Video, attempt, load_models
 from dataloaders.annotation.report import Measured, summary, table
 from dataloaders.annotation.sheets import draw_sheets
@@ -79,7 +81,10 @@ def check_settings(settings: Settings) -> None:
 def check_models(videos: Sequence[Video], settings: Settings, allowed: float) -> None:
     """Raise ValueError if the model of a step is not given, and more than `allowed` videos lack the file of the step."""
     last = STEPS.index(settings.until)
-    for step, flag, model in (("phrases", "--stanza", settings.stanza), ("masks", "--detector", settings.detector)):
+    for step, flag, model in (
+        ("phrases", "--stanza", settings.stanza or settings.spacy or None),
+        ("masks", "--detector", settings.detector),
+    ):
         if model is not None or STEPS.index(step) > last:
             continue
         files = [
@@ -92,6 +97,7 @@ def check_models(videos: Sequence[Video], settings: Settings, allowed: float) ->
             raise ValueError(
                 f"{flag} must be given, the folder of the model that makes the {step}: {len(lacking):,} of {len(videos):,} "
                 f"videos have no file of {step}, such as {lacking[0]}; or write these files with another program"
+                + (f", or use spaCy: {INSTALL}" if step == "phrases" else "")
             )
 
 
@@ -108,6 +114,8 @@ def run(flags: AnnotationFlags) -> None:
     if not entries:
         raise ValueError(f"{source}: holds no video")
     videos = [video for video in entries if isinstance(video, Video)]
+    if settings.stanza is None and has_spacy():
+        settings = replace(settings, spacy=not all(_is_done(work, "phrases", video) for video in videos))
     check_models(videos, settings, flags.failure_budget * len(entries))
     check_settings(settings)
     ledger = Ledger(work / LEDGER, len(entries), flags.failure_budget)

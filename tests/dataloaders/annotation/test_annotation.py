@@ -65,6 +65,12 @@ class World:
         return [json.loads(line) for line in self.output.read_text().splitlines()]
 
 
+@pytest.fixture(autouse=True)
+def without_spacy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phrases are those of the files, also where spaCy is installed."""
+    monkeypatch.setattr("dataloaders.annotation.run.has_spacy", lambda: False)
+
+
 def make_world(data: Path) -> World:
     """Write videos, captions, phrases and exact masks."""
     scenes = {f"v{seed}": sample_video(np.random.default_rng(seed)) for seed in SEEDS}
