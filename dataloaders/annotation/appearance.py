@@ -207,7 +207,8 @@ def _vertex(scores: np.ndarray, s: np.ndarray, y: np.ndarray, x: np.ndarray, axi
 def object_pixels(cv2: Any, frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The object's pixels (H, W) bool: the mask, or of a mask that is a box, what GrabCut finds in it.
 
-    Where GrabCut finds next to nothing or nearly all, an ellipse in the box.
+    Where GrabCut finds next to nothing or nearly all, those pixels of an ellipse in the box whose colours are rarer
+    around the box.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
@@ -229,7 +230,18 @@ def object_pixels(cv2: Any, frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return found
     across = (np.arange(mask.shape[1]) + 0.5 - (left + right) / 2) / (0.38 * width)
     down = (np.arange(mask.shape[0]) + 0.5 - (top + bottom) / 2) / (0.47 * height)
-    return np.asarray(mask & (across[None] ** 2 + down[:, None] ** 2 <= 1))
+    middle = mask & (across[None] ** 2 + down[:, None] ** 2 <= 1)
+    bins = _bins(cv2, crop)
+    here = middle[y : y + crop.shape[0], x : x + crop.shape[1]]
+    outside = ~mask[y : y + crop.shape[0], x : x + crop.shape[1]]
+    if not outside.any():
+        return middle
+    own = _ratio(_frequencies(bins[here]), _frequencies(bins[outside]))[bins] > 0
+    if (own & here).sum() < 0.3 * here.sum():
+        return middle
+    found = np.zeros_like(mask)
+    found[y : y + crop.shape[0], x : x + crop.shape[1]] = own & here
+    return found
 
 
 def _bins(cv2: Any, frame: np.ndarray) -> np.ndarray:

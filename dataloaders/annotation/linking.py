@@ -27,10 +27,11 @@ _IMPOSSIBLE = 5.0
 """Half the square of a deviation, in standard deviations, that no step may exceed."""
 
 
-def link(candidates: Sequence[Candidates], size: np.ndarray) -> dict[int, int]:
+def link(candidates: Sequence[Candidates], size: np.ndarray, frame: np.ndarray) -> dict[int, int]:
     """The best way: for each frame in which the object is seen, the index of its candidate. The first frame has one.
 
-    size  (2,) width and height of the object in the first frame, in the candidates' pixels
+    size   (2,) width and height of the object in the first frame, in the candidates' pixels
+    frame  (2,) width and height of the frames. What moves out of them in a gap does not come back
     """
     scale = float(size.mean())
     total = [candidates[0].scores - _ENOUGH]
@@ -42,7 +43,7 @@ def link(candidates: Sequence[Candidates], size: np.ndarray) -> dict[int, int]:
             there = candidates[t - gap]
             if not len(there.scores) or not len(here.scores):
                 continue
-            value = total[t - gap][None] - _cost(there, here, gap, scale)
+            value = total[t - gap][None] - _cost(there, here, gap, scale, frame)
             chosen = value.argmax(1)
             reached = value[np.arange(len(chosen)), chosen]
             better = reached > best
@@ -53,7 +54,7 @@ def link(candidates: Sequence[Candidates], size: np.ndarray) -> dict[int, int]:
     return _way(total, origin)
 
 
-def _cost(there: Candidates, here: Candidates, gap: int, scale: float) -> np.ndarray:
+def _cost(there: Candidates, here: Candidates, gap: int, scale: float, frame: np.ndarray) -> np.ndarray:
     """Cost (n, m) of a step of `gap` frames from each of m candidates to each of n."""
     velocity = here.velocities[:, None] if gap == 1 else (here.velocities[:, None] + there.velocities[None]) / 2
     off = here.centres[:, None] - there.centres[None] - gap * velocity
@@ -62,7 +63,11 @@ def _cost(there: Candidates, here: Candidates, gap: int, scale: float) -> np.nda
     resized = np.abs(here.sizes[:, None] - there.sizes[None])
     cost = squares / 2 + _RESIZED * np.maximum(0, resized - (gap - 1) / 4)
     cost[squares > _IMPOSSIBLE] = np.inf
-    return cost + (_HIDDEN[0] + _HIDDEN[1] * (gap - 1) if gap > 1 else 0)
+    if gap > 1:
+        ahead = there.centres + gap * there.velocities
+        cost[:, ((ahead < 0) | (ahead > frame)).any(1)] = np.inf
+        cost += _HIDDEN[0] + _HIDDEN[1] * (gap - 1)
+    return cost
 
 
 def _way(total: Sequence[np.ndarray], origin: Sequence[np.ndarray]) -> dict[int, int]:

@@ -130,7 +130,7 @@ class _Object:
         """Points (M, K, 2) as fractions of the frame; None for an object that is too small or rigid."""
         if self._appearance is None:
             return None
-        way = link(self._candidates, self._appearance.size)
+        way = link(self._candidates, self._appearance.size, self._frame_size)
         centres, scales = _smooth(self._candidates, way, len(self.frames), self._following.bridged)
         at = np.searchsorted(self.frames, self._moments.frames)
         if self._likeness(centres[at]) > self._following.rigid:

@@ -92,15 +92,19 @@ def found(*places: tuple[float, float, float]) -> Candidates:
 
 
 def test_the_best_way_leaves_out_frames_in_which_the_object_is_hidden_and_ends_when_it_is_gone() -> None:
-    size = np.array([20.0, 20.0])
+    size, frame = np.array([20.0, 20.0]), np.array([500, 100])
     going = [found((5 * t, 1, 5)) for t in range(20)]
-    assert link(going, size) == dict.fromkeys(range(20), 0)
+    assert link(going, size, frame) == dict.fromkeys(range(20), 0)
     hidden = [*going[:4], found(), found(), found(), *going[7:]]
-    assert link(hidden, size) == dict.fromkeys([*range(4), *range(7, 20)], 0)
+    assert link(hidden, size, frame) == dict.fromkeys([*range(4), *range(7, 20)], 0)
     # Then a stranger who looks the same stands where the object came from: the motion decides.
     stranger = [*going[:4], *[found()] * 3, *[found((-15, 1, 0), (5 * t, 1, 5)) for t in range(7, 20)]]
-    assert [link(stranger, size)[t] for t in range(7, 20)] == [1] * 13
-    assert link([*going[:4], *[found((400, 1, 0))] * 16], size) == dict.fromkeys(range(4), 0)
+    assert [link(stranger, size, frame)[t] for t in range(7, 20)] == [1] * 13
+    assert link([*going[:4], *[found((400, 1, 0))] * 16], size, frame) == dict.fromkeys(range(4), 0)
+    # What leaves the picture is not mixed up with a stranger at its edge.
+    leaving = [*going[:4], found(), *[found((10, 1, 0))] * 15]
+    assert link(leaving, size, frame) == dict.fromkeys([*range(4), *range(5, 20)], 0)
+    assert link(leaving, size, np.array([18, 100])) == dict.fromkeys(range(4), 0)
 
 
 def test_a_box_is_separated_from_its_background_and_a_mask_is_kept() -> None:
