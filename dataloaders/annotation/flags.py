@@ -36,6 +36,8 @@ class AnnotationFlags(LogFlags):
     """folder of a GroundingDINO, which makes the masks; not needed if their files exist"""
     segmenter: Path | None = None
     """folder of a SAM; without it a mask is the detector's box"""
+    tracker: Path | None = None
+    """folder of a SAM 2 video or EdgeTAM model, which makes the tracks; Lucas-Kanade and our own tracker unless given"""
     threshold: float = 0.35
     """minimum score of a detection"""
     device: str = "cpu"
@@ -79,7 +81,7 @@ class AnnotationFlags(LogFlags):
         check_one_host("dataloaders.annotation")
         paths.input_file("--captions", self.captions)
         paths.input_file("--records", self.records)
-        for name in ("videos", "stanza", "detector", "segmenter"):
+        for name in ("videos", "stanza", "detector", "segmenter", "tracker"):
             paths.input_folder(f"--{name}", getattr(self, name))
         paths.distinct_files({"--output": self.output}, {"--captions": self.captions, "--records": self.records})
         paths.output_file("--output", self.output)

@@ -25,6 +25,7 @@ from dataloaders.records import Media
 
 if TYPE_CHECKING:
     from dataloaders.annotation.grounding import Grounding
+    from dataloaders.annotation.video_masks import VideoSegmenter
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Settings:
     stanza      directory of Stanza's models; None for spaCy, or if the phrases files exist
     spacy       whether spaCy makes phrases
     detector, segmenter  directories for `Grounding`; None if the masks files exist
+    tracker     directory for `VideoSegmenter`; None for `track_all`
     threshold   minimum score of the detector
     device      where the models run
     lost        share of its moments below which a trajectory is lost
@@ -51,6 +53,7 @@ class Settings:
     spacy: bool = False
     detector: Path | None = None
     segmenter: Path | None = None
+    tracker: Path | None = None
     threshold: float = 0.35
     device: str = "cpu"
     lost: float = 0.3
@@ -67,7 +70,11 @@ class Settings:
         if self.detector:
             segmenter = self.segmenter and _name(self.segmenter)
             made["masks"] = {"detector": _name(self.detector), "segmenter": segmenter, "threshold": self.threshold}
-        made["tracks"] = {"num_frames": self.num_frames, **asdict(LucasKanade()), "objects": asdict(Following())}
+        ours = {**asdict(LucasKanade()), "objects": asdict(Following())}
+        made["tracks"] = {
+            "num_frames": self.num_frames,
+            **({"tracker": _name(self.tracker)} if self.tracker else ours),
+        }
         made["records"] = {"num_points": self.num_points, "lost": self.lost, "when_questions": self.when_questions}
         return {step: made[step] for step in STEPS[: STEPS.index(self.until) + 1] if step in made}
 
@@ -124,7 +131,7 @@ def annotate(video: Video, settings: Settings) -> None:
     if not path["tracks"].exists():
         assert masks is not None
         moments = _moments(video, settings)
-        steps.write_tracks(path["tracks"], track_all(video.path, moments, masks))
+        steps.write_tracks(path["tracks"], (_tracker(settings) or track_all)(video.path, moments, masks))
     tracks = steps.read_tracks(path["tracks"], phrases)
     if last == 2:
         return
@@ -209,8 +216,20 @@ def _grounding(settings: Settings) -> Grounding | None:
     return Grounding(settings.detector, settings.segmenter, settings.device, settings.threshold)
 
 
+@lru_cache(1)
+def _tracker(settings: Settings) -> VideoSegmenter | None:
+    """Loaded once per process."""
+    if settings.tracker is None:
+        return None
+    from dataloaders.annotation.video_masks import VideoSegmenter
+
+    return VideoSegmenter(settings.tracker, settings.device)
+
+
 def load_models(settings: Settings) -> None:
     """Load the models, so that a wrong directory is an error before the first video. Raises ValueError."""
     _parser(settings)
     if settings.until != "phrases":
         _grounding(settings)
+    if STEPS.index(settings.until) >= STEPS.index("tracks"):
+        _tracker(settings)

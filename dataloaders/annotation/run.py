@@ -127,7 +127,11 @@ def run(flags: AnnotationFlags) -> None:
     ours = videos[part.number - 1 :: part.count]
     mine = [v for v in ours[ranks.rank :: ranks.size] if not _is_done(work, flags.until, v)]
     log.info("%s of %s videos to annotate", f"{len(mine):,}", f"{len(videos):,}")
-    if STEPS.index(flags.until) >= STEPS.index("tracks") and any(not _is_done(work, "tracks", v) for v in mine):
+    if (
+        STEPS.index(flags.until) >= STEPS.index("tracks")
+        and not flags.tracker
+        and any(not _is_done(work, "tracks", v) for v in mine)
+    ):
         opencv()
     failed = 0
     workers = min(_usual_workers(flags.device) if flags.workers is None else flags.workers, len(mine))
@@ -156,6 +160,7 @@ def _settings(flags: AnnotationFlags, ranks: Ranks) -> Settings:
         stanza=flags.stanza,
         detector=flags.detector,
         segmenter=flags.segmenter,
+        tracker=flags.tracker,
         threshold=flags.threshold,
         device=f"cuda:{ranks.local}" if flags.device == "cuda" else flags.device,
         lost=flags.lost,
