@@ -64,8 +64,9 @@ def _walker(number: int, frame: int, moments: list[Any]) -> Walker:
     boxes = np.full((len(moments), 4), np.nan)
     states: list[State] = []
     for row, moment in zip(boxes, moments):
-        states.append(moment if isinstance(moment, str) else "visible")
-        if not isinstance(moment, str):
+        labelled: State = "visible" if isinstance(moment, list) else moment
+        states.append(labelled)
+        if isinstance(moment, list):
             left, top, width, height, _ = moment
             row[:] = left, top, left + width, top + height
     return Walker(number, frame, boxes, tuple(states))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -93,25 +94,34 @@ def _csrt(clip: Path, moments: Sequence[Moments], masks: Masks) -> Tracks:
     cv2 = opencv()
     if not hasattr(cv2, "TrackerCSRT_create"):
         raise ValueError("CSRT is in opencv-contrib-python-headless, which replaces opencv-python-headless")
-    trackers, samples = {}, {i: [] for i in range(len(moments))}
+    trackers: dict[int, Any] = {}
+    samples: dict[int, list[np.ndarray]] = {i: [] for i in range(len(moments))}
     wanted = {frame for each in moments for frame in range(each.first, each.last + 1)}
     grid = np.stack(np.meshgrid((0.35, 0.5, 0.65), (0.25, 0.5, 0.75)), -1).reshape(-1, 2)
     for index, frame in enumerate(iter_frames(clip, wanted)):
-        active = [i for i, each in enumerate(moments) if frame is not None and each.first <= index <= each.last]
-        for i in active:
-            if index == moments[i].first:
-                rows, columns = (np.flatnonzero(masks[i][0].any(axis)) for axis in (1, 0))
-                box = (int(columns[0]), int(rows[0]), len(columns), len(rows))
+        for i, each in enumerate(moments):
+            if frame is None or not each.first <= index <= each.last:
+                continue
+            picture = frame[..., ::-1].copy()
+            if index == each.first:
+                box = _box(masks[i][0])
                 trackers[i] = cv2.TrackerCSRT_create()
-                trackers[i].init(frame[..., ::-1].copy(), box)
+                trackers[i].init(picture, box)
             else:
-                _, box = trackers[i].update(frame[..., ::-1].copy())
-            if index in moments[i].frames:
+                _, box = trackers[i].update(picture)
+            if index in each.frames:
                 points = (np.array(box[:2]) + grid * box[2:]) / frame.shape[1::-1]
                 samples[i].append(np.where(((points >= 0) & (points <= 1)).all(-1, keepdims=True), points, ABSENT))
         if index == max(wanted):
             break
     return {(i, 0): np.stack(found, 1).astype(np.float32) for i, found in samples.items()}
+
+
+def _box(mask: np.ndarray | None) -> tuple[int, int, int, int]:
+    """Left, top, width and height of a mask."""
+    assert mask is not None
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return int(columns[0]), int(rows[0]), len(columns), len(rows)
 
 
 METHODS: dict[str, Method] = {"annotation": track_all, "Lucas-Kanade": track_events, "CSRT": _csrt}

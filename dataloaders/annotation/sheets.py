@@ -72,7 +72,8 @@ def _moments(trajectory: dict[str, Any], first: int, total: int, duration: float
     """Frames of a row, and the key points (P, 2) in each."""
     points = np.array(trajectory["points"], float)
     chosen = np.unique(np.linspace(0, points.shape[1] - 1, COLUMNS).round().astype(int))
-    times = np.linspace(*trajectory["times"], points.shape[1])
+    start, end = trajectory["times"]
+    times = np.linspace(start, end, points.shape[1])
     return [
         (first + min(max(round(times[k] / duration * (total - 1)), 0), total - 1), points[:, k])
         for k in chosen.tolist()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench.annotation.labels import HALVES, check_clip, clip, read_walkers
+from bench.annotation.labels import HALVES, Walker, check_clip, clip, read_walkers
+from bench.annotation.walkers import METHODS, measure, outcome, total
+from dataloaders.records import ABSENT
 
 
 def test_labels_follow_their_rule() -> None:
@@ -31,3 +34,34 @@ def test_another_video_is_refused(tmp_path) -> None:
     (tmp_path / "other.avi").write_bytes(b"RIFF")
     with pytest.raises(ValueError, match=r"other\.avi is not the labelled video; it is in Debian opencv-doc"):
         check_clip(tmp_path / "other.avi")
+
+
+def test_key_points_are_counted_by_the_states_of_the_labels() -> None:
+    """A made-up walker: visible, visible, visible, part, absent, absent; points in the box, then off it, then gone."""
+    boxes = np.full((6, 4), np.nan)
+    boxes[:3] = (10, 10, 30, 50)
+    walker = Walker(0, 0, boxes, ("visible", "visible", "visible", "part", "absent", "absent"))
+    tracks = np.tile(np.array([20.0, 30.0]) / 100, (3, 6, 1)) + np.arange(3)[:, None, None] / 100
+    tracks[:, 2] = 0.9
+    tracks[:, 5] = ABSENT
+    found = outcome(walker, tracks.astype(np.float32), np.array([100, 100]))
+    assert (found.kept, found.visible, found.inside, found.gone, found.absent) == (True, 6, 3, 6, 3)
+    assert found.marks == "30p!-"
+    tracks[:, 1:] = ABSENT  # Present in a sixth of the moments.
+    lost = outcome(walker, tracks.astype(np.float32), np.array([100, 100]))
+    assert (lost.kept, lost.visible, lost.inside, lost.gone, lost.marks) == (False, 6, 0, 0, "..p--")
+    assert total([found, lost]) == {"kept": 0.5, "inside": 0.25, "absent": 0.5}
+    assert outcome(walker, None, np.array([100, 100])) == lost
+
+
+def test_a_walker_of_the_real_clip_is_followed() -> None:
+    pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-python-headless")
+    clip_path = Path("/usr/share/doc/opencv-doc/examples/data/vtest.avi")
+    if not clip_path.exists():
+        pytest.skip("vtest.avi is not installed: apt install opencv-doc")
+    check_clip(clip_path)
+    walker = read_walkers()[8]
+    (found,) = measure(clip_path, [walker], METHODS["annotation"])
+    assert found.kept and found.inside > 0.8 * found.visible
+    (lost,) = measure(clip_path, [walker], METHODS["Lucas-Kanade"])
+    assert not lost.kept
