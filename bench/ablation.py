@@ -32,7 +32,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from dataloaders.files import write_atomically
+from dataloaders.files import sha256, write_atomically
 from dataloaders.store.features import FeatureStore
 from engine.demo.held_out import measure_grounding, measure_trajectories
 from engine.plots import read_curves, smooth
@@ -105,8 +105,14 @@ def train_and_measure(output: Path, parts: Path, variant: Variant, seed: int, fl
     """The scores of one variant and seed, and the hours they took; read from scores.json if it exists."""
     folder = output / variant.folder / str(seed)
     scores = folder / "scores.json"
+    settings = {"vicuna": sha256(parts / "vicuna" / "model.safetensors"), "train": list(flags)}
     if scores.exists():
-        return dict(json.loads(scores.read_text()))
+        saved = json.loads(scores.read_text())
+        if saved.get("settings") != settings:
+            raise SystemExit(
+                f"bench.ablation: {folder} was trained with other --parts or --train: give another --output"
+            )
+        return dict(saved["scores"])
     given = ("--data", output / "data", "--store", output / "store")
     started = time.monotonic()
     llm = ("--model", "tiny", "--llm", parts / "vicuna")
@@ -126,7 +132,7 @@ def train_and_measure(output: Path, parts: Path, variant: Variant, seed: int, fl
     run("pite.evaluate", "grounding", "--model", folder / "stage3" / "final", *given, *written)
     found = measure(output, folder, answers, None if skipped else folder / "stage2" / "final")
     found["hours"] = (time.monotonic() - started) / 3600
-    write_atomically(scores, json.dumps(found, indent=1) + "\n")
+    write_atomically(scores, json.dumps({"settings": settings, "scores": found}, indent=1) + "\n")
     return found
 
 
@@ -236,6 +242,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--train", default="", help="extra flags for engine.train, as one string")
     options = parser.parse_args(arguments)
+    for part in ("clip", "vicuna"):
+        if not (options.parts / part).is_dir():
+            parser.error(f"--parts {options.parts}: it holds no {part}: python -m engine.tiny {options.parts}")
     make_world(options.output, options.parts, options.videos, options.evaluation, options.frames, options.twins)
     # The first variant always runs, and runs first: others start from its stage 1.
     chosen = [v for v in VARIANTS if v.name in options.only or v is VARIANTS[0]]

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from dataloaders.files import put_in_place, remove, sha256, temporary_sibling
 from engine.identity import first_difference
+from engine.recipes import Recipe
 
 # On purpose, a single process saves, and each process loads for itself.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -225,7 +226,14 @@ def _set_aside(path: Path) -> Path:
 
 
 def check_identity(saved: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
-    """Raise ResumeError naming the first difference between the identity saved in `path` and this run's."""
+    """Raise ResumeError naming the first difference between the identity saved in `path` and this run's.
+
+    A number of the recipe that is not saved has its default: it was added to the recipe after that run.
+    """
+    recipe = saved.get("recipe")
+    if isinstance(recipe, dict):
+        added = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+        saved = {**saved, "recipe": {**added, **recipe}}
     difference = first_difference(saved, identity)
     if difference is not None:
         name, was, now = difference

@@ -20,8 +20,8 @@ from pite.lineage import LINEAGE, stages
 if TYPE_CHECKING:
     from engine.distributed.world import World
 
-SHARED_SECONDS = 40.0
-"""Seconds for a new file to appear on other hosts: an NFS client remembers for 30 s that a folder did not exist."""
+SHARED_SECONDS = 75.0
+"""Seconds for a new file to appear on other hosts: an NFS client remembers for up to 60 s that a folder did not exist."""
 
 
 def check_paths(config: TrainConfig) -> None:
@@ -95,13 +95,21 @@ def claimed(output: Path, world: World) -> Iterator[None]:
 def check_shared(output: Path, token: str) -> None:
     """Raise ValueError where rank 0's file `token` is not in this host's folder after `SHARED_SECONDS`."""
     until = time.monotonic() + SHARED_SECONDS
-    while not (output / token).exists():
+    while token not in _names(output):
         if time.monotonic() > until:
             raise ValueError(
                 f"--output {output} is not the folder that rank 0 writes to: give a folder that all hosts share, which rank 0 "
                 "writes and all ranks read"
             )
         time.sleep(0.1)
+
+
+def _names(folder: Path) -> set[str]:
+    """The names in a folder, listed anew; empty where it does not exist."""
+    try:
+        return {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
 
 
 def _claim(output: Path, held: ExitStack) -> None:

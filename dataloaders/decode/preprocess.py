@@ -69,15 +69,15 @@ class Preprocess:
             raise ValueError(
                 f"{directory} holds no preprocessor_config.json; copy it there, because it defines the resize and crop"
             )
-        values = read_json_object(path)
+        values = {name: value for name, value in read_json_object(path).items() if value is not None}
         if "max_num_patches" in values:
             raise ValueError(f"{path}: pictures of varying shape (max_num_patches) are not supported")
         for name in ("do_resize", "do_rescale", "do_normalize"):
             if not values.get(name, True):
                 raise ValueError(f"{path}: {name} is off, which is not supported")
-        if abs(values.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
-            raise ValueError(f"{path}: rescale_factor is {values['rescale_factor']}, only 1/255 is supported")
         try:
+            if abs(float(values.get("rescale_factor", 1 / 255)) * 255 - 1) > 1e-3:
+                raise ValueError(f"rescale_factor is {values['rescale_factor']}, only 1/255 is supported")
             return _parse(values)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
@@ -157,7 +157,7 @@ def _parse(values: dict[str, Any]) -> Preprocess:
         raise ValueError(f"resample is {resample}, only bicubic (3) and bilinear (2) are supported")
     size: Any = values.get("size", {"height": 224, "width": 224} if siglip else 224)
     squash = isinstance(size, dict) and "shortest_edge" not in size
-    if squash and size["height"] != size["width"]:
+    if squash and (size.get("height") is None or size["height"] != size.get("width")):
         raise ValueError(f"size is {size}, only a square or a shortest_edge is supported")
     resize: Any = size["height" if squash else "shortest_edge"] if isinstance(size, dict) else size
     crop: Any = values.get("crop_size", resize if squash else 224)

@@ -14,6 +14,7 @@ holds it, also where a template writes earlier answers in another form (Qwen3 re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -26,17 +27,8 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-_DAY = {
-    "%d": "26",
-    "%-d": "26",
-    "%m": "07",
-    "%b": "Jul",
-    "%B": "July",
-    "%Y": "2024",
-    "%y": "24",
-    "%A": "Friday",
-    "%a": "Fri",
-}
+_DAY = {code: datetime(2024, 7, 26).strftime(code) for code in map("%{}".format, "aAbBcdHIjmMpSUwWxXyY")}
+_DAY |= {"%-d": "26", "%-m": "7", "%-H": "0", "%-I": "12", "%-M": "0", "%F": "2024-07-26", "%T": "00:00:00", "%e": "26"}
 _FIXED_DAY = (
     "{%- macro strftime_now(form) -%}{{ form"
     + "".join(f" | replace('{code}', '{text}')" for code, text in _DAY.items())
@@ -115,7 +107,7 @@ def as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """
     if layout_of(tokenizer) is VICUNA:
         return text
-    for token in _special_tokens(tokenizer):
+    for token in _tokens_of_layout(tokenizer):
         text = text.replace(token, "\u2039" + token[1:])
     return text
 
@@ -141,9 +133,12 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) 
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             template = _FIXED_DAY + template
-        return str(tokenizer.apply_chat_template(messages, chat_template=template, **settings))
+        rendered = {str(tokenizer.apply_chat_template(messages, chat_template=template, **settings)) for _ in range(2)}
     except Exception as error:  # a template can raise anything
         raise ValueError(f"its chat template cannot render a question and an answer: {reason(error)}") from None
+    if len(rendered) > 1:
+        raise ValueError("its chat template renders another text each time, so a prompt would not be that of training")
+    return rendered.pop()
 
 
 def _pieces(text: str, *marks: str) -> list[str]:
@@ -165,6 +160,14 @@ def _at_end_token(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, s
         raise ValueError("its chat template ends an answer with no special token, so generation could not stop there")
     position, _, token = min(found)
     return text[:position], token, text[position + len(token) :]
+
+
+@lru_cache(maxsize=4)
+def _tokens_of_layout(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The special tokens, and the other added ones that the layout spells, such as Qwen3's <think>."""
+    spelled = repr(layout_of(tokenizer))
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content in spelled}
+    return tuple(sorted({*_special_tokens(tokenizer), *added}, key=lambda token: (-len(token), token)))
 
 
 @lru_cache(maxsize=4)

@@ -92,7 +92,8 @@ def make_world(output: Path, config: WorldConfig, processes: int = 2, progress: 
     manifest_path = output / "world.json"
     wanted = {"version": VERSION, **asdict(config)}
     if manifest_path.exists():
-        manifest = json.loads(manifest_path.read_text())
+        # Worlds of this version without the field are older than it.
+        manifest = {"twins": 0.0, **json.loads(manifest_path.read_text())}
         complete = manifest.pop("complete", False)
         if manifest != wanted:
             raise ValueError(

@@ -25,7 +25,7 @@ def estimate(config: TrainConfig, program: str = "engine.budget") -> int:
         from engine.budget.costs import run_costs
         from engine.budget.text import report
 
-        print(report(run_costs(config)))
+        print(report(run_costs(config), 2 if config.parallel.reduce_dtype == "bfloat16" else 4))
     except (ValueError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1

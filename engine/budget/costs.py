@@ -249,7 +249,8 @@ def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
 def _size(config: TrainConfig, model: PiTeConfig) -> str:
     """The size whose measured speed and published hours are those of this shape; else the architecture's name."""
     size, llm = config.model.size, model.llm
-    if size == "tiny" or all(getattr(llm, name) == value for name, value in PRESETS[size].items()):
+    vicuna = llm.num_key_value_heads == llm.num_attention_heads and llm.vocab_size in range(32_000, 32_100)
+    if size == "tiny" or (vicuna and all(getattr(llm, name) == value for name, value in PRESETS[size].items())):
         return size
     return model.architecture.name
 

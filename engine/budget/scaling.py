@@ -92,15 +92,21 @@ def imbalance(corpus: Corpus, batch: int, ranks: int) -> float:
     return float(np.mean([max(load) * ranks / sum(load) for load in loads]))
 
 
-def run_hours(costs: Sequence[StageCost], machines: Sequence[MachineCost], ranks: int) -> float:
+def run_hours(
+    costs: Sequence[StageCost], machines: Sequence[MachineCost], ranks: int, gradient_bytes: int = 4
+) -> float:
     """Hours of all stages with set-up."""
     seconds = 0.0
     for cost, machine in zip(costs, machines):
-        seconds += cost.steps * step_time(cost, machine, ranks).total + SET_UP + 2 * cost.parameters.total / READING
+        seconds += (
+            cost.steps * step_time(cost, machine, ranks, gradient_bytes).total
+            + SET_UP
+            + 2 * cost.parameters.total / READING
+        )
     return seconds / 3600
 
 
-def scaling_lines(costs: Sequence[StageCost]) -> list[str]:
+def scaling_lines(costs: Sequence[StageCost], gradient_bytes: int = 4) -> list[str]:
     """For each kind of device, the hours of the run on 8 and more, and from how many on more do not pay.
 
     Empty for a batch with less than a sample for each device of a host.
@@ -111,7 +117,7 @@ def scaling_lines(costs: Sequence[StageCost]) -> list[str]:
     for machines in zip(*(cost.machines for cost in costs)):
         if not counts or any(machine.ranks != PER_HOST or machine.hours is None for machine in machines):
             continue
-        hours = {count: run_hours(costs, machines, count) for count in counts}
+        hours = {count: run_hours(costs, machines, count, gradient_bytes) for count in counts}
         most = next(n for n in counts if 2 * n not in hours or hours[n] / hours[2 * n] < WORTH)
         each = ", ".join(f"{count}: {hours[count]:.2f} h" for count in counts)
         lines.append(f"  {machines[0].device:<22}{each}; more than {most} do not pay at batch {batch}")

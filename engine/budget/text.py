@@ -13,12 +13,15 @@ PAPER_HOURS = {"7b": 10.0, "13b": 17.0}
 """The paper's training time of all three stages on eight A100s."""
 
 
-def report(costs: Sequence[StageCost]) -> str:
-    """Every stage of a run, and the sum of the hours next to the paper's."""
+def report(costs: Sequence[StageCost], gradient_bytes: int = 4) -> str:
+    """Every stage of a run, and the sum of the hours next to the paper's.
+
+    gradient_bytes  of each number that the ranks exchange
+    """
     lines = [line for cost in costs for line in _stage_lines(cost)]
     if len(costs) > 1:
         lines += _together(costs)
-    lines += scaling_lines(costs)
+    lines += scaling_lines(costs, gradient_bytes)
     return "\n".join(lines)
 
 

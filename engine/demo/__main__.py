@@ -131,8 +131,8 @@ def steps(config: DemoConfig) -> Iterator[Step]:
 
 def copy_parts(models: Path) -> None:
     """Copy the tiny models of the package to `models`. Raises ValueError if it holds others."""
-    for part in PARTS.iterdir():
-        copy = models / part.name
+    for name in ("clip", "vicuna"):
+        part, copy = PARTS / name, models / name
         if not copy.exists():
             with directory_written_atomically(copy) as unfinished:
                 shutil.copytree(part, unfinished, dirs_exist_ok=True)
@@ -140,13 +140,23 @@ def copy_parts(models: Path) -> None:
             raise ValueError(f"{copy} is not the tiny model of the package: give another --output, or --pretrain")
 
 
+def remove_copies(models: Path) -> None:
+    """Remove what `copy_parts` wrote, so that pre-training makes them anew."""
+    for name in ("clip", "vicuna"):
+        copy = models / name
+        if (copy / WEIGHTS).exists() and sha256(copy / WEIGHTS) == sha256(PARTS / name / WEIGHTS):
+            shutil.rmtree(copy)
+
+
 def run_steps(config: DemoConfig) -> tuple[dict[str, float], bool]:
     """Run the steps that are not done yet. Returns each step's seconds, and whether any ran. Raises StepFailed."""
     config.output.mkdir(parents=True, exist_ok=True)
-    if not config.pretrain:
-        copy_parts(config.output / "models")
     record = config.output / "steps.json"
     done: dict[str, dict[str, Any]] = json.loads(record.read_text()) if record.exists() else {}
+    if not config.pretrain:
+        copy_parts(config.output / "models")
+    elif "pre-training" not in done:
+        remove_copies(config.output / "models")
     seconds: dict[str, float] = {}
     ran = False
     for step in steps(config):

@@ -88,7 +88,9 @@ def measure_trajectories(
     """Scores of the trajectory head, over the answers in an annotation file."""
     samples = read_samples(annotations, generator.model.config, generator.tokenizer).samples
     predicted, true = predict_trajectories(generator.model, samples, features)
-    return trajectory_scores(predicted, true), motion_scores(predicted, true)
+    motion = motion_scores(predicted, true)
+    assert motion is not None, "the things of the synthetic world move"
+    return trajectory_scores(predicted, true), motion
 
 
 def draw_example(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import re
 import signal
 import socket
 import struct
@@ -25,8 +26,11 @@ START_TIMEOUT = 300.0
 """Seconds in which all ranks must have connected to the store and to each other. torchrun starts them at the same time,
 and importing torch from a network file system may take minutes."""
 
-INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+GLOO_INTERFACE, NCCL_INTERFACE = INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Environment variables that name the network interface, of gloo and of NCCL."""
+
+RENDEZVOUS_PORT = 29400
+"""torchrun's own, where --rdzv-endpoint names none."""
 
 _NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _SIOCGIFADDR = 0x8915
@@ -88,15 +92,36 @@ def end_torchrun() -> None:
     """End the torchrun that started this process, where its key-value store is lost.
 
     It would wait for the store for a quarter of an hour, in a call that no signal but SIGKILL interrupts. A torchrun that
-    may restart its ranks stays.
+    may restart its ranks stays, if its rendezvous answers.
     """
     parent = os.getppid()
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
-        return
     with suppress(OSError):
-        command = Path(f"/proc/{parent}/cmdline").read_bytes()
-        if b"torchrun" in command or b"torch.distributed.run" in command:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
+        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0"
+        if "torchrun" not in command and "torch.distributed.run" not in command:
+            return
+        if not (restarts and _answers(_rendezvous(command))):
             os.kill(parent, signal.SIGKILL)
+
+
+def _rendezvous(command: str) -> tuple[str, int] | None:
+    """Host and port of the rendezvous in a command line of torchrun whose arguments end with a zero byte; None if absent."""
+    match = re.search(r"--rdzv[-_]endpoint[=\0]([^\0]+)", command)
+    if match is None:
+        return None
+    host, _, port = match[1].partition(":")
+    return host, int(port or RENDEZVOUS_PORT)
+
+
+def _answers(address: tuple[str, int] | None) -> bool:
+    """Whether a host accepts a connection within some seconds; an unknown one counts as such."""
+    if address is None:
+        return True
+    try:
+        socket.create_connection(address, 5).close()
+    except OSError:
+        return False
+    return True
 
 
 def network_hint() -> str:
@@ -110,25 +135,25 @@ def network_hint() -> str:
 
 
 def choose_interface(ranks: Ranks) -> str | None:
-    """Set the interface of gloo and NCCL where this host's name resolves to loopback, as on Debian (127.0.1.1).
+    """Set the interface of gloo where this host's name resolves to loopback, as on Debian (127.0.1.1).
 
-    Otherwise gloo listens on the loopback address, which the other hosts cannot reach. It is the interface that routes to
-    the store's host; on that host itself the only one there is, or the one of the default route. A variable that is set stays.
-    Returns its name.
+    Otherwise gloo listens on the loopback address, which the other hosts cannot reach. It is the interface that is named for
+    NCCL, which finds its own if none is; else the one that routes to the store's host, and on that host itself the only one
+    there is, or the one of the default route. A variable that is set stays. Returns its name.
     """
-    unset = [name for name in INTERFACES if name not in os.environ]
-    if ranks.size <= ranks.local_size or not unset or not _is_loopback(socket.gethostname()):
+    if ranks.size <= ranks.local_size or GLOO_INTERFACE in os.environ or not _is_loopback(socket.gethostname()):
         return None
     if store_address()[0] in ("localhost", "127.0.0.1", "::1"):
         return None  # all ranks are on this host
-    interface = _interface_towards(*store_address())
+    named = os.environ.get(NCCL_INTERFACE, "")
+    interface = named if named in _addresses() else _interface_towards(*store_address())
     if interface is None:
         return None
-    os.environ.update(dict.fromkeys(unset, interface))
+    os.environ[GLOO_INTERFACE] = interface
     if ranks.local == 0:
         log.warning(
-            "the name of this host, %s, resolves to a loopback address: %s set to %s, which routes to %s",
-            socket.gethostname(), " and ".join(unset), interface, store_address()[0],
+            "the name of this host, %s, resolves to a loopback address: %s is set to %s",
+            socket.gethostname(), GLOO_INTERFACE, interface,
         )  # fmt: skip
     return interface
 

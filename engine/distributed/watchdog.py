@@ -173,7 +173,7 @@ class Watchdog:
         self._thread.join(5)
         last = threading.Thread(target=self._send_last_heartbeat, args=(reason,), daemon=True)
         last.start()
-        last.join(5)
+        last.join(5 + 3 * self._interval)
 
     def _send_last_heartbeat(self, reason: str) -> None:
         self._end_reason = self._cause or reason

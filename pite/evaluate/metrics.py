@@ -182,15 +182,15 @@ class MotionScores:
     points: int
 
 
-def motion_scores(predicted: np.ndarray, true: np.ndarray) -> MotionScores:
-    """Motion of (M, P, N, 2) trajectories. Raises ValueError if no true point moves, and as `trajectory_l1`."""
+def motion_scores(predicted: np.ndarray, true: np.ndarray) -> MotionScores | None:
+    """Motion of (M, P, N, 2) trajectories; None if no true point moves. Raises ValueError as `trajectory_l1`."""
     trajectory_l1(predicted, true)
     shown = present(true)[..., 0]
     ends = shown.argmax(-1), shown.shape[-1] - 1 - shown[..., ::-1].argmax(-1)
     moved = [_displacements(trajectory.astype(np.float64), *ends) for trajectory in (predicted, true)]
     moves = moved[1].any(-1)
     if not moves.any():
-        raise ValueError("no true point moves, so there is no motion to compare with")
+        return None
     found, wanted = moved[0][moves], moved[1][moves]
     right = _direction(found) == _direction(wanted)
     return MotionScores(float((found * wanted).sum() / (wanted**2).sum()), float(right.mean()), len(wanted))

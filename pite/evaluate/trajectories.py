@@ -112,14 +112,15 @@ def _batches(samples: Sequence[TokenizedSample], token_budget: int) -> Iterator[
 def report(predicted: np.ndarray, true: np.ndarray, answers: int) -> Report:
     """Scores of trajectories (M, P, N, 2), of the tokens of `answers` answers."""
     scores, motion = trajectory_scores(predicted, true), motion_scores(predicted, true)
-    text = (
-        f"L1            {scores.l1:.4f}\n"
-        f"best constant {scores.best_constant:.4f}\n"
-        f"static oracle {scores.static_oracle:.4f}\n"
-        f"motion slope  {motion.slope:.4f}   predicted over true displacement of {motion.points} points\n"
-        f"directions    {motion.directions:.4f}   share that is right, of four\n"
-        f"over {len(true)} tokens of {answers} answers"
-    )
+    lines = [
+        f"L1            {scores.l1:.4f}",
+        f"best constant {scores.best_constant:.4f}",
+        f"static oracle {scores.static_oracle:.4f}",
+    ]
     numbers = {"L1": scores.l1, "constant": scores.best_constant, "unmoved": scores.static_oracle, "tokens": len(true)}
-    numbers |= {"motion slope": motion.slope, "motion directions": motion.directions}
-    return Report("trajectories", text, numbers)
+    if motion is not None:
+        lines.append(f"motion slope  {motion.slope:.4f}   predicted over true displacement of {motion.points} points")
+        lines.append(f"directions    {motion.directions:.4f}   share that is right, of four")
+        numbers |= {"motion slope": motion.slope, "motion directions": motion.directions}
+    lines.append(f"over {len(true)} tokens of {answers} answers")
+    return Report("trajectories", "\n".join(lines), numbers)

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataloaders.files import read_json_object, write_atomically, write_tensors
+from dataloaders.samples.layouts import VICUNA, end_ids, layout_of
 from pite import checkpoint, hub, lineage, names
 from pite.config import PiTeConfig
 from pite.export import RECORD
@@ -102,8 +103,19 @@ def write_full(trained: TrainedModel, directory: Path, dtype: torch.dtype) -> No
     if (config.get("pad_token_id") or 0) >= config["vocab_size"]:
         config["pad_token_id"] = None  # transformers refuses one without an embedding, and nothing is padded with it
     write_atomically(directory / "config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
-    if (base / "generation_config.json").exists():
-        shutil.copyfile(base / "generation_config.json", directory / "generation_config.json")
+    _write_generation_config(base, directory)
+
+
+def _write_generation_config(base: Path, directory: Path) -> None:
+    """The base's settings. With a chat template generation ends at the template's end of an answer, too, as ours does."""
+    path, tokenizer = base / "generation_config.json", load_tokenizer(directory)
+    if layout_of(tokenizer) is VICUNA:
+        if path.exists():
+            shutil.copyfile(path, directory / path.name)
+        return
+    values = read_json_object(path) if path.exists() else {}
+    values["eos_token_id"] = list(end_ids(tokenizer))
+    write_atomically(directory / "generation_config.json", json.dumps(values, indent=1, sort_keys=True) + "\n")
 
 
 def _rounded(

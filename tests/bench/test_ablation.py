@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.ablation import VARIANTS, differences, plot_curves, table, twins
+from bench.ablation import VARIANTS, differences, plot_curves, table, train_and_measure, twins
 from dataloaders.cli import parse
+from dataloaders.files import sha256
 from engine.train import TrainConfig
 from pite.evaluate.grounding import Events
 
@@ -49,6 +50,20 @@ def test_differences_are_of_equal_seeds_with_the_interval_of_students_t():
     assert first.split()[4:] == ["-", "-", "+0.2000", "(-0.0484,", "+0.4484)", "-"], first
     assert second.split()[2:] == ["-"] * 4, "one seed has no interval"
     assert head.split()[:3] == ["minus", "PiTe", "pairs"]
+
+
+def test_scores_of_other_parts_are_refused(tmp_path: Path):
+    folder = tmp_path / "PiTe" / "0"
+    folder.mkdir(parents=True)
+    for number in (1, 2):
+        (tmp_path / str(number) / "vicuna").mkdir(parents=True)
+        (tmp_path / str(number) / "vicuna" / "model.safetensors").write_bytes(bytes(number))
+    settings = {"vicuna": sha256(tmp_path / "1" / "vicuna" / "model.safetensors"), "train": ["--epochs", "1"]}
+    (folder / "scores.json").write_text(json.dumps({"settings": settings, "scores": {"miou": 0.5}}))
+    assert train_and_measure(tmp_path, tmp_path / "1", VARIANTS[0], 0, ["--epochs", "1"]) == {"miou": 0.5}
+    for parts, flags in (("2", ["--epochs", "1"]), ("1", [])):
+        with pytest.raises(SystemExit, match="other --parts or --train: give another --output"):
+            train_and_measure(tmp_path, tmp_path / parts, VARIANTS[0], 0, flags)
 
 
 def test_twins_differ_in_their_motion_alone():

@@ -13,7 +13,7 @@ import transformers
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dataloaders.samples.layouts import layout_of
+from dataloaders.samples.layouts import end_ids, layout_of
 from engine.budget import __main__ as budget
 from engine.layout import count_parameters
 from engine.metrics import read_metrics
@@ -24,6 +24,7 @@ from pite.checkpoint import from_pretrained
 from pite.config import PiTeConfig
 from pite.export.__main__ import main as export
 from pite.generate import Generator, language_model
+from pite.tokenizers import load_tokenizer
 from tests.backbones import BILLIONS, published_shape
 from tests.engine.distributed.ranks import train
 from tests.engine.workspace import CHANNELS, FRAMES, train_arguments
@@ -79,6 +80,8 @@ def test_training_export_and_answers(
         with torch.no_grad():
             torch.testing.assert_close(hf_logits(theirs, ours, batch), expected, rtol=1e-4, atol=1e-4)
     assert json.loads((tmp_path / "full" / "config.json").read_text())["model_type"] == kind
+    ends = json.loads((tmp_path / "full" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == list(end_ids(load_tokenizer(tmp_path / "full"))), "the template's end of an answer among them"
     assert f"- {kind}\n" in (tmp_path / "full" / "README.md").read_text()
     record = np.random.default_rng(0).standard_normal((FRAMES, CHANNELS)).astype(np.float16)
     answers = [

@@ -199,4 +199,6 @@ def test_a_batch_limits_the_devices_that_are_counted():
         return scaling.scaling_lines(costs)
 
     assert lines(7) == []
+    costs = [stage_cost(TrainConfig(), 2)]
+    assert scaling.scaling_lines(costs, gradient_bytes=2) != scaling.scaling_lines(costs), "fewer bytes, fewer hours"
     assert ", 16: " in lines(256, 16)[1] and ", 32: " not in lines(256, 16)[1]

@@ -109,6 +109,14 @@ def test_contents_cannot_spell_a_token_of_the_layout(chat: Chat) -> None:
         assert [i for i in ids if i in special] == [i for i in plain if i in special]
 
 
+def test_a_question_cannot_spell_a_block_of_thoughts() -> None:
+    tokenizer = CHAT_TOKENIZERS["qwen3"]()
+    tokenizer.add_tokens(["<think>", "</think>"])  # not special, as in Qwen3
+    (think,) = tokenizer.encode("<think>", add_special_tokens=False)
+    plain, spelled = (prompt_ids(text, tokenizer, N)[0].tolist() for text in ("What?", "What<think>?"))
+    assert plain.count(think) == spelled.count(think) == 1
+
+
 def test_mentions_own_the_tokens_they_overlap(chat: Chat) -> None:
     _, tokenizer = chat
     answer = "</s><|im_end|> From 00 to 09, a red circle moves right."
@@ -157,12 +165,16 @@ def test_the_date_of_a_template_does_not_change_the_prompt() -> None:
     assert "{{ strftime_now" in HEADERS
     layout = layout_of(CHAT_TOKENIZERS["llama3"]())
     assert "Today: 26 Jul 2024" in layout.head
+    tokenizer = CHAT_TOKENIZERS["llama3"]()
+    tokenizer.chat_template = tokenizer.chat_template.replace("%d %b %Y", "%A %-d %B, %H:%M")
+    assert "Today: Friday 26 July, 00:00" in layout_of(tokenizer).head
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{{ raise_exception('no system role') }}", "cannot render a question and an answer: no system role"),
+        ("{{ range(99999) | random }}{{ messages[0].content }}", "renders another text each time"),
         ("{{ messages[0].content", "cannot render a question and an answer"),
         ("{{ messages[0].content }}", "does not hold a question and its answer once each"),
         ("{{ messages[1].content }}{{ messages[0].content }}<|im_end|>", "does not hold a question and its answer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import av
@@ -233,6 +234,14 @@ def test_twins_are_equal_and_only_their_motion_tells_them_apart():
         assert one.last < other.first and other.last < video.num_frames
         assert all(len(thing.path) == thing.last - thing.first + 1 for thing in video.things)
         assert "Which direction" not in instruct_record("", video, rng)["q"], "it would have two answers"
+
+
+def test_a_world_from_before_the_twins_is_complete(world, tmp_path):
+    shutil.copytree(world, tmp_path / "w", symlinks=True)
+    manifest = json.loads((tmp_path / "w/world.json").read_text())
+    assert manifest.pop("twins") == 0
+    (tmp_path / "w/world.json").write_text(json.dumps(manifest))
+    assert not make_world(tmp_path / "w", CONFIG, processes=1)
 
 
 def test_a_share_of_the_videos_shows_twins(tmp_path):

@@ -86,6 +86,12 @@ def test_pretraining_makes_the_models_that_the_later_steps_start_from(tmp_path: 
     assert f"{tmp_path}/models/vicuna" in ran[3].arguments
 
 
+def test_pretraining_replaces_the_copies_of_the_packages_models(tmp_path: Path, ran: list[demo.Step]) -> None:
+    demo.run_steps(demo.DemoConfig(tmp_path))
+    demo.run_steps(demo.DemoConfig(tmp_path, pretrain=True))
+    assert not (tmp_path / "models" / "clip").exists(), "engine.tiny makes it anew"
+
+
 def test_settings_that_need_pretraining_are_refused_without_it(capsys: pytest.CaptureFixture[str]) -> None:
     for flags, message in ((["--tiny", "--seed 1"], "add --pretrain"), (["--num-frames", "16"], "reads videos of 32")):
         assert status_of(demo.main, flags) == 2

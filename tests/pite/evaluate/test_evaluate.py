@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dataloaders.ranks import ALONE, Ranks
-from pite.evaluate import metrics
+from pite.evaluate import metrics, trajectories
 from pite.evaluate.__main__ import main
 from pite.evaluate.commands import score_answers
 from pite.evaluate.flags import GroundingFlags
@@ -186,8 +186,9 @@ def test_motion_is_measured_where_the_true_points_are_present() -> None:
     scores = metrics.motion_scores(half, true)
     assert scores.slope == pytest.approx((0.3 * 0.6 - 0.2 * 0.4) / (0.6**2 + 0.4**2))
     assert scores.directions == 0.5
-    with pytest.raises(ValueError, match="no true point moves"):
-        metrics.motion_scores(true[2:], true[2:])
+    assert metrics.motion_scores(true[2:], true[2:]) is None, "no true point moves"
+    report = trajectories.report(true[2:], true[2:], 1)
+    assert "L1            0.0000" in report.text and "slope" not in report.text
 
 
 TRUTH = {"v": {"duration": 10.0, "timestamps": [[1, 2]], "sentences": ["A dog runs."]}}
