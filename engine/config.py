@@ -22,7 +22,7 @@ class ModelConfig:
     size: Size = flag("7b", name="model")
     """size of the language model: Vicuna v1.5 7b or 13b, or the demo's tiny model"""
     llm: str | None = None
-    """directory or Hugging Face name of the language model, any of the Llama architecture; the size's Vicuna v1.5
+    """directory or Hugging Face name of the language model, one of those in docs/models.md; the size's Vicuna v1.5
     unless given. `random` takes random weights of the size's shape, for throughput runs: it needs no earlier stage and
     exports nothing"""
     num_points: int = 3

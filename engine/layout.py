@@ -151,9 +151,11 @@ def memory(
     queries = llm.num_attention_heads * config.head_dim
     keys = llm.num_key_value_heads * config.head_dim
     rank = count.lora // max(1, _lora_rows(config))
-    kept = 4 * hidden + 2 * queries + 2 * keys * (1 + copied) + 3 * inner + 7 * rank
-    last = 2 * hidden + 2 * queries + 2 * keys * (1 + copied) + 2 * rank
-    last += read * (3 * hidden + queries + 3 * inner + 5 * rank)
+    # Norms of q's and k's heads write copies, which are rotated in place.
+    q_copy, k_copy = (queries, keys) if config.architecture.qk_norm else (0, 0)
+    kept = 4 * hidden + 2 * queries + 2 * keys * (1 + copied) + 3 * inner + 7 * rank + q_copy + k_copy
+    last = 2 * hidden + 2 * queries + 2 * keys * (1 + copied) + 2 * rank + k_copy
+    last += read * (3 * hidden + queries + 3 * inner + 5 * rank + q_copy)
     layers = llm.num_hidden_layers
     working = width * (3 * inner + 3 * hidden) + 2 * inner * fp8
     top = bottom = 0.0

@@ -2,7 +2,7 @@
 
 whole   config.json and weights under published names (`model.vision_adapter.weight`, `model.layers.0...`).
         `save_pretrained` writes it and the authors' code reads it. Without PiTe's own tensors it is a Hugging Face
-        Llama. `pite.export` writes PiTe's own tensors to a separate file, `pite.safetensors`.
+        language model. `pite.export` writes PiTe's own tensors to a separate file, `pite.safetensors`.
 stage   the output of a training stage: a PEFT adapter, `pite.safetensors` (adapter and heads) and `lineage.json`, which
         names the language model and the earlier stages' adapters that are merged into it, with checksums.
 
@@ -45,7 +45,7 @@ def resolve(path_or_name: str | Path) -> Path:
 
 
 def from_pretrained(directory: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PiTe:
-    """Load a stage's output, an export, a published-layout directory or a plain Llama's.
+    """Load a stage's output, an export, a published-layout directory or a plain language model's.
 
     directory  a path, or a Hugging Face name such as that of a pushed export
     The stage's own LoRA stays separate (trainable, exportable); the LoRA of earlier stages is merged into the weights.
@@ -81,7 +81,7 @@ def untrained(directory: Path) -> str:
 def load_language_model(
     directory: Path, config: PiTeConfig, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0
 ) -> PiTe:
-    """Load a whole-layout or plain Llama directory. PiTe's tensors that it lacks are initialised from `seed`."""
+    """Load a whole-layout directory or a plain language model. PiTe's tensors that it lacks are initialised from `seed`."""
     return WeightLoader(config, directory, dtype=dtype, device=device, seed=seed).model()
 
 
@@ -100,7 +100,7 @@ def empty(config: PiTeConfig, dtype: torch.dtype, device: str) -> PiTe:
 class WeightLoader:
     """Fills a model one decoder layer at a time, from files or random numbers, with earlier stages merged in.
 
-    llm     directory of a whole model or plain Llama; None for random weights, which have no earlier stages
+    llm     directory of a whole model or a plain language model; None for random weights, which have no earlier stages
     merged  directories of earlier stages' adapters, in order; a weight and all its updates are summed in float32 and
             rounded once to `dtype` (docs/training.md, "Merging and rounding")
     device  where each tensor is made; host memory holds one tensor at a time, plus mapped files

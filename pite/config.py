@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from dataloaders.errors import reason
 from dataloaders.files import read_json_object, write_atomically
+from pite.architectures import ARCHITECTURES, Architecture, LanguageModelConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -24,13 +25,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 class PiTeConfig:
     """Shape of a PiTe model (paper section 4.1).
 
-    llm                  transformers' configuration of the Llama-architecture language model
+    llm                  transformers' configuration of the language model (`pite.architectures`)
     num_frames           N, frames per video and so trajectory length
     num_points           P, key points per object
     vision_feature_size  channels of a frame feature (CLIP ViT-L/14 image embedding: 768)
     """
 
-    llm: LlamaConfig
+    llm: LanguageModelConfig
     num_frames: int = 100
     num_points: int = 3
     vision_feature_size: int = 768
@@ -40,16 +41,40 @@ class PiTeConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if (fault := next(_unlike_llama(self.llm), None)) is not None:
+        if (fault := next(_unsupported(self.llm), None)) is not None:
             raise ValueError(fault)
 
     @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.llm.model_type]
+
+    @property
     def head_dim(self) -> int:
-        return self.llm.head_dim or self.llm.hidden_size // self.llm.num_attention_heads
+        return getattr(self.llm, "head_dim", None) or self.llm.hidden_size // self.llm.num_attention_heads
 
     @property
     def context_length(self) -> int:
-        """Number of positions that the language model was trained on, from its configuration."""
+        """Positions of the longest sequence that the decoder computes as in the language model's training.
+
+        That is the number of positions in its configuration, or its sliding window: up to the window's length, attention
+        with a window is attention over the whole sequence, which is what the decoder computes.
+        """
+        return min(self._positions, self._window or self._positions)
+
+    @property
+    def context(self) -> str:
+        """`context_length` in words, with the setting that limits it."""
+        if self.context_length < self._positions:
+            return f"the {self.context_length:,} positions of the language model's sliding window (sliding_window)"
+        return f"the {self.context_length:,} positions that the language model was trained on (max_position_embeddings)"
+
+    @property
+    def _window(self) -> int | None:
+        """Number of keys to which a query attends in the layers with a sliding window; None without such layers."""
+        return _sliding_window(self.llm)
+
+    @property
+    def _positions(self) -> int:
         rope, length = self.llm.rope_parameters, int(self.llm.max_position_embeddings)
         if rope["rope_type"] == "linear":  # such as Vicuna v1.5-16k, which gives the length before the scaling
             return int(length * rope["factor"])
@@ -60,15 +85,16 @@ class PiTeConfig:
         if length <= self.context_length:
             return None
         return (
-            f"a sequence of {length:,} tokens is longer than the {self.context_length:,} positions that the language "
-            "model was trained on (max_position_embeddings), and its output beyond them is unreliable"
+            f"a sequence of {length:,} tokens is longer than {self.context}, and its output beyond them is unreliable"
         )
 
     @property
     def arithmetic(self) -> dict[str, Any]:
         """The settings that, together with the weights, determine what the language model computes."""
         llm = self.llm
+        added = {} if llm.model_type == "llama" else {"architecture": llm.model_type}
         return {
+            **added,
             "attention_heads": [llm.num_attention_heads, llm.num_key_value_heads, self.head_dim],
             "norm_epsilon": llm.rms_norm_eps,
             "rotary_embedding": dict(sorted(llm.rope_parameters.items())),
@@ -91,7 +117,7 @@ class PiTeConfig:
 
     @staticmethod
     def load(directory: Path, **overrides: int) -> PiTeConfig:
-        """Read DIRECTORY/config.json of a PiTe model, or of a plain Llama; PiTe's own numbers default as above.
+        """Read DIRECTORY/config.json of a PiTe model, or of a plain language model; PiTe's own numbers default as above.
 
         Raises ValueError, naming the file, for any other configuration and for settings that the decoder does not
         support.
@@ -100,15 +126,17 @@ class PiTeConfig:
         if not path.exists():
             raise ValueError(f"{directory} holds no config.json: it is not a Hugging Face model directory")
         values = read_json_object(path)
-        if values.get("model_type", "llama") not in ("llama", "pite"):
-            raise ValueError(f"{path}: model_type {values['model_type']!r} is not of the Llama architecture")
-        values.pop("model_type", None)
+        model_type = values.pop("model_type", "llama")
+        if (architecture := ARCHITECTURES.get("llama" if model_type == "pite" else str(model_type))) is None:
+            raise ValueError(
+                f"{path}: model_type {model_type!r} is not supported: the decoder computes {', '.join(ARCHITECTURES)}"
+            )
         numbers = ("num_frames", "num_points", "vision_feature_size")
         own: dict[str, Any] = {name: values.pop(name) for name in numbers if name in values} | overrides
         try:
-            llm = LlamaConfig(**values)
+            llm = architecture.config(**values)
         except Exception as error:  # a wrong value makes transformers and its validators raise any exception
-            raise ValueError(f"{path} is not a valid Llama configuration: {reason(error)}") from None
+            raise ValueError(f"{path} is not a valid {architecture.name} configuration: {reason(error)}") from None
         try:
             return PiTeConfig(llm, **own)
         except ValueError as error:
@@ -127,35 +155,51 @@ class PiTeConfig:
         write_atomically(directory / "config.json", json.dumps(values, indent=1, sort_keys=True) + "\n")
 
 
-def _unlike_llama(llm: LlamaConfig) -> Iterator[str]:
+def _sliding_window(llm: LanguageModelConfig) -> int | None:
+    settings = vars(llm)
+    layers = settings.get("layer_types")
+    unused = layers is not None and "sliding_attention" not in layers
+    if unused or not settings.get("use_sliding_window", True):
+        return None
+    return settings.get("sliding_window")
+
+
+def _unsupported(llm: LanguageModelConfig) -> Iterator[str]:
     """Yield one sentence for each setting that changes the computation and that the decoder does not support.
 
     Two settings are accepted: `pretraining_tp` splits a product into summands, and `attention_dropout` acts in training
     only.
     """
+    settings = vars(llm)
     if llm.hidden_act not in ("silu", "swish"):
         yield f"hidden_act {llm.hidden_act!r} is not supported: the decoder computes SwiGLU, whose activation is 'silu'"
-    if llm.attention_bias or llm.mlp_bias:
-        yield "language models with attention or MLP biases are not supported: Llama has none"
-    rope = llm.rope_parameters
-    if (kind := rope["rope_type"]) in ("dynamic", "longrope"):
+    if any(settings.get(name) for name in ("attention_bias", "mlp_bias")):
+        yield "attention_bias and mlp_bias are not supported: the only biases are those of Qwen2's q, k and v"
+    yield from _unsupported_rope(llm.rope_parameters)
+    if settings.get("quantization_config"):
+        yield "it has a quantization_config, and quantized weights are not supported: give the unquantized model"
+    if settings.get("attention_chunk_size"):
+        yield (
+            f"attention_chunk_size {settings['attention_chunk_size']} is not supported: attention is over the whole "
+            "sequence; set it to null if the model was trained without it"
+        )
+    layers = set(settings.get("layer_types") or ())
+    if layers - {"full_attention", "sliding_attention"}:
+        yield "layer_types other than full_attention and sliding_attention are not supported"
+    if "sliding_attention" in layers and _sliding_window(llm) is None:
+        yield "layer_types has sliding_attention, and sliding_window is not given: set it to the window's length"
+    if llm.num_attention_heads % llm.num_key_value_heads:
+        yield f"{llm.num_attention_heads} attention heads cannot share {llm.num_key_value_heads} key and value heads"
+
+
+def _unsupported_rope(rope: dict[str, Any]) -> Iterator[str]:
+    kind = rope.get("rope_type")
+    if kind in ("dynamic", "longrope"):
         yield (
             f"rotary embeddings of type {kind!r} are not supported: their frequencies depend on the longest sequence "
             "of a batch, so a sample's loss would depend on the other samples"
         )
+    elif kind not in ("default", "linear", "yarn", "llama3"):
+        yield f"rotary embeddings of type {kind!r} are not supported: the decoder computes default, linear, yarn, llama3"
     if rope.get("partial_rotary_factor", 1.0) not in (None, 1):
         yield f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported: Llama rotates whole heads"
-    extra = vars(llm)
-    if extra.get("quantization_config"):
-        yield "it has a quantization_config, and quantized weights are not supported: give the unquantized model"
-    windows = ["attention_chunk_size", *["sliding_window"] * bool(extra.get("use_sliding_window", True))]
-    for name in windows:
-        if extra.get(name):
-            yield (
-                f"{name} {extra[name]} is not supported: attention is over the whole sequence; set it to null if the "
-                "model was trained without it"
-            )
-    if set(extra.get("layer_types") or ()) - {"full_attention"}:
-        yield "layer_types other than full_attention are not supported: attention is over the whole sequence"
-    if llm.num_attention_heads % llm.num_key_value_heads:
-        yield f"{llm.num_attention_heads} attention heads cannot share {llm.num_key_value_heads} key and value heads"

@@ -1,7 +1,8 @@
-"""The packed Llama decoder: T tokens of many documents in one row, with LoRA built in.
+"""The packed decoder: T tokens of many documents in one row, with LoRA built in.
 
-Projections that share an input are one fused weight (q,k,v and gate,up), so a layer is four large GEMMs. On disk they
-have Hugging Face's separate names (`pite.names`).
+It computes Llama's layers. What other architectures add is data in the configuration (`pite.architectures`): biases of
+q, k, v, and norms of q's and k's heads. Projections that share an input are one fused weight (q,k,v and gate,up), so a
+layer is four large GEMMs. On disk they have Hugging Face's separate names (`pite.names`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pite.config import PiTeConfig
@@ -36,18 +38,21 @@ class LoRALinear(nn.Module):
     """A frozen linear layer of one or more projections of the same input, each with its own LoRA (Hu et al. 2021).
 
     weight  (sum(splits), in_features) frozen; `quantize` replaces it by the four tensors of a `pite_kernels.Fp8Weight`
+    bias    (sum(splits),) frozen, or None
     lora_a  (len(splits) * r, in_features) and lora_b (sum(splits), r) float32; None before `add_lora`
     cast    the two in the dtype of the activations, from `PiTe.cast_lora`; None: every call casts them
     """
 
+    bias: nn.Parameter | None
     lora_a: nn.Parameter | None
     lora_b: nn.Parameter | None
     cast: tuple[Tensor, Tensor] | None
 
-    def __init__(self, in_features: int, splits: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, in_features: int, splits: tuple[int, ...], dtype: torch.dtype, bias: bool = False) -> None:
         super().__init__()
         self.splits = splits
-        self.weight = nn.Parameter(torch.empty(sum(splits), in_features, dtype=dtype), requires_grad=False)
+        self.weight = _frozen(sum(splits), in_features, dtype=dtype)
+        self.register_parameter("bias", _frozen(sum(splits), dtype=dtype) if bias else None)
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
         self.scale = 1.0
@@ -105,6 +110,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """The projections `first` to `last` (not included) of x (T, in_features), one after the other."""
         weight: Tensor | Fp8Weight = self._fp8_weight() if self.quantized else self.weight
+        bias: Tensor | None = self.bias
         a: Tensor | None = self.lora_a
         b: Tensor | None = self.lora_b
         cast = self.cast
@@ -117,14 +123,19 @@ class LoRALinear(nn.Module):
                 weight = Fp8Weight(weight.rows[outputs], weight.row_scales[outputs], columns, weight.column_scales)
             else:
                 weight = weight[outputs]
+            bias = None if bias is None else bias[outputs]
             if a is not None and b is not None:
                 inputs = slice(first * b.shape[1], (first + len(splits)) * b.shape[1])
                 a, b = a[inputs], b[outputs]
                 cast = None if cast is None else (cast[0][inputs], cast[1][outputs])
-        return lora_linear(x, weight, a, b, scale=self.scale, splits=splits, cast=cast)
+        return lora_linear(x, weight, a, b, scale=self.scale, splits=splits, bias=bias, cast=cast)
 
     def _fp8_weight(self) -> Fp8Weight:
         return Fp8Weight(*(getattr(self, name) for name in Fp8Weight._fields))
+
+
+def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
 class Documents(NamedTuple):
@@ -147,18 +158,25 @@ class DecoderLayer(nn.Module):
 
     Input and output are the residual stream x (T, d) and a pending summand (T, d), which is added in the next norm: the
     addition and the norm are one fused kernel, forward and backward.
+
+    q_norm, k_norm  (head_dim,) weights of the norms of q's and k's heads, or None
     """
+
+    q_norm: nn.Parameter | None
+    k_norm: nn.Parameter | None
 
     def __init__(self, config: PiTeConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        llm = config.llm
+        llm, architecture = config.llm, config.architecture
         self.eps = llm.rms_norm_eps
         self.head_dim, self.key_heads = config.head_dim, llm.num_key_value_heads
         queries = llm.num_attention_heads * config.head_dim
         keys = self.key_heads * config.head_dim
-        self.input_norm = nn.Parameter(torch.empty(llm.hidden_size, dtype=dtype), requires_grad=False)
-        self.post_attention_norm = nn.Parameter(torch.empty(llm.hidden_size, dtype=dtype), requires_grad=False)
-        self.qkv = LoRALinear(llm.hidden_size, (queries, keys, keys), dtype)
+        self.input_norm = _frozen(llm.hidden_size, dtype=dtype)
+        self.post_attention_norm = _frozen(llm.hidden_size, dtype=dtype)
+        for name in ("q_norm", "k_norm"):
+            self.register_parameter(name, _frozen(config.head_dim, dtype=dtype) if architecture.qk_norm else None)
+        self.qkv = LoRALinear(llm.hidden_size, (queries, keys, keys), dtype, bias=architecture.qkv_bias)
         self.o = LoRALinear(queries, (llm.hidden_size,), dtype)
         self.gate_up = LoRALinear(llm.hidden_size, (llm.intermediate_size, llm.intermediate_size), dtype)
         self.down = LoRALinear(llm.intermediate_size, (llm.hidden_size,), dtype)
@@ -222,13 +240,21 @@ class DecoderLayer(nn.Module):
             normed = rms_norm(x, self.input_norm, eps=self.eps)
         else:
             normed, x = rms_norm(added, self.input_norm, eps=self.eps, residual=x)
+        head_dim, eps, norms = self.head_dim, self.eps, self._head_norms()
         if read_rows is None:
-            qkv = self.qkv(normed)
-            return x, *rope_qkv(qkv, cos, sin, head_dim=self.head_dim, key_heads=self.key_heads, kv_rows=kv_rows)
-        k, v = rope_kv(self.qkv(normed, 1), cos, sin, head_dim=self.head_dim, kv_rows=kv_rows)
+            qkv, heads = self.qkv(normed), self.key_heads
+            return x, *rope_qkv(
+                qkv, cos, sin, head_dim=head_dim, key_heads=heads, kv_rows=kv_rows, norms=norms, eps=eps
+            )
+        q_norm, k_norm = norms or (None, None)
+        k, v = rope_kv(self.qkv(normed, 1), cos, sin, head_dim=head_dim, kv_rows=kv_rows, norm=k_norm, eps=eps)
         q = self.qkv(take_rows(normed, read_rows), 0, 1)
-        q = rope_q(q, cos.index_select(0, read_rows), sin.index_select(0, read_rows), head_dim=self.head_dim)
+        cos, sin = cos.index_select(0, read_rows), sin.index_select(0, read_rows)
+        q = rope_q(q, cos, sin, head_dim=head_dim, norm=q_norm, eps=eps)
         return take_rows(x, read_rows), q, k, v
+
+    def _head_norms(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
 
     def _after(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         normed, x = rms_norm(self.o(attended.flatten(-2)), self.post_attention_norm, eps=self.eps, residual=x)
@@ -236,18 +262,19 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding table, layers and final norm of a Llama-architecture language model."""
+    """Embedding table, layers and final norm of a language model."""
 
     def __init__(self, config: PiTeConfig, dtype: torch.dtype) -> None:
         super().__init__()
         llm = config.llm
         self.eps = llm.rms_norm_eps
-        self.embed_tokens = nn.Parameter(torch.empty(llm.vocab_size, llm.hidden_size, dtype=dtype), requires_grad=False)
+        self.embed_tokens = _frozen(llm.vocab_size, llm.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(DecoderLayer(config, dtype) for _ in range(llm.num_hidden_layers))
-        self.norm = nn.Parameter(torch.empty(llm.hidden_size, dtype=dtype), requires_grad=False)
-        # transformers' module supports every frequency scaling of a Llama config; it holds no weights.
+        self.norm = _frozen(llm.hidden_size, dtype=dtype)
+        # transformers' module supports every frequency scaling of a configuration, and holds no weights. Those of the
+        # other architectures compute the same.
         with torch.device("cpu"):
-            self._rotary = [LlamaRotaryEmbedding(llm)]
+            self._rotary = [LlamaRotaryEmbedding(cast("LlamaConfig", llm))]
 
     def checkpoint_activations(self, layers: int) -> None:
         """Use activation checkpointing in the first `layers` layers: keep only their input, recompute in backward."""

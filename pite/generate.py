@@ -1,6 +1,6 @@
 """Text generation: KV-cached decoding with transformers' `generate`, on the weights of the packed decoder.
 
-Training needs no cache and `generate` needs no packing, so each uses its own module: a Llama is built around the
+Training needs no cache and `generate` needs no packing, so each uses its own module: transformers' is built around the
 model's frozen weights, without a copy. A LoRA stays a separate term, computed by the same operator as in training:
 merged into bfloat16 weights, half of a small update would be lost in rounding (docs/training.md, "Merging and
 rounding").
@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from dataloaders.formats.fields import clean_question
 from dataloaders.records import Turn
@@ -36,10 +37,10 @@ _TOP_K = 50
 """Tokens to choose from at a temperature above 0: the default of `generate`."""
 
 
-def language_model(model: PiTe) -> LlamaForCausalLM:
-    """A transformers LlamaForCausalLM that computes the same as `model`, with its LoRA, in evaluation mode.
+def language_model(model: PiTe) -> Any:
+    """transformers' language model, such as LlamaForCausalLM, that computes the same as `model`, with its LoRA.
 
-    It shares the model's weights. Do not save it: Llama's file format has no LoRA tensors.
+    It is in evaluation mode and shares the model's weights. Do not save it: its file format has no LoRA tensors.
     """
     llama = frozen_language_model(model)
     for prefix, linear, parts in names.linear_layers(model):
@@ -49,16 +50,18 @@ def language_model(model: PiTe) -> LlamaForCausalLM:
     return llama.eval()
 
 
-def frozen_language_model(model: PiTe) -> LlamaForCausalLM:
-    """A transformers LlamaForCausalLM around the model's frozen weights only, in evaluation mode, without a copy."""
+def frozen_language_model(model: PiTe) -> Any:
+    """transformers' language model around the model's frozen weights only, in evaluation mode, without a copy."""
     with torch.device("meta"):
         # A copy, because transformers stores the choice of attention and other things in the configuration.
         config = deepcopy(model.config.llm)
-        # The padding token is unused, and transformers refuses one beyond the vocabulary. The other two would shorten
-        # the cache, but attention is over the whole sequence (`PiTeConfig` refuses them when they have an effect).
+        # The padding token is unused, and transformers refuses one beyond the vocabulary. The windows would shorten the
+        # cache, but attention is over the whole sequence (`PiTeConfig.context_length`).
         for name in ("pad_token_id", "sliding_window", "attention_chunk_size"):
             setattr(config, name, None)
-        llama = LlamaForCausalLM(config)
+        if hasattr(config, "layer_types"):
+            config.layer_types = ["full_attention"] * config.num_hidden_layers
+        llama: Any = getattr(transformers, model.config.architecture.model)(config)
     tied = model.lm_head is None
     llama.load_state_dict(names.language_model_tensors(model), strict=not tied, assign=True)
     if tied:
@@ -68,20 +71,22 @@ def frozen_language_model(model: PiTe) -> LlamaForCausalLM:
 
 
 class LoRAProjection(nn.Module):
-    """One projection of a fused layer with its LoRA: (..., in) -> (..., out), x W' + scale (x A') B'.
+    """One projection of a fused layer with its LoRA: (..., in) -> (..., out), x W' + b + scale (x A') B'.
 
-    It uses the operator of training. The weight is a view of the model's weight. A and B are stored in the weight's
+    It uses the operator of training. Weight and bias are views of the model's. A and B are stored in the weight's
     dtype: training rounds them to it at each use, so the results are equal.
     """
 
     weight: Tensor
+    bias: Tensor | None
     lora_a: Tensor
     lora_b: Tensor
 
-    def __init__(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
         super().__init__()
         self.scale = scale
         self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
         self.register_buffer("lora_a", lora_a.to(weight.dtype))
         self.register_buffer("lora_b", lora_b.to(weight.dtype))
 
@@ -91,10 +96,11 @@ class LoRAProjection(nn.Module):
         assert linear.lora_a is not None and linear.lora_b is not None
         halves = linear.lora_a.data.chunk(len(linear.splits)), linear.lora_b.data.split(linear.splits)
         weights = linear.weight.data.split(linear.splits)
-        return [LoRAProjection(weight, a, b, linear.scale) for weight, a, b in zip(weights, *halves)]
+        biases = [None] * len(weights) if linear.bias is None else linear.bias.data.split(linear.splits)
+        return [LoRAProjection(*each, linear.scale) for each in zip(weights, biases, *halves)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, self.weight, self.lora_a, self.lora_b, scale=self.scale)
+        return lora_linear(x, self.weight, self.lora_a, self.lora_b, scale=self.scale, bias=self.bias)
 
 
 @dataclass(frozen=True)
@@ -226,9 +232,8 @@ class Generator:
         if room < wanted and not self._warned:
             self._warned = True
             log.warning(
-                "answers are limited to %s instead of %s tokens, because prompt and answer have to fit in the %s positions "
-                "that the language model was trained on (max_position_embeddings)",
-                *(f"{number:,}" for number in (room, wanted, self.model.config.context_length)),
+                "answers are limited to %s instead of %s tokens, because prompt and answer have to fit in %s",
+                *(f"{room:,}", f"{wanted:,}", self.model.config.context),
             )
         return room
 
@@ -243,8 +248,7 @@ class Generator:
         if len(ids) >= config.context_length:
             raise ValueError(
                 f"the prompt of the question {question!r} has {len(ids):,} tokens, {num_frames} of them frames, and leaves "
-                f"no room for an answer in the {config.context_length:,} positions that the language model was trained on "
-                "(max_position_embeddings): give a shorter question, or a model with a longer context"
+                f"no room for an answer in {config.context}: give a shorter question, or a model with a longer context"
             )
         return ids, frame_start
 

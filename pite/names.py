@@ -38,7 +38,7 @@ def values(parameter: nn.Parameter) -> Tensor:
 
 
 def language_model_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = values) -> dict[str, Tensor]:
-    """Hugging Face LlamaForCausalLM names -> views of the weights (or of what `of` returns for them), without any LoRA.
+    """Hugging Face names of a language model -> views of the weights (or of what `of` returns for them), without a LoRA.
 
     Raises ValueError for a model with float8 weights, because the unrounded values are lost.
     """
@@ -65,9 +65,14 @@ def layer_tensors(model: PiTe, i: int, of: Callable[[nn.Parameter], Tensor] = va
         f"model.layers.{i}.input_layernorm.weight": of(layer.input_norm),
         f"model.layers.{i}.post_attention_layernorm.weight": of(layer.post_attention_norm),
     }
+    for name, norm in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)):
+        if norm is not None:
+            tensors[f"model.layers.{i}.self_attn.{name}.weight"] = of(norm)
     for prefix, linear, parts in linear_layers(model, i):
-        for name, view in zip(parts, of(linear.weight).split(linear.splits)):
-            tensors[f"{prefix}{name}.weight"] = view
+        for kind, parameter in (("weight", linear.weight), ("bias", linear.bias)):
+            if parameter is not None:
+                views = of(parameter).split(linear.splits)
+                tensors |= {f"{prefix}{name}.{kind}": view for name, view in zip(parts, views)}
     return tensors
 
 

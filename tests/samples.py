@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
 
 from dataloaders.records import ABSENT, TokenizedSample
 from dataloaders.samples.batch import PackedBatch, collate
 from pite import checkpoint
+from pite.architectures import ARCHITECTURES
 from pite.config import PiTeConfig
 from pite.model import PiTe
 
 
-def tiny_config(kv_heads: int = 4, **llm: object) -> PiTeConfig:
+def tiny_config(kv_heads: int = 4, architecture: str = "llama", **llm: object) -> PiTeConfig:
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": kv_heads, "vocab_size": 120, "initializer_range": 0.1, **llm}
-    return PiTeConfig(LlamaConfig(**shape), num_frames=8, num_points=3, vision_feature_size=16)
+    return PiTeConfig(ARCHITECTURES[architecture].config(**shape), num_frames=8, num_points=3, vision_feature_size=16)
 
 
-def tiny_model(kv_heads: int = 4, lora: bool = True, seed: int = 0, **llm: object) -> PiTe:
+def tiny_model(kv_heads: int = 4, lora: bool = True, seed: int = 0, **llm: Any) -> PiTe:
     """Random weights; B of LoRA is random too (not zero), so that LoRA changes the results."""
     model = checkpoint.random_model(tiny_config(kv_heads, **llm), dtype=torch.float32, seed=seed)
     if lora:

@@ -51,24 +51,36 @@ def rope_qkv(
         return _rope(qkv, cos, sin, head_dim, key_heads, kv_rows)
     if [tuple(weight.shape) for weight in norms] != [(head_dim,)] * 2:
         raise ValueError(f"rope_qkv: norms must be two weights of {head_dim}, not {[tuple(w.shape) for w in norms]}")
-    parts = qkv.unflatten(-1, (-1, head_dim)).split([queries, key_heads, key_heads], 1)
-    q, k = (rms_norm(part, weight, eps=eps).flatten(1) for part, weight in zip(parts, norms))
-    rotated = [rope_q(x, cos, sin, head_dim=head_dim) for x in (q, k)]
-    if kv_rows is None:
-        return rotated[0], rotated[1], parts[2]
-    return rotated[0], gather_rows(rotated[1], kv_rows), gather_rows(parts[2], kv_rows)
+    q, kv = qkv.split([queries * head_dim, 2 * key_heads * head_dim], 1)
+    q = rope_q(q, cos, sin, head_dim=head_dim, norm=norms[0], eps=eps)
+    return q, *rope_kv(kv, cos, sin, head_dim=head_dim, kv_rows=kv_rows, norm=norms[1], eps=eps)
 
 
-def rope_q(q: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int) -> Tensor:
-    """`rope_qkv` of queries alone: q (T, H * D) to (T, H, D); on CUDA in place."""
+def rope_q(
+    q: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, norm: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """`rope_qkv` of queries alone: q (T, H * D) to (T, H, D); on CUDA in place, or with the weight `norm` (D,) a copy."""
+    if norm is not None:
+        q = rms_norm(q.unflatten(-1, (-1, head_dim)), norm, eps=eps).flatten(1)
     return _rope(q, cos, sin, head_dim, 0, None)[0]
 
 
 def rope_kv(
-    kv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, kv_rows: RowIndex | None = None
+    kv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    head_dim: int,
+    kv_rows: RowIndex | None = None,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """`rope_qkv` of keys and values alone: kv (T, 2 K * D) to k and v (n, K, D)."""
-    return _rope(kv, cos, sin, head_dim, kv.shape[-1] // (2 * head_dim), kv_rows)[1:]
+    """`rope_qkv` of keys and values alone: kv (T, 2 K * D) to k and v (n, K, D); `norm` (D,) is the weight of k's norm."""
+    if norm is None:
+        return _rope(kv, cos, sin, head_dim, kv.shape[-1] // (2 * head_dim), kv_rows)[1:]
+    k, v = kv.chunk(2, 1)
+    k, v = rope_q(k, cos, sin, head_dim=head_dim, norm=norm, eps=eps), v.unflatten(-1, (-1, head_dim))
+    return (k, v) if kv_rows is None else (gather_rows(k, kv_rows), gather_rows(v, kv_rows))
 
 
 def _rope(

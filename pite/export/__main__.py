@@ -32,7 +32,7 @@ _WRITTEN = (
 class ExportFlags(LogFlags):
     """Export a trained model, with all its stages, as one folder that other programs load.
 
-    full  a Hugging Face Llama for transformers and vLLM: the updates of all stages are added to the language model in
+    full  a Hugging Face model for transformers and vLLM: the updates of all stages are added to the language model in
           float32 and rounded once; PiTe's adapter and heads are in pite.safetensors
     peft  one float32 LoRA adapter for the original language model, which is not rounded
     Both load with `python -m pite.chat --model FOLDER`, and contain a model card, README.md.
@@ -125,7 +125,8 @@ def _write(flags: ExportFlags, trained: TrainedModel, directory: Path, dtype: st
         formats.write_peft(trained, directory)
     formats.write_record(trained, directory, flags.format, dtype)
     name = flags.push or flags.output.resolve().name
-    card = model_card(name, flags.format, dtype, trained.hub_base, trained.stages, scores)
+    tag = trained.config.llm.model_type
+    card = model_card(name, flags.format, dtype, trained.hub_base, trained.stages, scores, tag)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 

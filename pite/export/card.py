@@ -77,6 +77,7 @@ def model_card(
     hub_base: str | None,
     stages: Sequence[Mapping[str, Any]],
     scores: Sequence[Scores],
+    model_type: str = "llama",
 ) -> str:
     """The text of README.md.
 
@@ -84,9 +85,10 @@ def model_card(
     kind      "full" or "peft"
     hub_base  Hugging Face name of the language model; None leaves it out
     stages    lineages in order, as `pite.lineage.history` returns them
+    model_type  the language model's architecture, for the tags
     """
     parts = [
-        _front_matter(kind, hub_base),
+        _front_matter(kind, hub_base, model_type),
         f"# {name.rpartition('/')[2]}\n",
         "A PiTe video-language model (pixel-temporal alignment, ECCV 2024), trained with PiTe Engine. "
         + ("The weights of all stages are merged, in " if kind == "full" else "One LoRA holds all stages, in ")
@@ -100,13 +102,13 @@ def model_card(
     return "\n".join(parts)
 
 
-def _front_matter(kind: str, hub_base: str | None) -> str:
+def _front_matter(kind: str, hub_base: str | None, model_type: str) -> str:
     lines = [
         f"library_name: {'transformers' if kind == 'full' else 'peft'}",
         "pipeline_tag: video-text-to-text",
         *([f"base_model: {json.dumps(hub_base)}"] if hub_base else []),
         "tags:",
-        *(f"- {tag}" for tag in ("pite", "video", "lora", "llama")),
+        *(f"- {tag}" for tag in ("pite", "video", "lora", model_type)),
         "# license: to be added; the language model's and the data's terms apply",
     ]
     return "\n".join(["---", *lines, "---", ""])

@@ -81,7 +81,7 @@ class TrainedModel:
 
 
 def write_full(trained: TrainedModel, directory: Path, dtype: torch.dtype) -> None:
-    """Write the merged Llama and `pite.safetensors` into an existing directory, in transformers' format.
+    """Write the merged language model and `pite.safetensors` into an existing directory, in transformers' format.
 
     A single file has an index too. Without an index, programs such as vLLM load every *.safetensors of a folder, and
     would treat PiTe's own tensors as the language model's.
@@ -98,7 +98,7 @@ def write_full(trained: TrainedModel, directory: Path, dtype: torch.dtype) -> No
     config = read_json_object(directory / "config.json")
     name = str(dtype).removeprefix("torch.")
     # Both fields for the dtype: transformers 5 renamed torch_dtype to dtype.
-    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": name, "torch_dtype": name}
+    config |= {"architectures": [trained.config.architecture.model], "dtype": name, "torch_dtype": name}
     if (config.get("pad_token_id") or 0) >= config["vocab_size"]:
         config["pad_token_id"] = None  # transformers refuses one without an embedding, and nothing is padded with it
     write_atomically(directory / "config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")

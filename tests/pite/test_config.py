@@ -36,10 +36,17 @@ def change(directory: Path, **fields: Any) -> Path:
         ({"mlp_bias": True}, "biases"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}}, "type 'dynamic'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
-        ({"sliding_window": 64}, "sliding_window 64 is not supported"),
-        ({"sliding_window": 64, "use_sliding_window": True}, "sliding_window 64 is not supported"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "longrope"}}, "longrope"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "proportional"}},
+            "type 'proportional' are not supported",
+        ),
         ({"attention_chunk_size": 64}, "attention_chunk_size 64 is not supported"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types other than full_attention"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types has sliding_attention, and sliding_window",
+        ),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types other than full_attention"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights are not supported"),
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key and value heads"),
         ({"num_frames": "8"}, "num_frames must be a whole number of at least 1, not '8'"),
@@ -48,7 +55,11 @@ def change(directory: Path, **fields: Any) -> Path:
         ({"vocab_size": None}, "is not a valid Llama configuration: .*vocab_size"),
         ({"num_attention_heads": 0, "head_dim": None}, "is not a valid Llama configuration"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "is not a valid Llama configuration"),
-        ({"model_type": "mistral"}, "not of the Llama architecture"),
+        (
+            {"model_type": "gemma2"},
+            "model_type 'gemma2' is not supported: the decoder computes llama, mistral, qwen2, qwen3",
+        ),
+        ({"model_type": ["llama"]}, "model_type .* is not supported"),
     ],
 )
 def test_unsupported_settings_are_refused_in_one_sentence(tmp_path: Path, fields: dict[str, Any], message: str) -> None:

@@ -178,7 +178,7 @@ def test_a_saved_model_loads_unchanged(tmp_path, monkeypatch):
     [
         (lambda d: (d / "config.json").unlink(), "no config.json"),
         (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
-        (lambda d: (d / "config.json").write_text('{"model_type": "gpt2"}'), "not of the Llama architecture"),
+        (lambda d: (d / "config.json").write_text('{"model_type": "gpt2"}'), "model_type 'gpt2' is not supported"),
         (lambda d: (d / "model.safetensors").unlink(), "no model"),
         (
             lambda d: (d / "config.json").write_text(
