@@ -77,19 +77,24 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training example: a conversation about one piece of media."""
+    """One training example: a conversation about one piece of media.
+
+    video_first  whether the video comes before the first question; only layouts with both orders use it
+    """
 
     id: str
     media: str
     turns: tuple[Turn, ...]
+    video_first: bool = True
 
 
 @dataclass(frozen=True)
 class TokenizedSample:
     """A sample ready for the packed batch. Positions count from 0 within the sample.
 
-    token_ids             (n,) int64, 0 at the frames
-    frame_start           position of the first frame; the frames fill frame_start .. frame_start + num_frames
+    token_ids             (n,) int64, 0 at the features
+    frame_start           position of the first feature; they fill frame_start .. frame_start + num_features
+    num_features          rows of the media's record: one for each frame, or what the extractor of another family gives
     target_positions      (L,) int64, positions of supervised tokens (each predicted by the row before it)
     trajectory_positions  (M,) int64, supervised positions whose token has a trajectory
     trajectory            (M, P, N, 2) float32
@@ -99,7 +104,7 @@ class TokenizedSample:
     media: str
     token_ids: np.ndarray
     frame_start: int
-    num_frames: int
+    num_features: int
     target_positions: np.ndarray
     trajectory_positions: np.ndarray
     trajectory: np.ndarray

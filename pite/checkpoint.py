@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataloaders.files import (
     remove_abandoned,
@@ -32,7 +32,9 @@ from pite import hub, names
 from pite.adapters import plain_lora
 from pite.config import PiTeConfig
 from pite.export import RECORD
+from pite.families import PITE
 from pite.lineage import ADAPTER_FILE, HEADS_FILE, LINEAGE, check_language_model, read_lineage
+from pite.llava import VideoTokenWeights, is_trained
 from pite.model import PiTe
 from pite.shards import sharded, write_index
 
@@ -63,13 +65,13 @@ def check_trained(directory: Path) -> None:
 
     Reads the names of the tensors. Weights that cannot be read are left to what loads them.
     """
-    if (directory / LINEAGE).exists() or (directory / HEADS_FILE).exists():
+    if any((directory / file).exists() for file in (LINEAGE, HEADS_FILE)) or is_trained(directory):
         return
     try:
         weights = hub.Weights(directory)
     except ValueError:
         return
-    if not any(f"model.{head}.weight" in weights for head in names.HEADS):
+    if not any(f"model.{head}.weight" in weights for head in PITE.modules):
         raise ValueError(untrained(directory))
 
 
@@ -121,11 +123,11 @@ class WeightLoader:
         assert llm is not None or not merged, "random weights have no earlier stages"
         self._config, self._dtype, self._device, self._seed = config, dtype, device, seed
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._llm, self._weights = llm, None if llm is None else hub.Weights(llm)
+        self._llm, self._weights = llm, None if llm is None else _weights(llm, config)
         if llm is not None and self._weights is not None:
             model = empty(config, dtype, "meta")
             expected = {**names.language_model_tensors(model), **names.head_tensors(model)}
-            names.compare(expected, self._weights, llm, optional=names.HEADS)
+            names.compare(expected, self._weights, llm, optional=config.choices.modules)
             _check_tied(config, self._weights, llm)
         self._adapters = [Adapter(directory, config) for directory in merged]
 
@@ -139,8 +141,11 @@ class WeightLoader:
     def without_layers(self) -> PiTe:
         """A model whose decoder layers are still on the meta device."""
         model = empty(self._config, self._dtype, "meta")
-        for module in (model, model.decoder, *(getattr(model, name) for name in names.HEADS)):
+        for module in (model, model.decoder):
             module.to_empty(device=self._device, recurse=False)
+        for module in (getattr(model, name) for name in self._config.choices.modules):
+            if isinstance(module, nn.Module):
+                module.to_empty(device=self._device)
         model.initialize_heads(self._seed)
         self._fill(names.outer_tensors(model))
         if self._weights is not None:
@@ -319,6 +324,11 @@ def load_heads(model: PiTe, directory: Path) -> None:
     names.compare(tensors, found, directory)
     for name, tensor in tensors.items():
         tensor.copy_(found[name])
+
+
+def _weights(directory: Path, config: PiTeConfig) -> Mapping[str, Tensor]:
+    weights = hub.Weights(directory)
+    return VideoTokenWeights(directory, weights, config.llm.vocab_size) if config.choices.marks else weights
 
 
 def _check_tied(config: PiTeConfig, weights: Mapping[str, Tensor], where: Path) -> None:
