@@ -26,7 +26,7 @@ def marks(video_first: VideoFirst = "published") -> Marks:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Nine records about three videos; one is malformed, which does not change the parity of those after it."""
-    records = [{"q": f"Where is the red circle {i}?", "a": "left.", "video_id": f"v{i // 3}"} for i in range(9)]
+    records = [{"q": f"{i:02} red circles?", "a": "left.", "video_id": f"v{i // 3}"} for i in range(9)]
     records[2]["a"] = ""
     (tmp_path / "stage3").mkdir()
     (tmp_path / "stage3" / "video_instruct.json").write_text(json.dumps(records))
@@ -54,7 +54,7 @@ def test_the_order_is_the_parity_in_the_unfiltered_file(data: Path) -> None:
 
 @pytest.mark.parametrize("video_first", ["published", "always"])
 def test_the_plan_counts_the_rows_that_the_collator_makes(data: Path, video_first: VideoFirst) -> None:
-    """Rows that are planned for a micro-batch are enough; where all videos come first, they are the computed ones."""
+    """Rows that are planned for a micro-batch are enough, and no more than needed where all videos come first."""
     found = dataset(data, video_first)
     record = {key: np.full((FEATURES, CHANNELS), i, np.float16) for i, key in enumerate(sorted(set(found.media)))}
     for chosen in ([0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 4], [0, 3], [2, 4, 7]):
@@ -64,7 +64,8 @@ def test_the_plan_counts_the_rows_that_the_collator_makes(data: Path, video_firs
         rows = collate(samples, [record[s.media] for s in samples]).num_rows
         assert rows <= planned
         if video_first == "always":
-            assert rows == planned
+            # The plan does not count that the mark after a video is equal too.
+            assert planned - rows == len(samples) - len({s.media for s in samples})
     alone = sum(len(found[i].token_ids) - 1 for i in range(8))
     assert collate([found[i] for i in range(8)], [record[key] for key in found.media]).num_rows < alone
 
