@@ -43,7 +43,7 @@ SHARD_BYTES = 5 * 2**30
 
 def resolve(path_or_name: str | Path) -> Path:
     """Local directory of a language model or a PiTe model, from a path or a Hugging Face name. Raises ValueError."""
-    return hub.resolve(path_or_name, ("*.json", "tokenizer*", HEADS_FILE, ADAPTER_FILE))
+    return hub.resolve(path_or_name, ("*.json", "tokenizer*", "chat_template*", HEADS_FILE, ADAPTER_FILE))
 
 
 def from_pretrained(directory: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PiTe:

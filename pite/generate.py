@@ -23,6 +23,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from dataloaders.formats.fields import clean_question
 from dataloaders.records import Turn
+from dataloaders.samples.layouts import end_ids
 from dataloaders.samples.prompts import prompt_ids
 from pite import checkpoint, devices, names
 from pite.checkpoint import from_pretrained
@@ -105,7 +106,7 @@ class LoRAProjection(nn.Module):
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer: its text and its tokens, without `</s>`."""
+    """A generated answer: its text and its tokens, without the one that ends it."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -115,7 +116,7 @@ class Generator:
     """Batched question answering about encoded videos.
 
     model       PiTe; its weights are shared, and its LoRA stays separate
-    tokenizer   a fast tokenizer with BOS and EOS
+    tokenizer   a fast tokenizer with a layout of conversations (`dataloaders.samples.layouts`)
     """
 
     _warned = False
@@ -123,6 +124,7 @@ class Generator:
     def __init__(self, model: PiTe, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._ends = end_ids(tokenizer)
         self.llama = language_model(model)
 
     @staticmethod
@@ -169,13 +171,12 @@ class Generator:
 
         inputs  of transformers' `generate`: `inputs_embeds`, or `input_ids` with `past_key_values`; `attention_mask`
         """
-        end = self.tokenizer.eos_token_id
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         settings = GenerationConfig(
             max_new_tokens=max(room),
             bos_token_id=self.tokenizer.bos_token_id,
-            eos_token_id=end,
-            pad_token_id=end,
+            eos_token_id=list(self._ends),
+            pad_token_id=self._ends[0],
             use_cache=True,
             **sampling,
         )
@@ -186,8 +187,8 @@ class Generator:
         for ids, most in zip(generated.tolist(), room, strict=True):
             # A longer prompt of the batch was continued beyond its context.
             ids = ids[:most]
-            ids = ids[: ids.index(end)] if end in ids else ids
-            answers.append(self.decoded(ids))
+            end = next((i for i, token in enumerate(ids) if token in self._ends), len(ids))
+            answers.append(self.decoded(ids[:end]))
         return answers
 
     @torch.inference_mode()
@@ -205,7 +206,7 @@ class Generator:
             output = self.llama.model(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
             hidden = output.last_hidden_state[:, -1:]
             token = _choose(self.llama.lm_head(hidden)[0, -1].float(), temperature)
-            if token == self.tokenizer.eos_token_id:
+            if token in self._ends:
                 return
             yield token, hidden[0, 0]
             inputs = self.llama.model.embed_tokens(torch.tensor([[token]], device=self.model.device))

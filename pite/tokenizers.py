@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dataloaders.errors import reason
 from dataloaders.files import read_json_object, require_file
+from dataloaders.samples.layouts import layout_of
 from pite import hub
 from pite.config import PiTeConfig
 
@@ -23,7 +24,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
     Raises ValueError (one sentence that names the file) if there is none, if one of its files is damaged or is a
     git-lfs pointer, if it has no token for the beginning or the
-    end of a text, and if it loses the spaces between words.
+    end of a text and no chat template, if its chat template cannot be split, and if it loses the spaces between words.
     """
     present = [directory / name for name in (*_VOCABULARIES, *_SETTINGS) if (directory / name).exists()]
     if not any(path.name in _VOCABULARIES for path in present):
@@ -44,11 +45,19 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 def fetch_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face model name. Raises ValueError if the download fails, and as above."""
-    return load_tokenizer(hub.fetch(name, ("config.json", "tokenizer*", *_VOCABULARIES, *_SETTINGS, "merges.txt")))
+    return load_tokenizer(
+        hub.fetch(name, ("config.json", "tokenizer*", "chat_template*", *_VOCABULARIES, *_SETTINGS, "merges.txt"))
+    )
 
 
 def _check_ends(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Raise ValueError unless the tokenizer has a token for the beginning of a text, and one for its end."""
+    """Raise ValueError unless the tokenizer has a chat template that can be split, or the tokens of Vicuna's prompt."""
+    if tokenizer.chat_template and tokenizer.is_fast:
+        try:
+            layout_of(tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}; correct the template, or remove it for Vicuna's prompt") from None
+        return
     lacking = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, name) is None]
     if lacking:
         file = directory / _SETTINGS[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from collections.abc import Callable
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dataloaders.samples.prompts import SYSTEM
@@ -26,3 +28,87 @@ def llama_like(prepend_scheme: str = "first") -> PreTrainedTokenizerFast:
         CORPUS * 5, trainers.BpeTrainer(vocab_size=520, show_progress=False, special_tokens=special)
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+CHATML = """{% if messages[0]['role'] != 'system' %}<|im_start|>system
+You are a careful assistant.<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""In the manner of Qwen2.5 and SmolLM2. Newlines after block tags are removed, as transformers sets Jinja."""
+
+THINKING = """{% for message in messages %}{% if message.role == 'user' %}<|im_start|>user
+{{ message.content }}<|im_end|>
+{% else %}<|im_start|>assistant
+{% if loop.last %}<think>
+
+</think>
+
+{% endif %}{{ message.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+"""In the manner of Qwen3: the last answer alone has a block of thoughts."""
+
+HEADERS = """{{ bos_token }}<|start_header_id|>system<|end_header_id|>
+
+Today: {{ strftime_now('%d %b %Y') }}
+
+<|eot_id|>{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>
+
+{{ message.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}"""
+"""In the manner of Llama 3.1, with today's date."""
+
+INSTRUCTIONS = """{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]\
+{% else %} {{ message.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"""
+"""In the manner of Mistral 7B."""
+
+TAGS = """{% for message in messages %}<|{{ message.role }}|>
+{{ message.content }}{{ eos_token }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+"""In the manner of Zephyr and TinyLlama: tags that are plain text."""
+
+
+def byte_level(*special: str, bos: str | None, eos: str, template: str | None) -> PreTrainedTokenizerFast:
+    """Byte-level byte-pair encoding, as in Qwen, Llama 3 and SmolLM, with the tokens of its template."""
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Split(Regex(r"\p{N}{1,2}|\s*[\r\n]+|\s?[^\s\p{N}]+|\s+"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(CORPUS * 5, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    names = {} if bos is None else {"bos_token": bos}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, chat_template=template, **names)
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+_CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_HEADER_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+CHAT_TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "qwen2.5": lambda: byte_level(*_CHATML_TOKENS, bos=None, eos="<|im_end|>", template=CHATML),
+    "qwen2.5 base": lambda: byte_level(*_CHATML_TOKENS, bos=None, eos="<|endoftext|>", template=CHATML),
+    "qwen3": lambda: byte_level(*_CHATML_TOKENS, bos=None, eos="<|im_end|>", template=THINKING),
+    "smollm": lambda: byte_level(*_CHATML_TOKENS, bos="<|im_start|>", eos="<|im_end|>", template=CHATML),
+    "llama3": lambda: byte_level(*_HEADER_TOKENS, bos="<|begin_of_text|>", eos="<|eot_id|>", template=HEADERS),
+    "mistral": lambda: with_template(llama_like(), INSTRUCTIONS),
+    "mistral, legacy": lambda: with_template(llama_like("always"), INSTRUCTIONS),
+    "zephyr": lambda: with_template(llama_like(), TAGS),
+}
+"""Tiny tokenizers with chat templates in the manner of each language model."""

@@ -18,7 +18,9 @@ from dataloaders.failures import Failure
 from dataloaders.files import write_if_changed
 from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, check_budget, present_formats, split_of
 from dataloaders.records import TokenizedSample
+from dataloaders.samples.forest import SHORTEST
 from dataloaders.samples.index import open_index
+from dataloaders.samples.layouts import VICUNA, layout_of
 from dataloaders.samples.marked import Marks, first_row
 from dataloaders.samples.plan import Prefixes
 
@@ -66,6 +68,7 @@ class StageDataset:
         self.num_frames, self.num_points, self.max_length = num_frames, num_points, max_length
         self._stage, self._folder = stage, data / split_of(stage)
         self._marks, self._first_row = marks, first_row(tokenizer) if marks else 0
+        self._layout = VICUNA if marks else layout_of(tokenizer)
         chosen = present_formats(data, split_of(stage), formats)
         reading = Reading(num_frames, num_points, turn, narrative_timing)
         index = open_index(self._folder, chosen, tokenizer, reading, cache, processes, marks)
@@ -141,10 +144,14 @@ class StageDataset:
             head = int(self._index.frame_starts[0])
             return Prefixes(head, head + self._index.num_features, self.groups[chosen])
         first = self._index.frame_starts[self._rows[chosen]] == self._first_row
-        # A video after its question is no other sample's; the head ends before the mark then.
+        head = self._first_row
+        if not first.all():
+            # The head ends before the mark; a short one is not shared then (`dataloaders.samples.forest`).
+            head = head - 1 if head > SHORTEST else 0
+        # A video after its question is no other sample's.
         own = len(self) + np.arange(len(chosen))
-        head = self._first_row - int(not first.all())
-        return Prefixes(head, head + self._marks.num_features, np.where(first, self.groups[chosen], own))
+        media = self._first_row + self._marks.num_features
+        return Prefixes(head, media, np.where(first, self.groups[chosen], own))
 
     def summary(self) -> str:
         parts = [f"{len(self.ids):,} samples"]
@@ -195,8 +202,10 @@ class StageDataset:
         write_if_changed(path, "".join(lines))
 
     def fingerprint(self) -> str:
-        """A short checksum of the samples: their annotations, and their lengths in tokens."""
+        """A short checksum of the samples: their annotations, their lengths in tokens, and a chat template's text."""
         contents = hashlib.sha256(self._index.digests[self._rows].tobytes())
+        if self._layout != VICUNA:
+            contents.update(repr(self._layout).encode())
         if self._marks is not None:
             contents.update(repr(self._marks).encode())
         for counts in (self.tokens, self.targets, self.coordinates):

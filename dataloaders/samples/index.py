@@ -33,7 +33,7 @@ from dataloaders.derived import (
 from dataloaders.files import sha256_once
 from dataloaders.formats import Format, Reading, parse_json
 from dataloaders.records import Media, RecordError, Sample, TokenizedSample, clash
-from dataloaders.samples import marked, prompts, tokenized
+from dataloaders.samples import layouts, marked, prompts, tokenized
 from dataloaders.samples.marked import Marks
 from dataloaders.samples.prompts import tokenize
 from dataloaders.samples.tokenized import Columns, TokenizedFile
@@ -156,6 +156,7 @@ def _identity(
         {kind.file: sha256_once(folder / kind.file) for kind in formats},
         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        repr(layouts.layout_of(tokenizer)),
         repr(reading),
         repr(marks),
         _code(),
@@ -166,7 +167,7 @@ def _identity(
 @lru_cache(1)
 def _code() -> str:
     """A checksum of the code that turns records into numbers."""
-    return checksum_of_code(formats, records, marked, prompts, tokenized, sys.modules[__name__])
+    return checksum_of_code(formats, records, layouts, marked, prompts, tokenized, sys.modules[__name__])
 
 
 def _build(path: Path, folder: Path, parts: Records[Part], reading: Reading, num_features: int) -> None:

@@ -1,9 +1,10 @@
-"""Conversations to tokens: the Vicuna v1 prompt, the supervised tokens, and the tokens with a trajectory.
+"""Conversations to tokens: the prompt, the supervised tokens, and the tokens with a trajectory.
 
     A chat between ... questions. USER: <video>\\n{question} ASSISTANT: {answer}</s>USER: ...
 
 The text before and after the frames is tokenized separately, as LLaVA and its descendants do at inference. So a prompt
-is always a prefix of its training sample. Each turn is tokenized alone, and the id of `</s>` is appended to it.
+is always a prefix of its training sample. Each turn is tokenized alone, and the id of the token that ends an answer is
+appended to it. The texts in between are the tokenizer's `dataloaders.samples.layouts`, above Vicuna's.
 """
 
 from __future__ import annotations
@@ -15,14 +16,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dataloaders.records import Sample, TokenizedSample, Turn
+from dataloaders.samples.layouts import SYSTEM, as_text, end_ids, layout_of
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-_BEFORE_FRAMES = f"{SYSTEM} USER: "
-_FIRST_TURN = "\n{question} ASSISTANT:"
-_LATER_TURN = "USER: {question} ASSISTANT:"
+__all__ = ["SYSTEM", "prompt_ids", "tokenize"]
 
 
 def prompt_ids(
@@ -40,9 +36,10 @@ def prompt_ids(
         raise ValueError(f"the question {question!r} holds half of a character, which is no text") from None
     head = _head(tokenizer)
     ids = [*head, *[0] * num_frames]
+    end = end_ids(tokenizer)[0]
     for i, turn in enumerate(earlier):
-        ids += [*_encode(tokenizer, f"{_prompt_of(i, turn.question)} {turn.answer}")[0], tokenizer.eos_token_id]
-    ids += _encode(tokenizer, _prompt_of(len(earlier), question))[0]
+        ids += [*_encode_turn(tokenizer, i, turn.question, turn.answer)[0], end]
+    ids += _encode_turn(tokenizer, len(earlier), question)[0]
     return np.array(ids, dtype=np.int64), len(head)
 
 
@@ -51,18 +48,18 @@ def tokenize(
 ) -> TokenizedSample:
     """Tokenize a sample about `num_frames` frames.
 
-    The tokens after each `ASSISTANT:` and the `</s>` at the end of the answer are supervised. A mention's trajectory
+    The tokens of each answer and the one that ends it are supervised. A mention's trajectory
     (num_points, num_frames, 2) belongs to every token that overlaps its characters; if two mentions overlap a token,
     the later one wins. Raises ValueError for a tokenizer without character offsets.
     """
-    head = _head(tokenizer)
+    head, end, layout = _head(tokenizer), end_ids(tokenizer)[0], layout_of(tokenizer)
     ids = [*head, *[0] * num_frames]
     targets: list[int] = []
     trajectory_positions: list[int] = []
     trajectories: list[np.ndarray] = []
     for i, turn in enumerate(sample.turns):
-        prompt = _prompt_of(i, turn.question)
-        tokens, offsets = _encode(tokenizer, f"{prompt} {turn.answer}")
+        prompt = layout.prompt(i, as_text(tokenizer, turn.question))
+        tokens, offsets = _encode_turn(tokenizer, i, turn.question, turn.answer)
         starts, ends = offsets.T
         # The model generates the space before the answer: at inference the prompt ends with the colon.
         first = int(np.searchsorted(ends, len(prompt), side="right"))
@@ -77,14 +74,14 @@ def tokenize(
                 raise ValueError(
                     f"sample {sample.id}: a trajectory of shape {shape}, not {(num_points, num_frames, 2)}"
                 )
-            begin = len(prompt) + 1 + mention.start
+            begin = len(prompt) + len(layout.lead) + mention.start
             overlaps = (starts < begin + mention.end - mention.start) & (ends > begin)
             owner[overlaps] = m
         owned = np.flatnonzero(owner >= 0)
         trajectory_positions += (owned + len(ids)).tolist()
         trajectories += [turn.mentions[m].trajectory for m in owner[owned]]
         targets += range(len(ids) + first, len(ids) + len(tokens) + 1)
-        ids += [*tokens, tokenizer.eos_token_id]
+        ids += [*tokens, end]
     return TokenizedSample(
         id=sample.id,
         media=sample.media,
@@ -97,21 +94,27 @@ def tokenize(
     )
 
 
-def _prompt_of(turn: int, question: str) -> str:
-    """The text between the frames, or the end of the turn before, and the answer of turn number `turn`."""
-    return (_LATER_TURN if turn else _FIRST_TURN).format(question=question)
-
-
 @lru_cache(maxsize=4)
 def _head(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids before the frames, the same for all samples. Checks the tokenizer, once."""
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not give the character offsets of its tokens; use a fast tokenizer"
-        )
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise ValueError(f"{type(tokenizer).__name__} lacks a token for the beginning or the end of a text")
-    return (tokenizer.bos_token_id, *_encode(tokenizer, _BEFORE_FRAMES)[0])
+    """Token ids before the frames, the same for all samples."""
+    layout = layout_of(tokenizer)
+    beginning = [tokenizer.bos_token_id] if layout.has_bos else []
+    return (*beginning, *_encode(tokenizer, layout.head)[0])
+
+
+def _encode_turn(
+    tokenizer: PreTrainedTokenizerBase, turn: int, question: str, answer: str | None = None
+) -> tuple[list[int], np.ndarray]:
+    """`_encode` of a turn up to the end of its answer, or without one of its prompt."""
+    layout = layout_of(tokenizer)
+    text = layout.prompt(turn, as_text(tokenizer, question))
+    if answer is not None:
+        text += layout.answer(as_text(tokenizer, answer))
+    if not turn or layout.end is None:
+        return _encode(tokenizer, text)
+    # After the token that ends the turn before, some tokenizers put no space where they put one at a text's beginning.
+    tokens, offsets = _encode(tokenizer, layout.end + text)
+    return tokens[1:], offsets[1:] - len(layout.end)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], np.ndarray]:

@@ -11,10 +11,11 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dataloaders.samples.layouts import VICUNA, layout_of
 from engine.build import RANDOM, load_tokenizer
 from engine.tiny.tokenizer import build_tokenizer
 from pite import tokenizers
-from tests.text import CORPUS, llama_like
+from tests.text import CHAT_TOKENIZERS, CORPUS, llama_like
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614\nsize 1\n"
 
@@ -156,3 +157,18 @@ def test_a_token_beyond_the_embedding_is_one_sentence() -> None:
         ValueError, match=rf"text holds token {size - 1} \('<point>'\): the tokenizer has {size} tokens"
     ):
         tokenizers.check_vocabulary(size - 1, tokenizer, size - 1, "text")
+
+
+@pytest.mark.parametrize("kind", ["qwen2.5", "qwen3", "llama3", "mistral"])
+def test_a_tokenizer_with_a_chat_template_needs_no_beginning(tmp_path: Path, kind: str) -> None:
+    CHAT_TOKENIZERS[kind]().save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert layout_of(loaded) == layout_of(CHAT_TOKENIZERS[kind]()) != VICUNA
+    assert (loaded.bos_token is None) == kind.startswith("qwen")
+
+
+def test_a_chat_template_that_cannot_be_split_is_named(tmp_path: Path) -> None:
+    CHAT_TOKENIZERS["qwen2.5"]().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: its chat template does not hold .*; correct the template, or"):
+        load_tokenizer(tmp_path)
