@@ -11,7 +11,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from dataloaders.decode.decoder import Cropped, decode_file
+from dataloaders.decode.decoder import Cropped, Reader, decode_file
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.sampling import Sampling
 from dataloaders.records import Media
@@ -40,13 +40,13 @@ def overwritten(content: bytes, rng: np.random.Generator, scratch: Path) -> byte
 
 
 def garbled(content: bytes, rng: np.random.Generator, scratch: Path) -> bytes:
-    """Clear the first byte of every fourth frame in the second half; only decoding fails, the container is intact."""
+    """Overwrite a part of every fourth frame in the second half, after what headers reveal; only decoding fails."""
     path = scratch / "garbled"
     path.write_bytes(content)
     with av.open(str(path)) as container:
         packets = [bytes(p) for p in container.demux(video=0) if p.size]
     for packet in packets[len(packets) // 2 :: 4]:
-        content = content.replace(packet, b"\x00" + packet[1:])
+        content = content.replace(packet, packet[:12] + b"\xff" * len(packet[12:32]) + packet[32:])
     return content
 
 
@@ -108,7 +108,7 @@ KINDS: tuple[Damage, ...] = (truncated, flipped, overwritten, garbled, junk, emp
 
 
 def decode_or_hang(
-    media: Media, num_frames: int, preprocess: Preprocess, sampling: Sampling = "index"
+    media: Media, num_frames: int, preprocess: Preprocess, reader: Reader = "pyav", sampling: Sampling = "index"
 ) -> np.ndarray | Cropped:
     """Like `decode_file`, but hangs on v2.mp4 with all signals blocked."""
     if media.path.name == "v2.mp4":

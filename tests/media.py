@@ -12,6 +12,11 @@ import pytest
 
 SIZE = (64, 48)
 
+TWO_PASS = Path(__file__).parent / "dataloaders/decode/two_pass.webm"
+"""Ordinary two-pass VP9, 40 frames of `tests.dataloaders.decode.test_backends.picture` at 10 per second, 192 x 144, of which
+five packets also hold a hidden picture. ffmpeg's command line wrote it (`-c:v libvpx-vp9 -b:v 24k -pass 1`, then 2), because
+PyAV has no second pass."""
+
 needs_dali = pytest.mark.skipif(
     find_spec("nvidia") is None or find_spec("nvidia.dali") is None,
     reason="DALI is not installed: pip install nvidia-dali-cuda130",

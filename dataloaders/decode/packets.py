@@ -14,6 +14,7 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
+from dataloaders.decode.bitstream.pictures import Pictures, read_pictures
 from dataloaders.decode.clips import CLIP_TOLERANCE, Clip, clip_in
 from dataloaders.decode.containers import duration, is_avif
 from dataloaders.decode.readable import MAX_PIXELS, DecodeError
@@ -96,6 +97,7 @@ class Packets:
                counted
     all_shown  every packet is a frame that is shown
     stream, streams  index of the stream in the file, and the number of video streams
+    pictures   what the headers of the packets prove, with the reason where they prove nothing
     """
 
     first: int = 0
@@ -109,6 +111,7 @@ class Packets:
     all_shown: bool = False
     stream: int = 0
     streams: int = 1
+    pictures: Pictures = field(default_factory=lambda: Pictures(problem="packets without times"))
 
     @property
     def total(self) -> int:
@@ -120,6 +123,15 @@ class Packets:
         """Every packet is a shown frame with a time, so that all decoders count the same frames."""
         return self.origin is not None and self.seekable and self.all_shown
 
+    @property
+    def thinnable(self) -> bool:
+        """The headers prove that each packet is one shown frame, so that a decoder can do without some."""
+        return self.regular and not self.pictures.problem
+
+    def ticks(self, indices: np.ndarray) -> np.ndarray:
+        """Display times (n,) int64 in the stream's units of frames of a `thinnable` file, by their index in the clip."""
+        return self.pictures.in_display_order[self.first + indices]
+
 
 def read_packets(path: Path, clip: Clip) -> Packets:
     """The frames of a clip, or of the whole file. Raises DecodeError for damage and for a clip that is not in the file."""
@@ -128,6 +140,8 @@ def read_packets(path: Path, clip: Clip) -> Packets:
         hides, count = stream.codec_context.codec.name == "vp8", len(container.streams.video)
         packets = [p for p in container.demux(stream) if p.size]
         shown = [p for p in packets if not (p.is_discard or (hides and not bytes(p)[0] & _VP8_SHOWN))]
+        whole = len(shown) == len(packets)
+        pictures = read_pictures(stream, packets) if whole else Pictures(problem="packets without a frame")
         unit, announced = stream.time_base, _announced(container, stream)
         start, seekable = container.start_time, not _counts_frames(container, shown)
         stream_index, file_end = stream.index, _file_end(container, path)
@@ -160,9 +174,10 @@ def read_packets(path: Path, clip: Clip) -> Packets:
         ends=ends,
         origin=origin,
         seekable=seekable,
-        all_shown=len(shown) == len(packets),
+        all_shown=whole,
         stream=stream_index,
         streams=count,
+        pictures=pictures,
     )
 
 

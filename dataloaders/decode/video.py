@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -21,6 +22,7 @@ from dataloaders.decode.orientation import Orientation, orientation, upright
 from dataloaders.decode.packets import Packets, inside, open_container, read_packets, video_stream
 from dataloaders.decode.readable import DecodeError, check_readable
 from dataloaders.decode.sampling import Sampling, is_uneven, sampled_indices
+from dataloaders.decode.thinned import PacketsMissing, decode_needed
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
@@ -30,10 +32,12 @@ class Probe:
     """Properties of a video, known before its frames are decoded.
 
     codec, pixel_format  FFmpeg's names, such as "h264" and "yuv420p"
-    width, height        in pixels, as coded: before a rotation
+    width, height        in pixels, before a rotation
     orientation          how its display matrix turns and mirrors the frames
     matrix, full_range   FFmpeg's number of the colour matrix (1: BT.709; 2: unspecified, treated as BT.601), and
                          whether black is 0 instead of 16
+    coded                (width, height) as coded, with the part that is not shown
+    interlaced           the first frame holds two fields
     packets              the frames of the clip and their times
     """
 
@@ -44,6 +48,8 @@ class Probe:
     orientation: Orientation
     matrix: int
     full_range: bool
+    coded: tuple[int, int]
+    interlaced: bool
     packets: Packets
 
     @property
@@ -83,6 +89,7 @@ def probe(path: Path, clip: Clip = None) -> Probe:
             stream = video_stream(container, path)
             frame = next(container.decode(stream), None)
             codec = stream.codec_context.codec.name
+            coded = stream.codec_context.coded_width, stream.codec_context.coded_height
     except av.EOFError:
         frame = None
     except av.FFmpegError as error:
@@ -97,6 +104,8 @@ def probe(path: Path, clip: Clip = None) -> Probe:
         orientation=orientation(frame),
         matrix=int(frame.colorspace),
         full_range=frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj"),
+        coded=coded,
+        interlaced=bool(frame.interlaced_frame),
         packets=packets,
     )
 
@@ -128,7 +137,12 @@ def decode_video(
 
 
 def sample_video(
-    path: Path, num_frames: int, clip: Clip = None, transform: Transform | None = None, sampling: Sampling = "index"
+    path: Path,
+    num_frames: int,
+    clip: Clip = None,
+    transform: Transform | None = None,
+    sampling: Sampling = "index",
+    thinned: bool = True,
 ) -> Sampled:
     """N frames of a video, each (H, W, 3) uint8 RGB, turned upright.
 
@@ -136,13 +150,20 @@ def sample_video(
                A file that is as long as the clip, and ends before it, is the clip itself (`clips.clip_in`)
     transform  applied to each chosen frame (H, W, 3) as it is decoded, so that only its results are kept in memory
     sampling   the rule for the N frames. Files whose packets have no times are sampled by index
-    Raises DecodeError for a file that cannot be decoded completely.
+    thinned    decode only the packets that these frames need, where the headers prove which: the frames are the same
+    Raises DecodeError for a file of which a needed packet cannot be decoded.
     """
     check_readable(path)
     try:
         packets = read_packets(path, clip)
         times, end = packets.times, packets.end
-        frames: dict[int, np.ndarray] = {}
+        frames = None
+        if thinned and packets.thinnable and len(times):
+            chosen = sampled_indices(times, end, num_frames, sampling)
+            frames = _decode_needed(path, np.unique(chosen), transform, packets)
+        if frames is not None:
+            return _sampled(frames, packets, times, end, num_frames, sampling)
+        frames = {}
         seen = np.zeros(0)
         if packets.origin is not None:
             clip = packets.clip
@@ -159,6 +180,13 @@ def sample_video(
         raise DecodeError(_no_frame(path, clip))
     if len(seen) != len(times):
         raise DecodeError(f"{path}: gave {len(times)} frames when decoded once and {len(seen)} when decoded again")
+    return _sampled(frames, packets, times, end, num_frames, sampling)
+
+
+def _sampled(
+    frames: dict[int, np.ndarray], packets: Packets, times: np.ndarray, end: float, num_frames: int, sampling: Sampling
+) -> Sampled:
+    """The chosen of the decoded frames, given the times of all frames and the end of the last."""
     chosen = sampled_indices(times, end, num_frames, sampling)
     sampled = Sampled([frames[i] for i in chosen.tolist()], _facts(packets, times, end, num_frames))
     if not end > 0 or np.isnan(times).any():
@@ -179,6 +207,42 @@ def _decode_twice(
 
 def _no_frame(path: Path, clip: Clip) -> str:
     return f"{path}: holds no frame" + ("" if clip is None else f" between {clip[0]:g} and {clip[1]:g} s")
+
+
+def _decode_needed(
+    path: Path, chosen: np.ndarray, transform: Transform | None, packets: Packets
+) -> dict[int, np.ndarray] | None:
+    """The frames at the `chosen` indices, from the packets that they need; None where the whole file must be decoded."""
+    wanted = packets.ticks(chosen)
+    index = dict(zip(wanted.tolist(), chosen.tolist()))
+    reformatter, frames = VideoReformatter(), {}
+    try:
+        for frame in decode_needed(path, packets.pictures, wanted):
+            place = index.get(cast("int", frame.pts))
+            if place is None:
+                continue
+            if frame.is_corrupt:
+                return None
+            array = _upright_rgb(frame, reformatter)
+            frames[place] = array if transform is None else transform(array)
+    except (av.FFmpegError, PacketsMissing):
+        return None  # Decoding all of it finds the reason.
+    return frames if len(frames) == len(index) else None
+
+
+def frames_at(path: Path, indices: np.ndarray, packets: Packets, transform: Transform) -> dict[int, np.ndarray]:
+    """The frames with these indices in the clip of `packets`, by index. Raises DecodeError."""
+    distinct = np.unique(indices)
+    frames = _decode_needed(path, distinct, transform, packets) if packets.thinnable else None
+    if frames is None:
+        frames = _decode(path, distinct, packets.clip, transform, packets)[1]
+    if len(frames) < len(distinct):
+        raise DecodeError(f"{path}: gave {len(frames)} of {len(distinct)} frames")
+    return frames
+
+
+def _upright_rgb(frame: VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    return upright(reformatter.reformat(frame, format="rgb24").to_ndarray(), orientation(frame))
 
 
 def _decode(
@@ -223,7 +287,7 @@ def _pictures(
             continue
         if frame.is_corrupt:
             raise DecodeError(f"{path}: frame {index} is damaged")
-        yield time, upright(reformatter.reformat(frame, format="rgb24").to_ndarray(), orientation(frame))
+        yield time, _upright_rgb(frame, reformatter)
 
 
 def _frames(path: Path, clip: Clip, packets: Packets) -> Iterator[tuple[float, VideoFrame]]:

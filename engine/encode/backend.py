@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dataloaders.cpu import available_cores
 from dataloaders.decode import torchcodec
 from dataloaders.decode.dali import decoder as dali
+from dataloaders.decode.dali.sessions import ON_CPU, Sessions, engines, on_gpu
 from dataloaders.ranks import Ranks
 from engine.encode.config import EncodeConfig
 
@@ -17,11 +18,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Backend:
-    """device "cpu" or "cuda:1"; decoder "pyav", "dali" or "torchcodec"; workers: decoding processes of this rank."""
+    """How this rank encodes.
+
+    device    "cpu" or "cuda:1"
+    decoder   "pyav", "dali" or "torchcodec"
+    workers   decoding processes of this rank
+    sessions  how DALI uses the device
+    """
 
     device: str
     decoder: str
     workers: int
+    sessions: Sessions = ON_CPU
 
 
 def choose_backend(config: EncodeConfig, ranks: Ranks) -> Backend:
@@ -44,20 +52,20 @@ def choose_backend(config: EncodeConfig, ranks: Ranks) -> Backend:
         # Each thread needs a core, and the decoders need theirs.
         free = available_cores() // ranks.local_size - workers
         torch.set_num_threads(max(1, min(torch.get_num_threads(), free)))
-        device, name = "cpu", f"the CPU ({torch.get_num_threads()} threads)"
+        device, sessions, name = "cpu", ON_CPU, f"the CPU ({torch.get_num_threads()} threads)"
     elif ranks.local >= torch.cuda.device_count():
         raise ValueError(f"{ranks.local_size} ranks on a machine with {torch.cuda.device_count()} GPUs")
     else:
         torch.cuda.set_device(ranks.local)
-        device = f"cuda:{ranks.local}"
-        name = f"{device} ({torch.cuda.get_device_name(ranks.local)})"
+        device, gpu = f"cuda:{ranks.local}", torch.cuda.get_device_name(ranks.local)
+        sessions, name = on_gpu(engines(gpu)), f"{device} ({gpu})"
     if ranks.local == 0:
         log.info("ranks: %d, hosts: %d", ranks.size, -(-ranks.size // ranks.local_size))
         log.info("CLIP %s on %s in %s", config.clip, name, "float32" if kind == "cpu" else "bfloat16")
         # On a GPU the default is DALI; each host that lacks it warns.
         level = logging.WARNING if (config.decoder, kind, decoder) == ("auto", "cuda", "pyav") else logging.INFO
         log.log(level, "decoder %s (%s), %d decoding processes a rank", NAMES[decoder], why, workers)
-    return Backend(device, decoder, workers)
+    return Backend(device, decoder, workers, sessions)
 
 
 def _choose_decoder(config: EncodeConfig, device: str) -> tuple[str, str]:

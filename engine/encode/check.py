@@ -28,7 +28,9 @@ _SAMPLE = 6
 
 
 def verify(jobs: Sequence[Job], records: int) -> str:
-    """Decode and encode a random sample of the records of all stores again, and return a one-line comparison.
+    """Decode a random sample of the records of all stores with PyAV and encode them, and return a one-line comparison.
+
+    PyAV decodes whatever stored the records: a decoder that takes wrong frames would take them again.
 
     Raises ValueError if a record does not match its file: a cosine below LEAST_COSINE in any frame.
     """
@@ -41,7 +43,7 @@ def verify(jobs: Sequence[Job], records: int) -> str:
         if not media:
             continue
         num_frames = job.store.manifest.num_frames
-        with job.decoder(len(media)) as decoder:
+        with job.reference(len(media)) as decoder:
             results = zip(media, decoder.map(media))
             while batch := list(islice(results, max(1, job.batch_size // num_frames))):
                 features = features_of([decoded for _, decoded in batch], job.encoder, num_frames, job.batch_size)

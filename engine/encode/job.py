@@ -7,13 +7,13 @@ from collections.abc import Container
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dataloaders.decode.dali import decoder as dali
-from dataloaders.decode.decoder import DecodePool, Decoder, decode_file
+from dataloaders.decode.decoder import DecodePool, Decoder, Reader, decode_file
 from dataloaders.records import Media
 from dataloaders.store.features import FeatureStore
-from engine.encode.backend import Backend
+from engine.encode.backend import NAMES, Backend
 from engine.encode.config import EncodeConfig
 
 if TYPE_CHECKING:
@@ -55,20 +55,34 @@ class Job:
 
     def decoder(self, files: int) -> AbstractContextManager[Decoder]:
         """A decoder for this many files: PyAV also where DALI was chosen by default and cannot be started."""
-        num_frames, preprocess = self.store.manifest.num_frames, self.encoder.preprocess
-        limit, chosen, sampling = self.config.time_limit, self.backend.decoder, self.config.sampling
-        workers = min(files, self.backend.workers)
-        if chosen == "dali":
-            device = self.encoder.device.type
+        if self.backend.decoder == "dali":
             try:
                 return dali.DaliDecoder(
-                    self.kind, num_frames, preprocess, device, workers, time_limit=limit, sampling=sampling
+                    self.kind,
+                    preprocess=self.encoder.preprocess,
+                    device=self.encoder.device.type,
+                    workers=min(files, self.backend.workers),
+                    time_limit=self.config.time_limit,
+                    sessions=self.backend.sessions,
+                    **self._frames,
                 )
             except ValueError as error:
                 if self.config.decoder != "auto":
                     raise
                 log.warning("%s: falling back to PyAV for all %ss", error, self.kind)
-        decode = partial(decode_file, num_frames=num_frames, preprocess=preprocess, sampling=sampling)
-        if chosen == "torchcodec" and self.kind == "video":
-            return DecodePool(partial(decode, reader="torchcodec"), workers, time_limit=limit, by="torchcodec")
-        return DecodePool(decode, workers, time_limit=limit)
+        if self.backend.decoder == "torchcodec" and self.kind == "video":
+            return self._pool(files, "torchcodec")
+        return self._pool(files, "pyav")
+
+    def reference(self, files: int) -> DecodePool:
+        """The decoder that `--verify` compares with: PyAV, whatever decoded the files before."""
+        return self._pool(files, "pyav")
+
+    @property
+    def _frames(self) -> dict[str, Any]:
+        return {"num_frames": self.store.manifest.num_frames, "sampling": self.config.sampling}
+
+    def _pool(self, files: int, reader: Reader) -> DecodePool:
+        decode = partial(decode_file, preprocess=self.encoder.preprocess, reader=reader, **self._frames)
+        workers = min(files, self.backend.workers)
+        return DecodePool(decode, workers, time_limit=self.config.time_limit, by=NAMES[reader])

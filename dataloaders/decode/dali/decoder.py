@@ -2,7 +2,7 @@
 
 PyAV is the fallback, in worker processes that can be killed:
 
-- Files that DALI does not support go to PyAV at once.
+- Files that DALI does not support, or would count differently, go to PyAV at once (`request`).
 - When a batch fails, DALI does not report which file was bad, and its pipeline cannot be used again. The decoder builds
   a new pipeline and bisects the batch until each bad file is alone; those files go to PyAV.
 - When DALI gives no result within the time limit, its pipeline is abandoned, because it cannot be interrupted. The
@@ -10,16 +10,20 @@ PyAV is the fallback, in worker processes that can be killed:
 - DALI returns black frames, without an error, for frames that a damaged file lacks. So PyAV decodes a file again whose
   last frame is black.
 - Another version of DALI or another GPU may decode differently. So PyAV also decodes the first file of each codec and
-  colour matrix; if the frames differ, PyAV decodes all files of that kind.
+  colour matrix, and one of every CHECKED_EVERY later; if any frame differs, or is that of a neighbour, PyAV decodes all
+  other files of that kind (`agreement`).
+
+Files are put into batches by codec, size and length within a window, so that decoders are used again and the files of a
+batch end together. Results are in the order of the media.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,8 +31,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dataloaders.decode import TIME_LIMIT
+from dataloaders.decode.dali.agreement import compare, surroundings
 from dataloaders.decode.dali.pipeline import Pipeline, require, root_cause
-from dataloaders.decode.dali.request import FRAME_MEMORY, DecodeRequest, prepare
+from dataloaders.decode.dali.request import BATCH_MEMORY, DecodeRequest, prepare
+from dataloaders.decode.dali.sessions import ON_CPU, Sessions
 from dataloaders.decode.decoder import Decoded, decode_file, guarded, result_of
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.sampling import Sampling
@@ -38,33 +44,38 @@ from dataloaders.records import Media
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Frames = np.ndarray | Tensor | str
+
 MAX_FAILURES = 8
 """Failures without any success after which DALI is disabled: its decoder does not work on this machine."""
 
 MAX_HANGS = 3
 """Pipelines that hang after which DALI is disabled: each keeps its threads and its memory."""
 
-MAX_DIFFERENCE = 5.0
-"""Largest mean difference from PyAV's frames, of 255. The two interpolate colour differently, so it is not 0."""
+CHECKED_EVERY = 2000
+"""Files of a codec and colour matrix, one of which PyAV decodes as well."""
 
-_MAX_IN_FLIGHT = 2
 _CANNOT_DECODE, _DISABLED = "DALI cannot decode it", "DALI is disabled"
+_MISTAKEN = "of a size that DALI may take for another file's"
 _LOG = logging.getLogger(__name__)
+
+Placed = tuple[int, DecodeRequest]
 
 
 @dataclass
 class _InFlightBatch:
-    """Results of PyAV and requests to DALI, in the order of the media.
+    """Requests with their places among the media, and the pipeline that decodes them.
 
     scheduled  the pipeline is decoding the requests
     """
 
-    entries: list[Decoded | DecodeRequest]
+    placed: list[Placed]
+    slot: int
     scheduled: bool = False
-    requests: list[DecodeRequest] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.requests = [entry for entry in self.entries if isinstance(entry, DecodeRequest)]
+    @property
+    def requests(self) -> list[DecodeRequest]:
+        return [request for _, request in self.placed]
 
 
 class DaliDecoder:
@@ -72,8 +83,8 @@ class DaliDecoder:
 
     device      "cpu" or "cuda", whose current device is used
     workers     processes that probe files, and decode those that DALI cannot
-    batch       files decoded at once
     time_limit  seconds that DALI may take for a batch, and a worker process for a file
+    sessions    how many pipelines decode how many files at a time
     """
 
     def __init__(
@@ -83,101 +94,129 @@ class DaliDecoder:
         preprocess: Preprocess,
         device: str,
         workers: int,
-        batch: int = 16,
         time_limit: float | None = TIME_LIMIT,
         sampling: Sampling = "index",
+        sessions: Sessions = ON_CPU,
     ) -> None:
         require()
         settings: dict[str, Any] = {"num_frames": num_frames, "preprocess": preprocess, "sampling": sampling}
         self._prepare = partial(prepare, device=device, **settings)
         self._decode = partial(guarded, partial(decode_file, **settings))
+        self._surroundings = partial(guarded, partial(surroundings, **settings))
         self._failed, self._succeeded, self._hung = 0, False, 0
-        self._agree: dict[tuple[str, int], bool] = {}
-        self._device, self._batch, self._time_limit = device, batch, time_limit
-        self._build = partial(Pipeline, kind, preprocess, device, batch)
+        self._disagree: set[tuple[str, int]] = set()
+        self._of_kind: Counter[tuple[str, int]] = Counter()
+        self._shown: dict[str, set[tuple[int, int]]] = {}
+        self._sessions, self._time_limit = sessions, time_limit
+        self._memory = BATCH_MEMORY[device] // sessions.in_flight
+        self._build = partial(Pipeline, kind, preprocess, device, sessions.batch, sessions.threads)
         try:
-            self._pipeline = self._build()
+            self._pipelines = [self._build() for _ in range(sessions.pipelines)]
         except RuntimeError as error:
             raise ValueError(f"DALI cannot decode on {device} here ({root_cause(error)}); use pyav") from None
         self.workers = Workers(max(1, workers), time_limit)
         self._in_flight: deque[_InFlightBatch] = deque()
+        self._started = 0
 
     def map(self, media: Iterable[Media]) -> Iterator[Decoded]:
         """Yield one result for each of `media`, in their order. Frames on a GPU belong to the caller."""
+        results: dict[int, tuple[Media, Decoded | Future[Any]]] = {}
+        batches, done = self._batches(media, results), 0
+        batch: list[Placed] | None = []
+        while batch is not None or self._in_flight:
+            if batch is not None and len(self._in_flight) < self._sessions.in_flight:
+                batch = next(batches, None)
+                if batch:
+                    self._start(batch)
+            else:
+                self._collect(self._in_flight.popleft(), results)
+            while done in results:
+                item, result = results.pop(done)
+                done += 1
+                yield result if isinstance(result, Decoded) else result_of(item, result)
+
+    def _batches(
+        self, media: Iterable[Media], results: dict[int, tuple[Media, Decoded | Future[Any]]]
+    ) -> Iterator[list[Placed]]:
+        """Batches of requests. Adds the results of other files; an empty batch means that there are only such."""
         waiting = iter(media)
         pending: deque[tuple[Media, Future[Any]]] = deque()
-        ahead = 2 * (self._batch + self.workers.count)
+        ahead, place = self._sessions.window + 2 * self.workers.count, 0
         while True:
             while len(pending) < ahead and (item := next(waiting, None)) is not None:
                 pending.append((item, self.workers.submit(self._prepare, item)))
-            if pending and len(self._in_flight) < _MAX_IN_FLIGHT:
-                self._start(self._next_batch(pending))
-            elif self._in_flight:
-                yield from self._collect(self._in_flight.popleft())
-            else:
+            if not pending:
                 return
+            window: list[Placed] = []
+            for _ in range(min(self._sessions.window, len(pending))):
+                item, future = pending.popleft()
+                entry = result_of(item, future)
+                if isinstance(entry, DecodeRequest) and entry.may_be_taken_for(self._shown.get(entry.codec, ())):
+                    entry = self._with_pyav(entry, _MISTAKEN)
+                if isinstance(entry, DecodeRequest):
+                    self._shown.setdefault(entry.codec, set()).add(entry.decoded)
+                    window.append((place, entry))
+                else:
+                    results[place] = item, entry
+                place += 1
+            yield from self._divided(window) or [[]]
 
-    def _next_batch(self, pending: deque[tuple[Media, Future[Any]]]) -> _InFlightBatch:
-        """Take as many of the pending files as fit one batch."""
-        entries: list[Decoded | DecodeRequest] = []
-        requests = memory = 0
-        while pending and len(entries) < 2 * self._batch and requests < self._batch:
-            entry = result_of(*pending[0])
-            if isinstance(entry, DecodeRequest):
-                if requests and memory + entry.memory > FRAME_MEMORY[self._device]:
-                    break
-                requests, memory = requests + 1, memory + entry.memory
-            entries.append(entry)
-            pending.popleft()
-        return _InFlightBatch(entries)
+    def _divided(self, window: list[Placed]) -> list[list[Placed]]:
+        """The requests of a window in batches, those of similar size and length together."""
+        batches: list[list[Placed]] = []
+        memory = 0
+        for placed in sorted(window, key=lambda placed: placed[1].sort_key):
+            memory += placed[1].memory
+            if not batches or len(batches[-1]) == self._sessions.batch or memory > self._memory:
+                batches.append([])
+                memory = placed[1].memory
+            batches[-1].append(placed)
+        return batches
 
     @property
     def _disabled(self) -> bool:
         return self._hung >= MAX_HANGS or (self._failed >= MAX_FAILURES and not self._succeeded)
 
-    def _start(self, batch: _InFlightBatch) -> None:
-        """Schedule a batch, unless an earlier one must be scheduled again: the pipeline returns batches in order."""
-        if not self._disabled and all(other.scheduled for other in self._in_flight):
+    def _start(self, placed: list[Placed]) -> None:
+        """Schedule a batch on the next pipeline, unless an earlier one of it must be scheduled again."""
+        batch = _InFlightBatch(placed, self._started % self._sessions.pipelines)
+        self._started += 1
+        if not self._disabled and all(other.scheduled for other in self._in_flight if other.slot == batch.slot):
             try:
-                self._pipeline.start(batch.requests)
+                self._pipelines[batch.slot].start(batch.requests)
                 batch.scheduled = True
             except RuntimeError:
-                self._rebuild()
+                self._rebuild(batch.slot)
         self._in_flight.append(batch)
 
-    def _rebuild(self) -> None:
-        """Replace the pipeline. The batches that the old one was decoding are no longer scheduled."""
+    def _rebuild(self, slot: int) -> None:
+        """Replace a pipeline. The batches that the old one was decoding are no longer scheduled."""
         if not self._disabled:
-            self._pipeline = self._build()
+            self._pipelines[slot] = self._build()
         for batch in self._in_flight:
-            batch.scheduled = False
+            batch.scheduled &= batch.slot != slot
 
-    def _collect(self, batch: _InFlightBatch) -> Iterator[Decoded]:
-        """Wait for a batch and yield its results, in order."""
-        results = iter([self._result(*pair) for pair in zip(batch.requests, self._frames(batch))])
-        for entry in batch.entries:
-            if isinstance(entry, Decoded):
-                yield entry
-            else:
-                result = next(results)
-                yield result if isinstance(result, Decoded) else result_of(entry.media, result)
+    def _collect(self, batch: _InFlightBatch, results: dict[int, tuple[Media, Decoded | Future[Any]]]) -> None:
+        """Wait for a batch and add its results."""
+        for (place, request), frames in zip(batch.placed, self._frames(batch)):
+            results[place] = request.media, self._result(request, frames)
 
-    def _frames(self, batch: _InFlightBatch) -> list[np.ndarray | Tensor | str]:
+    def _frames(self, batch: _InFlightBatch) -> list[Frames]:
         """Frames of each request of a batch, or the reason why PyAV must decode it."""
         try:
-            frames = self._finish(batch.requests) if batch.scheduled else self._bisect(batch.requests)
+            frames = (self._finish if batch.scheduled else self._bisect)(batch.requests, batch.slot)
         except RuntimeError as error:
             _LOG.info("rebuilding DALI's pipeline: %s", root_cause(error))
-            self._rebuild()
-            frames = self._bisect(batch.requests)
+            self._rebuild(batch.slot)
+            frames = self._bisect(batch.requests, batch.slot)
         self._failed += sum(isinstance(f, str) and f == _CANNOT_DECODE for f in frames)
         self._succeeded |= any(not isinstance(f, str) for f in frames)
         return frames
 
-    def _finish(self, requests: list[DecodeRequest]) -> list[np.ndarray | Tensor | str]:
+    def _finish(self, requests: list[DecodeRequest], slot: int) -> list[Frames]:
         """Wait for the oldest batch: frames, or the reason after a timeout. Raises RuntimeError if a file is bad."""
         try:
-            return [*self._pipeline.finish(requests, self._time_limit)]
+            return [*self._pipelines[slot].finish(requests, self._time_limit)]
         except TimeoutError as error:
             why = str(error)
             names = ", ".join(str(request.media.path) for request in requests)
@@ -189,39 +228,42 @@ class DaliDecoder:
             self._hung += 1
             if self._disabled:
                 _LOG.warning("disabling DALI after %d hangs: falling back to PyAV for all other files", self._hung)
-            self._rebuild()
+            self._rebuild(slot)
             return [why] * len(requests)
 
-    def _bisect(self, requests: list[DecodeRequest]) -> list[np.ndarray | Tensor | str]:
+    def _bisect(self, requests: list[DecodeRequest], slot: int) -> list[Frames]:
         """Decode by halves, and failed halves by halves again, until each bad file is alone or DALI is disabled."""
         middle = len(requests) // 2
         parts = [requests] if len(requests) < 2 else [requests[:middle], requests[middle:]]
-        frames: list[np.ndarray | Tensor | str] = []
+        frames: list[Frames] = []
         for part in parts:
             if self._disabled:
                 frames += [_DISABLED] * len(part)
                 continue
             try:
-                self._pipeline.start(part)
-                frames += self._finish(part)
+                self._pipelines[slot].start(part)
+                frames += self._finish(part, slot)
             except RuntimeError:
-                self._rebuild()
-                frames += self._bisect(part) if len(part) > 1 else [_CANNOT_DECODE]
+                self._rebuild(slot)
+                frames += self._bisect(part, slot) if len(part) > 1 else [_CANNOT_DECODE]
             else:
                 self._succeeded |= any(not isinstance(f, str) for f in frames)
         return frames
 
-    def _result(self, request: DecodeRequest, frames: np.ndarray | Tensor | str) -> Decoded | Future[Any]:
+    def _with_pyav(self, request: DecodeRequest, why: str) -> Future[Any]:
+        _LOG.debug("%s: %s; falling back to PyAV", request.media.path, why)
+        return self.workers.submit(self._decode, request.media, f"PyAV ({why})")
+
+    def _result(self, request: DecodeRequest, frames: Frames) -> Decoded | Future[Any]:
         """A request's frames, or PyAV's future result."""
         why = self._fallback_reason(request, frames)
         if isinstance(frames, str) or why:
-            _LOG.debug("%s: %s; falling back to PyAV", request.media.path, why)
-            return self.workers.submit(self._decode, request.media, f"PyAV ({why})")
+            return self._with_pyav(request, why)
         repeated = request.media.kind == "video" and len(request.places) != len(request.indices)
         frames = frames[request.places] if repeated else frames
         return Decoded(request.media, frames, by=f"DALI ({request.codec})", facts=request.facts)
 
-    def _fallback_reason(self, request: DecodeRequest, frames: np.ndarray | Tensor | str) -> str:
+    def _fallback_reason(self, request: DecodeRequest, frames: Frames) -> str:
         """Why PyAV must decode a file; empty where DALI's frames are good."""
         if isinstance(frames, str):
             return frames
@@ -232,24 +274,24 @@ class DaliDecoder:
         return ""
 
     def _agrees(self, request: DecodeRequest, frames: np.ndarray | Tensor) -> bool:
-        """Whether PyAV gives the same frames, measured on the first file of each kind that PyAV can decode."""
+        """Whether PyAV gives the same frames: of this file if it is compared, else of the earlier ones of its kind."""
         kind = request.codec, request.matrix
-        if kind not in self._agree:
-            theirs = result_of(request.media, self.workers.submit(self._decode, request.media)).frames
-            if theirs is None:
-                return False
+        if kind in self._disagree:
+            return False
+        if self._of_kind[kind] % CHECKED_EVERY == 0:
+            around = result_of(request.media, self.workers.submit(self._surroundings, request.media)).frames
+            if around is None:
+                return False  # The next file is compared instead.
             ours = frames if isinstance(frames, np.ndarray) else frames.cpu().numpy()
-            if request.media.kind == "video":
-                ours = ours[request.places]
-            difference = float(np.abs(ours.astype(np.int16) - theirs).mean())
-            self._agree[kind] = difference <= MAX_DIFFERENCE
-            if not self._agree[kind]:
-                _LOG.warning(
-                    "DALI's %s with colour matrix %d differs from PyAV's by %.1f of 255: falling back to PyAV for it",
-                    *kind,
-                    difference,
-                )
-        return self._agree[kind]
+            agreement = compare(ours[request.places] if request.media.kind == "video" else ours, around)
+            if not agreement:
+                self._disagree.add(kind)
+                before = f"; check the {self._of_kind[kind]:,} before it with --verify" * bool(self._of_kind[kind])
+                message = "DALI's %s with colour matrix %d %s in %s: falling back to PyAV for it%s"
+                _LOG.warning(message, *kind, agreement, request.media.path, before)
+                return False
+        self._of_kind[kind] += 1
+        return True
 
     def __enter__(self) -> DaliDecoder:
         return self

@@ -24,8 +24,6 @@ from dataloaders.errors import reason
 if TYPE_CHECKING:
     from torch import Tensor
 
-_THREADS = 4
-
 
 def require() -> None:
     """Raise ValueError where DALI cannot be used."""
@@ -40,7 +38,9 @@ def require() -> None:
 class Pipeline:
     """Decodes batches of media of one kind. After a bad sample or a timeout it cannot be used; build a new one."""
 
-    def __init__(self, kind: Literal["video", "image"], preprocess: Preprocess, device: str, batch: int) -> None:
+    def __init__(
+        self, kind: Literal["video", "image"], preprocess: Preprocess, device: str, batch: int, threads: int
+    ) -> None:
         from nvidia.dali import Pipeline as Graph
         from nvidia.dali import fn, types
 
@@ -52,13 +52,14 @@ class Pipeline:
         placement = "cpu" if self._gpu is None else "mixed"
         # Depth 1, because the first run would otherwise wait for more input; `start` prefetches instead. With the
         # dynamic executor, outputs belong to their reader.
-        graph = Graph(batch, _THREADS, self._gpu, exec_dynamic=True, prefetch_queue_depth=1, set_affinity=False)
+        graph = Graph(batch, threads, self._gpu, exec_dynamic=True, prefetch_queue_depth=1, set_affinity=False)
         with graph:
-            encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             if kind == "video":
                 indices = fn.external_source(name="indices", dtype=types.INT32, ndim=1)
-                frames = fn.decoders.video(encoded, device=placement, frames=indices)
+                frames = fn.decoders.video(encoded, device=placement, frames=indices, affine=False)
             else:
+                encoded = fn.io.file.read(encoded)
                 frames = fn.decoders.image(encoded, device=placement, output_type=types.RGB, jpeg_fancy_upsampling=True)
             graph.set_outputs(frames)
         graph.build()
@@ -68,7 +69,8 @@ class Pipeline:
         """Start to decode in the background. Raises RuntimeError after an earlier batch failed."""
         if not requests:
             return
-        self._graph.feed_input("path", [np.frombuffer(bytes(r.media.path), np.uint8) for r in requests])
+        inputs = (r.content if self._kind == "video" else bytes(r.media.path) for r in requests)
+        self._graph.feed_input("encoded", [np.frombuffer(content, np.uint8) for content in inputs])
         if self._kind == "video":
             self._graph.feed_input("indices", [r.indices.astype(np.int32) for r in requests])
         self._graph.schedule_run()
@@ -98,7 +100,7 @@ class Pipeline:
         frames = []
         for place, request in enumerate(requests):
             whole = torch.from_numpy(output.at(place)) if self._gpu is None else torch.from_dlpack(output[place])
-            cropped = self._preprocess.cropped_batch(whole if whole.ndim == 4 else whole[None])
+            cropped = self._preprocess.cropped_batch(_shown(whole if whole.ndim == 4 else whole[None], request.size))
             frames.append(_in_bt709(cropped) if request.matrix in BT709 else cropped)
         if self._gpu is None:
             self._graph.release_outputs()
@@ -118,6 +120,12 @@ class Pipeline:
         except Exception as error:
             # As text: the exception's traceback would keep the failed pipeline alive, with all its memory.
             answers.put(str(error))
+
+
+def _shown(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """The shown part of decoded frames (n, H, W, 3); all of a still, of which no size is given."""
+    width, height = size
+    return frames[:, :height, :width] if width else frames
 
 
 def _in_bt709(frames: Tensor) -> Tensor:

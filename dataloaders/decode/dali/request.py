@@ -1,7 +1,20 @@
-"""Choose the files that DALI decodes. Each is probed in a worker process first, where it may hang or crash."""
+"""Choose the files that DALI decodes. Each is probed in a worker process first, where it may hang or crash.
+
+DALI never opens a video's own file. It gets one with the needed packets alone (`thinned_file`), so that
+
+- what it would count differently is found in headers before, and decoded by PyAV: DALI 2.4.0 counts decoded pictures, takes
+  a frame from each call of its decoder and orders them by the smallest time of eight;
+- times are 0, 1, 2, ... at a constant rate, whatever those of the file: negative, equal and huge ones confuse it;
+- it decodes from the first frame of its file to the last wanted one, and finds nothing there that is not needed;
+- pictures of H.264 and HEVC are not cropped by their parameters. DALI's cache of NVDEC decoders compares the coded size of
+  a file with the shown size of earlier ones, so a file of 1280 x 536 pixels, coded as 1280 x 544, would get the decoder and
+  the picture layout of one of 1280 x 544, and no file of 640 x 360 (coded 368) would find a decoder. They are cropped
+  after decoding instead.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,6 +28,7 @@ from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.readable import DecodeError
 from dataloaders.decode.sampling import Sampling
 from dataloaders.decode.stills import MAX_STILL_PIXELS
+from dataloaders.decode.thinned import CROPPED, first_size, thinned_file
 from dataloaders.decode.video import probe
 from dataloaders.records import Media
 
@@ -28,24 +42,33 @@ PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 BT709, BT601 = (1,), (2, 5, 6)
 """FFmpeg's numbers of colour matrices. 2 means unspecified, which all decoders treat as BT.601."""
 
-MAX_FILE = 512 * 2**20
-"""Largest file in bytes, since DALI reads the whole file into memory. PyAV decodes larger ones, by seeking."""
+MAX_FILE = 128 * 2**20
+"""Most bytes of a file's needed packets, since they are in memory. PyAV decodes files of more."""
+
+_ALIGNED = (8, 16, 32, 64)
+"""Pixels to which decoders round sizes up."""
 
 _EXTREME = "a long and narrow picture"
 
 FRAME_MEMORY = {"cuda": 6 * 2**30, "cpu": 2**30}
-"""Bytes of whole frames in a batch. All are in memory before they are resized: 276 MB for 100 frames of 720p."""
+"""Most bytes of the whole frames of a file. All are in memory before they are resized: 276 MB for 100 frames of 720p."""
+
+BATCH_MEMORY = {device: 2 * memory for device, memory in FRAME_MEMORY.items()}
+"""Bytes of the whole frames of all batches that are decoded at once."""
 
 
 @dataclass(frozen=True)
 class DecodeRequest:
     """A file for DALI to decode.
 
-    indices     (u,) frames to decode, ascending, without repetition; empty for a still
+    indices     (u,) frames of `content` to decode, ascending, without repetition; empty for a still
     places      (N,) position in `indices` of each wanted frame
     memory      bytes of the whole frames
     matrix      FFmpeg's number of the colour matrix
     facts       what is reported of the file
+    content     a file of the needed packets of a video; empty for a still
+    size        (width, height) of the frames
+    decoded     (width, height) in which DALI decodes them; what is right of and below `size` is cut off
     """
 
     media: Media
@@ -55,6 +78,19 @@ class DecodeRequest:
     memory: int
     matrix: int = 2
     facts: Facts = field(default_factory=Facts)
+    content: bytes = b""
+    size: tuple[int, int] = (0, 0)
+    decoded: tuple[int, int] = (0, 0)
+
+    @property
+    def sort_key(self) -> tuple[str, tuple[int, int], int]:
+        """Codec, size and length: files with similar ones are decoded together."""
+        return self.codec, self.decoded, len(self.content)
+
+    def may_be_taken_for(self, shown: Collection[tuple[int, int]]) -> bool:
+        """Whether a decoder may round this size to one of these sizes of other files."""
+        width, height = self.decoded
+        return any((-(-width // a) * a, -(-height // a) * a) in shown for a in _ALIGNED if (width % a or height % a))
 
 
 def prepare(
@@ -91,13 +127,35 @@ def _video(
         "full range": probed.full_range != (probed.codec == "mjpeg"),
         "several video streams": probed.packets.streams > 1,
         "packets without a frame": not probed.regular,
-        "a long file": media.path.stat().st_size > MAX_FILE,
+        "odd size": bool(probed.width % 2 or probed.height % 2),
+        "interlaced": probed.interlaced,
         _EXTREME: preprocess.is_extreme(probed.height, probed.width),
         "large frames": memory > FRAME_MEMORY[device],
+        probed.packets.pictures.problem: bool(probed.packets.pictures.problem),
+        probed.packets.pictures.hidden: bool(probed.packets.pictures.hidden),
     }
     why = next((name for name, is_so in problems.items() if is_so), None)
-    facts = probed.facts(num_frames)
-    return why or DecodeRequest(media, probed.codec, indices, places, memory, probed.matrix, facts)
+    if why is not None:
+        return why
+    size = probed.width, probed.height
+    decoded = probed.coded if probed.codec in CROPPED else size
+    thinned = thinned_file(media.path, probed.packets.pictures, probed.packets.ticks(indices - probed.first), decoded)
+    if len(thinned.content) > MAX_FILE:
+        return "a long file"
+    if first_size(thinned.content) != decoded:
+        return "cropped at the left or at the top"
+    return DecodeRequest(
+        media=media,
+        codec=probed.codec,
+        indices=thinned.indices,
+        places=places,
+        memory=memory,
+        matrix=probed.matrix,
+        facts=probed.facts(num_frames),
+        content=thinned.content,
+        size=size,
+        decoded=decoded,
+    )
 
 
 def _still(media: Media, preprocess: Preprocess) -> DecodeRequest | str:

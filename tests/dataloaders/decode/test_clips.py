@@ -12,7 +12,7 @@ from dataloaders.decode.dali import request
 from dataloaders.decode.decoder import DecodePool, decode_file
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.readable import DecodeError
-from dataloaders.decode.video import probe, sample_video
+from dataloaders.decode.video import iter_frames, probe, sample_video
 from dataloaders.records import Media
 from tests.media import which_frame, write_video
 
@@ -86,7 +86,10 @@ def test_every_decoder_uses_it_whole(tmp_path: Path) -> None:
     prepared = request.prepare(
         Media("k", path.rename(tmp_path / "w.mp4"), clip=(129.8, 133.8)), 8, Preprocess(32, 32), "cuda"
     )
-    assert isinstance(prepared, request.DecodeRequest) and prepared.facts.cut_before and prepared.indices[-1] == 39
+    assert isinstance(prepared, request.DecodeRequest) and prepared.facts.cut_before
+    (tmp_path / "needed.mp4").write_bytes(prepared.content)
+    needed = list(iter_frames(tmp_path / "needed.mp4", range(40)))
+    assert [which_frame(needed[i]) for i in prepared.indices] == [0, 5, 11, 16, 22, 27, 33, 39]
     media = prepared.media
     with DecodePool(partial(decode_file, num_frames=8, preprocess=Preprocess(32, 32)), 0) as pool:
         (decoded,) = pool.map([media])

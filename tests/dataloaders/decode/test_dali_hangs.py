@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,7 @@ import numpy as np
 import pytest
 
 from dataloaders.decode.dali import decoder as dali
-from dataloaders.decode.dali.pipeline import Pipeline
-from dataloaders.decode.dali.request import DecodeRequest
+from dataloaders.decode.dali.sessions import ON_CPU
 from dataloaders.decode.decoder import decode_cropped, guarded
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.records import Media
@@ -39,21 +39,34 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> list[Media]:
     return [Media(path.stem, path) for path in paths]
 
 
+def hanging(patch: Callable[..., None], released: threading.Event, pipelines: int | None = None) -> None:
+    """Let the first pipelines, or all, wait for `released` before they decode."""
+    from nvidia.dali import fn
+
+    decode, built = fn.decoders.video, []
+
+    def wait(content: Any) -> Any:
+        released.wait()
+        return content
+
+    def decode_later(content: Any, **options: Any) -> Any:
+        built.append(content)
+        hangs = pipelines is None or len(built) <= pipelines
+        return decode(fn.python_function(content, function=wait) if hangs else content, **options)
+
+    patch(fn.decoders, "video", decode_later)
+
+
 def test_a_batch_that_hangs(
     media: list[Media], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The first pipeline hangs while it reads. One of the four files of its batch hangs PyAV as well."""
-    from nvidia.dali import fn
-
-    released, read = threading.Event(), fn.io.file.read
-
-    def wait(path: Any) -> Any:
-        released.wait()
-        return path
-
+    released = threading.Event()
     with monkeypatch.context() as patch:
-        patch.setattr(fn.io.file, "read", lambda path, **options: read(fn.python_function(path, function=wait)))
-        decoder = dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=4, time_limit=LIMIT)
+        hanging(patch.setattr, released)
+        decoder = dali.DaliDecoder(
+            "video", N, PREPROCESS, "cpu", workers=1, time_limit=LIMIT, sessions=replace(ON_CPU, batch=4)
+        )
     decoder._decode = partial(guarded, partial(decode_or_hang, num_frames=N, preprocess=PREPROCESS))
     try:
         with decoder:
@@ -72,18 +85,14 @@ def test_a_batch_that_hangs(
 
 
 def always_hanging(folder: Path) -> None:
-    """Decode with a DALI that always hangs, because it opens a pipe without a writer, and end as a program does."""
-    pipe, start = folder / "pipe", Pipeline.start
-    os.mkfifo(pipe)
-    Pipeline.start = lambda self, requests: start(self, [_at(r, pipe) for r in requests])  # type: ignore[method-assign]
+    """Decode with a DALI that always hangs, and end as a program does."""
+    hanging(setattr, threading.Event())
     media = [Media(str(i), path) for i, path in enumerate(sorted(folder.glob("*.mp4")))]
-    with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, batch=2, time_limit=1.5) as decoder:
+    with dali.DaliDecoder(
+        "video", N, PREPROCESS, "cpu", workers=1, time_limit=1.5, sessions=replace(ON_CPU, batch=2)
+    ) as decoder:
         results = list(decoder.map(media))
     print([result.by for result in results if result.frames is not None])
-
-
-def _at(request: DecodeRequest, path: Path) -> DecodeRequest:
-    return replace(request, media=replace(request.media, path=path))
 
 
 def test_dali_that_always_hangs_is_disabled(media: list[Media]) -> None:
