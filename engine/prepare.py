@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -153,7 +153,7 @@ def identify(config: TrainConfig, inputs: StageInputs, world: World) -> tuple[Id
         dtype=str(inputs.dtype).removeprefix("torch."),
         frozen_dtype=config.model.frozen_dtype,
         seed=config.optimization.seed,
-        features=asdict(inputs.store.manifest),
+        features=inputs.store.manifest.as_dict(),
         data=dataset.fingerprint(),
         feature_records=world.from_host_main(lambda: inputs.store.fingerprint(dataset.media)),
         left_out=dataset.exclusions() or None,

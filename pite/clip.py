@@ -19,6 +19,7 @@ from dataloaders.decode.preprocess import Preprocess
 from dataloaders.errors import reason
 from dataloaders.files import read_json_object
 from pite import devices, hub
+from pite.families import Extractor
 
 _FILES = ("config.json", "preprocessor_config.json")
 
@@ -51,6 +52,8 @@ class ClipEncoder:
     Raises ValueError when the model or the device does not exist.
     """
 
+    extractor: Extractor = "image_embeds"
+
     def __init__(self, path: str, device: str = "cpu", *, compiled: bool = False) -> None:
         self.device = devices.resolve(device)
         try:
@@ -77,6 +80,10 @@ class ClipEncoder:
     @property
     def channels(self) -> int:
         return int(self.model.config.projection_dim)
+
+    def tokens(self, num_frames: int) -> int:
+        """Rows of the record of a video of `num_frames` frames."""
+        return num_frames
 
     @property
     def flops_per_frame(self) -> float:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dataloaders.decode.preprocess import Resize
 from dataloaders.decode.sampling import Sampling
 from dataloaders.formats import Stage
 
 Name = Literal["pite", "pg-video-llava"]
 Extractor = Literal["image_embeds", "pooled_patches"]
+Resize = Literal["crop", "squash"]
 Projector = Literal["linear", "mlp2x_gelu"]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from pite.clip import ClipEncoder, _layer
+from pite.families import Extractor, Family
 
 
 def pool(patches: Tensor, counts: Tensor) -> Tensor:
@@ -42,6 +43,8 @@ def frame_flops(config: CLIPVisionConfig) -> float:
 class PooledEncoder(ClipEncoder):
     """A CLIP vision tower whose patches are pooled to a video's record; see `ClipEncoder` for its arguments and errors."""
 
+    extractor: Extractor = "pooled_patches"
+
     def __init__(self, path: str | Path, device: str = "cpu", *, compiled: bool = False) -> None:
         super().__init__(str(path), device)
         self.preprocess = self.preprocess.by("squash")
@@ -55,6 +58,9 @@ class PooledEncoder(ClipEncoder):
     def num_places(self) -> int:
         """P, places of patches in a frame."""
         return int(self.model.config.image_size // self.model.config.patch_size) ** 2
+
+    def tokens(self, num_frames: int) -> int:
+        return num_frames + self.num_places
 
     @property
     def flops_per_frame(self) -> float:
@@ -82,3 +88,9 @@ class PooledEncoder(ClipEncoder):
         tensor = torch.from_numpy(frames) if isinstance(frames, np.ndarray) else frames
         tensor = tensor.to(self.device, non_blocking=True)
         return self._records(tensor, torch.tensor(counts, device=self.device))
+
+
+def load_encoder(family: Family, path: str, device: str = "cpu", *, compiled: bool = False) -> ClipEncoder:
+    """The encoder of a family's features. Raises ValueError as `ClipEncoder` does."""
+    encoder = PooledEncoder if family.extractor == PooledEncoder.extractor else ClipEncoder
+    return encoder(path, device, compiled=compiled)

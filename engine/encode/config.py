@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from dataloaders import paths
-from dataloaders.cli import at_least
+from dataloaders.cli import at_least, flag
 from dataloaders.decode import TIME_LIMIT
+from dataloaders.decode.sampling import Sampling
 from dataloaders.formats import present_splits
 from dataloaders.logs import LogFlags
 from dataloaders.ranks import Part, check_one_host
+from pite.families import Family, Name, family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +28,15 @@ class EncodeConfig(LogFlags):
     """data folder (layout: docs/data.md)"""
     store: Path
     """output folder for features: STORE/images and STORE/videos"""
-    clip: str = "openai/clip-vit-large-patch14"
-    """CLIP in Hugging Face format, a folder or a name on the hub"""
+    family: Name = "pite"
+    """model family that the features are for: it chooses the frames, their resize and what is stored of them"""
+    clip: str | None = flag(None, shown="the family's")
+    """CLIP in Hugging Face format, a folder or a name on the hub; the family's own unless given"""
     num_frames: int = 100
     """frames per video"""
-    sampling: Literal["index", "time"] = "index"
-    """rule that chooses a video's frames: evenly by their index, as published, or evenly in time, which differs for
-    variable frame rates; a store holds features of one rule"""
+    sampling: Sampling | None = flag(None, shown="the family's")
+    """rule that chooses a video's frames: evenly by their index, as PiTe published, by segments, as PG-Video-LLaVA did, or
+    evenly in time, which differs for variable frame rates; a store holds features of one rule"""
     batch_size: int = 200
     """frames per forward pass"""
     workers: int | None = None
@@ -43,7 +47,7 @@ class EncodeConfig(LogFlags):
     time_limit: float = TIME_LIMIT
     """timeout in seconds: a file that takes longer fails and its process is killed (no timeout with 0 workers); a DALI
     batch that takes longer falls back to PyAV"""
-    shard_records: int = 1024
+    shard_records: int | None = flag(None, shown="the family's")
     """records per shard; a kill loses at most this many"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device of CLIP"""
@@ -58,6 +62,12 @@ class EncodeConfig(LogFlags):
     """instead of encoding, print the store's size, the time to encode and the number of absent files; creates empty stores
     and the lists of media at most"""
 
+    @property
+    def choices(self) -> Family:
+        """The choices of the family; those that a flag gives in place of its own."""
+        given = {"clip": self.clip, "sampling": self.sampling, "shard_records": self.shard_records}
+        return replace(family(self.family), **{name: value for name, value in given.items() if value is not None})
+
     def check_paths(self) -> None:
         """Raise ValueError for a data folder without annotations, a store that is no folder, or a CLIP that cannot exist.
 
@@ -66,7 +76,7 @@ class EncodeConfig(LogFlags):
         check_one_host("engine.encode")
         present_splits(self.data)
         paths.output_folder("--store", self.store)
-        paths.model("--clip", self.clip)
+        paths.model("--clip", self.choices.clip)
 
     def __post_init__(self) -> None:
         Part.parse(self.part)

@@ -105,7 +105,7 @@ def run(config: EncodeConfig, ranks: Ranks) -> None:
             " whole",
             f"{summary.cut_before:,}",
         )
-    if summary.uneven and config.sampling == "index":
+    if summary.uneven and config.choices.sampling == "index":
         log.warning(
             "%s files have a variable frame rate: frames sampled by index are more than a frame's share away from the times"
             " of their labels; --sampling time, with another --store, avoids it",
@@ -141,13 +141,13 @@ def prepare(config: EncodeConfig, ranks: Ranks = ALONE) -> tuple[Inventory, list
 def make_jobs(config: EncodeConfig, inventory: Inventory, backend: Backend, ranks: Ranks) -> list[Job]:
     """Load CLIP, open or create the stores, and take this rank's share of each kind of media."""
     # Imported here: the decoding processes import this module, and need neither torch nor transformers.
-    from pite.clip import ClipEncoder
+    from pite.pooled import load_encoder
 
-    encoder = ClipEncoder(config.clip, backend.device, compiled=backend.device != "cpu")
-    manifests = {
-        "image": _manifest(encoder, 1, "still"),
-        "video": _manifest(encoder, config.num_frames, IN_MANIFEST[config.sampling]),
-    }
+    chosen = config.choices
+    encoder = load_encoder(chosen, chosen.clip, backend.device, compiled=backend.device != "cpu")
+    manifests = {"video": _manifest(encoder, config.num_frames, IN_MANIFEST[chosen.sampling])}
+    if 1 in chosen.stages:  # of stills
+        manifests = {"image": _manifest(encoder, 1, "still"), **manifests}
     jobs = []
     for kind, manifest in manifests.items():
         store = FeatureStore.create_or_open(config.store / f"{kind}s", manifest)
@@ -167,9 +167,10 @@ def _manifest(encoder: ClipEncoder, num_frames: int, sampling: str) -> Manifest:
         num_frames=num_frames,
         sampling=sampling,
         preprocess=encoder.preprocess.describe(),
-        tokens=num_frames,
+        tokens=encoder.tokens(num_frames),
         channels=encoder.channels,
         compute_dtype=str(encoder.model.dtype).removeprefix("torch."),
+        extractor=encoder.extractor,
     )
 
 
@@ -215,7 +216,9 @@ def _encode(job: Job, ledger: Ledger, ranks: Ranks, summary: Summary) -> None:
     frames, waited, started = 0, 0.0, time.perf_counter()
     with (
         job.decoder(len(groups)) as decoder,
-        FeatureWriter(job.store, Part.parse(job.config.part).writer(ranks.rank), job.config.shard_records) as writer,
+        FeatureWriter(
+            job.store, Part.parse(job.config.part).writer(ranks.rank), job.config.choices.shard_records
+        ) as writer,
         tqdm(
             total=total,
             initial=total - todo,
