@@ -22,6 +22,8 @@ from dataloaders.decode.readable import MAX_PIXELS, DecodeError
 _VP8_SHOWN = 0x10
 """The bit of a VP8 packet's first byte that marks a frame as shown (RFC 6386, 9.1)."""
 
+_INDEXED = {"mp4", "matroska"}
+
 
 def open_container(path: Path) -> InputContainer:
     """Open a file. An absolute path, because FFmpeg takes `a:b.mp4` for an address."""
@@ -97,6 +99,7 @@ class Packets:
                counted
     all_shown  every packet is a frame that is shown
     stream, streams  index of the stream in the file, and the number of video streams
+    indexed    the container has an index of its packets, MP4 or Matroska, so that every decoder seeks to the same place
     pictures   what the headers of the packets prove, with the reason where they prove nothing
     """
 
@@ -111,6 +114,7 @@ class Packets:
     all_shown: bool = False
     stream: int = 0
     streams: int = 1
+    indexed: bool = False
     pictures: Pictures = field(default_factory=lambda: Pictures(problem="packets without times"))
 
     @property
@@ -144,6 +148,7 @@ def read_packets(path: Path, clip: Clip) -> Packets:
         pictures = read_pictures(stream, packets) if whole else Pictures(problem="packets without a frame")
         unit, announced = stream.time_base, _announced(container, stream)
         start, seekable = container.start_time, not _counts_frames(container, shown)
+        indexed = bool(_INDEXED & set(container.format.name.split(",")))
         stream_index, file_end = stream.index, _file_end(container, path)
     found = [p.pts if seekable else p.dts for p in shown]
     ticks = sorted(t for t in found if t is not None)
@@ -177,6 +182,7 @@ def read_packets(path: Path, clip: Clip) -> Packets:
         all_shown=whole,
         stream=stream_index,
         streams=count,
+        indexed=indexed,
         pictures=pictures,
     )
 
@@ -216,7 +222,7 @@ def _step(ticks: list[int]) -> int:
 
 def _announced(container: InputContainer, stream: VideoStream) -> float | None:
     """Seconds in the stream's header. A container's duration may be that of the audio; other formats estimate it."""
-    if not {"mp4", "matroska"} & set(container.format.name.split(",")):
+    if not _INDEXED & set(container.format.name.split(",")):
         return None
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)

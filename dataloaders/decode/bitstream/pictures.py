@@ -14,7 +14,7 @@ decoded whole, and their frames are counted.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -59,6 +59,7 @@ class Pictures:
     restarts   (P,) NOT, OPEN or CLEAN
     spare      (P,) bool: no other picture refers to it
     leading    (P,) bool: it refers to pictures before the last OPEN one
+    marked     packets are marked as key frames where the headers do not prove that decoding can start, as with intra refresh
     problem    why the headers do not prove that each packet is one shown frame; the arrays are then empty
     hidden     why a decoder that counts decoded pictures, as DALI does, would count others than those shown; else empty
     """
@@ -67,6 +68,7 @@ class Pictures:
     restarts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     spare: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     leading: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    marked: bool = False
     problem: str = ""
     hidden: str = ""
 
@@ -84,7 +86,10 @@ def read_pictures(stream: VideoStream, packets: Sequence[Packet]) -> Pictures:
         return Pictures(problem=f"{context.codec.canonical_name} packets")
     try:
         reader = make(bytes(context.extradata or b""))
-        return _collect([reader.read(bytes(packet)) for packet in packets], [packet.pts for packet in packets])
+        pictures = [reader.read(bytes(packet)) for packet in packets]
+        found = _collect(pictures, [packet.pts for packet in packets])
+        keys = np.array([packet.is_keyframe for packet in packets])
+        return replace(found, marked=bool((keys & (found.restarts == NOT)).any()))
     except (Irregular, IndexError) as error:
         return Pictures(problem=str(error) if isinstance(error, Irregular) else "headers that end early")
 
