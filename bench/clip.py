@@ -19,7 +19,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from bench.measure import Step, interleaved
 from dataloaders.decode.preprocess import Preprocess
 from engine.hardware import peak_of
-from pite.clip import ClipEncoder, _layer
+from pite.clip import ClipEncoder
+from pite.towers import _layer
 
 OURS, EVERY_TOKEN, TRANSFORMERS = CLIPS = "pite", "pite, every token", "transformers"
 LEAST_COSINE = 0.999

@@ -39,7 +39,10 @@ READ_SHARE = 0.9
 stage 1 and .4 in stages 2 and 3."""
 
 LOSS_BYTES = 300e6
-"""Bytes of the losses' chunks of logits and signs."""
+"""Bytes of the losses' chunks of logits and signs, with a vocabulary of 32,000."""
+
+LOSS_ROWS = 2048
+"""Maximum rows of a chunk of logits (`pite_kernels.gpu.cross_entropy`)."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def memory(
         weights=frozen,
         trained=16 * (count.lora + count.heads) + (width * count.lora if width < 4 else 0),
         activations=token_budget * (width * hidden * (recompute + 4) + max(top, bottom)),
-        losses=LOSS_BYTES,
+        losses=LOSS_BYTES + width * LOSS_ROWS * max(0, llm.vocab_size - 32_000),
     )
 
 

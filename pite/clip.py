@@ -1,4 +1,4 @@
-"""The frozen CLIP vision encoder: one image embedding per frame, computed once and stored."""
+"""The frozen image encoder, CLIP's unless another is given: one feature per frame, computed once and stored."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dataloaders.decode.preprocess import Preprocess
@@ -20,30 +19,16 @@ from dataloaders.errors import reason
 from dataloaders.files import read_json_object
 from pite import devices, hub
 from pite.families import Extractor
+from pite.towers import CLIP, Tower, tower_of
 
 _FILES = ("config.json", "preprocessor_config.json")
 
 
-def frame_flops(config: CLIPVisionConfig, channels: int) -> float:
-    """FLOPs of a frame's forward pass, multiply and add counted as two: 156e9 for ViT-L/14 at 224 pixels."""
-    width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
-    tokens = patches + 1
-    flops = 2.0 * patches * 3 * config.patch_size**2 * width
-    for rows in [tokens] * (config.num_hidden_layers - 1) + [1]:
-        keys_and_values = 4 * tokens * width**2
-        for_each_row = 4 * width**2 + 4 * width * config.intermediate_size + 4 * tokens * width
-        flops += keys_and_values + rows * for_each_row
-    return flops + 2 * width * channels
-
-
 class ClipEncoder:
-    """A CLIP vision tower in evaluation mode; bfloat16 on CUDA, float32 on the CPU.
+    """An image tower (`pite.towers`) in evaluation mode; bfloat16 on CUDA, float32 on the CPU.
 
-    The feature is `image_embeds`: the CLS token after the post-layernorm and the visual projection, not normalised
-    (768 channels for ViT-L/14, PiTe section 4.1).
-
-    The last layer's output is used for the CLS token alone, so only that token's query, attention and MLP are computed
-    there. This saves 3.5% of ViT-L/14's arithmetic.
+    The feature is the tower's pooled output, not normalised: for CLIP `image_embeds` (768 channels for ViT-L/14, PiTe
+    section 4.1), for SigLIP `pooler_output`.
 
     path      directory in Hugging Face's format, weights in safetensors or torch files, or a name on its hub such as
               openai/clip-vit-large-patch14
@@ -63,7 +48,7 @@ class ClipEncoder:
             raise ValueError(f"{error}; give a folder with --clip") from None
         self.preprocess = Preprocess.load(directory)
         with _quiet():
-            model = _load(directory)
+            self.tower, model = _load(directory)
         if model.config.image_size != self.preprocess.crop:
             raise ValueError(
                 f"{path}: its model takes {model.config.image_size} pixels, but its preprocessor_config.json crops "
@@ -79,7 +64,7 @@ class ClipEncoder:
 
     @property
     def channels(self) -> int:
-        return int(self.model.config.projection_dim)
+        return self.tower.channels(self.model.config)
 
     def tokens(self, num_frames: int) -> int:
         """Rows of the record of a video of `num_frames` frames."""
@@ -87,7 +72,7 @@ class ClipEncoder:
 
     @property
     def flops_per_frame(self) -> float:
-        return frame_flops(self.model.config, self.channels)
+        return self.tower.flops(self.model.config)
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray | Tensor) -> Tensor:
@@ -97,47 +82,33 @@ class ClipEncoder:
 
     def embed(self, frames: Tensor) -> Tensor:
         """As `encode`, for frames on the encoder's device; traced without a graph break."""
-        vision = self.model.vision_model
         pixels = self.preprocess.normalized(frames).to(self.model.dtype)
-        hidden = vision.pre_layrnorm(vision.embeddings(pixels))
-        layers = list(vision.encoder.layers)
-        for layer in layers[:-1]:
-            hidden = _layer(layer, hidden, hidden.shape[1])
-        summary = vision.post_layernorm(_layer(layers[-1], hidden, 1)[:, 0])
-        embeddings: Tensor = self.model.visual_projection(summary)
-        return embeddings.float()
+        return self.tower.pooled(self.model, pixels).float()
 
 
-def _layer(layer: Any, hidden: Tensor, rows: int) -> Tensor:
-    """One encoder layer on hidden states (n, T, d), computed for the first `rows` tokens only: (n, rows, d)."""
-    attention = layer.self_attn
-    normed = layer.layer_norm1(hidden)
-    query, key, value = (
-        projected.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for projected in (attention.q_proj(normed[:, :rows]), attention.k_proj(normed), attention.v_proj(normed))
-    )
-    mixed = F.scaled_dot_product_attention(query, key, value, scale=attention.scale)
-    hidden = hidden[:, :rows] + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-    out: Tensor = hidden + layer.mlp(layer.layer_norm2(hidden))
-    return out
-
-
-def _load(directory: Path) -> CLIPVisionModelWithProjection:
-    """The vision tower in float32, from a complete CLIP or from a vision tower saved alone."""
+def _load(directory: Path) -> tuple[Tower, PreTrainedModel]:
+    """The image tower in float32, from a complete model or from a tower saved alone."""
     path = directory / "config.json"
     try:
         values = read_json_object(path)
     except ValueError as error:
         raise ValueError(f"{directory} is not a CLIP model: {error}") from None
     try:
-        config = CLIPVisionConfig.from_pretrained(directory)
+        tower = tower_of(values.get("model_type"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    try:
+        config: Any = tower.config.from_pretrained(directory)
     except Exception as error:  # a wrong value makes transformers and its validators raise any exception
-        raise ValueError(f"{path} is not a CLIP configuration: {reason(error)}") from None
-    # projection_dim belongs to the complete model's config; its vision_config may lack it.
-    config.projection_dim = values.get("projection_dim", config.projection_dim)
+        raise ValueError(f"{path} is not a {tower.name} configuration: {reason(error)}") from None
+    if tower is CLIP:
+        # projection_dim belongs to the complete model's config; its vision_config may lack it.
+        config.projection_dim = values.get("projection_dim", config.projection_dim)
+    elif not config.vision_use_head:
+        raise ValueError(f"{path}: vision_use_head is off, and without the head there is no feature of a whole picture")
     try:
         # With a state_dict transformers opens no file, so it cannot execute a malicious one.
-        loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
+        loaded: Any = tower.model.from_pretrained(
             None,
             config=config,
             state_dict=dict(hub.Weights(directory)),
@@ -145,13 +116,14 @@ def _load(directory: Path) -> CLIPVisionModelWithProjection:
             output_loading_info=True,
         )
     except RuntimeError as error:
-        raise ValueError(f"{directory} is not a CLIP model of the shape in its config.json: {reason(error)}") from None
+        shape = "of the shape in its config.json"
+        raise ValueError(f"{directory} is not a {tower.name} model {shape}: {reason(error)}") from None
     model, report = loaded
     if report["missing_keys"]:
         # transformers would have filled them with random numbers.
-        raise ValueError(f"{directory} is not a CLIP vision tower: it lacks {min(report['missing_keys'])}")
-    assert isinstance(model, CLIPVisionModelWithProjection)
-    return model
+        raise ValueError(f"{directory} is not a {tower.name} vision tower: it lacks {min(report['missing_keys'])}")
+    assert isinstance(model, tower.model)
+    return tower, model
 
 
 @contextmanager
@@ -168,7 +140,7 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _checksum(model: CLIPVisionModelWithProjection) -> str:
+def _checksum(model: PreTrainedModel) -> str:
     """SHA-256 over everything that determines a feature: every weight by name, and the config values that matter.
 
     It does not depend on how the weights are split into files, or on the presence of a text tower.

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig
 
-from pite.clip import ClipEncoder, _layer
+from pite.clip import ClipEncoder
 from pite.families import Extractor, Family
+from pite.towers import CLIP, clip_patches, patch_flops
 
 
 def pool(patches: Tensor, counts: Tensor) -> Tensor:
@@ -31,15 +31,6 @@ def pool(patches: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([temporal, spatial], dim=1)
 
 
-def frame_flops(config: CLIPVisionConfig) -> float:
-    """FLOPs of a frame's forward pass through all layers but the last: 366e9 for ViT-L/14 at 336 pixels."""
-    width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
-    tokens = patches + 1
-    layer = 8 * width**2 + 4 * width * config.intermediate_size + 4 * tokens * width
-    embeddings = 2.0 * patches * 3 * config.patch_size**2 * width
-    return embeddings + (config.num_hidden_layers - 1) * tokens * layer
-
-
 class PooledEncoder(ClipEncoder):
     """A CLIP vision tower whose patches are pooled to a video's record; see `ClipEncoder` for its arguments and errors."""
 
@@ -47,6 +38,8 @@ class PooledEncoder(ClipEncoder):
 
     def __init__(self, path: str | Path, device: str = "cpu", *, compiled: bool = False) -> None:
         super().__init__(str(path), device)
+        if self.tower is not CLIP:
+            raise ValueError(f"{path} is a {self.tower.name} model, and the family's features are patches of CLIP")
         self.preprocess = self.preprocess.by("squash")
         self._records = torch.compile(self.pooled, fullgraph=True, dynamic=False) if compiled else self.pooled
 
@@ -64,17 +57,11 @@ class PooledEncoder(ClipEncoder):
 
     @property
     def flops_per_frame(self) -> float:
-        return frame_flops(self.model.config)
+        return patch_flops(self.model.config)
 
     def embed(self, frames: Tensor) -> Tensor:
         """Squashed frames (n, S, S, 3) uint8 on the encoder's device -> their patches (n, P, C)."""
-        vision = self.model.vision_model
-        pixels = self.preprocess.normalized(frames).to(self.model.dtype)
-        hidden = vision.pre_layrnorm(vision.embeddings(pixels))
-        for layer in list(vision.encoder.layers)[:-1]:
-            hidden = _layer(layer, hidden, hidden.shape[1])
-        patches: Tensor = hidden[:, 1:]
-        return patches
+        return clip_patches(self.model, self.preprocess.normalized(frames).to(self.model.dtype))
 
     def pooled(self, frames: Tensor, counts: Tensor) -> Tensor:
         return pool(self.embed(frames).unflatten(0, (len(counts), -1)), counts)

@@ -8,26 +8,44 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tests.media import write_video
 
 SIZE = 32
 
 
-def save_clip(directory: Path, seed: int = 0) -> CLIPModel:
-    """Write a random CLIP with both towers and its pre-processing; returns the model."""
+def save_clip(directory: Path, seed: int = 0, size: int = SIZE) -> CLIPModel:
+    """Write a random CLIP with both towers and its pre-processing, for pictures of `size` pixels; returns the model."""
     text = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"image_size": SIZE, "patch_size": 8}
+    vision |= {"image_size": size, "patch_size": 8}
     torch.manual_seed(seed)
     config = CLIPConfig(
         text_config={**text, "bos_token_id": 1, "eos_token_id": 2}, vision_config=vision, projection_dim=16
     )
     model = CLIPModel(config).eval()
     model.save_pretrained(directory)
-    CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE).save_pretrained(directory)
+    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size).save_pretrained(directory)
+    return model
+
+
+def save_siglip(directory: Path, seed: int = 0, resample: int = 3) -> SiglipModel:
+    """Write a random SigLIP with both towers and its pre-processing; `resample` 2 is bilinear, as in SigLIP 2."""
+    text = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": SIZE, "patch_size": 8}
+    torch.manual_seed(seed)
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()
+    for name, parameter in model.named_parameters():  # their initial values are near zero, and so the feature
+        if "head" in name or name.endswith("weight"):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    size = {"height": SIZE, "width": SIZE}
+    SiglipImageProcessorPil(size=size, resample=resample).save_pretrained(directory)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Resize, crop and normalise frames for CLIP, with the same results as Hugging Face's CLIPImageProcessor on Pillow.
+"""Resize, crop and normalise frames, with the same results as Hugging Face's image processors on Pillow (CLIP, SigLIP).
 
 PG-Video-LLaVA squashes frames to a square instead, by nearest neighbours. That is two gathers, on any device.
 
@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation of red, green and blue by which OpenAI's CLIP normalises pixels between 0 and 1."""
+
+Filter = Literal["bicubic", "bilinear", "nearest"]
+_FILTERS: dict[Filter, Image.Resampling] = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
 
 ARITHMETIC = {"cpu": "float32", "cuda": "float16"}
 """Precision of the resize, by device. Half precision holds 0 to 255 exactly; rounding its weights costs below 1/255."""
@@ -41,18 +47,20 @@ _PART = 2**27
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Bicubic resize of the shorter side, centre crop, normalisation. Defaults: OpenAI's CLIP at 224 pixels.
+    """Resize, centre crop, normalisation. Defaults: OpenAI's CLIP at 224 pixels.
 
     resize  length of the shorter side after the resize, in pixels
     crop    side S of the square cut out of its middle
-    filter  "nearest" squashes the whole picture to (S, S) instead, without its aspect ratio; `resize` equals `crop` then
+    filter  of the resize; Pillow's, which averages where a picture gets smaller, or PyTorch's nearest neighbours
+    squash  resize both sides to `resize`, whatever the picture's shape, as SigLIP and PG-Video-LLaVA do
     """
 
     resize: int = 224
     crop: int = 224
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    filter: Literal["bicubic", "nearest"] = "bicubic"
+    filter: Filter = "bicubic"
+    squash: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.resize:
@@ -67,35 +75,33 @@ class Preprocess:
                 f"{directory} holds no preprocessor_config.json; copy it there, because it defines the resize and crop"
             )
         values = read_json_object(path)
-        for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        if "max_num_patches" in values:
+            raise ValueError(f"{path}: pictures of varying shape (max_num_patches) are not supported")
+        for name in ("do_resize", "do_rescale", "do_normalize"):
             if not values.get(name, True):
                 raise ValueError(f"{path}: {name} is off, which is not supported")
-        if values.get("resample", Image.Resampling.BICUBIC) != Image.Resampling.BICUBIC:
-            raise ValueError(
-                f"{path}: resample is {values['resample']}, only bicubic ({Image.Resampling.BICUBIC}) is supported"
-            )
-        size, crop = values.get("size", 224), values.get("crop_size", 224)
-        if isinstance(size, dict) and "shortest_edge" not in size:
-            raise ValueError(f"{path}: size is {size}, only a shortest_edge is supported")
-        if isinstance(crop, dict) and crop["height"] != crop["width"]:
-            raise ValueError(f"{path}: crop_size is {crop}, only a square is supported")
-        return Preprocess(
-            resize=size["shortest_edge"] if isinstance(size, dict) else size,
-            crop=crop["height"] if isinstance(crop, dict) else crop,
-            mean=tuple(values.get("image_mean", Preprocess.mean)),
-            std=tuple(values.get("image_std", Preprocess.std)),
-        )
+        if abs(values.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+            raise ValueError(f"{path}: rescale_factor is {values['rescale_factor']}, only 1/255 is supported")
+        try:
+            return _parse(values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def by(self, resize: Resize) -> Preprocess:
         """The same crop size and normalisation, with this kind of resize."""
-        return self if resize == "crop" else replace(self, resize=self.crop, filter="nearest")
+        return self if resize == "crop" else replace(self, resize=self.crop, filter="nearest", squash=True)
 
     def describe(self) -> str:
-        """All settings in one line, for a store's manifest."""
-        return json.dumps({"filter": self.filter, **asdict(self)})
+        """All settings in one line, for a store's manifest. CLIP's line is that of earlier versions."""
+        settings = asdict(self)
+        if not settings["squash"]:
+            del settings["squash"]
+        return json.dumps({"filter": settings.pop("filter"), **settings})
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after the resize. The longer side is truncated, not rounded."""
+        if self.squash:
+            return self.resize, self.resize
         if height <= width:
             return self.resize, int(self.resize * width / height)
         return int(self.resize * height / width), self.resize
@@ -107,12 +113,12 @@ class Preprocess:
             return frame[rows][:, columns]
         height, width = self.resized(*frame.shape[:2])
         left, top = (width - self.crop) // 2, (height - self.crop) // 2
-        picture = Image.fromarray(frame)
+        picture, resample = Image.fromarray(frame), _FILTERS[self.filter]
         if self.is_extreme(*frame.shape[:2]):
             across, down = frame.shape[1] / width, frame.shape[0] / height
             box = (left * across, top * down, (left + self.crop) * across, (top + self.crop) * down)
-            return np.array(picture.resize((self.crop, self.crop), Image.Resampling.BICUBIC, box=box))
-        resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+            return np.array(picture.resize((self.crop, self.crop), resample, box=box))
+        resized = picture.resize((width, height), resample)
         return np.array(resized.crop((left, top, left + self.crop, top + self.crop)))
 
     def is_extreme(self, height: int, width: int) -> bool:
@@ -136,14 +142,14 @@ class Preprocess:
             rows, columns = (_nearest_on(old, self.crop, frames.device) for old in (height, width))
             return frames.index_select(1, rows).index_select(2, columns)
         resized = self.resized(height, width)
-        top, bottom, down = _weights(height, resized[0], self.crop, frames.device, dtype)
-        left, right, across = _weights(width, resized[1], self.crop, frames.device, dtype)
+        top, bottom, down = _weights(height, resized[0], self.crop, self.filter, frames.device, dtype)
+        left, right, across = _weights(width, resized[1], self.crop, self.filter, frames.device, dtype)
         # Pixels outside of the crop are not resized: 43% of a 16:9 picture.
         seen = frames[:, top:bottom, left:right]
         parts = []
         for part in seen.split(max(1, _PART // seen[0].numel())):
             planes = part.permute(0, 3, 1, 2).to(down.dtype, memory_format=torch.contiguous_format)
-            if _across_first(height, width, resized):
+            if _across_first(height, width, resized, self.filter):
                 planes = down @ _whole(planes @ across.T)
             else:
                 planes = _whole(down @ planes) @ across.T
@@ -155,6 +161,36 @@ class Preprocess:
         pixels = frames.permute(0, 3, 1, 2).float() / 255
         mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         return (pixels - mean) / std
+
+
+def _parse(values: dict[str, Any]) -> Preprocess:
+    """The settings of a preprocessor_config.json. Raises ValueError, KeyError or TypeError."""
+    siglip = "Siglip" in str(values.get("image_processor_type"))
+    names = {int(code): name for name, code in _FILTERS.items()}
+    resample = values.get("resample", Image.Resampling.BICUBIC)
+    if resample not in names:
+        raise ValueError(f"resample is {resample}, only bicubic (3) and bilinear (2) are supported")
+    size = values.get("size", {"height": 224, "width": 224} if siglip else 224)
+    squash = isinstance(size, dict) and "shortest_edge" not in size
+    if squash and size["height"] != size["width"]:
+        raise ValueError(f"size is {size}, only a square or a shortest_edge is supported")
+    resize = size["height" if squash else "shortest_edge"] if isinstance(size, dict) else size
+    crop = values.get("crop_size", resize if squash else 224)
+    if isinstance(crop, dict) and crop["height"] != crop["width"]:
+        raise ValueError(f"crop_size is {crop}, only a square is supported")
+    if not values.get("do_center_crop", not squash):
+        if not squash:
+            raise ValueError("do_center_crop is off, which is not supported with a shortest_edge")
+        crop = resize
+    half = (0.5, 0.5, 0.5)
+    return Preprocess(
+        resize,
+        crop["height"] if isinstance(crop, dict) else crop,
+        mean=tuple(values.get("image_mean", half if siglip else CLIP_MEAN)),
+        std=tuple(values.get("image_std", half if siglip else CLIP_STD)),
+        filter=names[resample],
+        squash=squash,
+    )
 
 
 def _whole(pixels: Tensor) -> Tensor:
@@ -181,25 +217,26 @@ def _nearest_on(old: int, new: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(4096)
-def _across_first(height: int, width: int, resized: tuple[int, int]) -> bool:
+def _across_first(height: int, width: int, resized: tuple[int, int], name: Filter) -> bool:
     """Whether Pillow resizes pictures of this size horizontally first, which depends on Pillow's version.
 
     Pillow rounds and clips to 0 and 255 between the two passes, so their order changes white noise by up to 25/255.
     """
+    resample = _FILTERS[name]
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8))
     steps = [(resized[1], height), (resized[1], resized[0])]
     by_steps = noise
     for size in steps:
-        by_steps = by_steps.resize(size, Image.Resampling.BICUBIC)
-    return noise.resize(steps[1], Image.Resampling.BICUBIC).tobytes() == by_steps.tobytes()
+        by_steps = by_steps.resize(size, resample)
+    return noise.resize(steps[1], resample).tobytes() == by_steps.tobytes()
 
 
 @lru_cache(256)
-def _weights(old: int, new: int, crop: int, device: torch.device, dtype: str) -> tuple[int, int, Tensor]:
-    """Pillow's bicubic resize of `old` pixels to `new`, for the middle `crop` alone.
+def _weights(old: int, new: int, crop: int, name: Filter, device: torch.device, dtype: str) -> tuple[int, int, Tensor]:
+    """Pillow's resize of `old` pixels to `new`, for the middle `crop` alone.
 
-    Returns the range of input pixels, first and end, and their weights (crop, end - first). The kernel is Keys' (1981,
-    a = -1/2), scaled by the step where that is above one pixel. At the picture's edges Pillow weighs the pixels that
+    Returns the range of input pixels, first and end, and their weights (crop, end - first). The kernel is a triangle, or
+    for bicubic Keys' (1981, a = -1/2), scaled by the step where that is above one pixel. At the picture's edges Pillow weighs the pixels that
     exist, instead of repeating the last, which differs by up to 14/255.
     """
     import torch
@@ -209,6 +246,9 @@ def _weights(old: int, new: int, crop: int, device: torch.device, dtype: str) ->
     centres = (torch.arange(crop, dtype=torch.float64) + (new - crop) // 2 + 0.5) * step
     first, last = (max(0, int(centres[0] - 2 * wide)), min(old, int(centres[-1] + 2 * wide) + 1))
     x = ((torch.arange(first, last) + 0.5) - centres[:, None]).abs() / wide
-    weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2)
+    if name == "bilinear":
+        weights = (1 - x).clamp_min(0)
+    else:
+        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2)
     weights /= weights.sum(1, keepdim=True)
     return first, last, weights.to(device, getattr(torch, dtype))

@@ -25,8 +25,8 @@ from engine.layout import MAX_TOKEN_BUDGET, Layout, Memory, ParameterCount, choo
 from engine.prepare import check_tokens, dtype_of, split_held_out
 from engine.recipes import LANGUAGE_MODELS, RANDOM, Recipe, Stage
 from engine.sharing import PROMPT_HEAD, Lengths, Sharing, assume_sharing, count_sharing, lengths_of
-from pite.clip import frame_flops
-from pite.config import PiTeConfig
+from pite.config import PRESETS, PiTeConfig
+from pite.towers import frame_flops
 from pite_kernels.attention import choose_backend
 
 VIT_L_14 = CLIPVisionConfig(
@@ -93,6 +93,7 @@ class MachineCost:
 class StageCost:
     """A stage in numbers: `flops` of its training, and `encoding` those of CLIP for its media.
 
+    size          "7b", "13b" or "tiny"; for a language model of another shape its architecture
     rows          computed rows, on eight devices; `tokens` are those of the samples
     model, shape  its configuration, and where that is from
     attention     the attention back end of this machine
@@ -122,6 +123,7 @@ def run_costs(config: TrainConfig) -> list[StageCost]:
 def stage_cost(config: TrainConfig, stage: Stage) -> StageCost:
     recipe = config.recipe(stage)
     model, shape = _shape(config)
+    size = _size(config, model)
     corpus = _corpus(config, stage, model)
     count = count_parameters(model, recipe)
     steps = corpus.samples // recipe.global_batch * recipe.epochs
@@ -134,14 +136,14 @@ def stage_cost(config: TrainConfig, stage: Stage) -> StageCost:
     tokens = samples * corpus.tokens
     sharing = corpus.sharing(recipe, 8, max(MAX_TOKEN_BUDGET, corpus.longest))
     machines = (
-        _machine_cost(config, recipe, name, ranks, model, count, corpus, samples)
+        _machine_cost(config, recipe, name, ranks, model, count, corpus, samples, size)
         for name in DEVICES
         for ranks in config.run.devices
     )
     frames = 1 if stage == 1 else model.num_frames
     return StageCost(
         stage=stage,
-        size=config.model.size,
+        size=size,
         model=model,
         shape=shape,
         recipe=recipe,
@@ -179,6 +181,7 @@ def _machine_cost(
     count: ParameterCount,
     corpus: Corpus,
     samples: int,
+    size: str,
 ) -> MachineCost:
     device, fp8 = DEVICES[name], config.model.frozen_dtype == "fp8"
     width = 4 if config.model.dtype == "float32" else 2
@@ -206,7 +209,7 @@ def _machine_cost(
     if width != 2:
         return cost
     ours = "pite fp8" if fp8 else "pite compiled" if config.parallel.compile else "pite"
-    measured = measured_mfu(config.model.size, name, config.run.measured, ours)
+    measured = measured_mfu(size, name, config.run.measured, ours)
     rate = measured or ASSUMED_MFU * (ASSUMED_FP8_GAIN if fp8 else 1)
     flops = count.flops(samples * corpus.tokens * sharing.computed, samples * corpus.targets)
     flops *= 1 + layout.extra_flops(model.llm.num_hidden_layers)
@@ -241,6 +244,14 @@ def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
     if config.data.features(2).is_dir():
         return model_config(directory, config.data.store, points), llm
     return PiTeConfig.load(directory, num_points=points), llm
+
+
+def _size(config: TrainConfig, model: PiTeConfig) -> str:
+    """The size whose measured speed and published hours are those of this shape; else the architecture's name."""
+    size, llm = config.model.size, model.llm
+    if size == "tiny" or all(getattr(llm, name) == value for name, value in PRESETS[size].items()):
+        return size
+    return model.architecture.name
 
 
 def _corpus(config: TrainConfig, stage: Stage, model: PiTeConfig) -> Corpus:

@@ -31,7 +31,8 @@ class EncodeConfig(LogFlags):
     family: Name = "pite"
     """model family that the features are for: it chooses the frames, their resize and what is stored of them"""
     clip: str | None = flag(None, shown="the family's")
-    """CLIP in Hugging Face format, a folder or a name on the hub; the family's own unless given"""
+    """image tower in Hugging Face format, a folder or a name on the hub: CLIP, SigLIP or SigLIP 2 (docs/models.md); the
+    family's own unless given"""
     num_frames: int = 100
     """frames per video"""
     sampling: Sampling | None = flag(None, shown="the family's")

@@ -23,7 +23,7 @@ class AnswerFlags(DeviceFlags):
     adapter: tuple[Path, ...] = ()
     """folders of the authors' published adapters, stage 1 to 3 in order; then --model is the Vicuna below them"""
     clip: str = CLIP
-    """path or Hugging Face name of the CLIP that made the model's features"""
+    """path or Hugging Face name of the image tower that made the model's features"""
     history: bool = True
     """a later question's prompt holds the earlier questions about its video and their answers, as in PiTe-143k; off for a
     model that was trained on single questions"""

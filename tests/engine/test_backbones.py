@@ -15,12 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dataloaders.samples.layouts import layout_of
 from engine.budget import __main__ as budget
+from engine.layout import count_parameters
 from engine.metrics import read_metrics
+from engine.recipes import recipe
 from engine.train import main
 from pite.architectures import ARCHITECTURES
 from pite.checkpoint import from_pretrained
+from pite.config import PiTeConfig
 from pite.export.__main__ import main as export
 from pite.generate import Generator, language_model
+from tests.backbones import BILLIONS, published_shape
 from tests.engine.distributed.ranks import train
 from tests.engine.workspace import CHANNELS, FRAMES, train_arguments
 from tests.pite.test_model import hf_logits
@@ -116,10 +120,35 @@ def test_another_chat_template_is_another_run(
     assert "data was" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_dry_run_counts_the_language_model(
-    made: Callable[[str], Path], tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert budget.main(["--llm", str(made(kind)), "--data", str(tmp_path), "--store", str(tmp_path)]) == 0
+@pytest.mark.parametrize("name", BILLIONS)
+def test_published_shapes_have_the_sizes_of_their_cards(name: str) -> None:
+    config = published_shape(name)
+    count = count_parameters(config, recipe("7b", 2))
+    assert (count.total - _own(config)) / 1e9 == pytest.approx(BILLIONS[name], abs=0.006)
+
+
+def _own(config: PiTeConfig) -> int:
+    """Parameters of PiTe's adapter and heads."""
+    outputs = 2 + 2 * config.num_points * config.num_frames
+    return (
+        config.vision_feature_size * config.llm.hidden_size
+        + (config.llm.hidden_size + 1) * outputs
+        + config.llm.hidden_size
+    )
+
+
+def test_the_dry_run_takes_any_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its config.json is enough. Speeds and hours that were measured with Vicuna are not shown for it."""
+    row = {"model": "7b", "implementation": "pite", "mfu": 0.5}
+    environment = {"environment": {"device": "NVIDIA H200"}, "rows": [row]}
+    (tmp_path / "step_h200.json").write_text(json.dumps(environment))
+    published_shape("Qwen3-8B").save(tmp_path)
+    arguments = ["--llm", str(tmp_path), "--data", str(tmp_path), "--measured", str(tmp_path)]
+    assert budget.main(arguments) == 0
     text = capsys.readouterr().out
-    assert str(made(kind)) in text and "stages 1, 2, 3 together" in text
+    assert f"stage 1, Qwen3 ({tmp_path})" in text and "the paper took" not in text
+    assert "45%*" in text and "50% " not in text
+    published_shape("7b").save(tmp_path)
+    assert budget.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert f"stage 1, 7b ({tmp_path})" in text and "the paper took" in text and "50% " in text

@@ -17,8 +17,8 @@ from engine.layout import count_parameters
 from engine.recipes import PAPER, recipe
 from engine.train import main
 from pite import checkpoint
-from pite.clip import frame_flops
 from pite.config import PiTeConfig
+from pite.towers import frame_flops
 from tests.engine.workspace import train_arguments
 from tests.samples import random_batch, tiny_config
 

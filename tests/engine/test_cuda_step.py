@@ -21,6 +21,7 @@ from engine.loop import backward_order, compute_losses, make_optimizer  # noqa: 
 from engine.recipes import Stage, recipe  # noqa: E402
 from pite.config import PiTeConfig  # noqa: E402
 from pite.model import PiTe  # noqa: E402
+from tests.backbones import published_shape  # noqa: E402
 from tests.fake_cuda import fake_cuda  # noqa: E402
 from tests.peak_memory import PeakMemory  # noqa: E402
 
@@ -67,8 +68,8 @@ def packed_batch(config: PiTeConfig, rows: int, stage: Stage, head: int = 0) -> 
 def training_step(
     size: str, tokens: int, *, stage: Stage = 2, recompute: int = 0, fp8: bool = False, head: int = 0
 ) -> PeakMemory:
-    """Bytes of a step. AdamW's moments exist from an earlier step."""
-    config, recipe_ = PiTeConfig.preset(size), recipe(size, stage)
+    """Bytes of a step of a language model (`published_shape`). AdamW's moments exist from an earlier step."""
+    config, recipe_ = published_shape(size), recipe("7b", stage)
     peak = PeakMemory(block=512)
     model = PiTe(config, torch.bfloat16)
     model.add_lora(recipe_.lora_rank, recipe_.lora_alpha)
@@ -103,14 +104,18 @@ def training_step(
         ("7b", 8192, 8, True, 35),
         ("13b", 5120, 0, False, 35),
         ("13b", 4096, 40, False, 35),
+        ("Qwen3-8B", 8192, 0, False, 35),
+        ("Qwen3-4B", 8192, 9, True, 35),
+        ("Qwen2.5-7B", 8192, 0, False, 35),
+        ("Llama-3.1-8B", 8192, 8, False, 0),
     ],
 )
 def test_the_estimate_is_what_a_step_allocates(size, tokens, recompute, fp8, head, monkeypatch, capsys):
     """Never less, and at most 5% more."""
-    config = PiTeConfig.preset(size)
+    config = published_shape(size)
     documents = (tokens - head) // 216
     shares = {"read": documents * 65 / tokens, "copied": documents * head / tokens}
-    count = count_parameters(config, recipe(size, 2))
+    count = count_parameters(config, recipe("7b", 2))
     needed = memory(config, count, tokens, fp8=fp8, recompute=recompute, **shares).total
     with fake_cuda(monkeypatch):
         counted = training_step(size, tokens, recompute=recompute, fp8=fp8, head=head).peak

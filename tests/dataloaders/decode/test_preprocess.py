@@ -79,8 +79,11 @@ def test_load_reads_openai_clip(tmp_path: Path) -> None:
     ("values", "reason"),
     [
         ({"do_center_crop": False}, "do_center_crop is off"),
-        ({"resample": 2}, "resample is 2"),
-        ({"size": {"height": 224, "width": 224}}, "only a shortest_edge"),
+        ({"resample": 1}, "resample is 1"),
+        ({"size": {"height": 224, "width": 200}}, "only a square or a shortest_edge"),
+        ({"size": {"height": 224}}, "width"),
+        ({"rescale_factor": 1.0}, "rescale_factor is 1.0, only 1/255"),
+        ({"max_num_patches": 256, "size": None}, "pictures of varying shape"),
         ({"crop_size": {"height": 224, "width": 200}}, "only a square"),
         ({"size": 100}, "a crop of 224 pixels does not fit"),
     ],

@@ -35,14 +35,14 @@ def chat(request: pytest.FixtureRequest) -> tuple[str, PreTrainedTokenizerFast]:
 Chat = tuple[str, PreTrainedTokenizerFast]
 
 
-def rendered(tokenizer: PreTrainedTokenizerFast, turns: list[tuple[str, str]], ask: str | None = None) -> list[str]:
+def rendered(tokenizer: PreTrainedTokenizerFast, turns: list[tuple[str, str]], last: str | None = None) -> list[str]:
     """transformers' text of a conversation, split at the video: the oracle, without a mark anywhere else."""
     messages = []
-    for i, (question, answer) in enumerate([*turns, *([] if ask is None else [(ask, "")])]):
+    for i, (question, answer) in enumerate([*turns, *([] if last is None else [(last, "")])]):
         messages += [{"role": "user", "content": f"{'VIDEO' * (not i)}\n{question}" if not i else question}]
         messages += [{"role": "assistant", "content": answer}] if i < len(turns) else []
     text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=ask is not None, enable_thinking=False
+        messages, tokenize=False, add_generation_prompt=last is not None, enable_thinking=False
     )
     return str(text).split("VIDEO")
 
