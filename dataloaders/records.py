@@ -11,6 +11,10 @@ from typing import Literal
 
 import numpy as np
 
+VideoFirst = Literal["published", "always"]
+"""Which samples have the video before the question: those of odd records, counted from 0 in the unfiltered file, as
+published; or all, so that questions about one video share its rows."""
+
 ABSENT = -1.0
 """Value of both coordinates of a point that is not in the frame (PiTe section 4.2)."""
 

@@ -72,7 +72,8 @@ def count_parameters(config: PiTeConfig, recipe: Recipe) -> ParameterCount:
     total = sum(p.numel() for p in model.parameters())
     linear = sum(p.numel() for name, p in model.decoder.layers.named_parameters() if name.endswith(".weight"))
     layer = sum(p.numel() for p in model.decoder.layers[0].parameters())
-    model.add_lora(recipe.lora_rank, recipe.lora_alpha)
+    if recipe.lora_rank:
+        model.add_lora(recipe.lora_rank, recipe.lora_alpha)
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     model.set_trainable(recipe.trainable_modules)
     heads = sum(p.numel() for _, p in model.trainable()) - lora

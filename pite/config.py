@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 
 from dataloaders.errors import reason
 from dataloaders.files import read_json_object, write_atomically
-from dataloaders.samples.marked import Marks, VideoFirst
+from dataloaders.records import VideoFirst
+from dataloaders.samples.marked import Marks
 from pite.architectures import ARCHITECTURES, Architecture, LanguageModelConfig
 from pite.families import Family, Name, family
 from pite.llava import MODEL_TYPES, own_numbers

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dataloaders.records import Sample, TokenizedSample, Turn
+from dataloaders.records import Sample, TokenizedSample, Turn, VideoFirst
 from dataloaders.samples.prompts import SYSTEM
 
 PG_SYSTEM = (
@@ -26,11 +25,6 @@ PG_SYSTEM = (
     "Follow the instructions carefully and explain your answers in detail based on the provided video."
 )
 _TRANSCRIPT = '\nThe noisy audio transcript of this video is:\n"{}"'
-
-
-VideoFirst = Literal["published", "always"]
-"""Which samples have the video before the question: those of odd records, counted from 0 in the unfiltered file, as
-published; or all, so that questions about one video share its rows."""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloaders.records import Sample, Turn
+from dataloaders.records import Sample, Turn, VideoFirst
 from dataloaders.samples.batch import collate
 from dataloaders.samples.dataset import StageDataset
-from dataloaders.samples.marked import TRAINING, Marks, VideoFirst, prompt_ids, tokenize
+from dataloaders.samples.marked import TRAINING, Marks, prompt_ids, tokenize
 from dataloaders.samples.plan import computed_rows
 from engine.tiny.tokenizer import build_tokenizer
 
