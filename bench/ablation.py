@@ -1,18 +1,24 @@
 """The paper's Table 5 in miniature: `python -m bench.ablation --output runs/ablation --seeds 3`.
 
-Trains the three stages on the synthetic world once per variant and seed, and prints the scores on held-out videos, mean
-and spread over the seeds. curves.png has stage 2's losses. Every variant uses the same world and starts from the same
-tiny models; a seed changes the order of the data and the new weights. Finished runs are not repeated, so seeds can be
-added later. Two variants are not in the paper and test the engine's arithmetic: `--only bfloat16 fp8`.
+Trains the three stages on the synthetic world once per variant and seed, and prints the scores on held-out videos: mean
+and spread over the seeds, and the differences from the first variant with the same seed. curves.png has stage 2's losses.
+Every variant uses the same world and starts from the same tiny models; a seed changes the order of the data and the new
+weights. Finished runs are not repeated, so seeds can be added later.
+
+A share of the videos shows two equal things that differ in their motion alone ("twins"); questions about these are
+scored apart. The tiny models of the package were pre-trained with trajectories, so from them "no trajectory stage" is not
+without trajectories. `python -m engine.tiny PARTS --no-motion` makes models for `--parts PARTS` that were not.
+
+Two variants are not in the paper and test the engine's arithmetic: `--only bfloat16 fp8`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +37,7 @@ from dataloaders.store.features import FeatureStore
 from engine.demo.held_out import measure_grounding, measure_trajectories
 from engine.plots import read_curves, smooth
 from engine.tiny.shipped import PARTS
-from pite.evaluate.grounding import read_answers, read_truth
+from pite.evaluate.grounding import Truth, read_answers, read_truth
 from pite.generate import Generator
 
 
@@ -66,9 +72,17 @@ COLUMNS = {
     "ce": "stage-2 CE, at end",
     "l1": "trajectory L1",
     "l1_constant": "best constant",
+    "slope": "motion slope",
     "miou": "grounding mIoU",
     "blind": "question-blind",
+    "twins": "twins' mIoU",
+    "twins_blind": "their bound",
 }
+COMPARED = ("l1", "slope", "miou", "twins")
+"""Columns whose differences from the first variant are printed."""
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5% quantiles of Student's t for 1 to 9 degrees of freedom."""
 
 
 def run(module: str, *arguments: object) -> None:
@@ -79,30 +93,23 @@ def run(module: str, *arguments: object) -> None:
         raise SystemExit(f"bench.ablation: {' '.join(command[1:])} ended with status {status}")
 
 
-def make_world(output: Path, videos: int, evaluation: int, frames: int, tiny: Sequence[str]) -> None:
-    """Make the world, the tiny models and the features, as the demo does.
-
-    Without flags for engine.tiny the models are copies of those in the package. Their pre-training had trajectories as
-    targets, so "no trajectory stage" is not without trajectories.
-    """
-    data, models = output / "data", output / "models"
-    if not (data / "evaluation" / "activitynet_captions.json").exists():
-        run("dataloaders.synthetic", data, "--videos", videos, "--evaluation", evaluation, "--frames", frames)
-    if tiny:
-        run("engine.tiny", models, "--frames", frames, *tiny)
-    elif not models.exists():
-        shutil.copytree(PARTS, models)
-    run("engine.encode", "--data", data, "--store", output / "store", "--clip", models / "clip", "--num-frames", frames)
+def make_world(output: Path, parts: Path, videos: int, evaluation: int, frames: int, twins: float) -> None:
+    """Make the world and its features, as the demo does."""
+    data = output / "data"
+    sizes = ("--videos", videos, "--evaluation", evaluation, "--frames", frames, "--twins", twins)
+    run("dataloaders.synthetic", data, *sizes)
+    run("engine.encode", "--data", data, "--store", output / "store", "--clip", parts / "clip", "--num-frames", frames)
 
 
-def train_and_measure(output: Path, variant: Variant, seed: int, flags: Sequence[str]) -> dict[str, float]:
-    """The scores of one variant and seed; read from scores.json if it exists."""
+def train_and_measure(output: Path, parts: Path, variant: Variant, seed: int, flags: Sequence[str]) -> dict[str, float]:
+    """The scores of one variant and seed, and the hours they took; read from scores.json if it exists."""
     folder = output / variant.folder / str(seed)
     scores = folder / "scores.json"
     if scores.exists():
         return dict(json.loads(scores.read_text()))
     given = ("--data", output / "data", "--store", output / "store")
-    llm = ("--model", "tiny", "--llm", output / "models" / "vicuna")
+    started = time.monotonic()
+    llm = ("--model", "tiny", "--llm", parts / "vicuna")
     common = (*llm, *given, "--seed", seed, *flags, *variant.flags)
     skipped = "--no-trajectory-stage" in variant.flags
     if variant.after_stage1 and variant.flags:
@@ -118,6 +125,7 @@ def train_and_measure(output: Path, variant: Variant, seed: int, flags: Sequence
     written = ("--predictions", answers, "--overwrite")
     run("pite.evaluate", "grounding", "--model", folder / "stage3" / "final", *given, *written)
     found = measure(output, folder, answers, None if skipped else folder / "stage2" / "final")
+    found["hours"] = (time.monotonic() - started) / 3600
     write_atomically(scores, json.dumps(found, indent=1) + "\n")
     return found
 
@@ -126,15 +134,29 @@ def measure(output: Path, folder: Path, answers: Path, stage2: Path | None) -> d
     evaluation = output / "data" / "evaluation"
     truth = read_truth(evaluation / "activitynet_captions.json")
     frames = Generator.from_pretrained(folder / "stage3" / "final").model.config.num_frames
-    every, _ = measure_grounding(read_answers(answers, truth), truth, frames)
+    predictions = read_answers(answers, truth)
+    every, _ = measure_grounding(predictions, truth, frames)
     found = {"miou": every.miou, "blind": every.question_blind}
+    if about_twins := [each for each in predictions if each.video in twins(truth)]:
+        scores, _ = measure_grounding(about_twins, truth, frames)
+        found |= {"twins": scores.miou, "twins_blind": scores.question_blind}
     if stage2 is not None:
         features = FeatureStore(output / "store" / "videos").read
-        scores, _ = measure_trajectories(Generator.from_pretrained(stage2), evaluation / "pite_143k.jsonl", features)
+        tracks = evaluation / "pite_143k.jsonl"
+        trajectories, motion = measure_trajectories(Generator.from_pretrained(stage2), tracks, features)
         losses = read_curves(stage2.parent / "metrics.jsonl")["ce"]
         last = losses[-max(1, len(losses) // 10) :]
-        found |= {"l1": scores.l1, "l1_constant": scores.best_constant, "ce": float(last.mean())}
+        found |= {"l1": trajectories.l1, "l1_constant": trajectories.best_constant, "ce": float(last.mean())}
+        found["slope"] = motion.slope
     return found
+
+
+def twins(truth: Truth) -> set[str]:
+    """Videos of two equal things: their sentences differ in the motion alone."""
+    things = {
+        video: [sentence.partition(" moves ")[0] for sentence in events.sentences] for video, events in truth.items()
+    }
+    return {video for video, named in things.items() if len(set(named)) < len(named)}
 
 
 def plot_curves(output: Path, variants: Sequence[Variant], seeds: int) -> None:
@@ -177,6 +199,28 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def differences(results: dict[str, list[dict[str, float]]]) -> str:
+    """Each variant minus the first with the same seed: mean and 95% confidence interval (paired t) of each column."""
+    (first, base), *others = results.items()
+    lines = [f"minus {first:<18}{'pairs':>5}" + "".join(f"{COLUMNS[column]:>28}" for column in COMPARED)]
+    for name, seeds in others:
+        cells = []
+        for column in COMPARED:
+            pairs = [
+                ours[column] - theirs[column]
+                for ours, theirs in zip(seeds, base)
+                if column in ours and column in theirs
+            ]
+            cells.append(_interval(pairs) if len(pairs) > 1 else "-")
+        lines.append(f"{name:<24}{len(seeds):5}" + "".join(f"{cell:>28}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _interval(values: Sequence[float]) -> str:
+    half = T_975[min(len(values) - 1, len(T_975)) - 1] * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):+.4f} ({mean(values) - half:+.4f}, {mean(values) + half:+.4f})"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.ablation", description=__doc__.partition("\n")[0])
     names: list[Any] = [variant.name for variant in VARIANTS]
@@ -186,17 +230,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--videos", type=int, default=3400, help="training videos")
     parser.add_argument("--evaluation", type=int, default=400, help="held-out videos")
     parser.add_argument("--frames", type=int, default=32, help="N, frames per video")
-    parser.add_argument("--tiny", default="", help="train the tiny models with these flags for engine.tiny")
+    parser.add_argument("--twins", type=float, default=0.3, help="share of videos with two equal things")
+    parser.add_argument(
+        "--parts", type=Path, default=PARTS, help="folder of the tiny clip and vicuna; those in the package"
+    )
     parser.add_argument("--train", default="", help="extra flags for engine.train, as one string")
     options = parser.parse_args(arguments)
-    make_world(options.output, options.videos, options.evaluation, options.frames, options.tiny.split())
+    make_world(options.output, options.parts, options.videos, options.evaluation, options.frames, options.twins)
     # The first variant always runs, and runs first: others start from its stage 1.
     chosen = [v for v in VARIANTS if v.name in options.only or v is VARIANTS[0]]
     results: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in chosen}
     for seed in range(options.seeds):
         for variant in chosen:
-            results[variant.name].append(train_and_measure(options.output, variant, seed, options.train.split()))
-    text = table(results)
+            scores = train_and_measure(options.output, options.parts, variant, seed, options.train.split())
+            results[variant.name].append(scores)
+    hours = sum(scores["hours"] for runs in results.values() for scores in runs)
+    text = f"{table(results)}\n\n{differences(results)}\n\n{hours:.1f} hours"
     write_atomically(options.output / "table.txt", text + "\n")
     plot_curves(options.output, chosen, options.seeds)
     print(text)

@@ -27,6 +27,7 @@ from pite.config import PiTeConfig
 from pite.families import ADDED_TOKENS, Name
 from pite.families import family as choices_of
 from pite.hub import weight_files
+from pite.llava import PROJECTOR_FILE
 from pite.model import PiTe
 
 
@@ -197,7 +198,10 @@ def language_model_checksum(directory: Path) -> str:
 
     In the Hugging Face cache a weight file is a link to a blob whose name is this checksum, so it is not read.
     """
-    return " ".join((_blob_checksum(file) or sha256(file))[:16] for file in weight_files(directory))
+    files = weight_files(directory)
+    if (directory / PROJECTOR_FILE).exists():
+        files = [*files, directory / PROJECTOR_FILE]
+    return " ".join((_blob_checksum(file) or sha256(file))[:16] for file in files)
 
 
 def _blob_checksum(file: Path) -> str | None:

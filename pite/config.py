@@ -189,6 +189,12 @@ class PiTeConfig:
         write_atomically(directory / "config.json", json.dumps(values, indent=1, sort_keys=True) + "\n")
 
 
+def check_family(config: PiTeConfig, wanted: Name | None, model: Path | str) -> None:
+    """Raise ValueError if a model is of another family than `wanted`; None accepts any."""
+    if wanted not in (None, config.family):
+        raise ValueError(f"{model} is a model of the family {config.family}: leave --family {wanted} out")
+
+
 def _sliding_window(llm: LanguageModelConfig) -> int | None:
     settings = vars(llm)
     layers = settings.get("layer_types")

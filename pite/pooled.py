@@ -81,3 +81,11 @@ def load_encoder(family: Family, path: str, device: str = "cpu", *, compiled: bo
     """The encoder of a family's features. Raises ValueError as `ClipEncoder` does."""
     encoder = PooledEncoder if family.extractor == PooledEncoder.extractor else ClipEncoder
     return encoder(path, device, compiled=compiled)
+
+
+def record_of(encoder: ClipEncoder, frames: np.ndarray, num_frames: int) -> Tensor:
+    """The record of one video's resized frames (n, S, S, 3) uint8, at most `num_frames`: (tokens, channels) float32."""
+    if not isinstance(encoder, PooledEncoder):
+        return encoder.encode(frames)
+    padding = np.zeros((num_frames - len(frames), *frames.shape[1:]), np.uint8)
+    return encoder.records(np.concatenate([frames, padding]), [len(frames)])[0]

@@ -21,6 +21,7 @@ class WorldConfig:
     frames      N, for the two-digit frame indices in stage 3's answers
     size        width and height in pixels
     seed        random seed
+    twins       share of the videos that show two equal things, one after the other, with different motions
     """
 
     videos: int = 3400
@@ -29,6 +30,7 @@ class WorldConfig:
     frames: int = 32
     size: int = 64
     seed: int = 0
+    twins: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("videos", "evaluation", "images"):
@@ -40,6 +42,8 @@ class WorldConfig:
             raise ValueError(f"--size must be an even number of at least 16 pixels (H.264 needs even), not {self.size}")
         if self.seed < 0:
             raise ValueError(f"--seed must not be negative, not {self.seed}")
+        if not 0 <= self.twins <= 1:
+            raise ValueError(f"--twins is a share, 0 to 1, not {self.twins}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,8 @@ class SyntheticFlags(LogFlags):
     """width and height in pixels"""
     seed: int = WorldConfig.seed
     """random seed"""
+    twins: float = WorldConfig.twins
+    """share of videos with two equal things that differ in their motion alone, for grounding that needs motion"""
     processes: int = available_cores()
     """worker processes"""
 
@@ -69,7 +75,7 @@ class SyntheticFlags(LogFlags):
     def world(self) -> WorldConfig:
         """The world to make. Raises ValueError, naming the flag."""
         images = self.videos if self.images is None else self.images
-        return WorldConfig(self.videos, self.evaluation, images, self.frames, self.size, self.seed)
+        return WorldConfig(self.videos, self.evaluation, images, self.frames, self.size, self.seed, self.twins)
 
     def check_paths(self) -> None:
         """Raise ValueError if the folder cannot be made."""

@@ -104,7 +104,8 @@ def instruct_record(name: str, scene: Scene, rng: np.random.Generator) -> Record
     """One question of VideoInstruct100K: a direction, a colour, an order or a count."""
     thing = scene.things[int(rng.integers(len(scene.things)))]
     directions = [other.direction for other in scene.things]
-    kind = rng.choice(["direction", "colour", "first", "count"])
+    alone = [other.phrase for other in scene.things].count(thing.phrase) == 1
+    kind = rng.choice(["direction", "colour", "first", "count"] if alone else ["colour", "count"])
     if kind == "colour" and directions.count(thing.direction) == 1:
         question = f"What colour is the shape that moves {thing.direction}?"
         answer = f"It is {thing.colour}."

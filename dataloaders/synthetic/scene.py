@@ -156,6 +156,21 @@ def sample_video(rng: np.random.Generator) -> Scene:
     return scene
 
 
+def sample_twins(rng: np.random.Generator) -> Scene:
+    """A scene of 48 to 96 source frames with two equal things, one after the other, that move in different directions."""
+    num_frames = int(rng.integers(48, 97))
+    (pair,) = _distinct(rng, 1)
+    lengths = [max(2, int(rng.uniform(0.15, 0.45) * num_frames)) for _ in range(2)]
+    pauses = np.sort(rng.integers(0, num_frames - sum(lengths) + 1, 2))
+    starts = int(pauses[0]), int(pauses[1]) + lengths[0]
+    directions = rng.permutation(list(DIRECTIONS))[:2]
+    things = tuple(
+        Thing(*pair, str(direction), first, first + length - 1, _sample_path(rng, str(direction), length))
+        for direction, first, length in zip(directions, starts, lengths)
+    )
+    return Scene(num_frames, int(rng.integers(20, 60)), things)
+
+
 def sample_still(rng: np.random.Generator, things: list[tuple[str, str]] | None = None) -> Scene:
     """A scene of one frame with 1 to 3 things, or the given (colour, shape) pairs, whose centres are not covered."""
     pairs = _distinct(rng, int(rng.integers(1, 4))) if things is None else things

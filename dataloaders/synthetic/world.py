@@ -47,7 +47,11 @@ def _write_still(directory: Path, config: WorldConfig, number: int) -> dict[str,
 
 def _write_video(directory: Path, config: WorldConfig, part: int, number: int) -> dict[str, Any]:
     rng = _generator(config.seed, part, number)
-    video, name = scene.sample_video(rng), f"{'e' if part == _HELD_OUT else 'v'}{number:06d}"
+    twins = config.twins > 0 and rng.random() < config.twins
+    video, name = (
+        scene.sample_twins(rng) if twins else scene.sample_video(rng),
+        f"{'e' if part == _HELD_OUT else 'v'}{number:06d}",
+    )
     path = directory / f"{name}.mp4"
     if not path.exists():
         write_mp4(path, draw(video, config.size))

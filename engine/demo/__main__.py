@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from typing import Any
 
 from dataloaders import cli, logs, paths
 from dataloaders.cli import at_least
-from dataloaders.files import write_atomically
+from dataloaders.files import directory_written_atomically, sha256, write_atomically
 from dataloaders.logs import LogFlags
 from dataloaders.synthetic.language import TIMES_FIRST
 from engine.demo.example import example_event
@@ -31,6 +32,9 @@ from engine.plots import plot_losses
 from engine.tiny.config import TinyConfig
 from engine.tiny.shipped import PARTS
 from pite.evaluate.grounding import question_for
+
+WEIGHTS = "model.safetensors"
+"""A tiny model's file of weights."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def steps(config: DemoConfig) -> Iterator[Step]:
     """The steps in order, lazily: the arguments of the last ones depend on a video that earlier steps make."""
     out, frames, seed = config.output, str(config.num_frames), str(config.seed)
     data, store, run = (str(out / name) for name in ("data", "store", "run"))
-    models = str(out / "models" if config.pretrain else PARTS)
+    models = str(out / "models")
     clip = ("--clip", f"{models}/clip")
     given = ("--data", data, "--store", store)
 
@@ -125,9 +129,22 @@ def steps(config: DemoConfig) -> Iterator[Step]:
     yield Step("chat, drawn", "pite.chat", flags, film)
 
 
+def copy_parts(models: Path) -> None:
+    """Copy the tiny models of the package to `models`. Raises ValueError if it holds others."""
+    for part in PARTS.iterdir():
+        copy = models / part.name
+        if not copy.exists():
+            with directory_written_atomically(copy) as unfinished:
+                shutil.copytree(part, unfinished, dirs_exist_ok=True)
+        elif sha256(copy / WEIGHTS) != sha256(part / WEIGHTS):
+            raise ValueError(f"{copy} is not the tiny model of the package: give another --output, or --pretrain")
+
+
 def run_steps(config: DemoConfig) -> tuple[dict[str, float], bool]:
     """Run the steps that are not done yet. Returns each step's seconds, and whether any ran. Raises StepFailed."""
     config.output.mkdir(parents=True, exist_ok=True)
+    if not config.pretrain:
+        copy_parts(config.output / "models")
     record = config.output / "steps.json"
     done: dict[str, dict[str, Any]] = json.loads(record.read_text()) if record.exists() else {}
     seconds: dict[str, float] = {}
@@ -170,6 +187,9 @@ def table(summary: dict[str, Any]) -> str:
         f"    question-blind {summary['grounding_miou_query_blind']:.3f}"
         f"   best fixed interval {summary['grounding_miou_best_fixed']:.3f}",
     ]
+    dense = {name: summary.get(f"captioning_{name}") for name in ("soda_c", "METEOR", "CIDEr")}
+    if None not in dense.values():
+        lines.append(f"dense captioning      {'   '.join(f'{name} {value:.2f}' for name, value in dense.items())}")
     blind, counts = summary["grounding_miou_query_blind_by_objects"], summary["questions_by_objects"]
     lines += [
         f"  {count} object{' ' if count == '1' else 's'}           {miou:.3f}    question-blind {blind[count]:.3f}"
@@ -203,6 +223,7 @@ def run(config: DemoConfig) -> None:
         write_atomically(path, json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
     print(table(json.loads(path.read_text())))
     print(f"\nin {config.output}: summary.json, losses.png, overlay.png, overlay.mp4, chat.mp4")
+    print(f"a page to try the model: python -m pite.web --demo {shlex.quote(str(config.output))}")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from dataloaders.synthetic.language import TIMES_FIRST
 from dataloaders.synthetic.scene import COLOURS, DIRECTIONS, SHAPES
+from pite.evaluate import captioning
+from pite.evaluate.captioning import java
 from pite.evaluate.grounding import Events
+from pite.evaluate.predictions import Prediction
 from pite.generate import Generator
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = 1
 """Frames by which an index may differ."""
@@ -71,6 +79,24 @@ def score_captions(descriptions: Mapping[str, str], truth: Mapping[str, Events],
     return Captions(colour, shape, direction, indices, every, len(rows))
 
 
+def score_dense(descriptions: Mapping[str, str], annotations: Path, num_frames: int) -> dict[str, float]:
+    """SODA_c, METEOR and CIDEr of the described events; empty where what these need is not installed.
+
+    annotations  ActivityNet Captions file of the videos
+    """
+    try:
+        java.package()
+    except ValueError as error:
+        log.warning("no captioning scores: %s", error)
+        return {}
+    predictions = [
+        Prediction(video, captioning.TASK, 0, json.dumps([event.as_answer() for event in _described(text)]))
+        for video, text in descriptions.items()
+    ]
+    scores = captioning.report(predictions, captioning.read_truth(annotations), num_frames=num_frames).numbers
+    return {name: float(scores[name]) for name in ("soda_c", "METEOR", "CIDEr")}
+
+
 @dataclass(frozen=True)
 class _Event:
     first: int
@@ -78,6 +104,14 @@ class _Event:
     colour: str
     shape: str
     direction: str
+
+    def as_answer(self) -> dict[str, str]:
+        """The event as in answers to the captioning question (docs/captioning.md)."""
+        thing = f"{self.colour} {self.shape}"
+        return {
+            "event": f"A {thing} moves {self.direction}.",
+            "timestamps": f"from {self.first:02d} to {self.last:02d}",
+        }
 
 
 def _described(text: str) -> Iterator[_Event]:

@@ -12,7 +12,7 @@ from dataloaders.decode.video import decode_video
 from dataloaders.formats import Where, iter_json, read_pite
 from dataloaders.samples.prompts import tokenize
 from dataloaders.store.features import FeatureStore
-from engine.demo.captions import describe, score_captions
+from engine.demo.captions import describe, score_captions, score_dense
 from engine.demo.example import example_event
 from pite.draw import Track, save_strip, save_video
 from pite.evaluate.answering import check_features
@@ -115,7 +115,8 @@ def summarize(output: Path) -> dict[str, object]:
     evaluation = output / "data" / "evaluation"
     store = FeatureStore(output / "store" / "videos")
     features = store.read
-    truth = read_truth(evaluation / "activitynet_captions.json")
+    annotations = evaluation / "activitynet_captions.json"
+    truth = read_truth(annotations)
     models = [output / "run" / f"stage{n}" / "final" for n in (2, 3)]
     for model in models:
         check_features(store, model)
@@ -127,7 +128,8 @@ def summarize(output: Path) -> dict[str, object]:
     after_stage3, _ = measure_trajectories(stage3, tracks, features)
     descriptions = describe(stage2, list(truth), lambda video: features(key_of(video)))
     captions = score_captions(descriptions, truth, stage2.model.config.num_frames)
-    video, _ = example_event(evaluation / "activitynet_captions.json")
+    dense = score_dense(descriptions, annotations, stage2.model.config.num_frames)
+    video, _ = example_event(annotations)
     draw_example(stage2, tracks, features, video, output / "overlay.png", output / "overlay.mp4")
     return {
         "trajectory_l1": trajectories.l1,
@@ -137,6 +139,7 @@ def summarize(output: Path) -> dict[str, object]:
         "motion_slope": motion.slope,
         "motion_directions": motion.directions,
         **{f"caption_{name}": value for name, value in asdict(captions).items()},
+        **{f"captioning_{name}": value for name, value in dense.items()},
         "grounding_miou": every.miou,
         "grounding_miou_best_fixed": every.best_fixed,
         "grounding_miou_query_blind": every.question_blind,

@@ -14,7 +14,7 @@ from dataloaders.logs import LogFlags
 class TinyConfig:
     """training; the same settings give the same weights on the same kind of CPU"""
 
-    clip_steps: int = 5000
+    clip_steps: int = 16000
     """CLIP's steps, of 128 stills each"""
     vicuna_steps: int = 15000
     """the Vicuna's steps, of 32 dialogues each"""

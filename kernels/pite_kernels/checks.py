@@ -19,10 +19,15 @@ def check_normalizer(op: str, normalizer: Tensor | None) -> None:
         raise ValueError(f"{op}: normalizer must be a 0-dim floating tensor, not {tuple(normalizer.shape)}")
 
 
-def check_weights(op: str, weights: Tensor | None, targets: Tensor, normalizer: Tensor | None, reduction: str) -> None:
-    """Raise ValueError unless `weights` has a number for each target, and the reduction is known."""
+def check_reduction(op: str, reduction: str) -> None:
+    """Raise ValueError for an unknown reduction."""
     if reduction not in ("mean", "none"):
         raise ValueError(f"{op}: reduction must be 'mean' or 'none', not {reduction!r}")
+
+
+def check_weights(op: str, weights: Tensor | None, targets: Tensor, normalizer: Tensor | None, reduction: str) -> None:
+    """Raise ValueError unless `weights` has a number for each target, and the reduction is known."""
+    check_reduction(op, reduction)
     if reduction == "none" and normalizer is not None:
         raise ValueError(f"{op}: reduction='none' divides by nothing; leave the normalizer out")
     if weights is None:

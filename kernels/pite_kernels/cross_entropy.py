@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pite_kernels.checks import check_devices, check_hidden, check_normalizer, check_weights, validate_rows
+from pite_kernels.checks import (
+    check_devices,
+    check_hidden,
+    check_normalizer,
+    check_reduction,
+    check_weights,
+    validate_rows,
+)
 from pite_kernels.dispatch import NAMESPACE, autocast, cpp, uses_triton, with_unit_stride, without_autocast
 from pite_kernels.reference import accumulator, reciprocal
 
@@ -75,6 +82,7 @@ class FusedLinearCrossEntropyLoss(nn.Module):
     def __init__(self, label_smoothing: float = 0.0, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__()
         check_smoothing(label_smoothing)
+        check_reduction("linear_cross_entropy", reduction)
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.reduction = reduction

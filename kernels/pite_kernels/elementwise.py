@@ -102,8 +102,10 @@ def rope_tables(
     if head_dim % 2:
         raise ValueError(f"rope_tables: head_dim must be even, not {head_dim}")
     axes = None if sections is None else len(sections)
-    if sections is not None and 2 * sum(sections) != head_dim:
+    if sections is not None and (2 * sum(sections) != head_dim or min(sections) < 0):
         raise ValueError(f"rope_tables: the sections {list(sections)} must add up to {head_dim // 2}, half of head_dim")
+    if interleaved and sections is not None and len(sections) * max(sections[1:], default=0) > sum(sections):
+        raise ValueError(f"rope_tables: the sections {list(sections)} cannot take turns: the first must be the largest")
     if position_ids.dim() != (1 if axes is None else 2) or (axes is not None and len(position_ids) != axes):
         expected = "(T,)" if axes is None else f"({axes}, T)"
         raise ValueError(f"rope_tables: position_ids must be {expected}, not {tuple(position_ids.shape)}")

@@ -92,16 +92,16 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tens
         raise ValueError(f"float8 weights need bfloat16 activations on CUDA, not {x.dtype}")
     if x.shape[-1] != weight.rows.shape[1]:
         raise ValueError(f"a weight {tuple(weight.rows.shape)} does not fit x {tuple(x.shape)}")
-    y = _fp8_forward(x.reshape(-1, x.shape[-1]), *weight).view(*x.shape[:-1], -1)
+    y = fp8_forward(x.reshape(-1, x.shape[-1]), *weight).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias.to(y.dtype)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::fp8_linear", mutates_args=())
-def _fp8_forward(x: Tensor, rows: Tensor, row_scales: Tensor, columns: Tensor, column_scales: Tensor) -> Tensor:
+def fp8_forward(x: Tensor, rows: Tensor, row_scales: Tensor, columns: Tensor, column_scales: Tensor) -> Tensor:
     return product(x, rows, row_scales)
 
 
-@_fp8_forward.register_fake
+@fp8_forward.register_fake
 def _(x: Tensor, rows: Tensor, *_: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], rows.shape[0])
 
@@ -113,11 +113,11 @@ def _keep_weight(ctx: Any, inputs: Any, output: Tensor) -> None:
 def _fp8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, row_scales, columns, column_scales = ctx.saved_tensors
     # The transposed weight takes the other's place.
-    grad_x = _fp8_forward(grad, columns, column_scales, rows, row_scales) if ctx.needs_input_grad[0] else None
+    grad_x = fp8_forward(grad, columns, column_scales, rows, row_scales) if ctx.needs_input_grad[0] else None
     return grad_x, None, None, None, None
 
 
-_fp8_forward.register_autograd(_fp8_backward, setup_context=_keep_weight)
+fp8_forward.register_autograd(_fp8_backward, setup_context=_keep_weight)
 
 
 def dequantize(quantized: Tensor, scales: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def lora_linear(
             raise ValueError("lora_linear: give both lora_a and lora_b, or neither")
         if isinstance(weight, Fp8Weight):
             return fp8_linear(autocast(x), weight, bias)
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     x = autocast(x)
     frozen = list(weight) if isinstance(weight, Fp8Weight) else [weight]
     sizes = [frozen[0].shape[0]] if splits is None else list(splits)
@@ -93,7 +93,7 @@ def _check(
         )
     if bias is not None and bias.shape != (sum(splits),):
         raise ValueError(f"lora_linear: bias must be ({sum(splits)},), not {tuple(bias.shape)}")
-    if cast is not None and [t.shape for t in cast] != [lora_a.shape, lora_b.shape]:
+    if cast is not None and [(t.shape, t.dtype) for t in cast] != [(t.shape, cast[0].dtype) for t in (lora_a, lora_b)]:
         raise ValueError("lora_linear: cast must be lora_a and lora_b in x's dtype, in their shapes")
     if frozen[0].requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError(

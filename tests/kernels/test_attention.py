@@ -155,6 +155,10 @@ def test_invalid_arguments_raise():
         packed_attention(q, k, v, bounds.long(), longest)
     with pytest.raises(ValueError, match="do not fit"):
         packed_attention(q, k[:, :3], v[:, :3], bounds, longest)
+    with pytest.raises(ValueError, match="do not fit"):
+        packed_attention(q, k[:, :0], v[:, :0], bounds, longest)
+    with pytest.raises(ValueError, match="one dtype"):
+        packed_attention(q, k.bfloat16(), v.bfloat16(), bounds, longest)
     shared = make_shared()
     with pytest.raises(ValueError, match="kv_rows needs cu_seqlens_kv"):
         packed_attention(*shared[:5], kv_rows=shared[5]["kv_rows"])

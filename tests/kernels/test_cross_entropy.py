@@ -279,6 +279,11 @@ def test_wrong_weights_and_reductions_raise(options, message):
         loss_of(make_heads(), **options)()
 
 
+def test_the_module_refuses_an_unknown_reduction():
+    with pytest.raises(ValueError, match="'mean' or 'none', not 'sum'"):
+        FusedLinearCrossEntropyLoss(reduction="sum")
+
+
 @pytest.mark.parametrize("with_rows", [True, False])
 def test_opcheck(with_rows):
     heads = make_heads(supervised=37)

@@ -78,6 +78,10 @@ def test_rope_of_three_axes_equals_qwen():
     assert all(torch.equal(a, b) for a, b in zip(same, rope_tables(positions[0], 32)))
     with pytest.raises(ValueError, match="add up to 16"):
         rope_tables(positions, 32, sections=[8, 4, 5])
+    with pytest.raises(ValueError, match="add up to 16"):
+        rope_tables(positions, 32, sections=[24, -4, -4])
+    with pytest.raises(ValueError, match="the first must be the largest"):
+        rope_tables(positions, 32, sections=[4, 6, 6], interleaved=True)
     with pytest.raises(ValueError, match=r"must be \(3, T\)"):
         rope_tables(positions[0], 32, sections=[8, 4, 4])
     with pytest.raises(ValueError, match=r"must be \(T,\)"):
@@ -107,6 +111,15 @@ def test_norms_of_queries_and_keys_equal_qwen3(gathered):
         torch.testing.assert_close(a, b, **rounding)
     with pytest.raises(ValueError, match="two weights of 16"):
         rope_qkv(qkv, *tables, head_dim=16, key_heads=2, norms=(weights[0], weights[1][:8]))
+
+
+def test_norms_have_the_dtype_of_the_projection():
+    g = torch.Generator().manual_seed(3)
+    qkv, norms = torch.randn(5, 64, generator=g).bfloat16(), tuple(torch.rand(2, 16, generator=g))
+    tables = rope_tables(torch.arange(5), 16, dtype=torch.bfloat16)
+    half = tuple(norm.bfloat16() for norm in norms)
+    ours, same = (rope_qkv(qkv, *tables, head_dim=16, key_heads=1, norms=each) for each in (norms, half))
+    assert all(a.dtype == torch.bfloat16 and torch.equal(a, b) for a, b in zip(ours, same))
 
 
 def test_rope_of_a_fused_projection_equals_rope_of_its_parts():

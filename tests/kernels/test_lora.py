@@ -152,6 +152,15 @@ def test_invalid_bias_and_cast_raise():
         lora_linear(x, weight, a, b, splits=[24, 24], bias=torch.zeros(48, requires_grad=True))
     with pytest.raises(ValueError, match="in their shapes"):
         lora_linear(x, weight, a, b, splits=[24, 24], cast=(b, a))
+    with pytest.raises(ValueError, match="in x's dtype"):
+        lora_linear(x, weight, a, b, splits=[24, 24], cast=(a.detach(), b.detach().bfloat16()))
+
+
+def test_without_lora_weight_and_bias_are_cast_as_with_it():
+    x, weight, *_ = make(torch.bfloat16)
+    weight, bias = weight.float(), torch.linspace(-1, 1, len(weight))
+    expected = torch.nn.functional.linear(x, weight.bfloat16(), bias.bfloat16())
+    assert torch.equal(lora_linear(x, weight, None, None, bias=bias), expected)
 
 
 @pytest.mark.parametrize("cast", [False, True])

@@ -201,6 +201,8 @@ def test_invalid_options_raise():
         loss_of(make_heads(), absent="drop")()
     with pytest.raises(ValueError, match="absent"):
         FusedTrajectoryL1Loss("drop")
+    with pytest.raises(ValueError, match="'mean' or 'none', not 'sum'"):
+        FusedTrajectoryL1Loss(reduction="sum")
     with pytest.raises(ValueError, match="normalizer"):
         loss_of(make_heads(), normalizer=torch.ones(1))()
     with pytest.raises(ValueError, match="hidden is on cpu, another input on meta"):

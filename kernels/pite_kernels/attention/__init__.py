@@ -57,8 +57,11 @@ def packed_attention(
             raise ValueError("packed_attention: kv_rows needs cu_seqlens_kv and max_seqlen_kv")
         k, v = gather_rows(k, kv_rows), gather_rows(v, kv_rows)
     rows_fit = k.shape[0] == q.shape[0] or cu_seqlens_kv is not None
-    if q.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1] or not rows_fit:
+    heads_fit = q.dim() == k.dim() == 3 and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+    if not heads_fit or k.shape != v.shape or k.shape[2] != q.shape[2] or not rows_fit:
         raise ValueError(f"packed_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"packed_attention: q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     if cu_seqlens_kv is None or max_seqlen_kv is None:
         if cu_seqlens_kv is not max_seqlen_kv:
             raise ValueError("packed_attention: give both cu_seqlens_kv and max_seqlen_kv, or neither")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dataloaders.synthetic import scene
 from dataloaders.synthetic.__main__ import main
-from dataloaders.synthetic.language import GROUNDING_QUESTION
+from dataloaders.synthetic.language import GROUNDING_QUESTION, instruct_record
 from dataloaders.synthetic.render import draw
 from dataloaders.synthetic.world import WorldConfig, make_world
 from tests.commands import status_of
@@ -222,3 +222,21 @@ def test_held_out_captions_agree_with_held_out_trajectories(world):
         assert caption["duration"] == records[name]["meta"]["duration"]
         for sentence, trajectory in zip(caption["sentences"], records[name]["trajectories"], strict=True):
             assert sentence.lower().startswith(trajectory["phrase"].lower())
+
+
+def test_twins_are_equal_and_only_their_motion_tells_them_apart():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        video = scene.sample_twins(rng)
+        one, other = video.things
+        assert one.phrase == other.phrase and one.direction != other.direction
+        assert one.last < other.first and other.last < video.num_frames
+        assert all(len(thing.path) == thing.last - thing.first + 1 for thing in video.things)
+        assert "Which direction" not in instruct_record("", video, rng)["q"], "it would have two answers"
+
+
+def test_a_share_of_the_videos_shows_twins(tmp_path):
+    make_world(tmp_path, WorldConfig(videos=1, evaluation=20, images=1, twins=0.5), processes=1)
+    captions = json.loads((tmp_path / "evaluation/activitynet_captions.json").read_text())
+    things = [[sentence.partition(" moves ")[0] for sentence in video["sentences"]] for video in captions.values()]
+    assert 4 <= sum(len(set(named)) < len(named) for named in things) <= 16

@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 
 from engine.demo import __main__ as demo
-from engine.demo.captions import Captions, score_captions
+from engine.demo.captions import Captions, score_captions, score_dense
 from engine.demo.held_out import PROTOCOL, measure_grounding, summarize
 from engine.tiny.shipped import PARTS
 from pite.evaluate.grounding import Events, ious, read_truth
 from pite.evaluate.predictions import Prediction, PredictionWriter
 from tests.commands import status_of
 from tests.held_out import FRAMES, make_held_out, save_model
+from tests.pite.evaluate.captioning.test_java import needs_java
 
 
 @pytest.fixture
@@ -64,14 +65,24 @@ def test_every_step_is_run_once(tmp_path: Path, ran: list[demo.Step]) -> None:
     assert "During which frames can we see a?" in ran[-2].arguments
     assert demo.run_steps(config) == (seconds, False)
     assert len(ran) == 8
-    assert all(str(PARTS / "vicuna") in step.arguments for step in ran if step.module == "engine.train")
-    assert [str(PARTS / "clip") in step.arguments for step in ran if step.module == "engine.encode"] == [True]
+    assert all(f"{tmp_path}/models/vicuna" in step.arguments for step in ran if step.module == "engine.train")
+    for part in ("clip", "vicuna"):
+        copy = tmp_path / "models" / part / "model.safetensors"
+        assert copy.read_bytes() == (PARTS / part / "model.safetensors").read_bytes()
+
+
+def test_other_tiny_models_are_refused(
+    tmp_path: Path, ran: list[demo.Step], capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo.run_steps(demo.DemoConfig(tmp_path))
+    (tmp_path / "models" / "clip" / "model.safetensors").write_bytes(b"others")
+    assert demo.main(["--output", str(tmp_path)]) == 1
+    assert "models/clip is not the tiny model of the package: give another --output" in capsys.readouterr().err
 
 
 def test_pretraining_makes_the_models_that_the_later_steps_start_from(tmp_path: Path, ran: list[demo.Step]) -> None:
     demo.run_steps(demo.DemoConfig(tmp_path, pretrain=True, num_frames=16, tiny="--clip-steps 3"))
     assert ran[1].module == "engine.tiny" and ran[1].arguments[-2:] == ("--clip-steps", "3")
-    assert not any(str(PARTS) in argument for step in ran for argument in step.arguments)
     assert f"{tmp_path}/models/vicuna" in ran[3].arguments
 
 
@@ -177,3 +188,29 @@ def test_captions_are_scored_by_event() -> None:
     assert score_captions({"v": "There is nothing."}, {"v": events}, 32) == Captions(0, 0, 0, 0, 0, 2)
     with pytest.raises(ValueError, match=r"'A dog runs\.' is no sentence of the synthetic world"):
         score_captions({"v": right}, {"v": Events(((0.0, 1.0),), ("A dog runs.",))}, 32)
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> Path:
+    events = {"duration": 8.0, "timestamps": [[0, 4], [4, 8]]}
+    sentences = ["A red circle moves left.", "A blue square moves up."]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"v": {**events, "sentences": sentences}}))
+    return path
+
+
+@needs_java
+def test_descriptions_have_captioning_scores(annotations: Path) -> None:
+    right = "From 00 to 15, a red circle moves left. From 16 to 31, a blue square moves up."
+    wrong = "From 00 to 15, a blue triangle moves up. From 16 to 31, a red circle moves right."
+    best, worst = (score_dense({"v": text}, annotations, 32) for text in (right, wrong))
+    assert best.keys() == {"soda_c", "METEOR", "CIDEr"} and best["soda_c"] == pytest.approx(100)
+    assert all(worst[name] < best[name] for name in best)
+
+
+def test_without_java_there_are_no_captioning_scores(
+    annotations: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert score_dense({"v": ""}, annotations, 32) == {}
+    assert "no captioning scores: dense captioning is scored with" in caplog.text
