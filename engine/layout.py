@@ -158,6 +158,9 @@ def memory(
     # Norms of q's and k's heads write copies, which are rotated in place.
     q_copy, k_copy = (queries, keys) if config.architecture.qk_norm else (0, 0)
     kept = 4 * hidden + 2 * queries + 2 * keys * (1 + copied) + 3 * inner + 7 * rank + q_copy + k_copy
+    if not count.lora:
+        # A frozen layer without a LoRA keeps no input: neither the norms' outputs nor the product in the MLP.
+        kept -= 2 * hidden + inner
     last = 2 * hidden + 2 * queries + 2 * keys * (1 + copied) + 2 * rank + k_copy
     last += read * (3 * hidden + queries + 3 * inner + 5 * rank + q_copy)
     layers = llm.num_hidden_layers

@@ -187,3 +187,11 @@ def test_chat_and_evaluation_answer_with_the_trained_model(
     assert evaluate([*arguments, "--predictions", str(tmp_path / "answers.jsonl"), "--batch-size", "2"]) == 0
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert metrics.exists() and sum("answer" in line for line in answers) >= 3
+
+
+def test_a_dry_run_prints_the_published_recipes_cost(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(workspace, tmp_path, dry_run=True, video_first="always")) == 0
+    printed = capsys.readouterr().out
+    assert "published" in printed and "counted: 48 samples" in printed and "LoRA 0.0 M" in printed
