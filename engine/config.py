@@ -21,10 +21,10 @@ Parallel = Literal["auto", "ddp", "fsdp"]
 class ModelConfig:
     """the language model, and its numbers"""
 
-    family: Name = "pite"
-    """model family: PiTe's three stages, or PG-Video-LLaVA's one, which reads DATA/stage3/video_instruct.json"""
     size: Size = flag("7b", name="model")
     """size of the language model: Vicuna v1.5 7b or 13b, or the demo's tiny model"""
+    family: Name = "pite"
+    """model family: PiTe's three stages, or PG-Video-LLaVA's one, which reads DATA/stage3/video_instruct.json"""
     llm: str | None = None
     """directory or Hugging Face name of the language model, one of those in docs/models.md; the size's Vicuna v1.5
     unless given. `random` takes random weights of the size's shape, for throughput runs: it needs no earlier stage and
@@ -280,6 +280,7 @@ class TrainConfig:
     def recipe(self, stage: Stage) -> Recipe:
         """The stage's recipe, with the flags that were given in place of its values."""
         given = {f.name: getattr(self.optimization, f.name) for f in fields(self.optimization) if f.name != "seed"}
-        shared = {"group_media": True} if self.choices.marks and self.data.video_first == "always" else {}
-        base = replace(recipe(self.model.size, stage, self.model.family), **shared)
+        base = recipe(self.model.size, stage, self.model.family)
+        if self.choices.marks and self.data.video_first == "always":
+            base = replace(base, group_media=True)
         return replace(base, **{k: v for k, v in given.items() if v is not None})

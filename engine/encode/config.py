@@ -66,8 +66,13 @@ class EncodeConfig(LogFlags):
     @property
     def choices(self) -> Family:
         """The choices of the family; those that a flag gives in place of its own."""
-        given = {"clip": self.clip, "sampling": self.sampling, "shard_records": self.shard_records}
-        return replace(family(self.family), **{name: value for name, value in given.items() if value is not None})
+        own = family(self.family)
+        return replace(
+            own,
+            clip=self.clip or own.clip,
+            sampling=self.sampling or own.sampling,
+            shard_records=self.shard_records or own.shard_records,
+        )
 
     def check_paths(self) -> None:
         """Raise ValueError for a data folder without annotations, a store that is no folder, or a CLIP that cannot exist.
