@@ -155,8 +155,7 @@ def memory(
     queries = llm.num_attention_heads * config.head_dim
     keys = llm.num_key_value_heads * config.head_dim
     rank = count.lora // max(1, _lora_rows(config))
-    # Norms of q's and k's heads write copies, which are rotated in place.
-    q_copy, k_copy = (queries, keys) if config.architecture.qk_norm else (0, 0)
+    q_copy, k_copy = (queries, keys) if config.architecture.qk_norm else (0, 0)  # heads' norms write copies
     inputs = bool(count.lora)  # of linear layers: a frozen one without a LoRA keeps none
     kept = (2 + 2 * inputs) * hidden + 2 * queries + 2 * keys * (1 + copied) + (2 + inputs) * inner
     kept += 7 * rank + q_copy + k_copy
