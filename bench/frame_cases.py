@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.stream import VideoStream
 
 RATE = 10
 _LATE = tuple(7 * i * i + 10 * i for i in range(48))
@@ -68,6 +69,7 @@ class Case:
     def _encode(self, path: Path) -> None:
         with av.open(str(path), "w", options=self.muxing) as container:
             stream = container.add_stream(self.codec, rate=RATE, options=self.options)
+            assert isinstance(stream, VideoStream)
             stream.width, stream.height = self.size
             stream.pix_fmt = self.pixels
             stream.codec_context.gop_size = self.gop

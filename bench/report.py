@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.costs import cost_table
-from bench.encode import table as encoding_table
+from bench.encode.results import table as encoding_table
 from bench.gpu.report import is_session, session_report
 from bench.gpu.results import SESSION
 from bench.kernels.cases import OURS

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-LanguageModelConfig = LlamaConfig | MistralConfig | Qwen2Config | Qwen3Config
+LanguageModelConfig: TypeAlias = LlamaConfig | MistralConfig | Qwen2Config | Qwen3Config
 """transformers' configuration of a language model that the decoder computes."""
 
 

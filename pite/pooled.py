@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pite import clip
 from pite.clip import ClipEncoder
 from pite.families import Extractor, Family
 from pite.towers import CLIP, clip_patches, patch_flops
@@ -79,7 +80,7 @@ class PooledEncoder(ClipEncoder):
 
 def load_encoder(family: Family, path: str, device: str = "cpu", *, compiled: bool = False) -> ClipEncoder:
     """The encoder of a family's features. Raises ValueError as `ClipEncoder` does."""
-    encoder = PooledEncoder if family.extractor == PooledEncoder.extractor else ClipEncoder
+    encoder = PooledEncoder if family.extractor == PooledEncoder.extractor else clip.ClipEncoder
     return encoder(path, device, compiled=compiled)
 
 

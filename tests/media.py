@@ -13,7 +13,7 @@ import pytest
 SIZE = (64, 48)
 
 TWO_PASS = Path(__file__).parent / "dataloaders/decode/two_pass.webm"
-"""Ordinary two-pass VP9, 40 frames of `tests.dataloaders.decode.test_backends.picture` at 10 per second, 192 x 144, of which
+"""Ordinary two-pass VP9, 40 frames of `bench.frame_cases.picture` at 10 per second, 192 x 144, of which
 five packets also hold a hidden picture. ffmpeg's command line wrote it (`-c:v libvpx-vp9 -b:v 24k -pass 1`, then 2), because
 PyAV has no second pass."""
 

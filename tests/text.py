@@ -69,6 +69,12 @@ INSTRUCTIONS = """{{ bos_token }}{% for message in messages %}{% if message.role
 {% else %} {{ message.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"""
 """In the manner of Mistral 7B."""
 
+CONTROLS = """{{ bos_token }}{% for message in messages %}\
+{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}\
+{% if message.role == 'user' %}[INST] {{ message.content }}[/INST]{% else %} {{ message.content | trim }}{{ eos_token }}\
+{% endif %}{% endfor %}"""
+"""In the manner of Mistral 7B v0.3, whose vocabulary has [INST] and [/INST] as tokens."""
+
 TAGS = """{% for message in messages %}<|{{ message.role }}|>
 {{ message.content }}{{ eos_token }}
 {% endfor %}{% if add_generation_prompt %}<|assistant|>
@@ -93,7 +99,8 @@ def byte_level(*special: str, bos: str | None, eos: str, template: str | None) -
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, chat_template=template, **names)
 
 
-def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str, *special: str) -> PreTrainedTokenizerFast:
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     tokenizer.chat_template = template
     return tokenizer
 
@@ -109,6 +116,10 @@ CHAT_TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "llama3": lambda: byte_level(*_HEADER_TOKENS, bos="<|begin_of_text|>", eos="<|eot_id|>", template=HEADERS),
     "mistral": lambda: with_template(llama_like(), INSTRUCTIONS),
     "mistral, legacy": lambda: with_template(llama_like("always"), INSTRUCTIONS),
+    "mistral v0.3": lambda: with_template(llama_like(), CONTROLS, "[INST]", "[/INST]"),
+    "tekken": lambda: byte_level(
+        "<s>", "</s>", "[INST]", "[/INST]", bos="<s>", eos="</s>", template=CONTROLS.replace("] {{", "]{{")
+    ),
     "zephyr": lambda: with_template(llama_like(), TAGS),
 }
 """Tiny tokenizers with chat templates in the manner of each language model."""

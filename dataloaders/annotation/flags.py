@@ -31,11 +31,13 @@ class AnnotationFlags(LogFlags):
     until: Step = "records"
     """last step to run"""
     stanza: Path | None = None
-    """folder of Stanza's models, which make the phrases; not needed if their files exist"""
+    """folder of Stanza's models, which make the phrases; spaCy's noun chunks unless given"""
     detector: Path | None = None
     """folder of a GroundingDINO, which makes the masks; not needed if their files exist"""
     segmenter: Path | None = None
     """folder of a SAM; without it a mask is the detector's box"""
+    tracker: Path | None = None
+    """folder of a SAM 2 video or EdgeTAM model, which makes the tracks; Lucas-Kanade and our own tracker unless given"""
     threshold: float = 0.35
     """minimum score of a detection"""
     device: str = "cpu"
@@ -44,6 +46,10 @@ class AnnotationFlags(LogFlags):
     """N frames that PiTe will see"""
     num_points: int = 3
     """P key points of a trajectory"""
+    lost: float = 0.3
+    """a trajectory that is present in a smaller share of its moments is lost: counted, not written"""
+    sheets: int = 16
+    """videos of which a contact sheet is drawn, a PNG in the folder of the steps; 0 for none"""
     when_questions: bool = True
     """add a question for the time of one event, as in grounding, to each record that has none"""
     part: str | None = None
@@ -62,6 +68,9 @@ class AnnotationFlags(LogFlags):
             raise ValueError("--segmenter needs the boxes of a detector; give --detector, too")
         Part.parse(self.part)
         at_least(self, 0, "workers")
+        at_least(self, 0, "sheets")
+        if not 0 <= self.lost <= 1:
+            raise ValueError(f"--lost is a share of the moments, from 0 to 1, not {self.lost}")
         at_least(self, 1, "num_points")
         at_least(self, 2, "num_frames")
         if not self.time_limit > 0:
@@ -72,7 +81,7 @@ class AnnotationFlags(LogFlags):
         check_one_host("dataloaders.annotation")
         paths.input_file("--captions", self.captions)
         paths.input_file("--records", self.records)
-        for name in ("videos", "stanza", "detector", "segmenter"):
+        for name in ("videos", "stanza", "detector", "segmenter", "tracker"):
             paths.input_folder(f"--{name}", getattr(self, name))
         paths.distinct_files({"--output": self.output}, {"--captions": self.captions, "--records": self.records})
         paths.output_file("--output", self.output)

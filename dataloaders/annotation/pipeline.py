@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from dataloaders.annotation import steps
 from dataloaders.annotation.key_points import key_points
+from dataloaders.annotation.objects import Following, track_all
+from dataloaders.annotation.phrases import SPACY_MODEL, SpacyPhrases, StanzaPhrases
 from dataloaders.annotation.record import Existing, pite_record, with_trajectories
+from dataloaders.annotation.report import measure
 from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, Step, step_path
-from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, first_frames, track_events
+from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, first_frames
 from dataloaders.decode.readable import DecodeError
 from dataloaders.failures import Failure
 from dataloaders.formats.activitynet import EventVideo
@@ -22,6 +25,7 @@ from dataloaders.records import Media
 
 if TYPE_CHECKING:
     from dataloaders.annotation.grounding import Grounding
+    from dataloaders.annotation.video_masks import VideoSegmenter
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,13 @@ class Settings:
     work        folder for the files of each step
     num_frames  N: events are sampled at least as densely as N frames sample the video
     num_points  P key points of a trajectory
-    stanza      directory of Stanza's models; None if the phrases files exist
+    stanza      directory of Stanza's models; None for spaCy, or if the phrases files exist
+    spacy       whether spaCy makes phrases
     detector, segmenter  directories for `Grounding`; None if the masks files exist
+    tracker     directory for `VideoSegmenter`; None for `track_all`
     threshold   minimum score of the detector
     device      where the models run
+    lost        share of its moments below which a trajectory is lost
     until       last step to run, of `steps.STEPS`
     when_questions  add a question for the time of one event to each record that has none
     """
@@ -43,10 +50,13 @@ class Settings:
     num_frames: int = 100
     num_points: int = 3
     stanza: Path | None = None
+    spacy: bool = False
     detector: Path | None = None
     segmenter: Path | None = None
+    tracker: Path | None = None
     threshold: float = 0.35
     device: str = "cpu"
+    lost: float = 0.3
     until: Step = "records"
     when_questions: bool = True
 
@@ -55,11 +65,17 @@ class Settings:
         made: dict[str, dict[str, Any]] = {}
         if self.stanza:
             made["phrases"] = {"stanza": _name(self.stanza)}
+        elif self.spacy:
+            made["phrases"] = {"spacy": SPACY_MODEL}
         if self.detector:
             segmenter = self.segmenter and _name(self.segmenter)
             made["masks"] = {"detector": _name(self.detector), "segmenter": segmenter, "threshold": self.threshold}
-        made["tracks"] = {"num_frames": self.num_frames, **asdict(LucasKanade())}
-        made["records"] = {"num_points": self.num_points, "when_questions": self.when_questions}
+        ours = {**asdict(LucasKanade()), "objects": asdict(Following())}
+        made["tracks"] = {
+            "num_frames": self.num_frames,
+            **({"tracker": _name(self.tracker)} if self.tracker else ours),
+        }
+        made["records"] = {"num_points": self.num_points, "lost": self.lost, "when_questions": self.when_questions}
         return {step: made[step] for step in STEPS[: STEPS.index(self.until) + 1] if step in made}
 
 
@@ -100,7 +116,7 @@ def annotate(video: Video, settings: Settings) -> None:
     if not path["phrases"].exists():
         parser = _parser(settings)
         if parser is None:
-            raise ValueError(f"{path['phrases']}: no such file; write it, or make it with --stanza")
+            raise ValueError(f"{path['phrases']}: no such file; write it, or make it with spaCy or --stanza")
         steps.write_phrases(path["phrases"], video.captions, [parser(e.sentence) for e in video.captions.events])
     phrases = steps.read_phrases(path["phrases"], video.captions)
     if last == 0:
@@ -115,13 +131,15 @@ def annotate(video: Video, settings: Settings) -> None:
     if not path["tracks"].exists():
         assert masks is not None
         moments = _moments(video, settings)
-        steps.write_tracks(path["tracks"], track_events(video.path, moments, masks))
+        steps.write_tracks(path["tracks"], (_tracker(settings) or track_all)(video.path, moments, masks))
     tracks = steps.read_tracks(path["tracks"], phrases)
     if last == 2:
         return
-    points = {
+    chosen = {
         key: found for key, track in tracks.items() if (found := key_points(track, settings.num_points)) is not None
     }
+    measured = {key: measure(phrases[key[0]][key[1]].text, found, settings.lost) for key, found in chosen.items()}
+    points = {key: found for key, found in chosen.items() if not measured[key].lost}
     if video.record is None:
         record = pite_record(name, video.source, video.captions, phrases, points, settings.when_questions)
     else:
@@ -134,8 +152,10 @@ def annotate(video: Video, settings: Settings) -> None:
         "found": len(tracks) if masks is None else sum(mask is not None for event in masks for mask in event),
         "followed": len(tracks),
         "trajectories": len(points),
+        "lost": len(chosen) - len(points),
     }
-    steps.write_json(path["records"], {"record": record, "counts": counts})
+    outcome = [asdict(each) for each in measured.values()]
+    steps.write_json(path["records"], {"record": record, "counts": counts, "trajectories": outcome})
 
 
 def attempt(video: Video, settings: Settings) -> Failure | None:
@@ -181,9 +201,9 @@ def _moments(video: Video, settings: Settings) -> Sequence[Moments]:
 @lru_cache(1)
 def _parser(settings: Settings) -> Callable[[str], list[Phrase]] | None:
     """Loaded once per process."""
-    from dataloaders.annotation.phrases import StanzaPhrases
-
-    return StanzaPhrases(settings.stanza, settings.device) if settings.stanza else None
+    if settings.stanza:
+        return StanzaPhrases(settings.stanza, settings.device)
+    return SpacyPhrases() if settings.spacy else None
 
 
 @lru_cache(1)
@@ -196,8 +216,20 @@ def _grounding(settings: Settings) -> Grounding | None:
     return Grounding(settings.detector, settings.segmenter, settings.device, settings.threshold)
 
 
+@lru_cache(1)
+def _tracker(settings: Settings) -> VideoSegmenter | None:
+    """Loaded once per process."""
+    if settings.tracker is None:
+        return None
+    from dataloaders.annotation.video_masks import VideoSegmenter
+
+    return VideoSegmenter(settings.tracker, settings.device)
+
+
 def load_models(settings: Settings) -> None:
     """Load the models, so that a wrong directory is an error before the first video. Raises ValueError."""
     _parser(settings)
     if settings.until != "phrases":
         _grounding(settings)
+    if STEPS.index(settings.until) >= STEPS.index("tracks"):
+        _tracker(settings)

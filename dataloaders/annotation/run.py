@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dataloaders.annotation.flags import AnnotationFlags
+from dataloaders.annotation.phrases import INSTALL, has_spacy
 from dataloaders.annotation.pipeline import Settings, Video, attempt, load_models
+from dataloaders.annotation.report import Measured, summary, table
+from dataloaders.annotation.sheets import draw_sheets
 from dataloaders.annotation.sources import read_captions, read_records
 from dataloaders.annotation.steps import STEPS, join_records, step_path
 from dataloaders.annotation.tracking import opencv
@@ -77,7 +81,10 @@ def check_settings(settings: Settings) -> None:
 def check_models(videos: Sequence[Video], settings: Settings, allowed: float) -> None:
     """Raise ValueError if the model of a step is not given, and more than `allowed` videos lack the file of the step."""
     last = STEPS.index(settings.until)
-    for step, flag, model in (("phrases", "--stanza", settings.stanza), ("masks", "--detector", settings.detector)):
+    for step, flag, model in (
+        ("phrases", "--stanza", settings.stanza or settings.spacy or None),
+        ("masks", "--detector", settings.detector),
+    ):
         if model is not None or STEPS.index(step) > last:
             continue
         files = [
@@ -90,16 +97,8 @@ def check_models(videos: Sequence[Video], settings: Settings, allowed: float) ->
             raise ValueError(
                 f"{flag} must be given, the folder of the model that makes the {step}: {len(lacking):,} of {len(videos):,} "
                 f"videos have no file of {step}, such as {lacking[0]}; or write these files with another program"
+                + (f", or use spaCy: {INSTALL}" if step == "phrases" else "")
             )
-
-
-def summary(counts: Sequence[dict[str, int]]) -> str:
-    total = sum((Counter(each) for each in counts), Counter[str]())
-    return (
-        f"{len(counts):,} videos, {total['events']:,} events, {total['phrases']:,} phrases; {total['found']:,} of them "
-        f"found in their event's first frame, {total['followed']:,} tracked, "
-        f"{total['trajectories']:,} with a trajectory"
-    )
 
 
 def run(flags: AnnotationFlags) -> None:
@@ -115,6 +114,8 @@ def run(flags: AnnotationFlags) -> None:
     if not entries:
         raise ValueError(f"{source}: holds no video")
     videos = [video for video in entries if isinstance(video, Video)]
+    if settings.stanza is None and has_spacy():
+        settings = replace(settings, spacy=not all(_is_done(work, "phrases", video) for video in videos))
     check_models(videos, settings, flags.failure_budget * len(entries))
     check_settings(settings)
     ledger = Ledger(work / LEDGER, len(entries), flags.failure_budget)
@@ -126,7 +127,11 @@ def run(flags: AnnotationFlags) -> None:
     ours = videos[part.number - 1 :: part.count]
     mine = [v for v in ours[ranks.rank :: ranks.size] if not _is_done(work, flags.until, v)]
     log.info("%s of %s videos to annotate", f"{len(mine):,}", f"{len(videos):,}")
-    if STEPS.index(flags.until) >= STEPS.index("tracks") and any(not _is_done(work, "tracks", v) for v in mine):
+    if (
+        STEPS.index(flags.until) >= STEPS.index("tracks")
+        and not flags.tracker
+        and any(not _is_done(work, "tracks", v) for v in mine)
+    ):
         opencv()
     failed = 0
     workers = min(_usual_workers(flags.device) if flags.workers is None else flags.workers, len(mine))
@@ -141,8 +146,10 @@ def run(flags: AnnotationFlags) -> None:
     elif ranks.size > 1 or part.count > 1:
         print(f"when all ranks are done, run the same command without torchrun and --part to write {flags.output}")
     else:
-        counts = join_records((step_path(work, "records", v.name) for v in videos), flags.output)
-        print(f"{flags.output}: {summary(counts)}")
+        found = join_records((step_path(work, "records", v.name) for v in videos), flags.output)
+        print(f"{flags.output}: {summary([counts for counts, _ in found], flags.lost)}")
+        print(table([Measured(**each) for _, trajectories in found for each in trajectories]))
+        draw_sheets(videos, work, flags.sheets)
 
 
 def _settings(flags: AnnotationFlags, ranks: Ranks) -> Settings:
@@ -153,8 +160,10 @@ def _settings(flags: AnnotationFlags, ranks: Ranks) -> Settings:
         stanza=flags.stanza,
         detector=flags.detector,
         segmenter=flags.segmenter,
+        tracker=flags.tracker,
         threshold=flags.threshold,
         device=f"cuda:{ranks.local}" if flags.device == "cuda" else flags.device,
+        lost=flags.lost,
         until=flags.until,
         when_questions=flags.when_questions,
     )

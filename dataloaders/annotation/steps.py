@@ -3,7 +3,8 @@
     phrases/{id}.json         {"events": [{"sentence": "A dog runs.", "phrases": [{"phrase": "A dog", "start": 0}]}]}
     masks/{id}.json           {"events": [[{"size": [H, W], "counts": [...]}, null]]}, null where nothing was found
     tracks/{id}.safetensors   "{event}.{phrase}": (M, K, 2) float32, for each phrase that was tracked
-    records/{id}.json         {"record": ..., "counts": ...}, the line of the data set and counts of its phrases
+    records/{id}.json         {"record": ..., "counts": ..., "trajectories": ...}: the line of the data set, counts of its
+                              phrases, and how long and how far each trajectory was followed
 
 Events are in the order of the captions, and phrases in the order of `phrases`. A mask is in COCO's uncompressed
 run-length encoding: lengths of alternating runs of 0 and 1, columns first, beginning with 0.
@@ -12,7 +13,7 @@ run-length encoding: lengths of alternating runs of 0 and 1, columns first, begi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -162,17 +163,17 @@ def read_tracks(path: Path, phrases: Phrases) -> Tracks:
     return tracks
 
 
-def join_records(paths: Iterable[Path], output: Path) -> Sequence[dict[str, int]]:
-    """Write the existing records of `paths` as one JSONL file, atomically; returns their counts."""
+def join_records(paths: Iterable[Path], output: Path) -> list[tuple[dict[str, int], list[dict[str, Any]]]]:
+    """Write the existing records of `paths` as one JSONL file, atomically; returns their counts and trajectories."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    counts = []
+    found = []
     with file_written_atomically(output) as temporary, temporary.open("w", encoding="utf-8") as file:
         for path in paths:
             if path.exists():
                 content = read_json(path)
                 file.write(json.dumps(content["record"], ensure_ascii=False, separators=(",", ":")) + "\n")
-                counts.append(content["counts"])
-    return counts
+                found.append((content["counts"], content["trajectories"]))
+    return found
 
 
 def _events(path: Path, count: int) -> list[Any]:

@@ -170,12 +170,12 @@ def _parse(values: dict[str, Any]) -> Preprocess:
     resample = values.get("resample", Image.Resampling.BICUBIC)
     if resample not in names:
         raise ValueError(f"resample is {resample}, only bicubic (3) and bilinear (2) are supported")
-    size = values.get("size", {"height": 224, "width": 224} if siglip else 224)
+    size: Any = values.get("size", {"height": 224, "width": 224} if siglip else 224)
     squash = isinstance(size, dict) and "shortest_edge" not in size
     if squash and size["height"] != size["width"]:
         raise ValueError(f"size is {size}, only a square or a shortest_edge is supported")
-    resize = size["height" if squash else "shortest_edge"] if isinstance(size, dict) else size
-    crop = values.get("crop_size", resize if squash else 224)
+    resize: Any = size["height" if squash else "shortest_edge"] if isinstance(size, dict) else size
+    crop: Any = values.get("crop_size", resize if squash else 224)
     if isinstance(crop, dict) and crop["height"] != crop["width"]:
         raise ValueError(f"crop_size is {crop}, only a square is supported")
     if not values.get("do_center_crop", not squash):
@@ -184,8 +184,8 @@ def _parse(values: dict[str, Any]) -> Preprocess:
         crop = resize
     half = (0.5, 0.5, 0.5)
     return Preprocess(
-        resize,
-        crop["height"] if isinstance(crop, dict) else crop,
+        int(resize),
+        int(crop["height"] if isinstance(crop, dict) else crop),
         mean=tuple(values.get("image_mean", half if siglip else CLIP_MEAN)),
         std=tuple(values.get("image_std", half if siglip else CLIP_STD)),
         filter=names[resample],

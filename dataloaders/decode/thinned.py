@@ -16,6 +16,7 @@ import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
 from av.packet import Packet
+from av.stream import Stream
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -127,7 +128,7 @@ def _write_whole(
                 output.mux_one(_retimed(filtered, target, number, time))
 
 
-def _retimed(packet: Packet, target: VideoStream, number: int, time: int) -> Packet:
+def _retimed(packet: Packet, target: Stream, number: int, time: int) -> Packet:
     packet.stream, packet.time_base = target, Fraction(1, _RATE)
     packet.dts, packet.pts, packet.duration = number, time, 1
     return packet
@@ -135,7 +136,7 @@ def _retimed(packet: Packet, target: VideoStream, number: int, time: int) -> Pac
 
 def first_size(content: bytes) -> tuple[int, int]:
     """(width, height) of the first picture of a file, as decoded; (0, 0) where it cannot be decoded."""
-    with av.open(BytesIO(content)) as container:
+    with av.open(BytesIO(content), "r") as container:
         context = container.streams.video[0].codec_context
         packet = next((p for p in container.demux(video=0) if p.size), None)
         frames = [] if packet is None else [*context.decode(packet), *context.decode(None)]

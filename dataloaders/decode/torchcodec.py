@@ -52,7 +52,8 @@ def sample_video(
     if not readable or probed.interlaced or probed.orientation != UPRIGHT:
         return sample_with_pyav(path, num_frames, clip, transform, sampling, thinned)
     distinct, places = np.unique(probed.indices(num_frames, sampling), return_inverse=True)
-    source, stream, least = str(path.absolute()), probed.packets.stream, probed.first + probed.total
+    source: str | bytes = str(path.absolute())
+    stream, least = probed.packets.stream, probed.first + probed.total
     if needed is not None:
         source, stream, least, distinct = needed.content, 0, needed.indices[-1] + 1, needed.indices
     try:

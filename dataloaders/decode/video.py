@@ -157,13 +157,12 @@ def sample_video(
     try:
         packets = read_packets(path, clip)
         times, end = packets.times, packets.end
-        frames = None
+        frames: dict[int, np.ndarray] = {}
         if thinned and packets.thinnable and len(times):
             chosen = sampled_indices(times, end, num_frames, sampling)
-            frames = _decode_needed(path, np.unique(chosen), transform, packets)
-        if frames is not None:
-            return _sampled(frames, packets, times, end, num_frames, sampling)
-        frames = {}
+            needed = _decode_needed(path, np.unique(chosen), transform, packets)
+            if needed is not None:
+                return _sampled(needed, packets, times, end, num_frames, sampling)
         seen = np.zeros(0)
         if packets.origin is not None:
             clip = packets.clip

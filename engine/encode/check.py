@@ -15,6 +15,7 @@ import numpy as np
 
 from dataloaders.decode.decoder import Decoder
 from dataloaders.records import Media
+from engine.encode.measured import hours_on, measured_rates
 from engine.encode.work import features_of, seconds_of
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def _least_cosine(one: np.ndarray, two: np.ndarray) -> float:
 def predict(job: Job, ranks: int) -> str:
     """The dry run's report for one kind of media: the store's size, and the time to encode the missing files.
 
-    It decodes some files and runs CLIP a few times on this machine. Times for other devices are computed from FLOPs.
+    It decodes some files and runs CLIP a few times on this machine. Times for GPUs are from measurements of `bench.encode`
+    where there are any, else from data sheets, and each line states which.
     """
     # Imported here: the decoding processes import engine.encode, and need no torch.
     from engine.hardware import CLIP_MFU, DEVICES
@@ -112,13 +114,11 @@ def predict(job: Job, ranks: int) -> str:
         f" decoding {hours[0]:,.2f} h, {ranks / decode:,.1f} files/s; CLIP {hours[1]:,.2f} h, {ranks / clip:,.0f} frames/s"
         f" (measured now on {min(_SAMPLE, len(missing))} files and some frames, times {ranks} ranks)"
     )
-    flops = job.encoder.flops_per_frame * manifest.num_frames * len(missing)
+    frames = float(manifest.num_frames * len(missing))
     for name in ("A100-80GB", "H100", "H200"):
-        peak = DEVICES[name].peak
-        lines.append(
-            f"  8x {name:<9} {flops / (8 * peak * CLIP_MFU) / 3600:,.3f} h for CLIP, {flops:.2e} FLOPs at {CLIP_MFU:.0%} of the"
-            " bfloat16 peak (assumed, not measured)"
-        )
+        assumed = DEVICES[name].peak * CLIP_MFU / job.encoder.flops_per_frame
+        rates = measured_rates(name, job.config.measured)
+        lines.append(hours_on(name, rates, frames, sum(lengths), assumed))
     return "\n".join(lines)
 
 

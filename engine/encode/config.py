@@ -52,9 +52,12 @@ class EncodeConfig(LogFlags):
     """records per shard; a kill loses at most this many"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device of CLIP"""
-    decoder: Literal["auto", "pyav", "dali", "torchcodec"] = "auto"
+    decoder: Literal["auto", "pyav", "dali", "torchcodec", "torchcodec-cuda"] = "auto"
     """decoder; auto is DALI if CLIP runs on a GPU and DALI is installed, else PyAV. Each file that DALI cannot decode
-    falls back to PyAV"""
+    falls back to PyAV. torchcodec decodes on the CPU, torchcodec-cuda on the GPU (not yet run on one)"""
+    cpu_share: float | None = None
+    """share of the videos that PyAV decodes on the CPU while DALI decodes the others on the GPU. By default estimated from
+    the numbers of workers and NVDEC engines; STORE/decode.json keeps it for later runs"""
     part: str | None = None
     """`2/3` encodes the second of three parts of the media, of equal length: one for each host"""
     verify: int = 0
@@ -62,6 +65,9 @@ class EncodeConfig(LogFlags):
     dry_run: bool = False
     """instead of encoding, print the store's size, the time to encode and the number of absent files; creates empty stores
     and the lists of media at most"""
+
+    measured: Path = Path("bench/results")
+    """folder with the results of bench.encode, from which --dry-run takes the rates of GPUs"""
 
     @property
     def choices(self) -> Family:
@@ -90,5 +96,7 @@ class EncodeConfig(LogFlags):
         at_least(self, 0, "workers")
         if self.verify < 0 or self.time_limit <= 0:
             raise ValueError("--verify must be 0 or more, and --time-limit more than 0")
+        if self.cpu_share is not None and not 0 <= self.cpu_share <= 1:
+            raise ValueError(f"--cpu-share is a share between 0 and 1, not {self.cpu_share}")
         if not 0 <= self.failure_budget <= 1:
             raise ValueError(f"--failure-budget is a share between 0 and 1, not {self.failure_budget}")

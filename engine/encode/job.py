@@ -19,6 +19,9 @@ from engine.encode.config import EncodeConfig
 if TYPE_CHECKING:
     from pite.clip import ClipEncoder
 
+ENGINES: dict[str, Literal["DALI", "torchcodec"]] = {"dali": "DALI", "torchcodec-cuda": "torchcodec"}
+"""--decoder -> what decodes on the GPU."""
+
 log = logging.getLogger(__name__)
 
 
@@ -55,7 +58,8 @@ class Job:
 
     def decoder(self, files: int) -> AbstractContextManager[Decoder]:
         """A decoder for this many files: PyAV also where DALI was chosen by default and cannot be started."""
-        if self.backend.decoder == "dali":
+        engine = ENGINES.get(self.backend.decoder)
+        if engine == "DALI" or (engine is not None and self.kind == "video"):
             try:
                 return dali.DaliDecoder(
                     self.kind,
@@ -64,6 +68,8 @@ class Job:
                     workers=min(files, self.backend.workers),
                     time_limit=self.config.time_limit,
                     sessions=self.backend.sessions,
+                    cpu_share=self.backend.cpu_share,
+                    engine=engine,
                     **self._frames,
                 )
             except ValueError as error:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dataloaders.decode.decoder import Decoded, is_fallback
 from dataloaders.decode.sampling import IN_MANIFEST
+from dataloaders.errors import reason
 from dataloaders.failures import LEDGER, Failure, Ledger, read_failures, reason_kind, report
 from dataloaders.media import duration_error, wrong_duration
 from dataloaders.ranks import ALONE, Part, Ranks
@@ -23,8 +24,9 @@ from engine.encode.backend import Backend, choose_backend
 from engine.encode.check import predict, verify
 from engine.encode.config import EncodeConfig
 from engine.encode.inventory import Inventory, take_inventory
-from engine.encode.job import Job
-from engine.encode.work import features_of, groups_of, partition_by_length
+from engine.encode.job import ENGINES, Job
+from engine.encode.share import agreed_share
+from engine.encode.work import encode_blank, features_of, groups_of, partition_by_length
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,7 +123,7 @@ def encode(config: EncodeConfig, ranks: Ranks = ALONE) -> Summary:
     Raises ValueError for a data folder, CLIP or store that cannot be used, and when failures exceed the budget: before
     CLIP is loaded if too many files are absent. Features that were stored before the error are kept.
     """
-    backend = choose_backend(config, ranks)
+    backend = _with_share(choose_backend(config, ranks), config, write=True)
     inventory = take_inventory(config, ranks)
     ledger, summary = Ledger(config.store / LEDGER, len(inventory.media), config.failure_budget), Summary()
     inventory.log_absent(ledger, logs_them=ranks.rank == 0 and Part.parse(config.part).number == 1)
@@ -133,18 +135,23 @@ def encode(config: EncodeConfig, ranks: Ranks = ALONE) -> Summary:
 
 def prepare(config: EncodeConfig, ranks: Ranks = ALONE) -> tuple[Inventory, list[Job]]:
     """The inventory and this rank's jobs, to look at the stores without encoding."""
-    backend = choose_backend(config, ranks)
+    backend = _with_share(choose_backend(config, ranks), config, write=False)
     inventory = take_inventory(config, ranks)
     return inventory, make_jobs(config, inventory, backend, ranks)
 
 
+def _with_share(backend: Backend, config: EncodeConfig, write: bool) -> Backend:
+    """The backend with the CPU's share of the store, which the first run with DALI stores if it may `write`."""
+    if backend.decoder not in ENGINES:
+        return backend
+    share = agreed_share(config.store, config.cpu_share, backend.cpu_share, write)
+    log.info("the CPU decodes %.0f%% of the videos, the GPU the others", 100 * share)
+    return replace(backend, cpu_share=share)
+
+
 def make_jobs(config: EncodeConfig, inventory: Inventory, backend: Backend, ranks: Ranks) -> list[Job]:
     """Load CLIP, open or create the stores, and take this rank's share of each kind of media."""
-    # Imported here: the decoding processes import this module, and need neither torch nor transformers.
-    from pite.pooled import load_encoder
-
-    chosen = config.choices
-    encoder = load_encoder(chosen, chosen.clip, backend.device, compiled=backend.device != "cpu")
+    chosen, encoder = config.choices, _load_encoder(config, backend.device)
     manifests = {"video": _manifest(encoder, config.num_frames, IN_MANIFEST[chosen.sampling])}
     if 1 in chosen.stages:  # of stills
         manifests = {"image": _manifest(encoder, 1, "still"), **manifests}
@@ -159,6 +166,25 @@ def make_jobs(config: EncodeConfig, inventory: Inventory, backend: Backend, rank
         if groups:
             jobs.append(Job(groups[0][0].kind, groups, inventory.absent.keys(), store, encoder, config, backend))
     return jobs
+
+
+def _load_encoder(config: EncodeConfig, device: str) -> ClipEncoder:
+    """CLIP, compiled on a GPU if a first batch can be encoded so: without a C compiler it cannot."""
+    # Imported here: the decoding processes import this module, and need neither torch nor transformers.
+    from pite.pooled import load_encoder
+
+    chosen = config.choices
+    if device == "cpu":
+        return load_encoder(chosen, chosen.clip, device)
+    encoder = load_encoder(chosen, chosen.clip, device, compiled=True)
+    try:
+        encode_blank(encoder, config.num_frames, config.batch_size)
+    except Exception as error:  # Inductor, Triton and the compiler raise many.
+        log.warning(
+            "torch.compile fails here (%s): CLIP runs without it; install a C compiler, such as gcc", reason(error)
+        )
+        return load_encoder(chosen, chosen.clip, device)
+    return encoder
 
 
 def _manifest(encoder: ClipEncoder, num_frames: int, sampling: str) -> Manifest:

@@ -91,6 +91,22 @@ def partition_by_length(groups: Sequence[list[Media]], ranks: int) -> list[list[
     return [[groups[place] for place in sorted(share)] for share in shares]
 
 
+def rows_of(batch_size: int, num_frames: int) -> int:
+    """Frames of each forward pass: those of whole files, where at least one fits."""
+    return batch_size // num_frames * num_frames or batch_size
+
+
+def encode_blank(encoder: ClipEncoder, num_frames: int, batch_size: int) -> None:
+    """Encode a full batch of black frames, of the shape that all batches of videos have."""
+    from pite.pooled import PooledEncoder
+
+    side, videos = encoder.preprocess.crop, batch_size // num_frames or 1
+    if isinstance(encoder, PooledEncoder):
+        encoder.records(np.zeros((videos * num_frames, side, side, 3), np.uint8), [num_frames] * videos)
+    else:
+        encoder.encode(np.zeros((rows_of(batch_size, num_frames), side, side, 3), np.uint8))
+
+
 def features_of(
     batch: Sequence[Decoded], encoder: ClipEncoder, num_frames: int, batch_size: int
 ) -> list[np.ndarray | None]:
@@ -112,7 +128,7 @@ def features_of(
 
 def _frames(parts: Sequence[np.ndarray | Tensor], encoder: ClipEncoder, num_frames: int, batch_size: int) -> np.ndarray:
     """Records of a feature for each frame."""
-    rows = batch_size // num_frames * num_frames or batch_size
+    rows = rows_of(batch_size, num_frames)
     frames = _joined(parts, rows)
     encoded = [encoder.encode(frames[i : i + rows]).cpu().numpy() for i in range(0, len(frames), rows)]
     return np.concatenate(encoded)[: len(parts) * num_frames].reshape(len(parts), num_frames, -1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,6 +29,9 @@ from engine.tiny.tokenizer import build_tokenizer
 VERSION = 6
 """Version of the recipe: weights of another version are refused."""
 
+SETTINGS = {"clip": ("clip_steps", "seed"), "vicuna": ("vicuna_steps", "frames", "motion", "seed")}
+"""The settings that each model depends on."""
+
 MANIFEST = "tiny.json"
 HEADS = "heads/heads.safetensors"
 """What `vicuna.Trainer` adds to the model. Only the probes read it."""
@@ -44,7 +46,7 @@ def make_clip(directory: Path, config: TinyConfig) -> str:
     results = probe_clip(model)
     with directory_written_atomically(directory) as unfinished:
         clip.save(model, unfinished)
-        _write_manifest(unfinished, config, seconds, results, prefix)
+        _write_manifest(unfinished, _identity("clip", config), seconds, results, prefix)
     return f"clip: {_shown(results)}"
 
 
@@ -60,7 +62,7 @@ def make_vicuna(directory: Path, config: TinyConfig) -> str:
         vicuna.save(trainer.model, tokenizer, unfinished)
         (unfinished / HEADS).parent.mkdir()
         write_tensors(unfinished / HEADS, _heads(trainer))
-        _write_manifest(unfinished, config, seconds, results, prefix)
+        _write_manifest(unfinished, _identity("vicuna", config), seconds, results, prefix)
     return f"vicuna: {_shown(results)}"
 
 
@@ -109,15 +111,15 @@ def _shown(results: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in results.items())
 
 
-def _identity(config: TinyConfig) -> dict[str, Any]:
-    return {"version": VERSION, **asdict(config)}
+def _identity(name: str, config: TinyConfig) -> dict[str, Any]:
+    return {"version": VERSION, **{field: getattr(config, field) for field in SETTINGS[name]}}
 
 
 def _write_manifest(
-    directory: Path, config: TinyConfig, seconds: float, results: dict[str, float], prefix: dict[str, Any]
+    directory: Path, identity: dict[str, Any], seconds: float, results: dict[str, float], prefix: dict[str, Any]
 ) -> None:
     record = {
-        **_identity(config),
+        **identity,
         "sha256": sha256(directory / "model.safetensors"),
         "probes": {name: round(value, 6) for name, value in results.items()},
         "cpu_minutes": round(seconds / 60, 1),
@@ -137,7 +139,7 @@ def _missing(directory: Path, config: TinyConfig) -> bool:
     """Whether `directory` does not exist yet. Raises ValueError if it holds anything but the model of `config`."""
     if not directory.exists():
         return True
-    wanted = _identity(config)
+    wanted = _identity(directory.name, config)
     if not (directory / MANIFEST).exists() or {**read_manifest(directory), **wanted} != read_manifest(directory):
         raise ValueError(f"{directory} does not hold the tiny model of {wanted}; choose another folder")
     return False

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -18,14 +19,18 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from dataloaders.decode import preprocess as preprocessing
+from dataloaders.decode.dali.decoder import DaliDecoder
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.video import decode_video
+from dataloaders.records import Media
 from dataloaders.store.features import FeatureStore
+from engine.encode.check import LEAST_COSINE
 from engine.encode.config import EncodeConfig
 from engine.encode.run import encode
 from pite.clip import ClipEncoder
 from pite.towers import CLIP, SIGLIP
 from tests.clips import SIZE, save_clip, save_siglip, write_data
+from tests.media import needs_dali
 
 TOWERS: dict[str, tuple[Callable[[Path], Any], type]] = {
     "clip": (save_clip, CLIPImageProcessorPil),
@@ -155,6 +160,26 @@ def test_encoding_a_data_folder(tmp_path: Path, kind: str) -> None:
         "filter": "bicubic" if kind == "siglip" else "bilinear",
         "resize": SIZE, "crop": SIZE, "mean": [0.5] * 3, "std": [0.5] * 3, "squash": True,
     }  # fmt: skip
+
+
+@needs_dali
+def test_the_frames_of_dali_have_transformers_features(saved: tuple[str, Path], tmp_path: Path) -> None:
+    kind, directory = saved
+    path = tmp_path / "v.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=10, options={"auto-alt-ref": "0"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 96, 72, "yuv420p", 4_000_000
+        for scene in smooth(72, 96, 5):
+            # Grey: the conversion of colours differs a little between decoders, and has tests of its own.
+            frame = np.repeat(scene[..., :1], 3, 2)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    encoder = ClipEncoder(str(directory))
+    with DaliDecoder("video", 5, encoder.preprocess, "cpu", workers=1) as decoder:
+        (decoded,) = decoder.map([Media("", path)])
+    assert decoded.by == "DALI (vp9)"
+    _, expected = expected_features(kind, directory, list(decode_video(path, 5)))
+    assert torch.cosine_similarity(encoder.encode(decoded.frames), expected).min() > LEAST_COSINE
 
 
 def test_the_published_rule_has_the_words_of_earlier_stores() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 Restart = Literal[0, 1, 2]
-NOT, OPEN, CLEAN = 0, 1, 2
+NOT: Final = 0
+OPEN: Final = 1
+CLEAN: Final = 2
 """Whether decoding can start at a picture. OPEN: it can, but pictures that follow it may refer to earlier ones and are shown
 before it (HEVC's CRA). CLEAN: no later picture refers to an earlier one."""
 

@@ -50,6 +50,8 @@ READERS: dict[str, Callable[[bytes], HeaderReader]] = {
 }
 """FFmpeg's name of a codec -> the reader of its packets."""
 
+CHANGES_SIZE = "frames that change size"
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -61,7 +63,8 @@ class Pictures:
     leading    (P,) bool: it refers to pictures before the last OPEN one
     marked     packets are marked as key frames where the headers do not prove that decoding can start, as with intra refresh
     problem    why the headers do not prove that each packet is one shown frame; the arrays are then empty
-    hidden     why a decoder that counts decoded pictures, as DALI does, would count others than those shown; else empty
+    hidden     why a decoder that counts decoded pictures, as DALI does, would count others than those shown, or
+               CHANGES_SIZE; else empty
     """
 
     ticks: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -100,7 +103,7 @@ def _collect(pictures: list[Picture], ticks: list[int | None]) -> Pictures:
     if pictures[0].restart == NOT:
         raise Irregular("a start in the middle")
     sizes = {p.size for p in pictures if p.size is not None}
-    hidden = "frames that change size" if len(sizes) > 1 else next((p.hidden for p in pictures if p.hidden), "")
+    hidden = CHANGES_SIZE if len(sizes) > 1 else next((p.hidden for p in pictures if p.hidden), "")
     highest = max(p.layer for p in pictures)
     return Pictures(
         ticks=np.array(cast("list[int]", ticks), np.int64),

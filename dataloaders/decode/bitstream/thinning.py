@@ -29,7 +29,7 @@ class Needed:
 def needed(pictures: Pictures, wanted: np.ndarray, splice: bool = False) -> Needed:
     """The packets that show the `wanted` display times (n,), and those that they need.
 
-    splice  the packets become one stream, whose decoder does not know of gaps: a gap ends only at a CLEAN picture
+    splice  the packets become one stream, whose decoder is not flushed at gaps: a gap ends only at a CLEAN picture
     """
     is_wanted = np.isin(pictures.ticks, wanted)
     starts = np.flatnonzero(pictures.restarts != NOT)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,7 @@ from dataloaders.decode.dali.agreement import compare, surroundings
 from dataloaders.decode.dali.pipeline import Pipeline, require, root_cause
 from dataloaders.decode.dali.request import BATCH_MEMORY, DecodeRequest, prepare
 from dataloaders.decode.dali.sessions import ON_CPU, Sessions
+from dataloaders.decode.dali.torchcodec import TorchcodecPipeline
 from dataloaders.decode.decoder import Decoded, decode_file, guarded, result_of
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.sampling import Sampling
@@ -85,6 +86,8 @@ class DaliDecoder:
     workers     processes that probe files, and decode those that DALI cannot
     time_limit  seconds that DALI may take for a batch, and a worker process for a file
     sessions    how many pipelines decode how many files at a time
+    engine      what decodes; torchcodec decodes videos only
+    cpu_share   share of the videos that the processes decode with PyAV while DALI decodes the others (`share`)
     """
 
     def __init__(
@@ -97,23 +100,28 @@ class DaliDecoder:
         time_limit: float | None = TIME_LIMIT,
         sampling: Sampling = "index",
         sessions: Sessions = ON_CPU,
+        cpu_share: float = 0.0,
+        engine: Literal["DALI", "torchcodec"] = "DALI",
     ) -> None:
-        require()
+        if engine == "DALI":
+            require()
+        make: Callable[..., Pipeline | TorchcodecPipeline] = Pipeline if engine == "DALI" else TorchcodecPipeline
+        self._engine = engine
         settings: dict[str, Any] = {"num_frames": num_frames, "preprocess": preprocess, "sampling": sampling}
-        self._prepare = partial(prepare, device=device, **settings)
+        self._prepare = partial(prepare, device=device, cpu_share=cpu_share, counts_hidden=engine == "DALI", **settings)
         self._decode = partial(guarded, partial(decode_file, **settings))
         self._surroundings = partial(guarded, partial(surroundings, **settings))
-        self._failed, self._succeeded, self._hung = 0, False, 0
+        self._failed, self._succeeded, self._hung, self._cause = 0, False, 0, ""
         self._disagree: set[tuple[str, int]] = set()
         self._of_kind: Counter[tuple[str, int]] = Counter()
         self._shown: dict[str, set[tuple[int, int]]] = {}
         self._sessions, self._time_limit = sessions, time_limit
         self._memory = BATCH_MEMORY[device] // sessions.in_flight
-        self._build = partial(Pipeline, kind, preprocess, device, sessions.batch, sessions.threads)
+        self._build = partial(make, kind, preprocess, device, sessions.batch, sessions.threads)
         try:
             self._pipelines = [self._build() for _ in range(sessions.pipelines)]
         except RuntimeError as error:
-            raise ValueError(f"DALI cannot decode on {device} here ({root_cause(error)}); use pyav") from None
+            raise ValueError(f"{engine} cannot decode on {device} here ({root_cause(error)}); use pyav") from None
         self.workers = Workers(max(1, workers), time_limit)
         self._in_flight: deque[_InFlightBatch] = deque()
         self._started = 0
@@ -151,7 +159,7 @@ class DaliDecoder:
             for _ in range(min(self._sessions.window, len(pending))):
                 item, future = pending.popleft()
                 entry = result_of(item, future)
-                if isinstance(entry, DecodeRequest) and entry.may_be_taken_for(self._shown.get(entry.codec, ())):
+                if self._may_be_mistaken(entry):
                     entry = self._with_pyav(entry, _MISTAKEN)
                 if isinstance(entry, DecodeRequest):
                     self._shown.setdefault(entry.codec, set()).add(entry.decoded)
@@ -160,6 +168,12 @@ class DaliDecoder:
                     results[place] = item, entry
                 place += 1
             yield from self._divided(window) or [[]]
+
+    def _may_be_mistaken(self, entry: Decoded | DecodeRequest) -> bool:
+        """Whether DALI may decode a file in the layout of an earlier one."""
+        if self._engine != "DALI" or not isinstance(entry, DecodeRequest):
+            return False
+        return entry.may_be_taken_for(self._shown.get(entry.codec, ()))
 
     def _divided(self, window: list[Placed]) -> list[list[Placed]]:
         """The requests of a window in batches, those of similar size and length together."""
@@ -209,8 +223,15 @@ class DaliDecoder:
             _LOG.info("rebuilding DALI's pipeline: %s", root_cause(error))
             self._rebuild(batch.slot)
             frames = self._bisect(batch.requests, batch.slot)
+        before = self._disabled
         self._failed += sum(isinstance(f, str) and f == _CANNOT_DECODE for f in frames)
         self._succeeded |= any(not isinstance(f, str) for f in frames)
+        if self._disabled and not before:
+            _LOG.warning(
+                "disabling DALI after %d files without a success (%s): falling back to PyAV for all other files",
+                self._failed,
+                self._cause,
+            )
         return frames
 
     def _finish(self, requests: list[DecodeRequest], slot: int) -> list[Frames]:
@@ -243,7 +264,8 @@ class DaliDecoder:
             try:
                 self._pipelines[slot].start(part)
                 frames += self._finish(part, slot)
-            except RuntimeError:
+            except RuntimeError as error:
+                self._cause = root_cause(error)
                 self._rebuild(slot)
                 frames += self._bisect(part, slot) if len(part) > 1 else [_CANNOT_DECODE]
             else:
@@ -261,7 +283,7 @@ class DaliDecoder:
             return self._with_pyav(request, why)
         repeated = request.media.kind == "video" and len(request.places) != len(request.indices)
         frames = frames[request.places] if repeated else frames
-        return Decoded(request.media, frames, by=f"DALI ({request.codec})", facts=request.facts)
+        return Decoded(request.media, frames, by=f"{self._engine} ({request.codec})", facts=request.facts)
 
     def _fallback_reason(self, request: DecodeRequest, frames: Frames) -> str:
         """Why PyAV must decode a file; empty where DALI's frames are good."""
@@ -270,7 +292,7 @@ class DaliDecoder:
         if request.media.kind == "video" and not frames[-1].any():
             return "its last frame is black"
         if not self._agrees(request, frames):
-            return f"DALI decodes {request.codec} with colour matrix {request.matrix} differently"
+            return f"{self._engine} decodes {request.codec} with colour matrix {request.matrix} differently"
         return ""
 
     def _agrees(self, request: DecodeRequest, frames: np.ndarray | Tensor) -> bool:
@@ -287,7 +309,7 @@ class DaliDecoder:
             if not agreement:
                 self._disagree.add(kind)
                 before = f"; check the {self._of_kind[kind]:,} before it with --verify" * bool(self._of_kind[kind])
-                message = "DALI's %s with colour matrix %d %s in %s: falling back to PyAV for it%s"
+                message = f"{self._engine}'s %s with colour matrix %d %s in %s: falling back to PyAV for it%s"
                 _LOG.warning(message, *kind, agreement, request.media.path, before)
                 return False
         self._of_kind[kind] += 1

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dataloaders.decode import nvdec
 from dataloaders.decode.dali.request import BT709, DecodeRequest
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.errors import reason
@@ -25,13 +26,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def require() -> None:
-    """Raise ValueError where DALI cannot be used."""
+def require(device: str = "cpu") -> None:
+    """Raise ValueError where DALI cannot be used on "cpu" or "cuda", whose current device is tried: with the cure.
+
+    DALI may be installed and yet not run: without the driver's video libraries, or under a driver older than its CUDA.
+    """
     try:
         import nvidia.dali  # noqa: F401
     except (ImportError, OSError) as error:
         raise ValueError(
             f"DALI cannot be used here ({reason(error)}); install nvidia-dali-cuda130, or use pyav"
+        ) from None
+    if device != "cuda":
+        return
+    nvdec.require()
+    try:
+        Pipeline("video", Preprocess(), device, 1, 1)
+    except RuntimeError as error:
+        raise ValueError(
+            f"DALI cannot decode on cuda here ({root_cause(error)}); nvidia-dali-cuda130 needs a driver from 580 on,"
+            " nvidia-dali-cuda120 one from 525 on; or use pyav"
         ) from None
 
 
@@ -100,7 +114,7 @@ class Pipeline:
         frames = []
         for place, request in enumerate(requests):
             whole = torch.from_numpy(output.at(place)) if self._gpu is None else torch.from_dlpack(output[place])
-            cropped = self._preprocess.cropped_batch(_shown(whole if whole.ndim == 4 else whole[None], request.size))
+            cropped = self._preprocess.cropped_batch(shown(whole if whole.ndim == 4 else whole[None], request.size))
             frames.append(_in_bt709(cropped) if request.matrix in BT709 else cropped)
         if self._gpu is None:
             self._graph.release_outputs()
@@ -122,7 +136,7 @@ class Pipeline:
             answers.put(str(error))
 
 
-def _shown(frames: Tensor, size: tuple[int, int]) -> Tensor:
+def shown(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """The shown part of decoded frames (n, H, W, 3); all of a still, of which no size is given."""
     width, height = size
     return frames[:, :height, :width] if width else frames
@@ -148,4 +162,4 @@ FROM_601_TO_709 = (_to_rgb(0.2126, 0.0722) @ np.linalg.inv(_to_rgb(0.299, 0.114)
 
 def root_cause(error: Exception) -> str:
     """The cause in DALI's message, without the place where its operators were defined, which comes first."""
-    return " ".join(str(error).rpartition("encountered:")[2].split())[:200]
+    return " ".join(str(error).rpartition("encountered:")[2].split())[:200].rstrip(".")

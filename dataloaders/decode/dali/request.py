@@ -21,6 +21,9 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
+from dataloaders.decode import nvdec
+from dataloaders.decode.bitstream.pictures import CHANGES_SIZE
+from dataloaders.decode.dali.share import is_for_the_cpu
 from dataloaders.decode.decoder import Decoded, decode_file, guarded
 from dataloaders.decode.facts import Facts
 from dataloaders.decode.orientation import UPRIGHT
@@ -94,31 +97,41 @@ class DecodeRequest:
 
 
 def prepare(
-    media: Media, num_frames: int, preprocess: Preprocess, device: str, sampling: Sampling = "index"
+    media: Media,
+    num_frames: int,
+    preprocess: Preprocess,
+    device: str,
+    sampling: Sampling = "index",
+    cpu_share: float = 0.0,
+    counts_hidden: bool = True,
 ) -> Decoded | DecodeRequest:
-    """A request if DALI can decode the file on `device`; otherwise PyAV's result: frames, or the reason for none."""
+    """A request if DALI can decode the file on `device`; otherwise PyAV's result: frames, or the reason for none.
+
+    PyAV also decodes the CPU's share of the videos. `counts_hidden` is true of DALI, which takes hidden pictures for frames.
+    """
+    decode = partial(decode_file, num_frames=num_frames, preprocess=preprocess, sampling=sampling)
+    if media.kind == "video" and is_for_the_cpu(media, cpu_share):
+        return guarded(decode, media)
     try:
         if media.kind == "image":
             request = _still(media, preprocess)
         else:
-            request = _video(media, num_frames, preprocess, device, sampling)
+            request = _video(media, num_frames, preprocess, device, sampling, counts_hidden)
     except DecodeError as error:
         return Decoded(media, reason=str(error))
     except Exception as error:  # PyAV reports what is wrong with the file.
         request = f"{type(error).__name__}: {error}"
-    if isinstance(request, DecodeRequest):
-        return request
-    decode = partial(decode_file, num_frames=num_frames, preprocess=preprocess, sampling=sampling)
-    return guarded(decode, media, by=f"PyAV ({request})")
+    return request if isinstance(request, DecodeRequest) else guarded(decode, media, by=f"PyAV ({request})")
 
 
 def _video(
-    media: Media, num_frames: int, preprocess: Preprocess, device: str, sampling: Sampling
+    media: Media, num_frames: int, preprocess: Preprocess, device: str, sampling: Sampling, counts_hidden: bool
 ) -> DecodeRequest | str:
     """A request for a video, or the reason why DALI cannot decode it."""
     probed = probe(media.path, media.clip)
     indices, places = np.unique(probed.indices(num_frames, sampling), return_inverse=True)
     memory = len(indices) * probed.height * probed.width * 3
+    hidden = probed.packets.pictures.hidden
     problems = {
         f"DALI has no {probed.codec} on {device}": probed.codec not in CODECS[device],
         f"{probed.pixel_format} pixels": probed.pixel_format not in PIXEL_FORMATS,
@@ -132,7 +145,8 @@ def _video(
         _EXTREME: preprocess.is_extreme(probed.height, probed.width),
         "large frames": memory > FRAME_MEMORY[device],
         probed.packets.pictures.problem: bool(probed.packets.pictures.problem),
-        probed.packets.pictures.hidden: bool(probed.packets.pictures.hidden),
+        hidden: bool(hidden) and (counts_hidden or hidden == CHANGES_SIZE),
+        "a size that NVDEC does not decode": device == "cuda" and nvdec.refuses(probed.codec, probed.coded),
     }
     why = next((name for name, is_so in problems.items() if is_so), None)
     if why is not None:

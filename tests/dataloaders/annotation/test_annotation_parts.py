@@ -10,6 +10,7 @@ import pytest
 from dataloaders.annotation import steps
 from dataloaders.annotation.key_points import key_points
 from dataloaders.annotation.record import pite_record
+from dataloaders.annotation.report import measure, table
 from dataloaders.annotation.steps import Phrase
 from dataloaders.annotation.tracking import Moments, track_events
 from dataloaders.formats import read_pite
@@ -140,3 +141,24 @@ def test_moments_are_as_dense_as_a_models_frames():
     part = Moments.of(Event(2.0, 4.1, ""), 10.0, 300, 100)
     assert len(part.frames) == 22 and (np.diff(part.frames) <= 4).all()
     assert Moments.of(Event(5.0, 5.0, ""), 10.0, 1, 100).frames.tolist() == [0]
+
+
+def test_the_table_shows_whether_only_what_stands_still_was_kept():
+    way = np.linspace((0.2, 0.5), (0.5, 0.9), 5)[None].repeat(3, 0)
+    moving, still, lost = way.copy(), way[:, :1].repeat(5, 1), way.copy()
+    moving[0, 3:] = ABSENT
+    lost[:, 1:] = ABSENT
+    measured = [
+        measure(*each, 0.3) for each in (("A man", moving), ("a man", lost), ("a car", still), ("the car", still))
+    ]
+    assert (measured[0].present, measured[0].lost) == (0.8667, False)
+    assert measured[0].moved == pytest.approx((0.25 + 0.5 + 0.5) / 3, abs=1e-4)
+    assert (measured[1].present, measured[1].moved, measured[1].lost) == (0.2, 0.0, True)
+    head, everything, men, *cars, note = table(measured).splitlines()
+    assert head.split() == ["phrase", "number", "lost", "present", "moved", "still"]
+    assert everything.split() == ["all", "phrases", "4", "25%", "100%", "0.000", "67%"]
+    assert men.split() == ["a", "man", "2", "50%", "87%", "0.417", "0%"]
+    assert [car.split()[2:] for car in cars] == [["1", "0%", "100%", "0.000", "100%"]] * 2
+    assert "moved less than 0.02" in note
+    assert table([measured[1]]).splitlines()[1].split()[-3:] == ["-", "-", "-"]
+    assert table([]) == "no phrase has a trajectory"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from concurrent.futures import Future
 from dataclasses import replace
 from fractions import Fraction
@@ -17,11 +18,13 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from bench.frame_cases import picture
 from bench.media import link_ffmpeg
 from dataloaders.decode.dali import decoder as dali
 from dataloaders.decode.dali import pipeline as dali_pipeline
+from dataloaders.decode.dali.agreement import compare, surroundings
 from dataloaders.decode.dali.request import DecodeRequest, prepare
-from dataloaders.decode.dali.sessions import ON_CPU
+from dataloaders.decode.dali.sessions import ON_CPU, on_gpu
 from dataloaders.decode.decoder import Decoded, DecodePool, decode_cropped
 from dataloaders.decode.orientation import UPRIGHT
 from dataloaders.decode.preprocess import Preprocess
@@ -42,18 +45,6 @@ DIFFERENCE = 3
 needs_torchcodec = pytest.mark.skipif(
     importlib.util.find_spec("torchcodec") is None, reason="torchcodec is not installed: pip install torchcodec"
 )
-
-
-def picture(i: int, size: tuple[int, int]) -> np.ndarray:
-    """Frame `i` of a scene whose shades and shapes move: (H, W, 3) uint8, no two frames alike."""
-    width, height = size
-    y, x = np.mgrid[:height, :width] / max(size)
-    shade = np.stack([x + 0.02 * i, y + 0.3 - 0.01 * i, (x + y) / 2 + 0.015 * i], -1) % 1
-    frame = (255 * np.abs(2 * shade - 1)).astype(np.uint8)
-    column = (5 * i) % width
-    frame[height // 4 : height // 2, column : column + width // 4] = (200, 60, 40)
-    frame[height // 2 : 3 * height // 4, width - 1 - column : width - 1 - column + width // 5] = (40, 80, 190)
-    return frame
 
 
 def write(
@@ -236,16 +227,28 @@ class TestDali:
             assert which(result.frames, every) == indices.tolist(), name
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    def test_on_a_gpu(self, videos: dict[str, Media], expected: dict[str, np.ndarray]) -> None:
-        """NVDEC's frames stay on the GPU and are those of PyAV."""
-        with dali.DaliDecoder("video", N, PREPROCESS, "cuda", workers=2, sessions=replace(ON_CPU, batch=4)) as decoder:
-            results = dict(zip(videos, decoder.map(videos.values())))
-        assert results["H.264 with B-frames"].by == "DALI (h264)" and results["HEVC"].by == "DALI (hevc)"
-        for name, result in results.items():
-            frames = result.frames
-            assert frames is not None and isinstance(frames, torch.Tensor) == result.by.startswith("DALI"), result.by
-            ours = frames if isinstance(frames, np.ndarray) else frames.cpu().numpy()
-            assert np.abs(ours.astype(int) - expected[name]).mean() < DIFFERENCE, name
+    def test_on_a_gpu(self, tmp_path: Path) -> None:
+        """NVDEC's frames stay on the GPU and are those of PyAV, frame by frame; sizes are those that NVDEC accepts."""
+        size, d = (192, 144), tmp_path
+        files = {
+            "H.264 with B-frames": write(d / "b.mp4", "libx264", {"bf": "3"}, size=size),
+            "H.264 with open GOPs": write(
+                d / "open.mp4", "libx264", {"x264-params": "open-gop=1:bframes=3"}, size=size
+            ),
+            "H.264 of the same coded size": write(d / "crop.mp4", "libx264", size=(192, 134)),
+            "HEVC": write(d / "hevc.mkv", "libx265", {"x265-params": "log-level=none"}, size=size),
+            "VP9": write(d / "vp9.webm", "libvpx-vp9", VP9, size=size),
+        }
+        media = [Media(name, path) for name, path in files.items()]
+        media += [Media(f"{m.key}, a clip", m.path, clip=(1.05, 3.2)) for m in media] + [Media("two passes", TWO_PASS)]
+        with dali.DaliDecoder("video", N, PREPROCESS, "cuda", workers=2, sessions=on_gpu(4)) as decoder:
+            results = list(decoder.map(media))
+        for m, result in zip(media, results):
+            assert result.frames is not None, result.reason
+            assert result.by.startswith("PyAV (hidden" if m.key == "two passes" else "DALI ("), (m.key, result.by)
+            ours = result.frames if isinstance(result.frames, np.ndarray) else result.frames.cpu().numpy()
+            agreement = compare(ours, surroundings(m, N, PREPROCESS).frames)
+            assert agreement and agreement.difference < DIFFERENCE, (m.key, str(agreement))
 
     def test_same_features(
         self, results: dict[str, Decoded], expected: dict[str, np.ndarray], encoder: ClipEncoder
@@ -372,7 +375,9 @@ class TestDali:
         with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(.*no driver\); use pyav"):
             dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1)
 
-    def test_dali_that_never_works_is_disabled(self, videos: dict[str, Media], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_dali_that_never_works_is_disabled(
+        self, videos: dict[str, Media], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """As in a container without the driver's video libraries: after some failures PyAV decodes everything."""
         tried: list[int] = []
 
@@ -384,4 +389,6 @@ class TestDali:
         with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, sessions=replace(ON_CPU, batch=4)) as decoder:
             results = list(decoder.map([videos["VP9"]] * 40))
         assert {r.by for r in results} == {"PyAV (DALI cannot decode it)", "PyAV (DALI is disabled)"}
+        (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert re.search(r"disabling DALI after \d+ files without a success \(NVDEC is not there\)", warning)
         assert all(r.frames is not None for r in results) and len(tried) < 40

@@ -64,8 +64,8 @@ def kept_from_dali(path: Path) -> str:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     d = tmp_path_factory.mktemp("counting")
     b = write(d / "b.mkv", "libx264", {"preset": "ultrafast", "bf": "3", "b-pyramid": "normal"})
-    opened = write(d / "opened.mkv", "libx265", X265 | {"preset": "fast"})
-    plain = write(d / "plain.webm", "libvpx-vp9", VP9)
+    opened = write(d / "opened.mkv", "libx265", X265 | {"preset": "fast"}, size=(192, 144))
+    plain = write(d / "plain.webm", "libvpx-vp9", VP9, size=(192, 144))
     return {
         "two-pass VP9": TWO_PASS,
         "VP9 that shows a frame again": rewrite(TWO_PASS, d / "again.webm", shown_again),

@@ -23,6 +23,8 @@ ENDS = {
     "llama3": ["<|eot_id|>"],
     "mistral": ["</s>"],
     "mistral, legacy": ["</s>"],
+    "mistral v0.3": ["</s>"],
+    "tekken": ["</s>"],
     "zephyr": ["</s>"],
 }
 

@@ -10,12 +10,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from dataloaders import derived
 from dataloaders.decode.dali import decoder as dali
+from dataloaders.decode.preprocess import Preprocess
 from dataloaders.failures import BudgetExceeded, read_failures
 from dataloaders.ranks import ALONE, Ranks
 from dataloaders.store.__main__ import main as store_main
@@ -25,6 +28,7 @@ from engine.encode.__main__ import main
 from engine.encode.backend import Backend
 from engine.encode.config import EncodeConfig
 from engine.encode.run import encode, prepare
+from pite import clip as clip_module
 from pite.clip import ClipEncoder
 from tests.clips import write_data
 from tests.commands import full_disk
@@ -170,16 +174,16 @@ def test_choices_and_counts_are_logged(incomplete: EncodeConfig, caplog: pytest.
 
 
 def test_why_a_decoder_was_chosen(config: EncodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali, "require", lambda: None)
+    monkeypatch.setattr(dali, "require", lambda device: None)
     assert backend._choose_decoder(config, "cuda") == ("dali", "CLIP runs on a GPU")
     assert backend._choose_decoder(config, "cpu") == ("pyav", "CLIP runs on the CPU")
     assert backend._choose_decoder(replace(config, decoder="dali"), "cpu") == ("dali", "--decoder")
 
-    def refuse() -> None:
-        raise ValueError("DALI cannot be used here")
+    def refuse(device: str) -> None:
+        raise ValueError(f"DALI cannot be used here on {device}")
 
     monkeypatch.setattr(dali, "require", refuse)
-    assert backend._choose_decoder(config, "cuda") == ("pyav", "DALI cannot be used here")
+    assert backend._choose_decoder(config, "cuda") == ("pyav", "DALI cannot be used here on cuda")
     with pytest.raises(ValueError, match="DALI cannot be used here"):
         backend._choose_decoder(replace(config, decoder="dali"), "cuda")
 
@@ -200,6 +204,32 @@ def test_dali_that_cannot_start_falls_back_only_by_default(
         f"DALI cannot decode on cuda here (no NVDEC); use pyav: falling back to PyAV for all {kind}s"
         for kind in ("image", "video")
     ]
+
+
+class BrokenClip:
+    """A CLIP whose compiled form raises what Triton raises without a C compiler."""
+
+    preprocess = Preprocess(8, 8)
+    batches: ClassVar[list[tuple[int, ...]]] = []
+
+    def __init__(self, path: str, device: str, *, compiled: bool = False) -> None:
+        self.compiled = compiled
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        self.batches.append(tuple(frames.shape))
+        if self.compiled:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+        return frames
+
+
+def test_clip_that_cannot_be_compiled_runs_eagerly(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(clip_module, "ClipEncoder", BrokenClip)
+    encoder = run._load_encoder(replace(config, batch_size=12, num_frames=5), "cuda:0")
+    assert isinstance(encoder, BrokenClip) and not encoder.compiled and BrokenClip.batches == [(10, 8, 8, 3)]
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "Failed to find C compiler" in warning and "install a C compiler" in warning
 
 
 @needs_dali

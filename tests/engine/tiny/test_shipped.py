@@ -9,7 +9,7 @@ import torch
 
 from dataloaders.files import sha256
 from engine.tiny.config import TinyConfig
-from engine.tiny.models import VERSION, load_clip, load_vicuna, probe_clip, probe_vicuna, read_manifest
+from engine.tiny.models import SETTINGS, VERSION, load_clip, load_vicuna, probe_clip, probe_vicuna, read_manifest
 from engine.tiny.prefix import machine, measure_clip, measure_vicuna
 from engine.tiny.shipped import PARTS
 from engine.tiny.tokenizer import build_tokenizer
@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_manifest_is_of_the_default_settings_and_of_its_file(name: str) -> None:
     manifest = read_manifest(PARTS / name)
-    assert TinyConfig(**{field: manifest[field] for field in vars(TinyConfig())}) == TinyConfig()
+    assert TinyConfig(**{field: manifest[field] for field in SETTINGS[name]}) == TinyConfig()
     assert manifest["version"] == VERSION
     assert manifest["sha256"] == sha256(PARTS / name / "model.safetensors")
     assert manifest["cpu_minutes"] > 1 and manifest["machine"].keys() == machine().keys()

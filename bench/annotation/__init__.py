@@ -1,0 +1,1 @@
+"""Labelled walkers of a real video: how well annotation follows things that move."""

@@ -1,0 +1,1 @@
+"""Times files to features on this machine, by parts: `python -m bench.encode --parts nvdec decode clip encode`."""

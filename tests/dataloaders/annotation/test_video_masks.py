@@ -1,0 +1,132 @@
+"""A video segmenter with few, random weights carries masks through an event."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Sam2HieraDetConfig, Sam2VideoConfig, Sam2VideoModel, Sam2VisionConfig
+from transformers.models.sam2_video.configuration_sam2_video import (
+    Sam2VideoMaskDecoderConfig,
+    Sam2VideoPromptEncoderConfig,
+)
+
+from dataloaders.annotation import steps
+from dataloaders.annotation.__main__ import main
+from dataloaders.annotation.tracking import Moments
+from dataloaders.annotation.video_masks import VideoSegmenter, points_in
+from dataloaders.records import ABSENT
+from tests.media import write_video
+
+SIZE, WIDTH = 128, 128
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    backbone = Sam2HieraDetConfig(
+        hidden_size=8,
+        image_size=[SIZE, SIZE],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 2],
+        window_size_per_stage=[8, 4, 4, 2],
+        global_attention_blocks=[3],
+        window_positional_embedding_background_size=[2, 2],
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[64, 32, 16, 8],
+        fpn_hidden_size=WIDTH,
+        backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]],
+    )
+    prompt = Sam2VideoPromptEncoderConfig(hidden_size=WIDTH, image_size=SIZE, mask_input_channels=4)
+    decoder = Sam2VideoMaskDecoderConfig(
+        hidden_size=WIDTH, mlp_dim=64, num_attention_heads=2, iou_head_hidden_dim=WIDTH
+    )
+    config = Sam2VideoConfig(
+        vision_config=vision,
+        prompt_encoder_config=prompt,
+        mask_decoder_config=decoder,
+        image_size=SIZE,
+        memory_attention_hidden_size=WIDTH,
+        memory_attention_num_layers=1,
+        memory_attention_feed_forward_hidden_size=64,
+        memory_attention_rope_feat_sizes=[8, 8],
+        memory_encoder_hidden_size=WIDTH,
+        mask_downsampler_embed_dim=WIDTH,
+        memory_fuser_embed_dim=WIDTH,
+        memory_fuser_intermediate_dim=64,
+        memory_fuser_num_layers=1,
+    )
+    directory = tmp_path_factory.mktemp("models") / "sam2"
+    Sam2VideoModel(config).save_pretrained(directory)
+    return directory
+
+
+def mask_of(rows: slice, columns: slice) -> np.ndarray:
+    mask = np.zeros((48, 64), bool)
+    mask[rows, columns] = True
+    return mask
+
+
+def test_masks_are_carried_through_overlapping_events(segmenter, tmp_path) -> None:
+    write_video(tmp_path / "v.mp4", 20)
+    moments = [Moments(np.array([2, 4, 4, 9])), Moments(np.array([4, 12]))]
+    masks: steps.Masks = [[mask_of(slice(10, 30), slice(10, 30)), None], [mask_of(slice(5, 40), slice(30, 60))]]
+    model = VideoSegmenter(segmenter)
+    tracks = model(tmp_path / "v.mp4", moments, masks)
+    assert set(tracks) == {(0, 0), (1, 0)}
+    for (event, phrase), track in tracks.items():
+        assert track.dtype == np.float32 and track.shape[1:] == (len(moments[event].frames), 2)
+        rows, columns = np.nonzero(masks[event][phrase])
+        x, y = track[:, 0].T
+        assert (x >= columns.min() / 64 - 0.05).all() and (x <= (columns.max() + 1) / 64 + 0.05).all()
+        assert (y >= rows.min() / 48 - 0.05).all() and (y <= (rows.max() + 1) / 48 + 0.05).all()
+    assert (tracks[0, 0][:, 1] == tracks[0, 0][:, 2]).all()  # Two moments of one frame.
+    alone = model(tmp_path / "v.mp4", moments[1:], masks[1:])
+    assert (alone[0, 0] == tracks[1, 0]).all()
+    assert model(tmp_path / "v.mp4", moments, [[None, None], [None]]) == {}
+
+
+def test_points_keep_their_places_in_the_mask_and_are_absent_without_one() -> None:
+    first, second, none = (np.zeros((40, 60), bool) for _ in range(3))
+    first[10:20, 5:15] = True
+    second[20:40, 30:50] = True
+    second[20:30, 30:40] = False
+    tracks = points_in([first, second, none])
+    assert tracks is not None and tracks.shape == (64, 3, 2)
+    assert (tracks[:, 2] == ABSENT).all()
+    for k, mask in enumerate((first, second)):
+        x, y = (tracks[:, k] * (60, 40)).astype(int).T
+        assert mask[y, x].all()
+    right = tracks[:, 0, 0] > 12 / 60
+    assert (tracks[right, 1, 0] > 40 / 60).all()  # The right side stays the right side.
+    assert points_in([none, first]) is None
+
+
+def test_the_command_tracks_with_it_and_refuses_other_models(segmenter, tmp_path, capsys) -> None:
+    write_video(tmp_path / "v0.mp4", 20)
+    captions = {"v0": {"duration": 2.0, "timestamps": [[0.5, 1.5]], "sentences": ["A red circle."]}}
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    work = tmp_path / "out.steps"
+    phrases = {"sentence": "A red circle.", "phrases": [{"phrase": "A red circle", "start": 0}]}
+    steps.write_json(steps.step_path(work, "phrases", "v0"), {"events": [phrases]})
+    steps.write_masks(steps.step_path(work, "masks", "v0"), [[mask_of(slice(10, 30), slice(10, 30))]])
+    flags = ["--captions", tmp_path / "captions.json", "--videos", tmp_path, "--output", tmp_path / "out.jsonl"]
+    command = [str(flag) for flag in [*flags, "--workers", 0, "--lost", 0, "--tracker"]]
+    assert main([*command, str(tmp_path)]) == 1
+    assert "holds no config.json" in capsys.readouterr().err
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "sam"}')
+    assert main([*command, str(other)]) == 1
+    assert "a sam, where one of sam2_video, edgetam_video is needed" in capsys.readouterr().err
+    assert main([*command, str(segmenter)]) == 0
+    settings = json.loads((work / "settings.json").read_text())
+    assert settings["tracks"] == {"num_frames": 100, "tracker": str(segmenter.resolve())}
+    (trajectory,) = json.loads((tmp_path / "out.jsonl").read_text())["trajectories"]
+    assert np.array(trajectory["points"]).shape[0] == 3
