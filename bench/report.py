@@ -48,6 +48,12 @@ def of_load(path: Path) -> bool:
     return isinstance(content, dict) and any("share" in row and "policy" in row for row in content.get("rows", ()))
 
 
+def of_annotation(path: Path) -> bool:
+    """Whether a result file is that of `bench.annotation`, whose figures are in docs/data.md."""
+    content = json.loads(path.read_text())
+    return isinstance(content, dict) and "annotation" in content
+
+
 def of_machine_code(path: Path) -> bool:
     """Whether a result file is that of `bench.machine_code`, which writes its own table."""
     content = json.loads(path.read_text())
@@ -144,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         sessions = [session_report(path) for path in paths if is_session(path)]
         steps = [found for path in files if (found := read_steps(path))]
         encodings = [content for path in files if (content := encoding(path))]
-        others = (read_steps, encoding, of_load, of_machine_code)
+        others = (read_steps, encoding, of_load, of_annotation, of_machine_code)
         files = [path for path in files if not any(other(path) for other in others)]
         results = [read(path) for path in files]
     except (ValueError, OSError) as error:

@@ -114,11 +114,13 @@ class Malformed:
 
 @dataclass(frozen=True)
 class Task:
-    """Some records of an annotation file; spans are (offset, length) in bytes."""
+    """Some records of an annotation file; spans are (offset, length) in bytes, and `first` is the number of the first
+    record, from 0."""
 
     path: Path
     kind: Format
     spans: Sequence[tuple[int, int]]
+    first: int = 0
 
     def records(self) -> Iterator[tuple[int, bytes]]:
         """(offset, text) of each record."""
@@ -187,16 +189,17 @@ def _with_number(reason: str, line: int, number: int) -> str:
 def _tasks(path: Path, kind: Format, broken: list[str]) -> Iterator[Task]:
     """Tasks for the records of an annotation file; if it cannot be read to its end, the reason goes to `broken`."""
     spans: list[tuple[int, int]] = []
+    first = 0
     try:
         for offset, text in iter_raw(path):
             spans.append((offset, len(text)))
             if len(spans) == _CHUNK:
-                yield Task(path, kind, spans)
-                spans = []
+                yield Task(path, kind, spans, first)
+                spans, first = [], first + len(spans)
     except RecordError as error:
         broken.append(str(error))
     if spans:
-        yield Task(path, kind, spans)
+        yield Task(path, kind, spans, first)
 
 
 def line_numbers(path: Path, offsets: Iterable[int]) -> Iterator[int]:

@@ -11,6 +11,10 @@ from typing import Literal
 
 import numpy as np
 
+VideoFirst = Literal["published", "always"]
+"""Which samples have the video before the question: those of odd records, counted from 0 in the unfiltered file, as
+published; or all, so that questions about one video share its rows."""
+
 ABSENT = -1.0
 """Value of both coordinates of a point that is not in the frame (PiTe section 4.2)."""
 
@@ -77,19 +81,24 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training example: a conversation about one piece of media."""
+    """One training example: a conversation about one piece of media.
+
+    video_first  whether the video comes before the first question; only layouts with both orders use it
+    """
 
     id: str
     media: str
     turns: tuple[Turn, ...]
+    video_first: bool = True
 
 
 @dataclass(frozen=True)
 class TokenizedSample:
     """A sample ready for the packed batch. Positions count from 0 within the sample.
 
-    token_ids             (n,) int64, 0 at the frames
-    frame_start           position of the first frame; the frames fill frame_start .. frame_start + num_frames
+    token_ids             (n,) int64, 0 at the features
+    frame_start           position of the first feature; they fill frame_start .. frame_start + num_features
+    num_features          rows of the media's record: one for each frame, or what the extractor of another family gives
     target_positions      (L,) int64, positions of supervised tokens (each predicted by the row before it)
     trajectory_positions  (M,) int64, supervised positions whose token has a trajectory
     trajectory            (M, P, N, 2) float32
@@ -99,7 +108,7 @@ class TokenizedSample:
     media: str
     token_ids: np.ndarray
     frame_start: int
-    num_frames: int
+    num_features: int
     target_positions: np.ndarray
     trajectory_positions: np.ndarray
     trajectory: np.ndarray

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 from dataloaders.files import sha256
 from dataloaders.samples.dataset import StageDataset
 from dataloaders.store.features import FeatureStore, Manifest
-from dataloaders.store.layout import store_of
+from engine.config import TrainConfig
 from engine.distributed.world import World, shard_frozen
 from engine.identity import ModelIdentity, first_difference
 from engine.layout import Layout
@@ -23,11 +24,21 @@ from engine.recipes import RANDOM, Recipe, Size, Stage
 from engine.tiny.tokenizer import build_tokenizer
 from pite import checkpoint, names, tokenizers
 from pite.config import PiTeConfig
+from pite.families import ADDED_TOKENS, Name
+from pite.families import family as choices_of
 from pite.hub import weight_files
+from pite.llava import PROJECTOR_FILE
 from pite.model import PiTe
 
 
-def random_shape(size: Size, num_points: int, num_frames: int = 100, vision_feature_size: int = 768) -> PiTeConfig:
+def random_shape(
+    size: Size,
+    num_points: int,
+    num_frames: int = 100,
+    vision_feature_size: int = 768,
+    family: Name = "pite",
+    num_places: int = 0,
+) -> PiTeConfig:
     """The shape of a size's language model; "tiny" is a stand-in of a million weights."""
     if size == "tiny":
         llm = LlamaConfig(
@@ -39,7 +50,9 @@ def random_shape(size: Size, num_points: int, num_frames: int = 100, vision_feat
         )
     else:
         llm = PiTeConfig.preset(size).llm
-    return PiTeConfig(llm, num_frames, num_points, vision_feature_size)
+    if choices_of(family).marks:
+        llm.vocab_size += ADDED_TOKENS
+    return PiTeConfig(llm, num_frames, num_points, vision_feature_size, family, num_places)
 
 
 def load_tokenizer(llm: Path | str) -> PreTrainedTokenizerBase:
@@ -53,12 +66,22 @@ def load_tokenizer(llm: Path | str) -> PreTrainedTokenizerBase:
     return tokenizers.load_tokenizer(directory) if directory.is_dir() else tokenizers.fetch_tokenizer(str(llm))
 
 
-def model_config(llm: Path, store: Path, num_points: int) -> PiTeConfig:
+def model_config(llm: Path, config: TrainConfig) -> PiTeConfig:
     """The configuration: the language model's shape, the stored video features' frames and channels, and P."""
-    manifest = Manifest.load(store_of(store, "stage2"))
-    return PiTeConfig.load(
-        llm, num_frames=manifest.tokens, num_points=num_points, vision_feature_size=manifest.channels
-    )
+    return PiTeConfig.load(llm, num_points=config.model.num_points, **shape_of_features(config))
+
+
+def shape_of_features(config: TrainConfig) -> dict[str, Any]:
+    """The fields of `PiTeConfig` that the stored video features give. Raises ValueError for another family's features."""
+    path, chosen = config.video_features, config.choices
+    manifest = Manifest.load(path)
+    if manifest.extractor != chosen.extractor:
+        raise ValueError(
+            f"the feature store {path} holds {manifest.extractor}, and --family {chosen.name} takes {chosen.extractor}: "
+            f"give another --store, made by engine.encode --family {chosen.name}"
+        )
+    shape = {"num_frames": manifest.num_frames, "vision_feature_size": manifest.channels, "family": chosen.name}
+    return {**shape, "num_places": manifest.tokens - manifest.num_frames}
 
 
 def merged_stages(stage: Stage, start: Path | None, model: ModelIdentity) -> list[str]:
@@ -122,7 +145,8 @@ def build_model(
     for i in origin.layers(model):
         world.set_status(f"building layer {i + 1} of the model")
         for _, linear, _ in names.linear_layers(model, i):
-            linear.add_lora(recipe.lora_rank, recipe.lora_alpha, draws)
+            if recipe.lora_rank:
+                linear.add_lora(recipe.lora_rank, recipe.lora_alpha, draws)
             if fp8:
                 linear.quantize()
         if mesh is not None:
@@ -174,7 +198,10 @@ def language_model_checksum(directory: Path) -> str:
 
     In the Hugging Face cache a weight file is a link to a blob whose name is this checksum, so it is not read.
     """
-    return " ".join((_blob_checksum(file) or sha256(file))[:16] for file in weight_files(directory))
+    files = weight_files(directory)
+    if (directory / PROJECTOR_FILE).exists():
+        files = [*files, directory / PROJECTOR_FILE]
+    return " ".join((_blob_checksum(file) or sha256(file))[:16] for file in files)
 
 
 def _blob_checksum(file: Path) -> str | None:

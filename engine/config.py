@@ -9,8 +9,10 @@ from typing import Any, Literal, cast
 from dataloaders.cli import at_least, flag
 from dataloaders.formats import NarrativeTiming, Stage, TurnChoice, split_of
 from dataloaders.logs import LogFlags
+from dataloaders.records import VideoFirst
 from dataloaders.store.layout import store_of
 from engine.recipes import RANDOM, Absent, Normalizer, Recipe, Size, recipe
+from pite.families import Family, Name, family
 
 Parallel = Literal["auto", "ddp", "fsdp"]
 
@@ -21,6 +23,8 @@ class ModelConfig:
 
     size: Size = flag("7b", name="model")
     """size of the language model: Vicuna v1.5 7b or 13b, or the demo's tiny model"""
+    family: Name = "pite"
+    """model family: PiTe's three stages, or PG-Video-LLaVA's one, which reads DATA/stage3/video_instruct.json"""
     llm: str | None = None
     """directory or Hugging Face name of the language model, one of those in docs/models.md; the size's Vicuna v1.5
     unless given. `random` takes random weights of the size's shape, for throughput runs: it needs no earlier stage and
@@ -48,6 +52,9 @@ class DataConfig:
     """maximum tokens of a sample; longer samples are left out, counted and reported"""
     failure_budget: float = 0.01
     """share of a stage's records that may be malformed; they are left out and listed in OUTPUT/stageN/left_out.jsonl"""
+    video_first: VideoFirst = "published"
+    """PG-Video-LLaVA: put the video before the question in every second sample, as published, or always: then questions
+    about one video share its rows, and --group-media is the default"""
     turn: TurnChoice = "first"
     """turn of a Valley conversation to train on; `any` picks one by a hash of the text, the same in every run"""
     narrative_timing: NarrativeTiming = "words"
@@ -103,7 +110,7 @@ class OptimizationConfig:
     learning_rate: float | None = _of_recipe("learning_rate")
     """peak learning rate"""
     adapter_rate_ratio: float | None = _of_recipe("adapter_rate_ratio")
-    """learning rate of the vision adapter, as a share of the peak learning rate"""
+    """learning rate of the vision adapter or projector, as a share of the peak learning rate"""
     head_rate_ratio: float | None = _of_recipe("head_rate_ratio")
     """learning rate of the coordinate heads, as a share of the peak learning rate"""
     warmup_ratio: float | None = _of_recipe("warmup_ratio")
@@ -113,7 +120,7 @@ class OptimizationConfig:
     max_grad_norm: float | None = _of_recipe("max_grad_norm")
     """clip the global gradient norm to this; 0 for no clipping"""
     lora_rank: int | None = _of_recipe("lora_rank")
-    """rank of the LoRA on q, k, v, o, gate, up and down"""
+    """rank of the LoRA on q, k, v, o, gate, up and down; PG-Video-LLaVA has none unless this is given"""
     lora_alpha: float | None = _of_recipe("lora_alpha")
     """LoRA's alpha; its scale is alpha / rank"""
     label_smoothing: float | None = _of_recipe("label_smoothing")
@@ -218,7 +225,7 @@ class RunConfig(LogFlags):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train PiTe's three stages. A flag that is not given has the value of the stage's recipe (engine/recipes.py)."""
+    """Train PiTe's three stages, or another family's. A flag that is not given has the value of the stage's recipe (engine/recipes.py)."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -232,8 +239,25 @@ class TrainConfig:
             raise ValueError(
                 "--model tiny needs --llm, engine/tiny/parts/vicuna or one that `python -m engine.tiny` made"
             )
-        for stage in self.run.stages:
+        if self.run.stage != "all" and int(self.run.stage) not in self.choices.stages:
+            raise ValueError(f"--family {self.model.family} has no stage {self.run.stage}: leave --stage out")
+        for stage in self.stages:
             self.recipe(stage)
+
+    @property
+    def choices(self) -> Family:
+        """The choices of the model family."""
+        return family(self.model.family)
+
+    @property
+    def video_features(self) -> Path:
+        """The feature store whose videos give the model's numbers of frames and channels."""
+        return self.data.features(max(2, self.choices.stages[0]))
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages to train, in order."""
+        return tuple(stage for stage in self.run.stages if stage in self.choices.stages)
 
     @property
     def held_out(self) -> float | Path | None:
@@ -249,11 +273,14 @@ class TrainConfig:
 
     def before(self, stage: Stage) -> Stage | None:
         """The stage that `stage` builds on."""
-        if stage == 1:
+        if stage == self.choices.stages[0]:
             return None
         return 2 if stage == 3 and self.run.trajectory_stage else 1
 
     def recipe(self, stage: Stage) -> Recipe:
         """The stage's recipe, with the flags that were given in place of its values."""
         given = {f.name: getattr(self.optimization, f.name) for f in fields(self.optimization) if f.name != "seed"}
-        return replace(recipe(self.model.size, stage), **{k: v for k, v in given.items() if v is not None})
+        base = recipe(self.model.size, stage, self.model.family)
+        if self.choices.marks and self.data.video_first == "always":
+            base = replace(base, group_media=True)
+        return replace(base, **{k: v for k, v in given.items() if v is not None})

@@ -40,6 +40,7 @@ from engine.prepare import (
 from engine.recipes import Stage
 from engine.run import Progress, run
 from pite import checkpoint, devices
+from pite.llava import PROJECTOR_FILE
 from pite.model import PiTe
 from pite_kernels.dispatch import backend_name
 
@@ -95,7 +96,7 @@ def _train_stages(config: TrainConfig, world: World) -> None:
     """Prepare all stages, then train them in order, until a stage is stopped early."""
     world.set_status("checking the language model")
     llm = prepare_language_model(config, world)
-    waiting = [_prepared(config, stage, llm, world) for stage in config.run.stages]
+    waiting = [_prepared(config, stage, llm, world) for stage in config.stages]
     if isinstance(config.held_out, Path):
         check_held_out(config.held_out, [inputs.held_out for inputs in waiting])
     while waiting:
@@ -104,7 +105,7 @@ def _train_stages(config: TrainConfig, world: World) -> None:
         if progress.stop_requested and waiting and progress.done:
             log.info("stopping before the next stage, as requested")
         if progress.stop_requested and world.is_main and (waiting or not progress.done):
-            write_marker(config.run.output, config.run.stages[-len(waiting) - 1], progress.step)
+            write_marker(config.run.output, config.stages[-len(waiting) - 1], progress.step)
         if progress.stop_requested or not progress.done:
             return
 
@@ -188,6 +189,8 @@ def _export(inputs: StageInputs, model: PiTe, identity: Identity, merged: list[s
     with directory_written_atomically(final, alone=True) as temporary:
         llm.tokenizer.save_pretrained(str(temporary))
         checkpoint.save_stage(model, temporary, lineage)
+        if model.config.choices.marks:
+            checkpoint.save_projector(model, llm.directory, temporary / PROJECTOR_FILE)
     log.info("stage %s is done: %s", inputs.stage, final)
 
 

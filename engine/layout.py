@@ -72,7 +72,8 @@ def count_parameters(config: PiTeConfig, recipe: Recipe) -> ParameterCount:
     total = sum(p.numel() for p in model.parameters())
     linear = sum(p.numel() for name, p in model.decoder.layers.named_parameters() if name.endswith(".weight"))
     layer = sum(p.numel() for p in model.decoder.layers[0].parameters())
-    model.add_lora(recipe.lora_rank, recipe.lora_alpha)
+    if recipe.lora_rank:
+        model.add_lora(recipe.lora_rank, recipe.lora_alpha)
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     model.set_trainable(recipe.trainable_modules)
     heads = sum(p.numel() for _, p in model.trainable()) - lora
@@ -150,16 +151,16 @@ def memory(
     activations are temporary, and the MLP's gradient is the largest of them.
     """
     llm = config.llm
-    hidden, inner = llm.hidden_size, llm.intermediate_size
+    hidden, inner, layers = llm.hidden_size, llm.intermediate_size, llm.num_hidden_layers
     queries = llm.num_attention_heads * config.head_dim
     keys = llm.num_key_value_heads * config.head_dim
     rank = count.lora // max(1, _lora_rows(config))
-    # Norms of q's and k's heads write copies, which are rotated in place.
-    q_copy, k_copy = (queries, keys) if config.architecture.qk_norm else (0, 0)
-    kept = 4 * hidden + 2 * queries + 2 * keys * (1 + copied) + 3 * inner + 7 * rank + q_copy + k_copy
+    q_copy, k_copy = (queries, keys) if config.architecture.qk_norm else (0, 0)  # heads' norms write copies
+    inputs = bool(count.lora)  # of linear layers: a frozen one without a LoRA keeps none
+    kept = (2 + 2 * inputs) * hidden + 2 * queries + 2 * keys * (1 + copied) + (2 + inputs) * inner
+    kept += 7 * rank + q_copy + k_copy
     last = 2 * hidden + 2 * queries + 2 * keys * (1 + copied) + 2 * rank + k_copy
     last += read * (3 * hidden + queries + 3 * inner + 5 * rank + q_copy)
-    layers = llm.num_hidden_layers
     working = width * (3 * inner + 3 * hidden) + 2 * inner * fp8
     top = bottom = 0.0
     if recompute < layers:

@@ -29,7 +29,7 @@ from engine.distributed.world import World
 from engine.recipes import Recipe
 from pite.model import Losses, PiTe
 
-_ADAPTER = "vision_adapter."
+_ADAPTER = ("vision_adapter.", "mm_projector.")
 _COORDINATE_HEADS = ("localization_projector.", "trajectory_projector.")
 
 
@@ -63,7 +63,7 @@ def make_optimizer(model: PiTe, recipe: Recipe) -> torch.optim.AdamW:
 def backward_order(model: PiTe) -> list[nn.Parameter]:
     """Trainable parameters in the order in which backward finishes gradients: heads, last layer to first, adapter."""
     named = list(model.trainable())[::-1]
-    return [p for name, p in sorted(named, key=lambda pair: pair[0].startswith("vision_adapter."))]
+    return [p for name, p in sorted(named, key=lambda pair: pair[0].startswith((*_ADAPTER, "vid_edges")))]
 
 
 class StepNumbers(NamedTuple):

@@ -32,12 +32,12 @@ def check_paths(config: TrainConfig) -> None:
     """
     paths.input_folder("--data", config.data.folder)
     encoders: dict[str, Path] = {}
-    for stage in config.run.stages:
-        present_formats(config.data.folder, split_of(stage))
+    for stage in config.stages:
+        present_formats(config.data.folder, split_of(stage), config.choices.files)
         store = config.data.features(stage)
         encoders.setdefault(Manifest.load(store).encoder, store)
     # The number of frames and channels is that of the videos, also in stage 1.
-    encoders.setdefault(Manifest.load(config.data.features(2)).encoder, config.data.features(2))
+    encoders.setdefault(Manifest.load(config.video_features).encoder, config.video_features)
     if len(encoders) > 1:
         (one, first), (two, second) = list(encoders.items())[:2]
         raise ValueError(
@@ -57,12 +57,12 @@ def check_paths(config: TrainConfig) -> None:
 
 def _check_start(config: TrainConfig) -> None:
     """Raise ValueError unless the first stage of the run starts from the output of the stage before it."""
-    stage = config.run.stages[0]
+    stage = config.stages[0]
     start, wanted = config.start(stage), config.before(stage)
     if start is None:
         return
     if wanted is None:
-        raise ValueError("--init is the output of an earlier stage, and stage 1 has none: leave it out")
+        raise ValueError(f"--init is the output of an earlier stage, and stage {stage} has none: leave it out")
     if not (start / LINEAGE).exists():
         outputs = [path for path in (start / "final", *sorted(start.glob("stage*/final"))) if (path / LINEAGE).exists()]
         remedy = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,10 +14,16 @@ from dataloaders.failures import LEDGER, read_failures
 from dataloaders.files import known_checksums, remember_checksums
 from dataloaders.samples.dataset import StageDataset, read_names
 from dataloaders.samples.plan import BatchPlan, InOrder
-from dataloaders.store.features import FeatureStore, Manifest
-from dataloaders.store.layout import store_of
+from dataloaders.store.features import FeatureStore
 from engine.batches import StepSource
-from engine.build import language_model_checksum, load_tokenizer, merged_stages, model_config, random_shape
+from engine.build import (
+    language_model_checksum,
+    load_tokenizer,
+    merged_stages,
+    model_config,
+    random_shape,
+    shape_of_features,
+)
 from engine.config import TrainConfig
 from engine.distributed.world import World
 from engine.hardware import capacity_of
@@ -90,13 +96,13 @@ def prepare_language_model(config: TrainConfig, world: World) -> LanguageModel:
 
     Raises ValueError for a tensor that is missing or has another shape; no weight is read.
     """
-    name = config.model.llm or LANGUAGE_MODELS[config.model.size]
+    name = config.model.llm or LANGUAGE_MODELS[config.model.family][config.model.size]
     if name == RANDOM:
         return LanguageModel(name, None, load_tokenizer(RANDOM))
     # One rank of each host downloads it.
     world.agree(lambda: checkpoint.resolve(name) if world.is_host_main else None)
     directory = checkpoint.resolve(name)
-    shape = model_config(directory, config.data.store, config.model.num_points)
+    shape = model_config(directory, config)
     world.agree_with_main(lambda: checkpoint.WeightLoader(shape, directory, dtype=torch.float32))
     return LanguageModel(name, directory, load_tokenizer(directory))
 
@@ -153,7 +159,7 @@ def identify(config: TrainConfig, inputs: StageInputs, world: World) -> tuple[Id
         dtype=str(inputs.dtype).removeprefix("torch."),
         frozen_dtype=config.model.frozen_dtype,
         seed=config.optimization.seed,
-        features=asdict(inputs.store.manifest),
+        features=inputs.store.manifest.as_dict(),
         data=dataset.fingerprint(),
         feature_records=world.from_host_main(lambda: inputs.store.fingerprint(dataset.media)),
         left_out=dataset.exclusions() or None,
@@ -227,6 +233,35 @@ def _check_samples(dataset: StageDataset, recipe: Recipe, llm: LanguageModel, mo
     check_tokens(dataset, llm.tokenizer, model)
 
 
+def open_dataset(
+    config: TrainConfig,
+    stage: Stage,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PiTeConfig,
+    *,
+    available: FeatureStore | None,
+    cache: Path | None,
+) -> StageDataset:
+    """All samples of a stage; `available` and `cache` as in `StageDataset`."""
+    # One frame in stage 1, and no trajectories at all in a family without them.
+    frames, points = (1, 1) if stage == 1 or config.choices.marks else (model.num_frames, model.num_points)
+    return StageDataset(
+        config.data.folder,
+        stage,
+        tokenizer,
+        num_frames=frames,
+        num_points=points,
+        max_length=config.data.max_length,
+        available=available,
+        cache=cache,
+        failure_budget=config.data.failure_budget,
+        turn=config.data.turn,
+        narrative_timing=config.data.narrative_timing,
+        formats=config.choices.files,
+        marks=model.marks(config.data.video_first),
+    )
+
+
 def _open_dataset(
     config: TrainConfig,
     stage: Stage,
@@ -238,21 +273,7 @@ def _open_dataset(
     """All samples of the stage. Rank 0 alone tokenizes them, since file locks do not work on every file system."""
 
     def open_it() -> None:
-        opened.append(
-            StageDataset(
-                config.data.folder,
-                stage,
-                tokenizer,
-                num_frames=model.num_frames if stage > 1 else 1,
-                num_points=model.num_points if stage > 1 else 1,
-                max_length=config.data.max_length,
-                available=store,
-                cache=config.data.samples,
-                failure_budget=config.data.failure_budget,
-                turn=config.data.turn,
-                narrative_timing=config.data.narrative_timing,
-            )
-        )
+        opened.append(open_dataset(config, stage, tokenizer, model, available=store, cache=config.data.samples))
 
     opened: list[StageDataset] = []
     world.agree_with_main(open_it)
@@ -305,8 +326,6 @@ def _layout(
 
 
 def _model_config(config: TrainConfig, llm: LanguageModel) -> PiTeConfig:
-    store, points = config.data.store, config.model.num_points
     if llm.directory is not None:
-        return model_config(llm.directory, store, points)
-    manifest = Manifest.load(store_of(store, "stage2"))
-    return random_shape(config.model.size, points, manifest.tokens, manifest.channels)
+        return model_config(llm.directory, config)
+    return random_shape(config.model.size, config.model.num_points, **shape_of_features(config))

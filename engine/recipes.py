@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from dataloaders.formats import Stage
+from pite.families import Name
 
 if TYPE_CHECKING:
     from pite.model import Head
@@ -14,7 +15,11 @@ Size = Literal["tiny", "7b", "13b"]
 Absent = Literal["skip", "regress"]
 Normalizer = Literal["present", "paper"]
 
-LANGUAGE_MODELS: dict[str, str] = {"7b": "lmsys/vicuna-7b-v1.5", "13b": "lmsys/vicuna-13b-v1.5"}
+LANGUAGE_MODELS: dict[Name, dict[str, str]] = {
+    "pite": {"7b": "lmsys/vicuna-7b-v1.5", "13b": "lmsys/vicuna-13b-v1.5"},
+    "pg-video-llava": {"7b": "liuhaotian/llava-v1.5-7b", "13b": "liuhaotian/llava-v1.5-13b"},
+}
+"""The bases of each family: Vicuna, and LLaVA-1.5, whose projector is a base too."""
 
 RANDOM = "random"
 """In place of a language model's name: random weights of the size's shape, for throughput runs."""
@@ -25,9 +30,10 @@ class Recipe:
     """Hyper-parameters of one stage. Defaults are the paper's (section 4.3, table 2) where it names them.
 
     trainable_modules  modules that are trained in addition to the LoRA
+    lora_rank          0: no LoRA
     head               the head whose L1 is added to the cross-entropy; None for cross-entropy alone
     max_grad_norm      the global gradient norm is clipped to this; 0 for never (paper: not given; predecessors: 1)
-    adapter_rate_ratio learning rate of the vision adapter, as a share of `learning_rate`
+    adapter_rate_ratio learning rate of the vision adapter or projector, as a share of `learning_rate`
     head_rate_ratio    learning rate of the coordinate heads, as a share of `learning_rate`
     warmup_ratio       share of the steps with linear warm-up of the learning rate; then a cosine to 0
     absent             "skip": (-1, -1) has no loss; "regress": every answer token has a trajectory, -1 where none is
@@ -61,9 +67,11 @@ class Recipe:
     align_adapter: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch", "lora_rank"):
+        for name in ("epochs", "global_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.lora_rank < 0 or (self.lora_rank == 0 and "mm_projector" not in self.trainable_modules):
+            raise ValueError(f"--lora-rank must be at least 1, not {self.lora_rank}: a stage of PiTe trains a LoRA")
         for name in ("learning_rate", "lora_alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
@@ -110,5 +118,19 @@ TINY: dict[Stage, Recipe] = {
 }
 
 
-def recipe(size: Size, stage: Stage) -> Recipe:
+PG_VIDEO_LLAVA = Recipe(
+    trainable_modules=("mm_projector", "vid_edges"),
+    head=None,
+    epochs=3,
+    learning_rate=2e-5,
+    global_batch=32,
+    lora_rank=0,
+    label_smoothing=0.0,
+)
+"""The published training of PG-Video-LLaVA, which has one stage: no LoRA, no smoothing."""
+
+
+def recipe(size: Size, stage: Stage, family: Name = "pite") -> Recipe:
+    if family == "pg-video-llava":
+        return replace(PG_VIDEO_LLAVA, learning_rate=2e-3, epochs=1) if size == "tiny" else PG_VIDEO_LLAVA
     return (TINY if size == "tiny" else PAPER)[stage]

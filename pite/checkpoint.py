@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataloaders.files import (
     remove_abandoned,
@@ -32,7 +32,9 @@ from pite import hub, names
 from pite.adapters import plain_lora
 from pite.config import PiTeConfig
 from pite.export import RECORD
+from pite.families import PITE
 from pite.lineage import ADAPTER_FILE, HEADS_FILE, LINEAGE, check_language_model, read_lineage
+from pite.llava import EDGES, EMBEDDINGS, VideoTokenWeights, is_trained, write_projector
 from pite.model import PiTe
 from pite.shards import sharded, write_index
 
@@ -63,13 +65,13 @@ def check_trained(directory: Path) -> None:
 
     Reads the names of the tensors. Weights that cannot be read are left to what loads them.
     """
-    if (directory / LINEAGE).exists() or (directory / HEADS_FILE).exists():
+    if any((directory / file).exists() for file in (LINEAGE, HEADS_FILE)) or is_trained(directory):
         return
     try:
         weights = hub.Weights(directory)
     except ValueError:
         return
-    if not any(f"model.{head}.weight" in weights for head in names.HEADS):
+    if not any(f"model.{head}.weight" in weights for head in PITE.modules):
         raise ValueError(untrained(directory))
 
 
@@ -121,11 +123,11 @@ class WeightLoader:
         assert llm is not None or not merged, "random weights have no earlier stages"
         self._config, self._dtype, self._device, self._seed = config, dtype, device, seed
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._llm, self._weights = llm, None if llm is None else hub.Weights(llm)
+        self._llm, self._weights = llm, None if llm is None else _weights(llm, config)
         if llm is not None and self._weights is not None:
             model = empty(config, dtype, "meta")
             expected = {**names.language_model_tensors(model), **names.head_tensors(model)}
-            names.compare(expected, self._weights, llm, optional=names.HEADS)
+            names.compare(expected, self._weights, llm, optional=config.choices.modules)
             _check_tied(config, self._weights, llm)
         self._adapters = [Adapter(directory, config) for directory in merged]
 
@@ -139,8 +141,11 @@ class WeightLoader:
     def without_layers(self) -> PiTe:
         """A model whose decoder layers are still on the meta device."""
         model = empty(self._config, self._dtype, "meta")
-        for module in (model, model.decoder, *(getattr(model, name) for name in names.HEADS)):
+        for module in (model, model.decoder):
             module.to_empty(device=self._device, recurse=False)
+        for module in (getattr(model, name) for name in self._config.choices.modules):
+            if isinstance(module, nn.Module):
+                module.to_empty(device=self._device)
         model.initialize_heads(self._seed)
         self._fill(names.outer_tensors(model))
         if self._weights is not None:
@@ -193,7 +198,7 @@ def save_pretrained(model: PiTe, directory: Path | str) -> None:
         raise ValueError(f"{directory} holds a training stage's output: save the whole model into another directory")
     directory.mkdir(parents=True, exist_ok=True)
     remove_abandoned(directory, ".model*.safetensors.*.tmp")
-    shards = sharded({**names.merged_tensors(model), **names.head_tensors(model)}, SHARD_BYTES)
+    shards = sharded(_published(model), SHARD_BYTES)
     written = {file: temporary_sibling(directory / file) for file in shards}
     for file, shard in shards.items():
         write_tensors(written[file], shard)
@@ -208,6 +213,16 @@ def save_pretrained(model: PiTe, directory: Path | str) -> None:
     model.config.save(directory)
 
 
+def _published(model: PiTe) -> dict[str, Tensor]:
+    """All tensors under published names, where the embeddings of a video's marks are rows of the table."""
+    tensors = {**names.merged_tensors(model), **names.head_tensors(model)}
+    if model.config.choices.marks:
+        edges, table = tensors.pop(EDGES), tensors[EMBEDDINGS].clone()
+        table[-2:] = edges.to(table.dtype)
+        tensors[EMBEDDINGS] = table
+    return tensors
+
+
 def save_stage(model: PiTe, directory: Path, lineage: dict[str, Any]) -> None:
     """Write a stage's files into an existing directory: PEFT adapter, heads, config and lineage with checksums.
 
@@ -218,16 +233,34 @@ def save_stage(model: PiTe, directory: Path, lineage: dict[str, Any]) -> None:
     merged into it.
     """
     _, linear, _ = next(names.linear_layers(model))
-    assert linear.lora_b is not None, "a stage trains a LoRA"
-    rank = linear.lora_b.shape[1]
+    rank = 0 if linear.lora_b is None else linear.lora_b.shape[1]
     model.config.save(directory)
-    write_tensors(directory / ADAPTER_FILE, names.lora_tensors(model))
+    if rank:
+        write_tensors(directory / ADAPTER_FILE, names.lora_tensors(model))
     write_tensors(directory / HEADS_FILE, names.head_tensors(model))
     describe_stage(directory, lineage, rank, linear.scale * rank)
 
 
 def describe_stage(directory: Path, lineage: dict[str, Any], rank: int, alpha: float) -> None:
-    """Write PEFT's configuration and the lineage (see `save_stage`) next to an adapter and heads."""
+    """Write PEFT's configuration and the lineage (see `save_stage`) next to an adapter and heads; rank 0: no adapter."""
+    if rank:
+        _describe_adapter(directory, lineage, rank, alpha)
+    # The directory is later renamed to a sibling: paths relative to its parent stay valid.
+    merged = [
+        {"path": _relative(path, directory.parent), "sha256": sha256(Path(path) / ADAPTER_FILE)}
+        for path in lineage["merged"]
+    ]
+    llm, files = lineage["language_model"], (ADAPTER_FILE, HEADS_FILE) if rank else (HEADS_FILE,)
+    content = {
+        **lineage,
+        "language_model": _relative(llm, directory.parent) if Path(llm).is_dir() else llm,
+        "merged": merged,
+        "files": {file: sha256(directory / file) for file in files},
+    }
+    write_atomically(directory / LINEAGE, json.dumps(content, indent=1) + "\n")
+
+
+def _describe_adapter(directory: Path, lineage: dict[str, Any], rank: int, alpha: float) -> None:
     from peft import LoraConfig
 
     LoraConfig(
@@ -239,19 +272,6 @@ def describe_stage(directory: Path, lineage: dict[str, Any], rank: int, alpha: f
         target_modules=sorted(part.split(".")[1] for parts in names.PROJECTIONS.values() for part in parts),
         inference_mode=True,
     ).save_pretrained(str(directory))
-    # The directory is later renamed to a sibling: paths relative to its parent stay valid.
-    merged = [
-        {"path": _relative(path, directory.parent), "sha256": sha256(Path(path) / ADAPTER_FILE)}
-        for path in lineage["merged"]
-    ]
-    llm = lineage["language_model"]
-    content = {
-        **lineage,
-        "language_model": _relative(llm, directory.parent) if Path(llm).is_dir() else llm,
-        "merged": merged,
-        "files": {file: sha256(directory / file) for file in (ADAPTER_FILE, HEADS_FILE)},
-    }
-    write_atomically(directory / LINEAGE, json.dumps(content, indent=1) + "\n")
 
 
 def _relative(path: str | Path, start: Path) -> str:
@@ -265,9 +285,16 @@ def _load_stage(directory: Path, dtype: torch.dtype, device: str) -> PiTe:
     base = resolve(lineage["language_model"])
     merged = [Path(entry["path"]) for entry in lineage["merged"]]
     model = WeightLoader(PiTeConfig.load(directory), base, merged, dtype=dtype, device=device).model()
-    load_lora(model, directory)
+    if ADAPTER_FILE in lineage["files"]:
+        load_lora(model, directory)
     load_heads(model, directory)
     return model
+
+
+def save_projector(model: PiTe, base: Path, file: Path) -> None:
+    """Write the published mm_projector.bin of a model between two marks, trained on the language model in `base`."""
+    embeddings = _weights(base, model.config)[EMBEDDINGS]
+    write_projector(file, names.head_tensors(model), embeddings)
 
 
 class Adapter:
@@ -319,6 +346,11 @@ def load_heads(model: PiTe, directory: Path) -> None:
     names.compare(tensors, found, directory)
     for name, tensor in tensors.items():
         tensor.copy_(found[name])
+
+
+def _weights(directory: Path, config: PiTeConfig) -> Mapping[str, Tensor]:
+    weights = hub.Weights(directory)
+    return VideoTokenWeights(directory, weights, config.llm.vocab_size) if config.choices.marks else weights
 
 
 def _check_tied(config: PiTeConfig, weights: Mapping[str, Tensor], where: Path) -> None:

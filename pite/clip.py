@@ -18,6 +18,7 @@ from dataloaders.decode.preprocess import Preprocess
 from dataloaders.errors import reason
 from dataloaders.files import read_json_object
 from pite import devices, hub
+from pite.families import Extractor
 from pite.towers import CLIP, Tower, tower_of
 
 _FILES = ("config.json", "preprocessor_config.json")
@@ -35,6 +36,8 @@ class ClipEncoder:
     compiled  use torch.compile, which compiles once per number of frames; for many batches of one size
     Raises ValueError when the model or the device does not exist.
     """
+
+    extractor: Extractor = "image_embeds"
 
     def __init__(self, path: str, device: str = "cpu", *, compiled: bool = False) -> None:
         self.device = devices.resolve(device)
@@ -62,6 +65,10 @@ class ClipEncoder:
     @property
     def channels(self) -> int:
         return self.tower.channels(self.model.config)
+
+    def tokens(self, num_frames: int) -> int:
+        """Rows of the record of a video of `num_frames` frames."""
+        return num_frames
 
     @property
     def flops_per_frame(self) -> float:

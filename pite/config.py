@@ -6,13 +6,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import LlamaConfig
 
 from dataloaders.errors import reason
 from dataloaders.files import read_json_object, write_atomically
+from dataloaders.records import VideoFirst
+from dataloaders.samples.marked import Marks
 from pite.architectures import ARCHITECTURES, Architecture, LanguageModelConfig
+from pite.families import Family, Name, family
+from pite.llava import MODEL_TYPES, own_numbers
 
 PRESETS: dict[str, dict[str, Any]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -28,21 +32,48 @@ class PiTeConfig:
     llm                  transformers' configuration of the language model (`pite.architectures`)
     num_frames           N, frames per video and so trajectory length
     num_points           P, key points per object
-    vision_feature_size  channels of a frame feature (CLIP ViT-L/14 image embedding: 768)
+    vision_feature_size  channels of a feature (CLIP ViT-L/14 image embedding: 768)
+    family               name of its family (`pite.families`)
+    num_places           rows of a video's record after those of its frames: one for each place in the frame; PiTe has none
     """
 
     llm: LanguageModelConfig
     num_frames: int = 100
     num_points: int = 3
     vision_feature_size: int = 768
+    family: Name = "pite"
+    num_places: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "num_points", "vision_feature_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.family not in get_args(Name):
+            raise ValueError(f"family must be {' or '.join(get_args(Name))}, not {self.family!r}")
+        if type(self.num_places) is not int or self.num_places < 0:
+            raise ValueError(f"num_places must be a whole number of at least 0, not {self.num_places!r}")
         if (fault := next(_unsupported(self.llm), None)) is not None:
             raise ValueError(fault)
+
+    @property
+    def choices(self) -> Family:
+        """The choices of its family."""
+        return family(self.family)
+
+    @property
+    def num_features(self) -> int:
+        """Rows of a video's record, each of which takes one position of the language model."""
+        return self.num_frames + self.num_places
+
+    @property
+    def video_tokens(self) -> tuple[int, int] | None:
+        """Ids of the tokens before and after a video, the last two of the vocabulary; None without them."""
+        return (self.llm.vocab_size - 2, self.llm.vocab_size - 1) if self.choices.marks else None
+
+    def marks(self, video_first: VideoFirst = "published") -> Marks | None:
+        """How a video stands in a prompt; None for PiTe's prompts."""
+        return None if self.video_tokens is None else Marks(*self.video_tokens, self.num_features, video_first)
 
     @property
     def architecture(self) -> Architecture:
@@ -116,7 +147,7 @@ class PiTeConfig:
         )
 
     @staticmethod
-    def load(directory: Path, **overrides: int) -> PiTeConfig:
+    def load(directory: Path, **overrides: Any) -> PiTeConfig:
         """Read DIRECTORY/config.json of a PiTe model, or of a plain language model; PiTe's own numbers default as above.
 
         Raises ValueError, naming the file, for any other configuration and for settings that the decoder does not
@@ -127,12 +158,14 @@ class PiTeConfig:
             raise ValueError(f"{directory} holds no config.json: it is not a Hugging Face model directory")
         values = read_json_object(path)
         model_type = values.pop("model_type", "llama")
-        if (architecture := ARCHITECTURES.get("llama" if model_type == "pite" else str(model_type))) is None:
+        architecture_name = "llama" if model_type in ("pite", *MODEL_TYPES) else str(model_type)
+        if (architecture := ARCHITECTURES.get(architecture_name)) is None:
             raise ValueError(
                 f"{path}: model_type {model_type!r} is not supported: the decoder computes {', '.join(ARCHITECTURES)}"
             )
-        numbers = ("num_frames", "num_points", "vision_feature_size")
-        own: dict[str, Any] = {name: values.pop(name) for name in numbers if name in values} | overrides
+        numbers = ("num_frames", "num_points", "vision_feature_size", "family", "num_places")
+        saved: dict[str, Any] = {name: values.pop(name) for name in numbers if name in values}
+        own = own_numbers(directory, values, saved, overrides)
         try:
             llm = architecture.config(**values)
         except Exception as error:  # a wrong value makes transformers and its validators raise any exception
@@ -151,8 +184,15 @@ class PiTeConfig:
             "num_frames": self.num_frames,
             "num_points": self.num_points,
             "vision_feature_size": self.vision_feature_size,
+            **({} if self.family == "pite" else {"family": self.family, "num_places": self.num_places}),
         }
         write_atomically(directory / "config.json", json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def check_family(config: PiTeConfig, wanted: Name | None, model: Path | str) -> None:
+    """Raise ValueError if a model is of another family than `wanted`; None accepts any."""
+    if wanted not in (None, config.family):
+        raise ValueError(f"{model} is a model of the family {config.family}: leave --family {wanted} out")
 
 
 def _sliding_window(llm: LanguageModelConfig) -> int | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from dataloaders.formats.fields import clean_question
 from dataloaders.records import Turn
+from dataloaders.samples import marked
 from dataloaders.samples.layouts import end_ids
 from dataloaders.samples.prompts import prompt_ids
 from pite import checkpoint, devices, names
@@ -215,7 +216,7 @@ class Generator:
     def trajectories(self, hidden: Sequence[Tensor]) -> np.ndarray:
         """Trajectories (L, P, N, 2) that the head predicts from the hidden states (d,) of L tokens."""
         config = self.model.config
-        if not hidden:
+        if not hidden or config.choices.marks:
             return np.zeros((0, config.num_points, config.num_frames, 2), dtype=np.float32)
         return self.model.predict(torch.stack(list(hidden)), "trajectory").cpu().numpy()
 
@@ -223,9 +224,9 @@ class Generator:
         """The answer of its token ids."""
         return Answer(self.tokenizer.decode(list(ids), skip_special_tokens=True).strip(), tuple(ids))
 
-    def check_question(self, question: str, num_frames: int) -> None:
+    def check_question(self, question: str, num_features: int) -> None:
         """Raise ValueError for a question that `answer` would refuse, before anything is computed."""
-        self.prompt(question, num_frames)
+        self.prompt(question, num_features)
 
     def room(self, prompt: int, wanted: int) -> int:
         """Number of tokens that an answer may have, for a prompt of `prompt` tokens; warns once if it is not `wanted`."""
@@ -238,17 +239,32 @@ class Generator:
             )
         return room
 
-    def prompt(self, question: str, num_frames: int, earlier: Sequence[Turn] = ()) -> tuple[np.ndarray, int]:
-        """As `prompt_ids`, of the question without media tag and `</s>`, as in training.
+    def ids(
+        self, text: str, num_features: int, earlier: Sequence[Turn] = (), transcript: str | None = None
+    ) -> tuple[np.ndarray, int]:
+        """The prompt of a cleaned question about `num_features` rows, in the layout of the model's family.
+
+        transcript  of the video's sound, for a family whose prompts have one
+        """
+        marks = self.model.config.marks()
+        if marks is None:
+            return prompt_ids(text, self.tokenizer, num_features, earlier)
+        marks = replace(marks, num_features=num_features)
+        return marked.prompt_ids(text, self.tokenizer, marks, earlier, transcript=transcript)
+
+    def prompt(
+        self, question: str, num_features: int, earlier: Sequence[Turn] = (), transcript: str | None = None
+    ) -> tuple[np.ndarray, int]:
+        """As `ids`, of the question without media tag and `</s>`, as in training.
 
         Raises ValueError as `cleaned`, for tokens that the model lacks, and for a prompt that fills its context.
         """
-        ids, frame_start = prompt_ids(cleaned(question), self.tokenizer, num_frames, earlier)
+        ids, frame_start = self.ids(cleaned(question), num_features, earlier, transcript)
         config = self.model.config
         check_vocabulary(int(ids.max()), self.tokenizer, config.llm.vocab_size, f"the question {question!r}")
         if len(ids) >= config.context_length:
             raise ValueError(
-                f"the prompt of the question {question!r} has {len(ids):,} tokens, {num_frames} of them frames, and leaves "
+                f"the prompt of the question {question!r} has {len(ids):,} tokens, {num_features} of them frames, and leaves "
                 f"no room for an answer in {config.context}: give a shorter question, or a model with a longer context"
             )
         return ids, frame_start

@@ -121,7 +121,7 @@ class Weights(Mapping[str, Tensor]):
         self._tensors: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
         for file in files:
             with _readable(file):
-                found = _safetensors(file) if file.suffix == ".safetensors" else _torch_file(file)
+                found = _safetensors(file) if file.suffix == ".safetensors" else torch_file(file)
             for name, read in found.items():
                 if index.get(name, file.name) != file.name:
                     continue  # the index names another file for this tensor
@@ -228,7 +228,8 @@ def _safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
     return {name: partial(shard.get_tensor, name) for name in shard.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
 
-def _torch_file(file: Path) -> dict[str, Callable[[], Tensor]]:
+def torch_file(file: Path) -> dict[str, Callable[[], Tensor]]:
+    """Functions that return the tensors of a torch file, by name. Raises ValueError for one that holds more than tensors."""
     try:
         # Files from torch before 1.6 are not zip archives and cannot be mapped.
         content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)

@@ -21,9 +21,6 @@ from pite_kernels import RowIndex, linear_cross_entropy, two_head_loss
 
 Head = Literal["localization", "trajectory"]
 
-HEADS = ("vision_adapter", "localization_projector", "trajectory_projector")
-"""PiTe's own modules; all other weights are the language model's."""
-
 
 @dataclass(frozen=True)
 class Losses:
@@ -51,9 +48,15 @@ class PiTe(nn.Module):
             self.register_parameter("lm_head", None)
         else:
             self.lm_head = nn.Parameter(torch.empty(llm.vocab_size, hidden, dtype=dtype), requires_grad=False)
-        self.vision_adapter = nn.Linear(config.vision_feature_size, hidden)
-        self.localization_projector = nn.Linear(hidden, 2)
-        self.trajectory_projector = nn.Linear(hidden, config.num_points * config.num_frames * 2)
+        if config.choices.projector == "linear":
+            self.vision_adapter = nn.Linear(config.vision_feature_size, hidden)
+            self.localization_projector = nn.Linear(hidden, 2)
+            self.trajectory_projector = nn.Linear(hidden, config.num_points * config.num_frames * 2)
+        else:
+            layers = nn.Linear(config.vision_feature_size, hidden), nn.GELU(), nn.Linear(hidden, hidden)
+            self.mm_projector = nn.Sequential(*layers)
+        if config.choices.marks:
+            self.vid_edges = nn.Parameter(torch.empty(2, hidden))
         self.set_trainable(())
 
     @property
@@ -106,26 +109,32 @@ class PiTe(nn.Module):
             torch._foreach_copy_([cast for cast, _ in pairs], [value for _, value in pairs])
 
     def set_trainable(self, modules: tuple[str, ...]) -> None:
-        """Make the named modules of HEADS trainable, and freeze the others; a LoRA is always trainable."""
-        for head in HEADS:
-            getattr(self, head).requires_grad_(head in modules)
+        """Make the named modules of the family trainable, and freeze the others; a LoRA is always trainable."""
+        for module in self.config.choices.modules:
+            getattr(self, module).requires_grad_(module in modules)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     @torch.no_grad()
     def initialize_heads(self, seed: int) -> None:
-        """Initialise adapter and heads. Random numbers are drawn on the CPU, so they are the same on every device.
+        """Initialise the family's modules. Random numbers are drawn on the CPU, so they are the same on every device.
 
-        The adapter is initialised like `nn.Linear`. The coordinate heads start near the centre of the frame, because
-        AdamW takes 0.5 / learning rate steps to move a bias there from 0.
+        Linear layers are initialised like `nn.Linear`. The coordinate heads start near the centre of the frame, because
+        AdamW takes 0.5 / learning rate steps to move a bias there from 0. The embeddings of a video's marks start at 0;
+        `pite.llava` has their values where there is a language model.
         """
         generator = torch.Generator().manual_seed(seed)
-        for name in HEADS:
-            linear: nn.Linear = getattr(self, name)
-            bound = 1 / math.sqrt(linear.in_features)
-            for parameter in (linear.weight, linear.bias):
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+        own = [getattr(self, name) for name in self.config.choices.modules]
+        for linear in (layer for module in own if isinstance(module, nn.Module) for layer in module.modules()):
+            if isinstance(linear, nn.Linear):
+                bound = 1 / math.sqrt(linear.in_features)
+                for parameter in (linear.weight, linear.bias):
+                    parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+        if self.config.choices.marks:
+            self.vid_edges.zero_()
+        if self.config.choices.projector != "linear":
+            return
         for head in (self.localization_projector, self.trajectory_projector):
             head.weight.mul_(0.1)
             head.bias.fill_(0.5)
@@ -140,10 +149,23 @@ class PiTe(nn.Module):
     # -- forward -------------------------------------------------------------------------------------------------
 
     def embed(self, token_ids: Tensor, features: Tensor, feature_rows: Tensor) -> Tensor:
-        """Input embeddings (T, d): token embeddings with adapted frame features (F, C) at `feature_rows`."""
-        adapter = self.vision_adapter
-        frames = F.linear(features.to(self.dtype), adapter.weight.to(self.dtype), adapter.bias.to(self.dtype))
-        return F.embedding(token_ids, self.decoder.embed_tokens).index_copy(0, feature_rows, frames)
+        """Input embeddings (T, d): token embeddings with projected features (F, C) at `feature_rows`."""
+        projected, x = self.project(features), F.embedding(token_ids, self.decoder.embed_tokens)
+        if self.config.video_tokens is not None:
+            for token, edge in zip(self.config.video_tokens, self.vid_edges.to(self.dtype)):
+                x = torch.where((token_ids == token)[:, None], edge, x)
+        return x.index_copy(0, feature_rows, projected)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features (F, C) in the language model's embedding (F, d)."""
+        x = features.to(self.dtype)
+        if self.config.choices.projector == "linear":
+            return self._linear(x, self.vision_adapter)
+        first, _, last = self.mm_projector
+        return self._linear(F.gelu(self._linear(x, cast(nn.Linear, first))), cast(nn.Linear, last))
+
+    def _linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        return F.linear(x, layer.weight.to(self.dtype), layer.bias.to(self.dtype))
 
     def hidden_states(self, batch: PackedBatch, all_rows: bool = False) -> Tensor:
         """Final-norm hidden states of a packed batch: those of its `read_rows` (R, d), or of all rows (T, d)."""

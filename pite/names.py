@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pite.decoder import DecoderLayer, LoRALinear
-from pite.model import HEADS, PiTe
+from pite.model import PiTe
 
 PROJECTIONS: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -77,10 +77,9 @@ def layer_tensors(model: PiTe, i: int, of: Callable[[nn.Parameter], Tensor] = va
 
 
 def head_tensors(model: PiTe, of: Callable[[nn.Parameter], Tensor] = values) -> dict[str, Tensor]:
-    """Published names -> the adapter's and heads' weights and biases (or what `of` returns for them)."""
-    return {
-        f"model.{head}.{kind}": of(getattr(getattr(model, head), kind)) for head in HEADS for kind in ("weight", "bias")
-    }
+    """Published names -> the parameters of the family's own modules (or what `of` returns for them)."""
+    own = model.config.choices.modules
+    return {f"model.{name}": of(p) for module in own for name, p in model.named_parameters() if _within(name, module)}
 
 
 @torch.no_grad()
@@ -134,4 +133,8 @@ def compare(
 
 def _module(name: str) -> str:
     """`vision_adapter` of `model.vision_adapter.weight`."""
-    return name.split(".")[-2]
+    return name.split(".")[1]
+
+
+def _within(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")

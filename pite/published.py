@@ -21,10 +21,12 @@ from torch import Tensor
 from pite import hub, names
 from pite.checkpoint import WeightLoader
 from pite.config import PiTeConfig
-from pite.model import HEADS, PiTe
+from pite.families import PITE
+from pite.model import PiTe
 
 log = logging.getLogger(__name__)
 
+HEADS = PITE.modules
 _FILES = ("vision_adapter", "non_lora_trainables")
 
 

@@ -103,7 +103,7 @@ class Workload:
     def split(self, share: bool = True) -> list[list[int]]:
         """The samples of each of our micro-batches."""
         first, count = self.samples[0], len(self.samples)
-        prefixes = Prefixes(first.frame_start, first.frame_start + first.num_frames, np.arange(count))
+        prefixes = Prefixes(first.frame_start, first.frame_start + first.num_features, np.arange(count))
         lengths = [len(s.token_ids) for s in self.samples]
         (bins,) = split_batch(lengths, 1, self.token_budget, prefixes if share else None)
         return [members for members in bins if members]

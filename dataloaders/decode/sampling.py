@@ -1,4 +1,4 @@
-"""Which N frames stand for a video: by index, as published, or by time.
+"""Which frames stand for a video: by index, as PiTe published it, by time, or by segments, as PG-Video-LLaVA did.
 
 The two agree where all frames are shown equally long. Where they are not, such as in recordings of a screen or of a phone
 in the dark, the published rule gives frame k of N the picture of another time than k / N of the video.
@@ -10,9 +10,13 @@ from typing import Literal
 
 import numpy as np
 
-Sampling = Literal["index", "time"]
+Sampling = Literal["index", "time", "segments"]
 
-IN_MANIFEST: dict[Sampling, str] = {"index": "linspace truncated", "time": "linspace in time"}
+IN_MANIFEST: dict[Sampling, str] = {
+    "index": "linspace truncated",
+    "time": "linspace in time",
+    "segments": "middles of segments",
+}
 """The name of each rule in a store's manifest, and so in the lineage of a model that was trained on the store."""
 
 _ROUNDING = 1e-3
@@ -24,14 +28,29 @@ def frame_indices(total: int, num_frames: int) -> np.ndarray:
     return np.linspace(0, total - 1, num_frames, dtype=np.int64)
 
 
+def segment_indices(total: int, most: int) -> np.ndarray:
+    """The frames in the middle of n = min(total, most) segments: (n,) int64, PG-Video-LLaVA's rule.
+
+    The ends of a segment are multiples of (total - 1) / n, rounded to whole frames, halves to even ones; the middle between
+    two of them is rounded down. A video of at least two frames never gives its last one.
+    """
+    count = min(total, most)
+    if count == 0:
+        return np.zeros(0, dtype=np.int64)
+    ends = np.round(np.arange(count + 1) * ((total - 1) / count)).astype(np.int64)
+    return (ends[:-1] + ends[1:]) // 2
+
+
 def sampled_indices(times: np.ndarray, end: float, num_frames: int, sampling: Sampling) -> np.ndarray:
-    """Indices (N,) int64 of the frames that stand for a video; (0,) if it has none.
+    """Indices (N,) int64 of the frames that stand for a video; (0,) if it has none, at most N by segments.
 
     times  (total,) seconds at which each frame is shown, in order; NaN where unknown, and then indices decide
     end    seconds at which the last frame ends
     """
     if not len(times):
         return np.zeros(0, dtype=np.int64)
+    if sampling == "segments":
+        return segment_indices(len(times), num_frames)
     return _by_time(times, end, num_frames) if sampling == "time" else frame_indices(len(times), num_frames)
 
 

@@ -15,7 +15,7 @@ narrative also contains its subset, such as `stage1/coco/9`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -144,20 +144,23 @@ SPLITS: dict[Split, tuple[Format, ...]] = {
 """The splits of a data folder and the annotation files that each may hold."""
 
 
-def present_formats(data: Path, split: Split) -> tuple[Format, ...]:
-    """The formats whose files exist in `data`/`split`, one per file. Raises ValueError if there are none."""
+def present_formats(data: Path, split: Split, files: Sequence[str] | None = None) -> tuple[Format, ...]:
+    """The formats whose files exist in `data`/`split`, one per file. Raises ValueError if there are none.
+
+    files  the formats to look for, by their `file`; None for all of the split
+    """
     if not data.is_dir():
         raise ValueError(f"{data}: no such data folder")
-    present = _present(data / split, split)
+    wanted = [f.file for f in SPLITS[split]] if files is None else list(files)
+    present = _present(data / split, split, wanted)
     if not present:
-        raise ValueError(f"{data / split} holds none of {', '.join(f.file for f in SPLITS[split])}")
+        raise ValueError(f"{data / split} holds none of {', '.join(wanted)}")
     return present
 
 
-def _present(folder: Path, split: Split) -> tuple[Format, ...]:
-    return tuple(
-        replace(f, file=path.name) for f in SPLITS[split] for path in sorted(folder.glob(f.file)) if path.is_file()
-    )
+def _present(folder: Path, split: Split, files: Sequence[str] | None = None) -> tuple[Format, ...]:
+    wanted = [f for f in SPLITS[split] if files is None or f.file in files]
+    return tuple(replace(f, file=path.name) for f in wanted for path in sorted(folder.glob(f.file)) if path.is_file())
 
 
 def present_splits(data: Path) -> tuple[Split, ...]:

@@ -87,7 +87,7 @@ def collate(
     normalizers: tuple[float, float] | None = None,
     share: bool = True,
 ) -> PackedBatch:
-    """Pack samples and their frame features, (num_frames, C) each, into one row.
+    """Pack samples and their frame features, (num_features, C) each, into one row.
 
     normalizers  (supervised tokens, coordinates) of the global batch; None if this batch is the global batch
     share        compute equal beginnings of samples once (`dataloaders.samples.forest`)
@@ -96,12 +96,12 @@ def collate(
     assert len(samples) == len(features)
     assert samples, "an empty batch has no shape"
     for sample, record in zip(samples, features):
-        if record.shape[0] != sample.num_frames:
+        if record.shape[0] != sample.num_features:
             raise ValueError(
                 f"sample {sample.id}: {record.shape[0]} features of media {sample.media!r} "
-                f"for {sample.num_frames} frames"
+                f"for {sample.num_features} rows"
             )
-        assert 1 < len(sample.token_ids) > sample.frame_start + sample.num_frames, "a token follows the frames"
+        assert 1 < len(sample.token_ids) > sample.frame_start + sample.num_features, "a token follows the frames"
     lengths = np.array([len(s.token_ids) - 1 for s in samples], dtype=np.int64)
     forest = find_prefixes(samples, features) if share else separate(lengths)
     rows, bounds = forest.rows(forest.samples)  # the row of every position of every sample
@@ -165,7 +165,7 @@ def _features(
     frames: dict[int, tuple[int, np.ndarray]] = {}
     for i, (sample, start) in enumerate(zip(samples, bounds)):
         begin = start + sample.frame_start
-        own = rows[begin : begin + sample.num_frames]
+        own = rows[begin : begin + sample.num_features]
         if len(own):
             frames.setdefault(int(own[0]), (i, own))
     return {

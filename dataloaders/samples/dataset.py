@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from copy import copy
 from dataclasses import asdict
 from functools import cached_property
@@ -18,8 +18,10 @@ from dataloaders.failures import Failure
 from dataloaders.files import write_if_changed
 from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, check_budget, present_formats, split_of
 from dataloaders.records import TokenizedSample
+from dataloaders.samples.forest import SHORTEST
 from dataloaders.samples.index import open_index
 from dataloaders.samples.layouts import VICUNA, layout_of
+from dataloaders.samples.marked import Marks, first_row
 from dataloaders.samples.plan import Prefixes
 
 
@@ -34,6 +36,8 @@ class StageDataset:
     failure_budget  share of the stage's records that may be malformed; they are left out and listed in `malformed`
     turn, narrative_timing  see `dataloaders.formats.Reading`
     processes     worker processes that read annotations; None chooses by the size of the files
+    formats       annotation files to read, of those in the stage's folder; None for all
+    marks         for samples whose video stands between two marks; None for PiTe's
 
     repeats                       records with the text of an earlier one, which are samples too
     tokens, targets, coordinates  (n,) int32 per sample: length, supervised tokens, present coordinates
@@ -58,13 +62,16 @@ class StageDataset:
         turn: TurnChoice = "first",
         narrative_timing: NarrativeTiming = "words",
         processes: int | None = None,
+        formats: Sequence[str] | None = None,
+        marks: Marks | None = None,
     ) -> None:
         self.num_frames, self.num_points, self.max_length = num_frames, num_points, max_length
         self._stage, self._folder = stage, data / split_of(stage)
-        self._layout = layout_of(tokenizer)
-        formats = present_formats(data, split_of(stage))
+        self._marks, self._first_row = marks, first_row(tokenizer) if marks else 0
+        self._layout = VICUNA if marks else layout_of(tokenizer)
+        chosen = present_formats(data, split_of(stage), formats)
         reading = Reading(num_frames, num_points, turn, narrative_timing)
-        index = open_index(self._folder, formats, tokenizer, reading, cache, processes)
+        index = open_index(self._folder, chosen, tokenizer, reading, cache, processes, marks)
         self._index, self.malformed, self.repeats = index.samples, index.malformed, index.repeats
         good = np.ones(len(self._index), dtype=bool)
         good[index.clashing] = False
@@ -79,7 +86,7 @@ class StageDataset:
         self._select(np.flatnonzero(good & fits & encoded))
         if not self.ids:
             remedy = ": run engine.encode first" if self.not_encoded else ""
-            files = ", ".join(kind.file for kind in formats)
+            files = ", ".join(kind.file for kind in chosen)
             raise ValueError(f"{self._folder} holds no usable sample: {self.summary()}, in {files}{remedy}")
 
     def _select(self, rows: np.ndarray) -> None:
@@ -131,10 +138,20 @@ class StageDataset:
         return np.fromiter((numbers[key] for key in self.media), np.int64, len(self.media))
 
     def prefixes(self, chosen: np.ndarray) -> Prefixes:
-        """What the chosen samples (B,) share: the prompt's head, and the frames of the same media."""
-        # One prompt layout and one tokenizer: the head is the same for all.
-        head = int(self._index.frame_starts[0])
-        return Prefixes(head, head + self.num_frames, self.groups[chosen])
+        """What the chosen samples (B,) share: the prompt's head, and the rows of the same media."""
+        if self._marks is None:
+            # One prompt layout and one tokenizer: the head is the same for all.
+            head = int(self._index.frame_starts[0])
+            return Prefixes(head, head + self._index.num_features, self.groups[chosen])
+        first = self._index.frame_starts[self._rows[chosen]] == self._first_row
+        head = self._first_row
+        if not first.all():
+            # The head ends before the mark; a short one is not shared then (`dataloaders.samples.forest`).
+            head = head - 1 if head > SHORTEST else 0
+        # A video after its question is no other sample's.
+        own = len(self) + np.arange(len(chosen))
+        media = self._first_row + self._marks.num_features
+        return Prefixes(head, media, np.where(first, self.groups[chosen], own))
 
     def summary(self) -> str:
         parts = [f"{len(self.ids):,} samples"]
@@ -189,6 +206,8 @@ class StageDataset:
         contents = hashlib.sha256(self._index.digests[self._rows].tobytes())
         if self._layout != VICUNA:
             contents.update(repr(self._layout).encode())
+        if self._marks is not None:
+            contents.update(repr(self._marks).encode())
         for counts in (self.tokens, self.targets, self.coordinates):
             contents.update(counts.tobytes())
         return f"{len(self):,} samples {contents.hexdigest()[:16]}"

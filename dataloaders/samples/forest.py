@@ -59,10 +59,10 @@ def find_prefixes(samples: Sequence[TokenizedSample], features: Sequence[np.ndar
     keys = [sample.token_ids[:-1].copy() for sample in samples]
     for key, sample, number in zip(keys, samples, _records(samples, features)):
         # A frame is equal to the same frame of an equal record, and to no token.
-        frames = slice(sample.frame_start, sample.frame_start + sample.num_frames)
-        key[frames] = -1 - number - len(samples) * np.arange(sample.num_frames)
+        frames = slice(sample.frame_start, sample.frame_start + sample.num_features)
+        key[frames] = -1 - number - len(samples) * np.arange(sample.num_features)
     starts = [sample.frame_start for sample in samples]
-    tree = _Tree(keys, starts, [sample.frame_start + sample.num_frames for sample in samples])
+    tree = _Tree(keys, starts, [sample.frame_start + sample.num_features for sample in samples])
     tree.grow(list(range(len(samples))), 0, ())
     return Forest(np.array(tree.lengths, dtype=np.int64), tree.paths, tree.last)
 

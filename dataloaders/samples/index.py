@@ -32,8 +32,9 @@ from dataloaders.derived import (
 )
 from dataloaders.files import sha256_once
 from dataloaders.formats import Format, Reading, parse_json
-from dataloaders.records import Media, RecordError, clash
-from dataloaders.samples import layouts, prompts, tokenized
+from dataloaders.records import Media, RecordError, Sample, TokenizedSample, clash
+from dataloaders.samples import layouts, marked, prompts, tokenized
+from dataloaders.samples.marked import Marks
 from dataloaders.samples.prompts import tokenize
 from dataloaders.samples.tokenized import Columns, TokenizedFile
 
@@ -52,13 +53,13 @@ class Part:
 class TokenizeRecords:
     """Reads and tokenizes the records of a task. Sent to each process once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> None:
-        self.tokenizer, self.reading = tokenizer, reading
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading, marks: Marks | None) -> None:
+        self.tokenizer, self.reading, self.marks = tokenizer, reading, marks
 
     def __call__(self, task: Task) -> Result[Part]:
         """The good records, and (offset, reason) of the malformed ones."""
         samples, names, digests, offsets, texts, media, errors = [], [], [], [], [], [], []
-        for offset, raw in task.records():
+        for number, (offset, raw) in enumerate(task.records(), task.first):
             # Lines are counted later, and only if a message needs them.
             place = f"@{offset}"
             try:
@@ -68,8 +69,7 @@ class TokenizeRecords:
             except RecordError as error:
                 errors.append((offset, str(error).removeprefix(f"{place}: ")))
                 continue
-            n, p = self.reading.num_frames, self.reading.num_points
-            samples.append(tokenize(sample, self.tokenizer, num_frames=n, num_points=p))
+            samples.append(self._tokenize(sample, number))
             offsets.append(offset)
             names += [sample.id.encode(), sample.media.encode()]
             # The last line of a file may lack its end.
@@ -82,6 +82,12 @@ class TokenizeRecords:
         if not samples:
             return None, errors
         return Part(tokenized.pack(samples, names, digests), task.path.name, offsets, texts, media), errors
+
+    def _tokenize(self, sample: Sample, number: int) -> TokenizedSample:
+        if self.marks is not None:
+            return marked.tokenize(replace(sample, video_first=self.marks.is_first(number)), self.tokenizer, self.marks)
+        n, p = self.reading.num_frames, self.reading.num_points
+        return tokenize(sample, self.tokenizer, num_frames=n, num_points=p)
 
 
 @dataclass(frozen=True)
@@ -108,20 +114,24 @@ def open_index(
     reading: Reading,
     cache: Path | None,
     processes: int | None = None,
+    marks: Marks | None = None,
 ) -> Index:
     """The index of a split.
 
     folder     of the split, such as DATA/stage2
     cache      folder for the tokenized samples; None for no cache
     processes  worker processes; 0 for none, None chooses by the size of the files
+    marks      for samples whose video stands between two marks; None for PiTe's
     Raises ValueError for an annotation file that is truncated or not JSON, and if `cache` is not writable.
     """
 
     def make(path: Path) -> None:
-        _build(path, folder, Records(folder, formats, TokenizeRecords(tokenizer, reading), processes), reading)
+        work = TokenizeRecords(tokenizer, reading, marks)
+        features = reading.num_frames if marks is None else marks.num_features
+        _build(path, folder, Records(folder, formats, work, processes), reading, features)
 
     with tempfile.TemporaryDirectory() if cache is None else nullcontext(cache) as directory:
-        path = Path(directory) / f"{folder.name}-{_identity(folder, formats, tokenizer, reading)}.safetensors"
+        path = Path(directory) / f"{folder.name}-{_identity(folder, formats, tokenizer, reading, marks)}.safetensors"
         try:
             make_once(path, "tokenized samples", make)
         except NotWritableError as error:
@@ -133,7 +143,13 @@ def open_index(
     return Index(samples, malformed, json.loads(samples.notes["clashing"]), repeats)
 
 
-def _identity(folder: Path, formats: Sequence[Format], tokenizer: PreTrainedTokenizerBase, reading: Reading) -> str:
+def _identity(
+    folder: Path,
+    formats: Sequence[Format],
+    tokenizer: PreTrainedTokenizerBase,
+    reading: Reading,
+    marks: Marks | None,
+) -> str:
     """16 hexadecimal digits: a checksum of everything that the numbers of the index depend on."""
     inputs = [
         folder.name,
@@ -142,6 +158,7 @@ def _identity(folder: Path, formats: Sequence[Format], tokenizer: PreTrainedToke
         [tokenizer.bos_token_id, tokenizer.eos_token_id],
         repr(layouts.layout_of(tokenizer)),
         repr(reading),
+        repr(marks),
         _code(),
     ]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
@@ -150,10 +167,10 @@ def _identity(folder: Path, formats: Sequence[Format], tokenizer: PreTrainedToke
 @lru_cache(1)
 def _code() -> str:
     """A checksum of the code that turns records into numbers."""
-    return checksum_of_code(formats, records, layouts, prompts, tokenized, sys.modules[__name__])
+    return checksum_of_code(formats, records, layouts, marked, prompts, tokenized, sys.modules[__name__])
 
 
-def _build(path: Path, folder: Path, parts: Records[Part], reading: Reading) -> None:
+def _build(path: Path, folder: Path, parts: Records[Part], reading: Reading, num_features: int) -> None:
     notes: dict[str, str] = {}
     known: dict[str, tuple[float, float] | None] = {}  # key -> clip; a key contains the name of the file
     texts: set[bytes] = set()
@@ -179,7 +196,7 @@ def _build(path: Path, folder: Path, parts: Records[Part], reading: Reading) -> 
         notes["repeats"] = json.dumps([astuple(m) for m in _at_lines(folder, repeats)])
         notes["clashing"] = json.dumps(clashing)
 
-    tokenized.write(path, columns(), reading.num_frames, reading.num_points, notes)
+    tokenized.write(path, columns(), num_features, (reading.num_points, reading.num_frames), notes)
 
 
 def _at_lines(folder: Path, found: Mapping[str, Sequence[tuple[int, str]]]) -> list[Malformed]:

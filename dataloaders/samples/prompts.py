@@ -87,7 +87,7 @@ def tokenize(
         media=sample.media,
         token_ids=np.array(ids, dtype=np.int64),
         frame_start=len(head),
-        num_frames=num_frames,
+        num_features=num_frames,
         target_positions=np.array(targets, dtype=np.int64),
         trajectory_positions=np.array(trajectory_positions, dtype=np.int64),
         trajectory=np.array(trajectories, dtype=np.float32).reshape(-1, num_points, num_frames, 2),

@@ -22,6 +22,9 @@ from dataloaders.records import TokenizedSample
 
 Columns = Mapping[str, np.ndarray]
 
+_FEATURES = "num_features"
+"""Note that holds the number of rows of each sample's record."""
+
 _TYPES: dict[str, tuple[str, type[np.generic]]] = {
     "token_ids": ("I32", np.int32),
     "target_positions": ("I32", np.int32),
@@ -73,9 +76,13 @@ def pack(samples: Sequence[TokenizedSample], texts: Sequence[bytes], digests: Se
     return columns
 
 
-def write(path: Path, parts: Iterable[Columns], num_frames: int, num_points: int, notes: Mapping[str, str]) -> None:
+def write(
+    path: Path, parts: Iterable[Columns], num_features: int, trajectory: tuple[int, int], notes: Mapping[str, str]
+) -> None:
     """Write the columns of all `parts` as one file, atomically. Needs the memory of one part.
 
+    num_features  rows of each sample's record
+    trajectory    P and N of the trajectories
     notes  texts to store with the samples; they may be filled until the last part was taken
     """
     with temporary_directory(path) as temporary, ExitStack() as stack:
@@ -83,8 +90,8 @@ def write(path: Path, parts: Iterable[Columns], num_frames: int, num_points: int
         for part in parts:
             for name, file in files.items():
                 file.write(part[name].tobytes())
-        rows = {"trajectories": (num_points, num_frames, 2), "lengths": (6,), "digests": (16,)}
-        header: dict[str, object] = {"__metadata__": dict(notes)}
+        rows = {"trajectories": (*trajectory, 2), "lengths": (6,), "digests": (16,)}
+        header: dict[str, object] = {"__metadata__": {**notes, _FEATURES: str(num_features)}}
         end = 0
         for name, file in files.items():
             size, row = file.seek(0, os.SEEK_END), rows.get(name, ())
@@ -108,6 +115,7 @@ def write(path: Path, parts: Iterable[Columns], num_frames: int, num_points: int
 class TokenizedFile:
     """A file of `write`, mapped. Samples are read on demand, ids and media once. Raises ValueError if it is damaged.
 
+    num_features                  rows of each sample's record
     tokens, targets, coordinates  (n,) int32 of each sample: length, supervised tokens, present coordinates
     mentions                      (n,) int32, mentions with different trajectories
     largest_tokens, frame_starts  (n,) int32 of each sample: the largest token id, the position of the first frame
@@ -125,6 +133,7 @@ class TokenizedFile:
             (size,) = struct.unpack("<Q", mapped[:8])
             header = json.loads(mapped[8 : 8 + size])
             self.notes: dict[str, str] = header.pop("__metadata__")
+            self.num_features = int(self.notes.pop(_FEATURES))
             columns = {}
             for name, (_, dtype) in _TYPES.items():
                 shape, (begin, _) = header[name]["shape"], header[name]["data_offsets"]
@@ -159,7 +168,7 @@ class TokenizedFile:
             media=self.media[index],
             token_ids=columns["token_ids"][tokens].astype(np.int64),
             frame_start=int(columns["frame_starts"][index]),
-            num_frames=own.shape[2],
+            num_features=self.num_features,
             target_positions=columns["target_positions"][targets].astype(np.int64),
             trajectory_positions=columns["trajectory_positions"][positions].astype(np.int64),
             trajectory=own[columns["trajectory_owners"][positions]],

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -59,6 +59,8 @@ class Manifest:
     preprocess  resize, crop and normalisation
     tokens, channels  shape of a record
     dtype, compute_dtype  of the stored features, and of the encoder's arithmetic: bfloat16 and float32 features differ
+    extractor   what the encoder gives: an image embedding for each frame, or pooled patches, of which a record has more rows
+                than frames. The file has this field where it is not the first
     """
 
     encoder: str
@@ -69,6 +71,7 @@ class Manifest:
     channels: int
     dtype: str = "float16"
     compute_dtype: str = "float32"
+    extractor: str = "image_embeds"
 
     @staticmethod
     def load(path: Path) -> Manifest:
@@ -77,6 +80,7 @@ class Manifest:
         if not file.exists():
             raise ValueError(f"{path} is no feature store: it holds no {MANIFEST}; make one with engine.encode")
         values = read_json_object(file)
+        values = {"extractor": Manifest.extractor, **values}
         for f in fields(Manifest):
             if f.name not in values:
                 raise ValueError(
@@ -99,11 +103,18 @@ class Manifest:
         for name, known in (("dtype", ("float16",)), ("compute_dtype", COMPUTE_DTYPES)):
             if getattr(self, name) not in known:
                 yield f"field {name!r} must be {' or '.join(known)}, not {getattr(self, name)!r}"
-        if self.tokens != self.num_frames:
+        if self.tokens != self.num_frames and self.extractor == Manifest.extractor:
             yield (
                 f"field 'tokens' is {self.tokens}, but 'num_frames' {self.num_frames}, and a record has one token for "
                 "each frame"
             )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields of the file."""
+        values = asdict(self)
+        if self.extractor == Manifest.extractor:
+            del values["extractor"]
+        return values
 
     def check(self, wanted: Manifest, path: Path, remedy: str = REMAKE) -> None:
         """Raise ValueError with the first field in which the manifest of the store at `path` differs from `wanted`.
@@ -151,7 +162,7 @@ class FeatureStore:
             Manifest.load(path).check(manifest, path, remedy)
         else:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+            write_atomically(path / MANIFEST, json.dumps(manifest.as_dict(), indent=1) + "\n")
         for index, (_, _, damage) in read_indices(path, manifest).items():
             if damage is not None:
                 # Another rank may have removed it already.

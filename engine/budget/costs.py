@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -22,15 +23,23 @@ from engine.build import load_tokenizer, model_config, random_shape
 from engine.config import TrainConfig
 from engine.hardware import ASSUMED_FP8_GAIN, ASSUMED_MFU, DEVICES, measured_mfu
 from engine.layout import MAX_TOKEN_BUDGET, Layout, Memory, ParameterCount, choose_layout, count_parameters, memory
-from engine.prepare import check_tokens, dtype_of, split_held_out
+from engine.prepare import check_tokens, dtype_of, open_dataset, split_held_out
 from engine.recipes import LANGUAGE_MODELS, RANDOM, Recipe, Stage
 from engine.sharing import PROMPT_HEAD, Lengths, Sharing, assume_sharing, count_sharing, lengths_of
 from pite.config import PRESETS, PiTeConfig
-from pite.towers import frame_flops
+from pite.towers import frame_flops, patch_flops
 from pite_kernels.attention import choose_backend
 
-VIT_L_14 = CLIPVisionConfig(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+VIT_L_14, VIT_L_14_336 = (
+    CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        patch_size=14,
+        image_size=side,
+    )
+    for side in (224, 336)
 )
 
 
@@ -63,6 +72,11 @@ ASSUMED_CORPORA: dict[Stage, Corpus] = {
     3: Corpus(173_000, 260, 90, 86_303, f"assumed: Valley 73k and VideoInstruct100K, 90 answer tokens; {_UNKNOWN}"),
 }
 """Assumed training sets, from the counts in their papers, for stages whose data are not on disk."""
+
+ASSUMED_INSTRUCT = Corpus(
+    100_010, 850, 100, 13_303, f"assumed: VideoInstruct100K, 678 rows of a video, 100 answer tokens; {_UNKNOWN}"
+)
+"""PG-Video-LLaVA's training set. Its 13,303 videos are those in the published list."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ class StageCost:
 
 def run_costs(config: TrainConfig) -> list[StageCost]:
     """The costs of each stage of a run. Raises ValueError as `engine.prepare` does, for data that are on disk."""
-    return [stage_cost(config, stage) for stage in config.run.stages]
+    return [stage_cost(config, stage) for stage in config.stages]
 
 
 def stage_cost(config: TrainConfig, stage: Stage) -> StageCost:
@@ -153,7 +167,7 @@ def stage_cost(config: TrainConfig, stage: Stage) -> StageCost:
         tokens=tokens,
         rows=tokens * sharing.computed,
         flops=step_flops(model, count, tokens, tokens * sharing.computed, samples * corpus.targets, corpus.tokens),
-        encoding=corpus.media * frames * frame_flops(VIT_L_14, model.vision_feature_size),
+        encoding=corpus.media * frames * _frame_flops(model),
         attention=_attention(config, model),
         machines=tuple(machines),
     )
@@ -170,6 +184,11 @@ def step_flops(
     width = 6 * llm.num_attention_heads * config.head_dim * llm.num_hidden_layers
     attention = width * max(0.0, tokens * mean_length - (tokens - rows) * PROMPT_HEAD)
     return count.flops(rows, targets) + attention + targets * 4 * llm.vocab_size * llm.hidden_size
+
+
+def _frame_flops(model: PiTeConfig) -> float:
+    """FLOPs of the family's CLIP for a frame."""
+    return patch_flops(VIT_L_14_336) if model.choices.marks else frame_flops(VIT_L_14, model.vision_feature_size)
 
 
 def _machine_cost(
@@ -229,10 +248,10 @@ def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
     """The model's shape and its origin: a language model on this machine, or without --llm the size's Vicuna."""
     llm, size, points = config.model.llm, config.model.size, config.model.num_points
     if llm == RANDOM:
-        return random_shape(size, points), "random weights"
+        return random_shape(size, points, **_assumed_features(config)), "random weights"
     if llm is None:
-        shape = replace(PiTeConfig.preset(size), num_points=points)  # type: ignore[arg-type]
-        return shape, f"shape of {LANGUAGE_MODELS[size]}"
+        shape = random_shape(size, points, **_assumed_features(config))
+        return shape, f"shape of {LANGUAGE_MODELS[config.model.family][size]}"
     directory = Path(llm).expanduser()
     if not directory.is_dir():
         cached = try_to_load_from_cache(llm, "config.json") if llm.count("/") == 1 else None
@@ -241,9 +260,16 @@ def _shape(config: TrainConfig) -> tuple[PiTeConfig, str]:
                 f"{llm} is neither a directory nor in the Hugging Face cache, and a dry run downloads nothing"
             )
         directory = Path(cached).parent
-    if config.data.features(2).is_dir():
-        return model_config(directory, config.data.store, points), llm
-    return PiTeConfig.load(directory, num_points=points), llm
+    if config.video_features.is_dir():
+        return model_config(directory, config), llm
+    return PiTeConfig.load(directory, num_points=points, **_assumed_features(config)), llm
+
+
+def _assumed_features(config: TrainConfig) -> dict[str, Any]:
+    """The fields of `PiTeConfig` that the features give, without a store: those of the family's own CLIP."""
+    if not config.choices.marks:
+        return {}
+    return {"family": config.choices.name, "vision_feature_size": VIT_L_14_336.hidden_size, "num_places": 24**2}
 
 
 def _size(config: TrainConfig, model: PiTeConfig) -> str:
@@ -257,34 +283,22 @@ def _size(config: TrainConfig, model: PiTeConfig) -> str:
 
 def _corpus(config: TrainConfig, stage: Stage, model: PiTeConfig) -> Corpus:
     """A stage's training set on disk, or the assumed one if it is not there."""
+    assumed = ASSUMED_INSTRUCT if config.choices.marks else ASSUMED_CORPORA[stage]
     if not (config.data.folder / split_of(stage)).is_dir():
-        return ASSUMED_CORPORA[stage]
-    name = config.model.llm or LANGUAGE_MODELS[config.model.size]
+        return assumed
+    name = config.model.llm or LANGUAGE_MODELS[config.model.family][config.model.size]
     if name != RANDOM and not Path(name).expanduser().is_dir():
         cached = try_to_load_from_cache(name, "tokenizer_config.json")
         if not isinstance(cached, str):
-            assumed = ASSUMED_CORPORA[stage]
             why = (
                 f"{config.data.folder / split_of(stage)} is not counted: the tokenizer of {name} is not on this machine"
             )
             return replace(assumed, origin=f"{assumed.origin}; {why}")
         name = str(Path(cached).parent)
     tokenizer = load_tokenizer(name)
-    frames, points = (1, 1) if stage == 1 else (model.num_frames, model.num_points)
-    data = StageDataset(
-        config.data.folder,
-        stage,
-        tokenizer,
-        num_frames=frames,
-        num_points=points,
-        max_length=config.data.max_length,
-        available=None,
-        # Tokenizing takes minutes: keep the result for the run that follows.
-        cache=config.data.samples if config.data.cache or config.data.store.is_dir() else None,
-        failure_budget=config.data.failure_budget,
-        turn=config.data.turn,
-        narrative_timing=config.data.narrative_timing,
-    )
+    # Tokenizing takes minutes: keep the result for the run that follows.
+    cache = config.data.samples if config.data.cache or config.data.store.is_dir() else None
+    data = open_dataset(config, stage, tokenizer, model, available=None, cache=cache)
     check_tokens(data, tokenizer, model)
     if config.held_out is not None:
         data, _ = split_held_out(data, config.held_out)

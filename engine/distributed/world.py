@@ -24,7 +24,8 @@ from dataloaders.errors import reason
 from dataloaders.ranks import Ranks
 from engine.distributed import private, start
 from engine.distributed.watchdog import SETUP_TIMEOUT, Watchdog
-from pite import devices, names
+from pite import devices
+from pite.families import MODULES
 
 # A decoder layer may return a view. That is safe: the next layer writes only to its own memory.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -251,5 +252,5 @@ def shard_frozen(module: nn.Module, mesh: DeviceMesh) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
-    whole = {p for name, p in module.named_parameters() if "lora_" in name or name.startswith(names.HEADS)}
+    whole = {p for name, p in module.named_parameters() if "lora_" in name or name.startswith(MODULES)}
     fully_shard(module, mesh=mesh, ignored_params=whole)

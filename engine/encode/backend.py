@@ -70,7 +70,7 @@ def choose_backend(config: EncodeConfig, ranks: Ranks) -> Backend:
         sessions, share = on_gpu(number), estimated_share(workers, number)
     if ranks.local == 0:
         log.info("ranks: %d, hosts: %d", ranks.size, -(-ranks.size // ranks.local_size))
-        log.info("CLIP %s on %s in %s", config.clip, name, "float32" if kind == "cpu" else "bfloat16")
+        log.info("CLIP %s on %s in %s", config.choices.clip, name, "float32" if kind == "cpu" else "bfloat16")
         # On a GPU the default is DALI; each host that lacks it warns.
         level = logging.WARNING if (config.decoder, kind, decoder) == ("auto", "cuda", "pyav") else logging.INFO
         log.log(level, "decoder %s (%s), %d decoding processes a rank", NAMES[decoder], why, workers)

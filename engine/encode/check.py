@@ -7,6 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -74,9 +75,10 @@ def _shares(records: int, stored: Mapping[str, int]) -> dict[str, int]:
 
 
 def _least_cosine(one: np.ndarray, two: np.ndarray) -> float:
-    """Least cosine similarity between corresponding frames of two records (N, channels)."""
+    """Least cosine similarity between corresponding rows of two records (tokens, channels); 1 for two rows of zeros."""
     a, b = one.astype(np.float64), two.astype(np.float64)
-    return float(((a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-12)).min())
+    cosines = (a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-12)
+    return float(np.where(a.any(-1) | b.any(-1), cosines, 1.0).min())
 
 
 def predict(job: Job, ranks: int) -> str:
@@ -137,8 +139,11 @@ def _seconds_per_frame(encoder: ClipEncoder, batch_size: int) -> float:
     rows = batch_size if encoder.device.type == "cuda" else min(batch_size, 4)
     side = encoder.preprocess.crop
     frames = np.random.default_rng(0).integers(0, 255, (rows, side, side, 3), dtype=np.uint8)
-    encoder.encode(frames).cpu()
+    from pite.pooled import PooledEncoder
+
+    run = partial(encoder.records, counts=[rows]) if isinstance(encoder, PooledEncoder) else encoder.encode
+    run(frames).cpu()
     begin, rounds = time.perf_counter(), 3
     for _ in range(rounds):
-        encoder.encode(frames).cpu()
+        run(frames).cpu()
     return (time.perf_counter() - begin) / rounds / rows

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from dataloaders import paths
-from dataloaders.cli import at_least
+from dataloaders.cli import at_least, flag
 from dataloaders.decode import TIME_LIMIT
+from dataloaders.decode.sampling import Sampling
 from dataloaders.formats import present_splits
 from dataloaders.logs import LogFlags
 from dataloaders.ranks import Part, check_one_host
+from pite.families import Family, Name, family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +28,16 @@ class EncodeConfig(LogFlags):
     """data folder (layout: docs/data.md)"""
     store: Path
     """output folder for features: STORE/images and STORE/videos"""
-    clip: str = "openai/clip-vit-large-patch14"
-    """image tower in Hugging Face format, a folder or a name on the hub: CLIP, SigLIP or SigLIP 2 (docs/models.md)"""
+    family: Name = "pite"
+    """model family that the features are for: it chooses the frames, their resize and what is stored of them"""
+    clip: str | None = flag(None, shown="the family's")
+    """image tower in Hugging Face format, a folder or a name on the hub: CLIP, SigLIP or SigLIP 2 (docs/models.md); the
+    family's own unless given"""
     num_frames: int = 100
     """frames per video"""
-    sampling: Literal["index", "time"] = "index"
-    """rule that chooses a video's frames: evenly by their index, as published, or evenly in time, which differs for
-    variable frame rates; a store holds features of one rule"""
+    sampling: Sampling | None = flag(None, shown="the family's")
+    """rule that chooses a video's frames: evenly by their index, as PiTe published, by segments, as PG-Video-LLaVA did, or
+    evenly in time, which differs for variable frame rates; a store holds features of one rule"""
     batch_size: int = 200
     """frames per forward pass"""
     workers: int | None = None
@@ -43,7 +48,7 @@ class EncodeConfig(LogFlags):
     time_limit: float = TIME_LIMIT
     """timeout in seconds: a file that takes longer fails and its process is killed (no timeout with 0 workers); a DALI
     batch that takes longer falls back to PyAV"""
-    shard_records: int = 1024
+    shard_records: int | None = flag(None, shown="the family's")
     """records per shard; a kill loses at most this many"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device of CLIP"""
@@ -64,6 +69,17 @@ class EncodeConfig(LogFlags):
     measured: Path = Path("bench/results")
     """folder with the results of bench.encode, from which --dry-run takes the rates of GPUs"""
 
+    @property
+    def choices(self) -> Family:
+        """The choices of the family; those that a flag gives in place of its own."""
+        own = family(self.family)
+        return replace(
+            own,
+            clip=self.clip or own.clip,
+            sampling=self.sampling or own.sampling,
+            shard_records=self.shard_records or own.shard_records,
+        )
+
     def check_paths(self) -> None:
         """Raise ValueError for a data folder without annotations, a store that is no folder, or a CLIP that cannot exist.
 
@@ -72,7 +88,7 @@ class EncodeConfig(LogFlags):
         check_one_host("engine.encode")
         present_splits(self.data)
         paths.output_folder("--store", self.store)
-        paths.model("--clip", self.clip)
+        paths.model("--clip", self.choices.clip)
 
     def __post_init__(self) -> None:
         Part.parse(self.part)

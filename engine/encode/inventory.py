@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.failures import BudgetExceeded, Failure, Ledger, over_budget
-from dataloaders.formats import present_splits
+from dataloaders.formats import present_splits, split_of
 from dataloaders.media import CACHE, list_media
 from dataloaders.ranks import ALONE, Ranks
 from dataloaders.records import Media, RecordError
@@ -68,7 +68,8 @@ def take_inventory(config: EncodeConfig, ranks: Ranks = ALONE) -> Inventory:
 
     Raises ValueError for a folder without data, and if more records name no media than the failure budget allows.
     """
-    splits = present_splits(config.data)
+    used = {"evaluation", *map(split_of, config.choices.stages)}
+    splits = [split for split in present_splits(config.data) if split in used]
     own = [split for split in splits if has_own_store(config.store, split)]
     if own and ranks.rank == 0:
         log.info(

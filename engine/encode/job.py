@@ -86,7 +86,7 @@ class Job:
 
     @property
     def _frames(self) -> dict[str, Any]:
-        return {"num_frames": self.store.manifest.num_frames, "sampling": self.config.sampling}
+        return {"num_frames": self.store.manifest.num_frames, "sampling": self.config.choices.sampling}
 
     def _pool(self, files: int, reader: Reader) -> DecodePool:
         decode = partial(decode_file, preprocess=self.encoder.preprocess, reader=reader, **self._frames)

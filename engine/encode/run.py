@@ -26,7 +26,7 @@ from engine.encode.config import EncodeConfig
 from engine.encode.inventory import Inventory, take_inventory
 from engine.encode.job import ENGINES, Job
 from engine.encode.share import agreed_share
-from engine.encode.work import features_of, groups_of, partition_by_length, rows_of
+from engine.encode.work import encode_blank, features_of, groups_of, partition_by_length
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,7 +107,7 @@ def run(config: EncodeConfig, ranks: Ranks) -> None:
             " whole",
             f"{summary.cut_before:,}",
         )
-    if summary.uneven and config.sampling == "index":
+    if summary.uneven and config.choices.sampling == "index":
         log.warning(
             "%s files have a variable frame rate: frames sampled by index are more than a frame's share away from the times"
             " of their labels; --sampling time, with another --store, avoids it",
@@ -151,11 +151,10 @@ def _with_share(backend: Backend, config: EncodeConfig, write: bool) -> Backend:
 
 def make_jobs(config: EncodeConfig, inventory: Inventory, backend: Backend, ranks: Ranks) -> list[Job]:
     """Load CLIP, open or create the stores, and take this rank's share of each kind of media."""
-    encoder = _load_encoder(config, backend.device)
-    manifests = {
-        "image": _manifest(encoder, 1, "still"),
-        "video": _manifest(encoder, config.num_frames, IN_MANIFEST[config.sampling]),
-    }
+    chosen, encoder = config.choices, _load_encoder(config, backend.device)
+    manifests = {"video": _manifest(encoder, config.num_frames, IN_MANIFEST[chosen.sampling])}
+    if 1 in chosen.stages:  # of stills
+        manifests = {"image": _manifest(encoder, 1, "still"), **manifests}
     jobs = []
     for kind, manifest in manifests.items():
         store = FeatureStore.create_or_open(config.store / f"{kind}s", manifest)
@@ -172,21 +171,19 @@ def make_jobs(config: EncodeConfig, inventory: Inventory, backend: Backend, rank
 def _load_encoder(config: EncodeConfig, device: str) -> ClipEncoder:
     """CLIP, compiled on a GPU if a first batch can be encoded so: without a C compiler it cannot."""
     # Imported here: the decoding processes import this module, and need neither torch nor transformers.
-    import torch
+    from pite.pooled import load_encoder
 
-    from pite.clip import ClipEncoder
-
+    chosen = config.choices
     if device == "cpu":
-        return ClipEncoder(config.clip, device)
-    encoder = ClipEncoder(config.clip, device, compiled=True)
-    side, rows = encoder.preprocess.crop, rows_of(config.batch_size, config.num_frames)
+        return load_encoder(chosen, chosen.clip, device)
+    encoder = load_encoder(chosen, chosen.clip, device, compiled=True)
     try:
-        encoder.encode(torch.zeros(rows, side, side, 3, dtype=torch.uint8))
+        encode_blank(encoder, config.num_frames, config.batch_size)
     except Exception as error:  # Inductor, Triton and the compiler raise many.
         log.warning(
             "torch.compile fails here (%s): CLIP runs without it; install a C compiler, such as gcc", reason(error)
         )
-        return ClipEncoder(config.clip, device)
+        return load_encoder(chosen, chosen.clip, device)
     return encoder
 
 
@@ -196,9 +193,10 @@ def _manifest(encoder: ClipEncoder, num_frames: int, sampling: str) -> Manifest:
         num_frames=num_frames,
         sampling=sampling,
         preprocess=encoder.preprocess.describe(),
-        tokens=num_frames,
+        tokens=encoder.tokens(num_frames),
         channels=encoder.channels,
         compute_dtype=str(encoder.model.dtype).removeprefix("torch."),
+        extractor=encoder.extractor,
     )
 
 
@@ -244,7 +242,9 @@ def _encode(job: Job, ledger: Ledger, ranks: Ranks, summary: Summary) -> None:
     frames, waited, started = 0, 0.0, time.perf_counter()
     with (
         job.decoder(len(groups)) as decoder,
-        FeatureWriter(job.store, Part.parse(job.config.part).writer(ranks.rank), job.config.shard_records) as writer,
+        FeatureWriter(
+            job.store, Part.parse(job.config.part).writer(ranks.rank), job.config.choices.shard_records
+        ) as writer,
         tqdm(
             total=total,
             initial=total - todo,

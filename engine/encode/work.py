@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from dataloaders.decode.decoder import Decoded
     from pite.clip import ClipEncoder
+    from pite.pooled import PooledEncoder
 
 _OPENING = 0.5
 """Cost of opening a file, in seconds of video; the whole weight of a file whose header has no length."""
@@ -95,18 +96,54 @@ def rows_of(batch_size: int, num_frames: int) -> int:
     return batch_size // num_frames * num_frames or batch_size
 
 
+def encode_blank(encoder: ClipEncoder, num_frames: int, batch_size: int) -> None:
+    """Encode a full batch of black frames, of the shape that all batches of videos have."""
+    from pite.pooled import PooledEncoder
+
+    side, videos = encoder.preprocess.crop, batch_size // num_frames or 1
+    if isinstance(encoder, PooledEncoder):
+        encoder.records(np.zeros((videos * num_frames, side, side, 3), np.uint8), [num_frames] * videos)
+    else:
+        encoder.encode(np.zeros((rows_of(batch_size, num_frames), side, side, 3), np.uint8))
+
+
 def features_of(
     batch: Sequence[Decoded], encoder: ClipEncoder, num_frames: int, batch_size: int
 ) -> list[np.ndarray | None]:
-    """Features (num_frames, channels) of each decoded file of a batch; None for files without frames."""
+    """The record (tokens, channels) of each decoded file of a batch; None for files without frames.
+
+    Files may have fewer than `num_frames` frames where the encoder pools them.
+    """
     good = [decoded.frames for decoded in batch if decoded.frames is not None]
     if not good:
         return [None] * len(batch)
-    rows = rows_of(batch_size, num_frames)
-    frames = _joined(good, rows)
-    encoded = [encoder.encode(frames[i : i + rows]).cpu().numpy() for i in range(0, len(frames), rows)]
-    records = iter(np.concatenate(encoded)[: len(good) * num_frames].reshape(len(good), num_frames, -1))
+    from pite.pooled import PooledEncoder
+
+    if isinstance(encoder, PooledEncoder):
+        records = iter(_videos(good, encoder, num_frames, batch_size))
+    else:
+        records = iter(_frames(good, encoder, num_frames, batch_size))
     return [None if decoded.frames is None else next(records) for decoded in batch]
+
+
+def _frames(parts: Sequence[np.ndarray | Tensor], encoder: ClipEncoder, num_frames: int, batch_size: int) -> np.ndarray:
+    """Records of a feature for each frame."""
+    rows = rows_of(batch_size, num_frames)
+    frames = _joined(parts, rows)
+    encoded = [encoder.encode(frames[i : i + rows]).cpu().numpy() for i in range(0, len(frames), rows)]
+    return np.concatenate(encoded)[: len(parts) * num_frames].reshape(len(parts), num_frames, -1)
+
+
+def _videos(
+    parts: Sequence[np.ndarray | Tensor], encoder: PooledEncoder, num_frames: int, batch_size: int
+) -> list[np.ndarray]:
+    """Records pooled over a video's frames; a video of fewer frames is padded, and the padding is not pooled."""
+    videos, records = batch_size // num_frames or 1, list[np.ndarray]()
+    for i in range(0, len(parts), videos):
+        some = [_joined([part], num_frames) for part in parts[i : i + videos]]
+        counts = [len(part) for part in parts[i : i + videos]] + [num_frames] * (videos - len(some))
+        records.extend(encoder.records(_joined(some, videos * num_frames), counts)[: len(some)].cpu().numpy())
+    return records
 
 
 def _joined(parts: Sequence[np.ndarray | Tensor], rows: int) -> np.ndarray | Tensor:

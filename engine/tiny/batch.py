@@ -74,7 +74,7 @@ def make_batch(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast
     ]
     counts = [len(each.log) for each in dialogues]
     exact = np.concatenate([each.log for each in dialogues])
-    columns = [np.arange(sample.frame_start, sample.frame_start + sample.num_frames) for sample in samples]
+    columns = [np.arange(sample.frame_start, sample.frame_start + sample.num_features) for sample in samples]
     return Batch(
         ids=_pad([sample.token_ids for sample in samples], 0),
         labels=_pad([_labels(sample) for sample in samples], -100),
@@ -84,8 +84,8 @@ def make_batch(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast
         codes=torch.from_numpy(noisy(exact, rng)),
         velocities=torch.from_numpy(np.concatenate([velocities(each.log) for each in dialogues])),
         colours=_pad([_last_colour(sample.token_ids, tokenizer) for sample in samples], -100),
-        paths=_coordinates([(i, sample) for i, sample in enumerate(samples) if sample.num_frames > 1]),
-        places=_coordinates([(i, sample) for i, sample in enumerate(samples) if sample.num_frames == 1]),
+        paths=_coordinates([(i, sample) for i, sample in enumerate(samples) if sample.num_features > 1]),
+        places=_coordinates([(i, sample) for i, sample in enumerate(samples) if sample.num_features == 1]),
     )
 
 

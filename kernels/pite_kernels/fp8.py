@@ -9,13 +9,13 @@ of about 2.6%. A product averages over these errors.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pite_kernels.dispatch import uses_triton, with_unit_stride
+from pite_kernels.dispatch import NAMESPACE, uses_triton, with_unit_stride
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
@@ -80,6 +80,44 @@ def product(x: Tensor, matrix: Tensor, scales: Tensor) -> Tensor:
             output_dtype=x.dtype, use_fast_accum=True,
         )  # fmt: skip
     return torch.mm(dequantize(quantized, own_scales), dequantize(matrix, scales).t()).to(x.dtype)
+
+
+def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tensor:
+    """A frozen linear layer with a float8 weight: x (..., d_in) -> (..., d_out), in x's dtype; its dX is in float8 too.
+
+    Nothing is saved for the backward pass but the weight. Raises ValueError on CUDA for an x that is not bfloat16, and for
+    shapes that do not fit.
+    """
+    if x.is_cuda and x.dtype != torch.bfloat16:
+        raise ValueError(f"float8 weights need bfloat16 activations on CUDA, not {x.dtype}")
+    if x.shape[-1] != weight.rows.shape[1]:
+        raise ValueError(f"a weight {tuple(weight.rows.shape)} does not fit x {tuple(x.shape)}")
+    y = fp8_forward(x.reshape(-1, x.shape[-1]), *weight).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::fp8_linear", mutates_args=())
+def fp8_forward(x: Tensor, rows: Tensor, row_scales: Tensor, columns: Tensor, column_scales: Tensor) -> Tensor:
+    return product(x, rows, row_scales)
+
+
+@fp8_forward.register_fake
+def _(x: Tensor, rows: Tensor, *_: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], rows.shape[0])
+
+
+def _keep_weight(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _fp8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    rows, row_scales, columns, column_scales = ctx.saved_tensors
+    # The transposed weight takes the other's place.
+    grad_x = fp8_forward(grad, columns, column_scales, rows, row_scales) if ctx.needs_input_grad[0] else None
+    return grad_x, None, None, None, None
+
+
+fp8_forward.register_autograd(_fp8_backward, setup_context=_keep_weight)
 
 
 def dequantize(quantized: Tensor, scales: Tensor) -> Tensor:

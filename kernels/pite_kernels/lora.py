@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pite_kernels.dispatch import NAMESPACE, autocast, uses_triton, with_unit_stride, without_autocast
-from pite_kernels.fp8 import Fp8Weight, product
+from pite_kernels.fp8 import Fp8Weight, fp8_linear, product
 
 
 def lora_linear(
@@ -50,14 +50,13 @@ def lora_linear(
             lora_b. Without it, or with another dtype than x's, each call casts
     Returns (..., sum(splits)): part i is x W_i' + b_i + scale (x A_i') B_i', in x's dtype. A and B may be float32 with a
     half-precision x; so may weight and bias, but they are then cast in each call. Raises ValueError on shapes that do not
-    fit, on a weight or bias with requires_grad, and on a float8 weight without A and B or, on CUDA, with an x that is not
-    bfloat16.
+    fit, on a weight or bias with requires_grad, and on a float8 weight with an x that is not bfloat16 on CUDA.
     """
     if lora_a is None or lora_b is None:
         if lora_a is not lora_b:
             raise ValueError("lora_linear: give both lora_a and lora_b, or neither")
         if isinstance(weight, Fp8Weight):
-            raise ValueError("lora_linear: a float8 weight is for training; give lora_a and lora_b with it")
+            return fp8_linear(autocast(x), weight, bias)
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     x = autocast(x)
     frozen = list(weight) if isinstance(weight, Fp8Weight) else [weight]

@@ -29,7 +29,13 @@ def chat(flags: ChatFlags) -> int:
     device = devices.select(flags.device)
     if not flags.video.is_dir():
         probe(flags.video)  # before a model is loaded
-    session = Session.load(flags.model, clip=flags.clip, device=device, adapters=flags.adapter, history=flags.history)
+    transcript = None if flags.transcript is None else flags.transcript.read_text(encoding="utf-8").strip() or None
+    session = Session.load(
+        flags.model, clip=flags.clip, device=device, adapters=flags.adapter, history=flags.history, family=flags.family,
+        transcript=transcript,
+    )  # fmt: skip
+    if flags.trajectory is not None and session.model.config.choices.marks:
+        raise ValueError(f"{flags.model} predicts no trajectories: leave --trajectory out")
     if flags.trajectory is not None and (warning := trajectory_head_warning(flags.model)):
         log.warning(warning)
     chat = Chat(session, flags)

@@ -9,6 +9,7 @@ from pathlib import Path
 from dataloaders import paths
 from dataloaders.cli import at_least
 from dataloaders.formats.fields import VIDEO_SUFFIXES
+from pite.families import Name
 from pite.flags import DeviceFlags
 from pite.lineage import check_model_flag
 
@@ -22,6 +23,8 @@ class AnswerFlags(DeviceFlags):
 
     adapter: tuple[Path, ...] = ()
     """folders of the authors' published adapters, stage 1 to 3 in order; then --model is the Vicuna below them"""
+    family: Name | None = None
+    """model family, pite or pg-video-llava; a model of the other one is refused. Any unless given"""
     clip: str = CLIP
     """path or Hugging Face name of the image tower that made the model's features"""
     history: bool = True
@@ -66,6 +69,8 @@ class ChatFlags(AnswerFlags):
     """print each answer as a JSON line, with its intervals, trajectories and token ids"""
     trajectory: Path | None = None
     """draw the answer's objects into this MP4, or into this PNG of six frames"""
+    transcript: Path | None = None
+    """text file with the transcript of the video's sound, which the prompts of PG-Video-LLaVA quote"""
     phrase: tuple[str, ...] = ()
     """draw these phrases of the answer instead of the phrases found by rule; can be repeated"""
 
@@ -95,6 +100,8 @@ class ChatFlags(AnswerFlags):
         elif not self.videos:
             raise ValueError(f"--video {self.video}: this folder holds no video ({', '.join(VIDEO_SUFFIXES)})")
         paths.model("--clip", self.clip)
+        if self.transcript is not None:
+            paths.input_file("--transcript", self.transcript)
         paths.distinct_files({"--trajectory": self.trajectory}, {"--video": self.video})
         paths.output_file("--trajectory", self.trajectory)
 

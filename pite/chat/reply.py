@@ -74,12 +74,13 @@ def reply_of(
     phrases: Sequence[str] = (),
 ) -> Reply:
     """The reply of an answer, with the trajectories (L, P, N, 2) that were predicted for its tokens."""
-    count = len(video.features)
+    count = video.num_frames
+    has_tracks = len(trajectories) > 0
     return Reply(
         text=answer.text,
         token_ids=answer.token_ids,
         events=tuple(events_of(answer.text, video)),
-        tracks=tuple(named_tracks(answer, trajectories, tokenizer, phrases)),
+        tracks=tuple(named_tracks(answer, trajectories, tokenizer, phrases)) if has_tracks else (),
         num_frames=count,
         duration=video.duration,
         times=video.times,
@@ -89,7 +90,7 @@ def reply_of(
 def events_of(text: str, video: Video) -> list[Event]:
     """The intervals of an answer about a video."""
     events = []
-    for interval in find_intervals(text, len(video.features)):
+    for interval in find_intervals(text, video.num_frames):
         start, end = video.seconds(interval.first), video.seconds(interval.last)
         seconds = None if start is None or end is None else (start, end)
         events.append(Event((interval.first, interval.last), seconds, interval.sentence))

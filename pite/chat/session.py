@@ -19,16 +19,17 @@ import numpy as np
 from torch import Tensor
 
 from dataloaders.records import Turn
-from dataloaders.samples.prompts import prompt_ids
 from pite import checkpoint, devices
 from pite.chat.flags import CLIP
 from pite.chat.pieces import Pieces
 from pite.chat.reply import Reply, reply_of
 from pite.chat.videos import Computed, Video, Videos
 from pite.clip import ClipEncoder
-from pite.config import PiTeConfig
+from pite.config import PiTeConfig, check_family
+from pite.families import Name
 from pite.generate import Generator, cleaned
 from pite.lineage import check_encoder, sampling_of
+from pite.pooled import load_encoder
 from pite.published import load_published
 from pite.tokenizers import load_tokenizer
 
@@ -42,13 +43,21 @@ class Model:
     """
 
     def __init__(
-        self, model: Path | str, clip: str, device: str, max_videos: int, adapters: Sequence[Path] = ()
+        self,
+        model: Path | str,
+        clip: str,
+        device: str,
+        max_videos: int,
+        adapters: Sequence[Path] = (),
+        family: Name | None = None,
     ) -> None:
         self._directory, self._adapters, self._device = checkpoint.resolve(model), adapters, device
         if not adapters:
             checkpoint.check_trained(self._directory)
         self.config = PiTeConfig.load(self._directory)
-        sampling = sampling_of(self._directory)
+        # A published model has no record, and its family's rule.
+        sampling = sampling_of(self._directory) if not self.config.choices.marks else self.config.choices.sampling
+        check_family(self.config, family, model)
         self.videos = Videos(self._encoder(model, clip), self.config.num_frames, sampling, max_videos)
 
     @cached_property
@@ -61,7 +70,11 @@ class Model:
 
     def _encoder(self, model: Path | str, name: str) -> ClipEncoder:
         """The CLIP `name`. Raises ValueError if the model was trained on the features of another one."""
-        clip, remedy = ClipEncoder(name, self._device), "pass --clip the encoder that made its features"
+        name = self.config.choices.clip if name == CLIP else name
+        clip, remedy = (
+            load_encoder(self.config.choices, name, self._device),
+            "pass --clip the encoder that made its features",
+        )
         if clip.channels != self.config.vision_feature_size:
             raise ValueError(
                 f"{name} gives {clip.channels} numbers per frame, but {model} takes "
@@ -77,8 +90,8 @@ class Session:
     last  the reply to the last question; None while it is generated, and after an answer that was stopped
     """
 
-    def __init__(self, model: Model, max_videos: int = 8, history: bool = True) -> None:
-        self.model, self.history = model, history
+    def __init__(self, model: Model, max_videos: int = 8, history: bool = True, transcript: str | None = None) -> None:
+        self.model, self.history, self.transcript = model, history, transcript
         self.last: Reply | None = None
         self._max_videos = max_videos
         self._turns: OrderedDict[Path, list[Turn]] = OrderedDict()
@@ -92,6 +105,8 @@ class Session:
         max_videos: int = 8,
         adapters: Sequence[Path] = (),
         history: bool = True,
+        family: Name | None = None,
+        transcript: str | None = None,
     ) -> Session:
         """Load a stage's output, an export or a model's name on the hub.
 
@@ -99,14 +114,19 @@ class Session:
         history     a prompt holds the earlier turns about its video; off for a model that was trained on single questions
         clip        path or Hugging Face name of the CLIP that made the model's features
         max_videos  encoded videos and conversations to keep; after that the oldest is forgotten
+        family      the model's family, which is refused if it is another; None for any
+        transcript  of the videos' sound, which PG-Video-LLaVA's prompts quote
         The language model's weights are loaded for the first answer, after the video was decoded. Raises ValueError
         (one sentence) for what cannot be loaded, and for another encoder than the model's.
         """
-        return Session(Model(model, clip, str(devices.resolve(device)), max_videos, adapters), max_videos, history)
+        loaded = Model(model, clip, str(devices.resolve(device)), max_videos, adapters, family)
+        if transcript is not None and not loaded.config.choices.marks:
+            raise ValueError(f"{model} reads no transcript, which is for PG-Video-LLaVA: leave it out")
+        return Session(loaded, max_videos, history, transcript)
 
     def fork(self) -> Self:
         """A session of another user, with the same model and encoded videos and no conversation."""
-        return type(self)(self.model, self._max_videos, self.history)
+        return type(self)(self.model, self._max_videos, self.history, self.transcript)
 
     def forget(self, video: Path | str) -> None:
         """Start a new conversation about a video."""
@@ -150,7 +170,7 @@ class Session:
         found, text = self.model.videos.get(Path(video)), cleaned(question)
         generator, turns = self.model.generator, self._turns.get(Path(video).resolve(), [])
         turns = self._fitting(turns, text, max_new_tokens)
-        ids, frame_start = generator.prompt(text, len(found.features), turns)
+        ids, frame_start = generator.prompt(text, len(found.features), turns, self.transcript)
         pieces, tokens, hidden = Pieces(generator), list[int](), list[Tensor]()
         for token, state in self._tokens(found, ids, frame_start, max_new_tokens, temperature):
             tokens.append(token)
@@ -182,8 +202,8 @@ class Session:
         """The last turns that leave room in the context for an answer, or for a quarter of it."""
         context, generator = self.model.config.context_length, self.model.generator
         limit, dropped = context - min(max_new_tokens, context // 4), 0
-        frames = self.model.config.num_frames
-        while turns and len(prompt_ids(question, generator.tokenizer, frames, turns)[0]) > limit:
+        rows = self.model.config.num_features
+        while turns and len(generator.ids(question, rows, turns, self.transcript)[0]) > limit:
             turns, dropped = turns[1:], dropped + 1
         if dropped:
             log.warning("the first %d questions are left out: the context of the language model is full", dropped)

@@ -16,6 +16,7 @@ from dataloaders.decode.readable import check_readable
 from dataloaders.decode.sampling import Sampling
 from dataloaders.decode.video import sample_video
 from pite.clip import ClipEncoder
+from pite.pooled import record_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Computed:
 class Video:
     """An encoded video.
 
-    features  (N, C) float16, as those in a store
+    features  (N, C) float16, as those in a store; of a family with more rows than frames (N + P, C)
+    places    P, 0 for PiTe
     duration  seconds; None for a file without times
     times     seconds at which each of the N frames is shown; empty for a file without times
     computed  the rows of the last prompt about it and its answer, which the next prompt may begin with
@@ -61,10 +63,15 @@ class Video:
     duration: float | None
     times: tuple[float, ...] = ()
     computed: Computed = field(default_factory=Computed)
+    places: int = 0
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.features) - self.places
 
     def seconds(self, frame: int) -> float | None:
         """The time of a frame index, the inverse of how training makes an index of a time: index / N of the duration."""
-        return None if self.duration is None else frame / len(self.features) * self.duration
+        return None if self.duration is None else frame / self.num_frames * self.duration
 
 
 class Videos:
@@ -97,8 +104,8 @@ class Videos:
         cropped = self._clip.preprocess.cropped
         sampled = sample_video(path, self._num_frames, transform=cropped, sampling=self._sampling)
         # Half precision, as the stored features in training.
-        features = self._clip.encode(np.stack(sampled.frames)).half().cpu().numpy()
-        return Video(path, features, sampled.duration, sampled.times)
+        record = record_of(self._clip, np.stack(sampled.frames), self._num_frames).half().cpu().numpy()
+        return Video(path, record, sampled.duration, sampled.times, places=len(record) - self._num_frames)
 
     def frames(self, path: Path, width: int) -> list[np.ndarray]:
         """The N frames (h, w, 3) to draw on, `width` pixels wide where they are wider; decoded anew."""

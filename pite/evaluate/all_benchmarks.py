@@ -168,7 +168,7 @@ def _open(flags: AllFlags, path: Path, ranks: Ranks) -> Model:
     """A model whose weights are not loaded, after all questions and features were looked up."""
     from pite.evaluate.answering import Model
 
-    model = Model(path, flags.device, flags.batch_size, ranks)
+    model = Model(path, flags.device, flags.batch_size, ranks, flags.family)
     for name in flags.names():
         each = flags.flags_of(name, path)
         if isinstance(each, AnswerFlags):

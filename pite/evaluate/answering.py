@@ -16,12 +16,13 @@ from dataloaders.files import sha256
 from dataloaders.ranks import Ranks
 from dataloaders.store.features import FeatureStore
 from pite import checkpoint, devices, lineage
-from pite.config import PiTeConfig
+from pite.config import PiTeConfig, check_family
 from pite.evaluate.answer_log import AnswerLog, Settings
 from pite.evaluate.inputs import Inputs, key_of
 from pite.evaluate.plan import Window, plan, share_of
 from pite.evaluate.predictions import Prediction
 from pite.evaluate.questions import Question
+from pite.families import Name
 from pite.generate import Generator
 from pite.hub import weight_files
 from pite.lineage import check_encoder
@@ -33,11 +34,17 @@ log = logging.getLogger(__name__)
 def check_features(store: FeatureStore, model: Path) -> None:
     """Raise ValueError if a store holds other features of videos than a model in a local directory takes."""
     config, manifest = PiTeConfig.load(model), store.manifest
-    if (manifest.tokens, manifest.channels) != (config.num_frames, config.vision_feature_size):
+    if (manifest.tokens, manifest.channels) != (config.num_features, config.vision_feature_size):
+        rows = "rows" if config.choices.marks else "frames"
         raise ValueError(
-            f"the feature store {store.path} holds {manifest.channels} numbers for each of {manifest.tokens} frames, but "
-            f"{model} takes {config.vision_feature_size} for each of {config.num_frames}: give the features of "
+            f"the feature store {store.path} holds {manifest.channels} numbers for each of {manifest.tokens} {rows}, but "
+            f"{model} takes {config.vision_feature_size} for each of {config.num_features}: give the features of "
             "its own encoder and frames"
+        )
+    if manifest.extractor != config.choices.extractor:
+        raise ValueError(
+            f"the feature store {store.path} holds {manifest.extractor}, and {model} takes {config.choices.extractor}: "
+            f"give features that engine.encode --family {config.family} made"
         )
     check_encoder(model, manifest.encoder, f"the feature store {store.path}", "give the features of its own encoder")
 
@@ -50,12 +57,13 @@ class Model:
     batch_size  questions per batch, and videos whose frames are in memory
     """
 
-    def __init__(self, model: Path, device: str, batch_size: int, ranks: Ranks) -> None:
+    def __init__(self, model: Path, device: str, batch_size: int, ranks: Ranks, family: Name | None = None) -> None:
         self.name, self.batch_size, self.ranks = str(model), batch_size, ranks
         self.device = devices.select(_device_of(device, ranks))
         self.directory = checkpoint.resolve(model)
         checkpoint.check_trained(self.directory)
         self.config = PiTeConfig.load(self.directory)
+        check_family(self.config, family, model)
         self._prefixes: SharedPrefixes | None = None
 
     @property
@@ -106,7 +114,7 @@ class Model:
         return answers.finish(inputs.questions)
 
     def _answer(self, questions: Sequence[Question], store: FeatureStore, answers: AnswerLog, most: int) -> None:
-        lengths = [len(self.generator.prompt(question.text, self.num_frames)[0]) for question in questions]
+        lengths = [len(self.generator.prompt(question.text, self.config.num_features)[0]) for question in questions]
         done = sum(question.key in answers.answers for question in questions)
         title = questions[0].task if self.ranks.size == 1 else f"{questions[0].task}, rank {self.ranks.rank}"
         with tqdm(
@@ -140,11 +148,18 @@ class Model:
         batches = [batch for batch in batches if any(question.key not in answers.answers for question in batch)]
         if not batches:
             return
-        prefixes = self._compute_frames(window.videos, store.read)
+        question_first = self.config.choices.marks
+        prefixes = None if question_first else self._compute_frames(window.videos, store.read)
         number = {video: i for i, video in enumerate(window.videos)}
         for batch in batches:
-            texts, videos = [question.text for question in batch], [number[question.video] for question in batch]
-            found = self.prefixes.answer(texts, prefixes, videos, max_new_tokens=most)
+            texts = [question.text for question in batch]
+            if prefixes is None:
+                # Nothing but the head is the same in two prompts.
+                records = [store.read(key_of(question.video)).copy() for question in batch]
+                found = self.generator.answer(texts, records, max_new_tokens=most)
+            else:
+                videos = [number[question.video] for question in batch]
+                found = self.prefixes.answer(texts, prefixes, videos, max_new_tokens=most)
             yield [
                 Prediction.of(question, answer.text, num_frames=self.num_frames)
                 for question, answer in zip(batch, found, strict=True)

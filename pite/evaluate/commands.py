@@ -56,7 +56,7 @@ def open_model(flags: AnswerFlags, ranks: Ranks) -> Model:
     from pite.evaluate.answering import Model
 
     assert flags.model is not None
-    return Model(flags.model, flags.device, flags.batch_size, ranks)
+    return Model(flags.model, flags.device, flags.batch_size, ranks, flags.family)
 
 
 def _score_file(flags: AnswerFlags) -> Report:

@@ -14,6 +14,7 @@ from dataloaders.store.layout import store_of
 from pite.evaluate.grounding import QUESTION
 from pite.evaluate.inputs import SPLIT
 from pite.evaluate.protocols import Protocol
+from pite.families import Name
 from pite.flags import DeviceFlags
 from pite.lineage import check_model_flag
 
@@ -44,6 +45,8 @@ class EvaluationFlags(DeviceFlags):
 class RunFlags(EvaluationFlags):
     """Flags of a command in which a model answers questions."""
 
+    family: Name | None = None
+    """model family, pite or pg-video-llava; a model of the other one is refused. Any unless given"""
     protocol: Protocol = "strict"
     """strict: exact; published: the predecessor's rules, with their faults, to reproduce its numbers"""
     batch_size: int = 32

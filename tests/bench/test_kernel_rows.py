@@ -143,6 +143,10 @@ def test_the_committed_tables_are_those_of_the_files():
         elif report.of_load(path):
             page = (root / "docs" / "install.md").read_text()
             assert load.table(json.loads(path.read_text())) in page
+        elif report.of_annotation(path):
+            rows = json.loads(path.read_text())["annotation"]
+            page = (root / "docs" / "data.md").read_text()
+            assert f"| **{rows['held out']['inside']:.0%}** |" in page and f"| {rows['tuning']['inside']:.0%} |" in page
         elif report.of_machine_code(path):
             assert path.with_suffix(".md").read_text() == markdown(json.loads(path.read_text())["rows"])
         elif not path.name.startswith("encode_"):

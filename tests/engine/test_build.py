@@ -19,6 +19,7 @@ from engine.layout import Layout, Memory
 from engine.recipes import recipe
 from pite import checkpoint, names
 from pite.checkpoint import save_pretrained
+from pite.families import MODULES
 from pite_kernels import quantize_weight
 from tests.engine.distributed.ranks import launch
 from tests.peak_memory import PeakMemory
@@ -119,9 +120,7 @@ def test_a_model_is_built_a_layer_at_a_time(stages: Path, shards: int, fp8: bool
     model.add_lora(RECIPE.lora_rank, RECIPE.lora_alpha, seed=SEED + 3)
     layers = sum(p.nbytes for name, p in model.named_parameters() if "layers" in name and "lora" not in name)
     outside = sum(p.nbytes for name, p in model.named_parameters() if "layers" not in name)
-    learning = {
-        name: p.nbytes for name, p in model.named_parameters() if "lora_" in name or name.startswith(names.HEADS)
-    }
+    learning = {name: p.nbytes for name, p in model.named_parameters() if "lora_" in name or name.startswith(MODULES)}
     wanted = {name: p.data for name, p in model.named_parameters()}
     if fp8:
         for name in [n for n in wanted if n.endswith(("qkv.weight", "o.weight", "gate_up.weight", "down.weight"))]:

@@ -25,6 +25,7 @@ from dataloaders.records import TokenizedSample
 from dataloaders.samples.batch import PackedBatch, collate
 from pite import names
 from pite.checkpoint import from_pretrained
+from pite.families import PITE
 from pite.generate import language_model
 from pite.model import Head, PiTe
 
@@ -95,23 +96,21 @@ def _check_case(model: PiTe, case: str, cases: dict[str, Tensor], numbers: dict[
     hidden = model.hidden_states(batch, all_rows=True)
     yield Check(f"{case}: hidden states", _hidden_error(model, case, cases, numbers))
     last = model.logits(hidden[batch.cu_seqlens[1:].long() - 1])
-    yield Check(f"{case}: last logits", _relative(last, cases[f"{case}.logits_last"]))
+    yield Check(f"{case}: last logits", relative(last, cases[f"{case}.logits_last"]))
 
     model.requires_grad_(True)
     model.zero_grad()
     losses = model(batch, head=head)
     smoothed = model(batch, head=head, label_smoothing=0.1)
-    yield Check(f"{case}: cross-entropy", _relative(losses.ce, numbers["ce_mean"]))
-    yield Check(
-        f"{case}: cross-entropy smoothed by 0.1", _relative(smoothed.ce, numbers["ce_mean_label_smoothing_0.1"])
-    )
+    yield Check(f"{case}: cross-entropy", relative(losses.ce, numbers["ce_mean"]))
+    yield Check(f"{case}: cross-entropy smoothed by 0.1", relative(smoothed.ce, numbers["ce_mean_label_smoothing_0.1"]))
     if head is not None:
-        yield Check(f"{case}: L1", _relative(losses.l1, numbers[f"{head}_l1_valid_mean"]))
-    yield Check(f"{case}: loss", _relative(losses.total, numbers["loss_valid_mean"]))
+        yield Check(f"{case}: L1", relative(losses.l1, numbers[f"{head}_l1_valid_mean"]))
+    yield Check(f"{case}: loss", relative(losses.total, numbers["loss_valid_mean"]))
     losses.total.backward()
     gradients = gradient_norms(model)
     for name, norm in numbers["grad_norm"].items():
-        yield Check(f"{case}: gradient of {name}", _relative(gradients[name], norm))
+        yield Check(f"{case}: gradient of {name}", relative(gradients[name], norm))
     model.requires_grad_(False)
 
 
@@ -149,7 +148,7 @@ def pack(case: str, cases: dict[str, Tensor], numbers: dict[str, Any]) -> Packed
                 media=f"{case}.{i}",
                 token_ids=np.append(token_ids, 0),
                 frame_start=frame_start,
-                num_frames=numbers["frames"],
+                num_features=numbers["frames"],
                 target_positions=answer + numbers["frames"] - 1,
                 trajectory_positions=tracked + numbers["frames"] - 1,
                 trajectory=trajectory[tracked],
@@ -169,7 +168,7 @@ def _splice(token_ids: np.ndarray, num_frames: int) -> tuple[np.ndarray, int]:
 def gradient_norms(model: PiTe) -> dict[str, float]:
     """L2 norm of each published tensor's gradient."""
     gradients = {"lm_head.weight": model.lm_head.grad}
-    for head in names.HEADS:
+    for head in PITE.modules:
         gradients[f"model.{head}.weight"] = getattr(model, head).weight.grad
     for prefix, linear, parts in names.linear_layers(model):
         assert linear.weight.grad is not None
@@ -183,10 +182,10 @@ def _hidden_error(model: PiTe, case: str, cases: dict[str, Tensor], numbers: dic
     """Largest relative error of any sample's hidden states."""
     batch = pack(case, cases, numbers)
     samples = model.hidden_states(batch, all_rows=True).split(batch.cu_seqlens.diff().tolist())
-    return max(_relative(hidden, cases[f"{case}.hidden.{i}"]) for i, hidden in enumerate(samples))
+    return max(relative(hidden, cases[f"{case}.hidden.{i}"]) for i, hidden in enumerate(samples))
 
 
-def _relative(value: Tensor | float, expected: Tensor | float) -> float:
+def relative(value: Tensor | float, expected: Tensor | float) -> float:
     """Norm of the difference divided by the norm of the expected value."""
     value, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (value, expected))
     return ((value - expected).norm() / expected.norm()).item()

@@ -138,8 +138,8 @@ def test_invalid_arguments_raise():
     x, weight, a, b = layer()
     with pytest.raises(ValueError, match=r"divisible by 16, but a weight has shape \(40, 64\)"):
         quantize_weight(torch.zeros(40, 64))
-    with pytest.raises(ValueError, match="give lora_a and lora_b with it"):
-        lora_linear(x, weight, None, None)
+    with pytest.raises(ValueError, match=r"a weight \(48, 64\) does not fit x \(\d+, 32\)"):
+        lora_linear(x[:, :32], weight, None, None)
     with pytest.raises(ValueError, match="do not fit"):
         lora_linear(x, Fp8Weight(*weight), a, b, splits=[16, 16])
 
@@ -152,3 +152,21 @@ def test_devices_without_float8(monkeypatch):
         assert (why_unsupported(torch.device("cuda")) is None) == supported
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "NVIDIA A100 has no float8" in (why_unsupported(torch.device("cuda")) or "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_without_a_lora_equals_one_whose_lora_is_zero(dtype):
+    x, weight = normal(3, 10, 64, dtype=dtype).requires_grad_(), quantize_weight(normal(48, 64, seed=1, dtype=dtype))
+    a, b, bias, grad = (
+        normal(4, 64),
+        torch.zeros(48, 4),
+        normal(48, dtype=dtype),
+        normal(3, 10, 48, seed=2, dtype=dtype),
+    )
+    found = []
+    for arguments in ((None, None), (a, b)):
+        y = lora_linear(x, weight, *arguments, bias=bias)
+        found.append((y, *torch.autograd.grad(y, x, grad)))
+    assert_bitwise(*found)
+    compiled = torch.compile(lambda x: lora_linear(x, weight, None, None), fullgraph=True, backend="aot_eager")(x)
+    assert_bitwise((compiled,), (lora_linear(x, weight, None, None),))

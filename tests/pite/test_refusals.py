@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pite.chat.__main__ import main as chat_main
-from pite.model import HEADS
+from pite.families import PITE
 from tests.commands import full_disk, status_of
 from tests.held_out import CHANNELS, make_held_out
 from tests.pite.test_chat import evaluated, run_chat, set_config
@@ -40,8 +40,8 @@ def test_a_bare_language_model_is_refused_before_its_weights_are_read(
     """With the same message for features of any shape, because the model has no shape of its own for them."""
     bare = set_config(made, tmp_path, vision_feature_size=channels)
     weights = load_file(bare / "model/model.safetensors")
-    llama = {name: t for name, t in weights.items() if not any(f".{head}." in name for head in HEADS)}
-    assert len(llama) == len(weights) - 2 * len(HEADS)
+    llama = {name: t for name, t in weights.items() if not any(f".{head}." in name for head in PITE.modules)}
+    assert len(llama) == len(weights) - 2 * len(PITE.modules)
     save_file(llama, bare / "model/model.safetensors", {"format": "pt"})
     for command in (
         run_chat,

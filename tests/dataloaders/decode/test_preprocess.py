@@ -102,3 +102,22 @@ def test_load_without_a_file(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         Preprocess.load(tmp_path)
+
+
+@pytest.mark.parametrize("size", [1, 17, 336, 337, 404, 540, 848, 1080, 1440, 2160])
+def test_squash_equals_nearest_interpolation(size: int) -> None:
+    """Also where whole numbers would give other columns; one by one and as a batch."""
+    frames = np.random.default_rng(size).integers(0, 256, (2, size, 20, 3), dtype=np.uint8)
+    planes = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    expected = torch.nn.functional.interpolate(planes, size=(336, 336)).permute(0, 2, 3, 1).to(torch.uint8)
+    squash = Preprocess(336, 336).by("squash")
+    assert torch.equal(squash.cropped_batch(torch.from_numpy(frames)), expected)
+    assert (squash.cropped(frames[1]) == expected[1].numpy()).all()
+
+
+def test_each_resize_has_its_own_description() -> None:
+    assert json.loads(Preprocess(336, 336).by("squash").describe())["filter"] == "nearest"
+    assert Preprocess().by("crop").describe() == (
+        '{"filter": "bicubic", "resize": 224, "crop": 224, "mean": [0.48145466, 0.4578275, 0.40821073], '
+        '"std": [0.26862954, 0.26130258, 0.27577711]}'
+    )

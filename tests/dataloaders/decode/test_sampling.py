@@ -68,3 +68,13 @@ def test_uneven_files_are_marked(tmp_path: Path) -> None:
     media = [Media("e", even), Media("u", uneven)]
     with DecodePool(lambda m: decode_file(m, 10, Preprocess(32, 32)), 0) as pool:
         assert [decoded.facts.uneven for decoded in pool.map(media)] == [False, True]
+
+
+def test_segments_leave_out_the_last_frame_and_repeat_frames_of_short_videos() -> None:
+    """Properties of PG-Video-LLaVA's rule; tests/golden holds its tables."""
+    for total in range(1, 400):
+        chosen = sampled_indices(np.arange(total) / 25, total / 25, 100, "segments")
+        assert len(chosen) == min(total, 100) and (np.diff(chosen) >= 0).all()
+        assert chosen[0] >= 0 and (total == 1 or chosen[-1] < total - 1)
+        assert not 2 <= total <= 100 or len(set(chosen)) < total
+    assert len(sampled_indices(np.zeros(0), 0.0, 100, "segments")) == 0

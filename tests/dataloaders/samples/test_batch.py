@@ -175,7 +175,7 @@ def test_normalizers_default_to_this_batch_and_count_present_coordinates():
 
 def test_features_of_another_length_are_refused():
     samples, features = random_samples(2, tiny_config())
-    with pytest.raises(ValueError, match=r"sample s1: 3 features of media 'm1' for 8 frames"):
+    with pytest.raises(ValueError, match=r"sample s1: 3 features of media 'm1' for 8 rows"):
         collate(samples, [features[0], features[1][:3]])
 
 

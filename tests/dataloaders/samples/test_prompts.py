@@ -117,7 +117,7 @@ def test_turns(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_image(tokenizer: PreTrainedTokenizerBase) -> None:
     point = Mention(0, 1, np.array([[[0.1, 0.9]]], np.float32))
     result = tokenize(Sample("s", "m", (Turn("Q", "A.", (point,)),)), tokenizer, num_frames=1, num_points=1)
-    assert result.num_frames == 1 and result.trajectory.shape[1:] == (1, 1, 2)
+    assert result.num_features == 1 and result.trajectory.shape[1:] == (1, 1, 2)
 
 
 def test_no_mentions_give_an_empty_array(tokenizer: PreTrainedTokenizerBase) -> None:

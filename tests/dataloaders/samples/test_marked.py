@@ -1,0 +1,86 @@
+"""Samples whose video stands between two marks: order, shared prefixes, prompts. tests/golden compares published ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataloaders.records import Sample, Turn, VideoFirst
+from dataloaders.samples.batch import collate
+from dataloaders.samples.dataset import StageDataset
+from dataloaders.samples.marked import TRAINING, Marks, prompt_ids, tokenize
+from dataloaders.samples.plan import computed_rows
+from engine.tiny.tokenizer import build_tokenizer
+
+FEATURES, CHANNELS = 12, 4
+
+
+def marks(video_first: VideoFirst = "published") -> Marks:
+    vocabulary = len(build_tokenizer())
+    return Marks(vocabulary + 1, vocabulary + 2, FEATURES, video_first)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Nine records about three videos; one is malformed, which does not change the parity of those after it."""
+    records = [{"q": f"{i:02} red circles?", "a": "left.", "video_id": f"v{i // 3}"} for i in range(9)]
+    records[2]["a"] = ""
+    (tmp_path / "stage3").mkdir()
+    (tmp_path / "stage3" / "video_instruct.json").write_text(json.dumps(records))
+    (tmp_path / "stage3" / "valley.json").write_text("[]")
+    return tmp_path
+
+
+def dataset(data: Path, video_first: VideoFirst) -> StageDataset:
+    return StageDataset(
+        data, 3, build_tokenizer(), num_frames=1, num_points=1, max_length=2048, available=None, failure_budget=0.2,
+        formats=("video_instruct.json",), marks=marks(video_first),
+    )  # fmt: skip
+
+
+def test_the_order_is_the_parity_in_the_unfiltered_file(data: Path) -> None:
+    found = dataset(data, "published")
+    assert len(found) == 8 and len(found.malformed) == 1
+    starts = [found[i].frame_start for i in range(8)]
+    first = min(starts)
+    assert [start == first for start in starts] == [False, True, True, False, True, False, True, False]
+    always = dataset(data, "always")
+    assert {always[i].frame_start for i in range(8)} == {first}
+    assert found.fingerprint() != always.fingerprint()
+
+
+@pytest.mark.parametrize("video_first", ["published", "always"])
+def test_the_plan_counts_the_rows_that_the_collator_makes(data: Path, video_first: VideoFirst) -> None:
+    """Rows that are planned for a micro-batch are enough, and no more than needed where all videos come first."""
+    found = dataset(data, video_first)
+    record = {key: np.full((FEATURES, CHANNELS), i, np.float16) for i, key in enumerate(sorted(set(found.media)))}
+    for chosen in ([0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 4], [0, 3], [2, 4, 7]):
+        prefixes = found.prefixes(np.array(chosen))
+        planned = computed_rows(found.tokens[chosen], list(range(len(chosen))), prefixes)
+        samples = [found[i] for i in chosen]
+        rows = collate(samples, [record[s.media] for s in samples]).num_rows
+        assert rows <= planned
+        if video_first == "always":
+            # The plan does not count that the mark after a video is equal too.
+            assert planned - rows == len(samples) - len({s.media for s in samples})
+    alone = sum(len(found[i].token_ids) - 1 for i in range(8))
+    assert collate([found[i] for i in range(8)], [record[key] for key in found.media]).num_rows < alone
+
+
+def test_a_prompt_is_the_beginning_of_its_training_sample() -> None:
+    tokenizer, turns = build_tokenizer(), (Turn("Where is the red circle?", "left."), Turn("What moves?", "a square."))
+    sample = tokenize(Sample("s", "m", turns, video_first=False), tokenizer, marks())
+    for i, turn in enumerate(turns):
+        ids, start = prompt_ids(turn.question, tokenizer, marks(), turns[:i], style=TRAINING)
+        assert (sample.token_ids[: len(ids)] == ids).all() and start == sample.frame_start
+        assert len(ids) in sample.target_positions and len(ids) - 1 not in sample.target_positions
+    assert sample.token_ids[start - 1] == marks().start and sample.token_ids[start + FEATURES] == marks().end
+
+
+def test_an_empty_transcript_is_quoted_and_none_is_not_mentioned() -> None:
+    tokenizer = build_tokenizer()
+    none, empty, some = (len(prompt_ids("Why?", tokenizer, marks(), transcript=t)[0]) for t in (None, "", "red circle"))
+    assert none < empty < some

@@ -1,0 +1,203 @@
+"""PG-Video-LLaVA end to end: features of a synthetic world, one stage, resume, sharing, float8, files, answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dataloaders.store.features import FeatureStore
+from dataloaders.synthetic.world import WorldConfig, make_world
+from engine.encode.__main__ import main as encode
+from engine.metrics import read_metrics
+from engine.tiny.shipped import PARTS
+from engine.train import main
+from pite.chat.__main__ import main as chat
+from pite.checkpoint import from_pretrained, load_language_model
+from pite.config import PiTeConfig
+from pite.evaluate.__main__ import main as evaluate
+from pite.generate import Generator
+from pite.llava import EDGES, EMBEDDINGS, PROJECTOR_FILE
+from tests.engine.workspace import train_arguments
+
+FRAMES = 6
+TOWER = json.loads((PARTS / "clip" / "config.json").read_text())
+PLACES = (TOWER["image_size"] // TOWER["patch_size"]) ** 2
+NUMBERS = ("loss", "ce", "gradient_norm", "learning_rate", "tokens")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ROOT/data with four questions about each of 12 videos, ROOT/features by engine.encode, ROOT/llm."""
+    root = tmp_path_factory.mktemp("pg")
+    make_world(root / "data", WorldConfig(videos=12, evaluation=3, images=1, frames=FRAMES), processes=1)
+    file = root / "data/stage3/video_instruct.json"
+    records = json.loads(file.read_text())
+    others = [("How many shapes can be seen?", "There are two shapes."), ("What is shown?", "A circle moves left.")]
+    others.append(("Which shape can be seen first?", "The red circle can be seen first."))
+    more = [{"q": q, "a": a, "video_id": r["video_id"]} for r in records for q, a in others]
+    file.write_text(json.dumps(records + more))
+    (root / "llm").symlink_to(PARTS / "vicuna")
+    flags = {"data": root / "data", "store": root / "features", "clip": PARTS / "clip", "num_frames": FRAMES}
+    arguments = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    assert encode([*arguments, "--family", "pg-video-llava", "--workers", "0", "--device", "cpu"]) == 0
+    return root
+
+
+def arguments(workspace: Path, output: Path, **flags: object) -> list[str]:
+    given = {"family": "pg-video-llava", "epochs": 1, "token_budget": 4000, **flags}
+    return train_arguments(workspace, output, **given)  # type: ignore[arg-type]
+
+
+def numbers(output: Path) -> list[tuple[float, ...]]:
+    return [tuple(line[name] for name in NUMBERS) for line in read_metrics(output / "stage3" / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained")
+    assert main(arguments(workspace, output)) == 0
+    return output
+
+
+def test_only_projector_and_marks_are_trained(trained: Path, workspace: Path) -> None:
+    lines = read_metrics(trained / "stage3" / "metrics.jsonl")
+    assert len(lines) == 6 and lines[-1]["ce"] < lines[0]["ce"] and not any(line["l1"] for line in lines)
+    final = trained / "stage3" / "final"
+    assert not (final / "adapter_model.safetensors").exists()
+    config = PiTeConfig.load(final)
+    assert (config.family, config.num_features, config.vision_feature_size) == (
+        "pg-video-llava",
+        FRAMES + PLACES,
+        TOWER["hidden_size"],
+    )
+    before = load_language_model(workspace / "llm", config, dtype=torch.float32)
+    after = from_pretrained(final)
+    changed = {
+        name for name, p in after.named_parameters() if not torch.equal(p, dict(before.named_parameters())[name])
+    }
+    projector = {f"mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+    assert changed == {"vid_edges", *projector}
+
+
+def test_the_published_projector_file_is_written_next_to_safetensors(trained: Path, workspace: Path) -> None:
+    final = trained / "stage3" / "final"
+    own, published = load_file(final / "pite.safetensors"), torch.load(final / PROJECTOR_FILE, weights_only=True)
+    assert torch.equal(own[EDGES], published[EMBEDDINGS][-2:])
+    assert all(torch.equal(own[name], published[name]) for name in own.keys() - {EDGES})
+    table = load_file(workspace / "llm" / "model.safetensors")[EMBEDDINGS]
+    assert torch.equal(published[EMBEDDINGS][:-3], table)
+
+
+def test_a_stopped_run_resumes_bitwise(
+    trained: Path, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps = torch.optim.AdamW.step, []
+
+    def signalling(self: torch.optim.AdamW, *rest: object) -> object:
+        steps.append(self)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", signalling)
+    assert main(arguments(workspace, tmp_path)) == 0
+    assert 0 < len(numbers(tmp_path)) < 6
+    monkeypatch.undo()
+    assert main(arguments(workspace, tmp_path)) == 0
+    assert numbers(tmp_path) == numbers(trained)
+    expected = load_file(trained / "stage3" / "final" / "pite.safetensors")
+    for name, tensor in load_file(tmp_path / "stage3" / "final" / "pite.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_micro_batches_change_nothing(trained: Path, workspace: Path, tmp_path: Path) -> None:
+    assert main(arguments(workspace, tmp_path, token_budget=130)) == 0
+    np.testing.assert_allclose(numbers(tmp_path), numbers(trained), rtol=1e-5)
+
+
+def test_videos_first_share_their_rows(workspace: Path, tmp_path: Path) -> None:
+    """Questions about one video meet in a batch, and the loss is that of batches that share nothing."""
+    flags = {"video_first": "always", "lora_rank": 4, "learning_rate": 1e-3}
+    assert main(arguments(workspace, tmp_path / "shared", **flags)) == 0
+    assert main(arguments(workspace, tmp_path / "small", token_budget=130, **flags)) == 0
+    shared, small = numbers(tmp_path / "shared"), numbers(tmp_path / "small")
+    np.testing.assert_allclose(shared, small, rtol=1e-5)
+    one, two = (read_metrics(tmp_path / name / "stage3" / "metrics.jsonl")[0] for name in ("shared", "small"))
+    assert one["rows"] < 0.5 * one["tokens"] and one["tokens"] == two["tokens"] and one["rows"] < two["rows"]
+    model = from_pretrained(tmp_path / "shared" / "stage3" / "final")
+    assert (tmp_path / "shared" / "stage3" / "final" / "adapter_model.safetensors").exists()
+    assert next(model.linear_layers()).lora_b is not None
+
+
+def test_float8_without_a_lora_trains(trained: Path, workspace: Path, tmp_path: Path) -> None:
+    assert main(arguments(workspace, tmp_path, frozen_dtype="fp8")) == 0
+    losses, exact = numbers(tmp_path), numbers(trained)
+    assert losses != exact and losses[-1][0] < losses[0][0]
+    np.testing.assert_allclose(losses[0][:2], exact[0][:2], rtol=0.01)
+
+
+def test_features_and_flags_of_another_family_are_refused(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(train_arguments(workspace, tmp_path, "3", family="pite", init=tmp_path)) == 1
+    assert main(train_arguments(workspace, tmp_path, "all", family="pg-video-llava", init=tmp_path)) == 1
+    assert "stage 3 has none: leave it out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(arguments(workspace, tmp_path, stage="1"))
+    assert "--family pg-video-llava has no stage 1" in capsys.readouterr().err
+
+
+def test_chat_and_evaluation_answer_with_the_trained_model(
+    trained: Path, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A chat's answer equals that of the stored features; a transcript changes the prompt; the store is checked."""
+    final, videos = trained / "stage3" / "final", workspace / "data/evaluation/videos"
+    video, question = sorted(videos.iterdir())[0], "How many shapes can be seen?"
+    (tmp_path / "transcript.txt").write_text("red circle\n")
+    flags = [
+        "--model",
+        str(final),
+        "--clip",
+        str(PARTS / "clip"),
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "12",
+        "--json",
+    ]
+    chat_flags = [*flags, "--video", str(video), "--query", question, "--family", "pg-video-llava"]
+    assert chat(chat_flags) == 0 and chat([*chat_flags, "--transcript", str(tmp_path / "transcript.txt")]) == 0
+    plain, quoted = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert plain["num_frames"] == FRAMES and plain["tracks"] == []
+    generator = Generator.from_pretrained(final)
+    record = FeatureStore(workspace / "features/videos").read(f"evaluation/{video.stem}")
+    (stored,) = generator.answer([question], [record.copy()], max_new_tokens=12)
+    assert plain["answer"] == stored.text and plain["token_ids"] == list(stored.token_ids)
+    ids = [generator.prompt(question, len(record), (), text)[0] for text in (None, "red circle")]
+    assert len(ids[1]) > len(ids[0]) and "answer" in quoted
+    assert chat([*chat_flags, "--trajectory", str(tmp_path / "x.mp4")]) == 1
+    assert "predicts no trajectories" in capsys.readouterr().err
+    assert chat([*chat_flags[:-1], "pite"]) == 1
+    assert "is a model of the family pg-video-llava" in capsys.readouterr().err
+
+    folders = ["--data", str(workspace / "data"), "--store", str(workspace / "features")]
+    metrics = tmp_path / "metrics.json"
+    arguments = ["grounding", "--model", str(final), *folders, "--device", "cpu", "--metrics", str(metrics)]
+    assert evaluate([*arguments, "--predictions", str(tmp_path / "answers.jsonl"), "--batch-size", "2"]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert metrics.exists() and sum("answer" in line for line in answers) >= 3
+
+
+def test_a_dry_run_prints_the_published_recipes_cost(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(workspace, tmp_path, dry_run=True, video_first="always")) == 0
+    printed = capsys.readouterr().out
+    assert "published" in printed and "counted: 48 samples" in printed and "LoRA 0.0 M" in printed
