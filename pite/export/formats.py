@@ -50,9 +50,14 @@ class TrainedModel:
 
     @staticmethod
     def open(path_or_name: str | Path) -> TrainedModel:
-        """Raises ValueError, like `pite.checkpoint.from_pretrained`, if files are missing or altered."""
+        """Raises ValueError, like `pite.checkpoint.from_pretrained`, if files are missing or altered, and for another family."""
         directory = checkpoint.resolve(path_or_name)
         config = PiTeConfig.load(directory)
+        if config.family != "pite":
+            raise ValueError(
+                f"{directory} is a model of the family {config.family}, which pite.export does not write: its folder holds the "
+                "published mm_projector.bin already"
+            )
         if (directory / lineage.LINEAGE).exists():
             made = lineage.read_lineage(directory)
             lineage.check_language_model(directory, made["language_model"])

@@ -22,6 +22,7 @@ from pite.chat.__main__ import main as chat
 from pite.checkpoint import from_pretrained, load_language_model
 from pite.config import PiTeConfig
 from pite.evaluate.__main__ import main as evaluate
+from pite.export.__main__ import main as export
 from pite.generate import Generator
 from pite.llava import EDGES, EMBEDDINGS, PROJECTOR_FILE
 from tests.engine.workspace import train_arguments
@@ -93,6 +94,12 @@ def test_the_published_projector_file_is_written_next_to_safetensors(trained: Pa
     assert all(torch.equal(own[name], published[name]) for name in own.keys() - {EDGES})
     table = load_file(workspace / "llm" / "model.safetensors")[EMBEDDINGS]
     assert torch.equal(published[EMBEDDINGS][:-3], table)
+
+
+def test_an_export_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(["--model", str(trained / "stage3" / "final"), "--output", str(tmp_path / "e")]) == 1
+    assert "pite.export does not write: its folder holds the published mm_projector.bin" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
 
 
 def test_a_stopped_run_resumes_bitwise(
