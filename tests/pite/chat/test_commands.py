@@ -148,9 +148,11 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(
 
     prompt, prompts = Generator.prompt, []
 
-    def recorded(self: Generator, question: str, num_frames: int, earlier: Sequence[object] = ()) -> object:
+    def recorded(
+        self: Generator, question: str, num_frames: int, earlier: Sequence[object] = (), *rest: object
+    ) -> object:
         prompts.append((question, len(earlier)))
-        return prompt(self, question, num_frames, earlier)
+        return prompt(self, question, num_frames, earlier, *rest)
 
     monkeypatch.setattr(Generator, "tokens", interrupted)
     monkeypatch.setattr(Generator, "prompt", recorded)
