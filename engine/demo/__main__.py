@@ -137,7 +137,9 @@ def copy_parts(models: Path) -> None:
             with directory_written_atomically(copy) as unfinished:
                 shutil.copytree(part, unfinished, dirs_exist_ok=True)
         elif sha256(copy / WEIGHTS) != sha256(part / WEIGHTS):
-            raise ValueError(f"{copy} is not the tiny model of the package: give another --output, or --pretrain")
+            raise ValueError(
+                f"{copy} is not the package's tiny model: remove {models.parent}, or give another --output"
+            )
 
 
 def remove_copies(models: Path) -> None:

@@ -77,7 +77,10 @@ def test_other_tiny_models_are_refused(
     demo.run_steps(demo.DemoConfig(tmp_path))
     (tmp_path / "models" / "clip" / "model.safetensors").write_bytes(b"others")
     assert demo.main(["--output", str(tmp_path)]) == 1
-    assert "models/clip is not the tiny model of the package: give another --output" in capsys.readouterr().err
+    assert (
+        f"models/clip is not the package's tiny model: remove {tmp_path}, or give another --output"
+        in capsys.readouterr().err
+    )
 
 
 def test_pretraining_makes_the_models_that_the_later_steps_start_from(tmp_path: Path, ran: list[demo.Step]) -> None:
