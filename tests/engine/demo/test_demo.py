@@ -204,7 +204,7 @@ def annotations(tmp_path: Path) -> Path:
     events = {"duration": 8.0, "timestamps": [[0, 4], [4, 8]]}
     sentences = ["A red circle moves left.", "A blue square moves up."]
     path = tmp_path / "captions.json"
-    path.write_text(json.dumps({"v": {**events, "sentences": sentences}}))
+    path.write_text(json.dumps(dict.fromkeys("vw", {**events, "sentences": sentences})))
     return path
 
 
@@ -212,9 +212,9 @@ def annotations(tmp_path: Path) -> Path:
 def test_descriptions_have_captioning_scores(annotations: Path) -> None:
     right = "From 00 to 15, a red circle moves left. From 16 to 31, a blue square moves up."
     wrong = "From 00 to 15, a blue triangle moves up. From 16 to 31, a red circle moves right."
-    best, worst = (score_dense({"v": text}, annotations, 32) for text in (right, wrong))
-    assert best.keys() == {"soda_c", "METEOR", "CIDEr"} and best["soda_c"] == pytest.approx(100)
-    assert all(worst[name] < best[name] for name in best)
+    scores = score_dense({"v": right, "w": wrong}, annotations, 32)
+    assert scores.keys() == {"soda_c", "METEOR", "CIDEr"}
+    assert 50 < scores["soda_c"] < 100, "one of two videos is right"
 
 
 def test_without_java_there_are_no_captioning_scores(
