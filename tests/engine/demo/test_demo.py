@@ -204,7 +204,7 @@ def annotations(tmp_path: Path) -> Path:
     events = {"duration": 8.0, "timestamps": [[0, 4], [4, 8]]}
     sentences = ["A red circle moves left.", "A blue square moves up."]
     path = tmp_path / "captions.json"
-    path.write_text(json.dumps(dict.fromkeys("vw", {**events, "sentences": sentences})))
+    path.write_text(json.dumps({video: {**events, "sentences": sentences} for video in "vw"}))
     return path
 
 
