@@ -225,7 +225,7 @@ def test_held_out_captions_agree_with_held_out_trajectories(world):
             assert sentence.lower().startswith(trajectory["phrase"].lower())
 
 
-def test_twins_are_equal_and_only_their_motion_tells_them_apart():
+def test_twins_are_equal_and_differ_in_their_motion_alone():
     rng = np.random.default_rng(0)
     for _ in range(50):
         video = scene.sample_twins(rng)

@@ -89,10 +89,13 @@ def test_pretraining_makes_the_models_that_the_later_steps_start_from(tmp_path: 
     assert f"{tmp_path}/models/vicuna" in ran[3].arguments
 
 
-def test_pretraining_replaces_the_copies_of_the_packages_models(tmp_path: Path, ran: list[demo.Step]) -> None:
+def test_pretraining_does_not_mix_with_the_packages_models(
+    tmp_path: Path, ran: list[demo.Step], capsys: pytest.CaptureFixture[str]
+) -> None:
     demo.run_steps(demo.DemoConfig(tmp_path))
-    demo.run_steps(demo.DemoConfig(tmp_path, pretrain=True))
-    assert not (tmp_path / "models" / "clip").exists(), "engine.tiny makes it anew"
+    assert demo.main(["--output", str(tmp_path), "--pretrain"]) == 1
+    assert "was made from the package's tiny models: give another --output with --pretrain" in capsys.readouterr().err
+    assert len(ran) == 8, "no step ran"
 
 
 def test_settings_that_need_pretraining_are_refused_without_it(capsys: pytest.CaptureFixture[str]) -> None:
