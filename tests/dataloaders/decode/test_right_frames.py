@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 
+from bench.dali_model import DecoderCache, calls, counts_right, frames_of
 from dataloaders.decode.bitstream.vpx import superframe
 from dataloaders.decode.dali.agreement import MARGIN, compare, surroundings
 from dataloaders.decode.dali.decoder import DaliDecoder
@@ -21,7 +22,6 @@ from dataloaders.decode.decoder import Decoded, decode_cropped
 from dataloaders.decode.packets import read_packets
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.records import Media
-from tests.dataloaders.decode.dali_model import DecoderCache, calls, counts_right, frames_of
 from tests.dataloaders.decode.test_backends import VP9, write
 from tests.media import TWO_PASS, needs_dali
 
