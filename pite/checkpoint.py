@@ -34,7 +34,7 @@ from pite.config import PiTeConfig
 from pite.export import RECORD
 from pite.families import PITE
 from pite.lineage import ADAPTER_FILE, HEADS_FILE, LINEAGE, check_language_model, read_lineage
-from pite.llava import EDGES, EMBEDDINGS, VideoTokenWeights, is_trained, write_projector
+from pite.llava import EDGES, EMBEDDINGS, PROJECTOR_FILE, VideoTokenWeights, is_trained, write_projector
 from pite.model import PiTe
 from pite.shards import sharded, write_index
 
@@ -43,7 +43,8 @@ SHARD_BYTES = 5 * 2**30
 
 def resolve(path_or_name: str | Path) -> Path:
     """Local directory of a language model or a PiTe model, from a path or a Hugging Face name. Raises ValueError."""
-    return hub.resolve(path_or_name, ("*.json", "tokenizer*", "chat_template*", HEADS_FILE, ADAPTER_FILE))
+    files = ("*.json", "tokenizer*", "chat_template*", HEADS_FILE, ADAPTER_FILE, PROJECTOR_FILE)
+    return hub.resolve(path_or_name, files)
 
 
 def from_pretrained(directory: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PiTe:

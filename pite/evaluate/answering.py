@@ -24,8 +24,8 @@ from pite.evaluate.predictions import Prediction
 from pite.evaluate.questions import Question
 from pite.families import Name
 from pite.generate import Generator
-from pite.hub import weight_files
 from pite.lineage import check_encoder
+from pite.llava import weight_files
 from pite.prefixes import SharedPrefixes, VideoPrefixes
 
 log = logging.getLogger(__name__)
