@@ -189,6 +189,15 @@ def read_projector(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def with_edges(table: Tensor, modules: Mapping[str, Tensor]) -> Tensor:
+    """The embedding table (V, d), in a copy whose last two rows are the trained ones of `modules`; as it is without them."""
+    if EDGES not in modules:
+        return table
+    table = table.detach().clone()
+    table[-2:] = modules[EDGES].to(table)
+    return table
+
+
 def write_projector(file: Path, modules: Mapping[str, Tensor], embeddings: Tensor) -> None:
     """Write the projector and the whole embedding table as the published training does.
 
@@ -196,7 +205,6 @@ def write_projector(file: Path, modules: Mapping[str, Tensor], embeddings: Tenso
     """
     import torch
 
-    table = embeddings.detach().cpu().clone()
-    table[-2:] = modules[EDGES].to(table)
-    projector = {name: tensor.detach().cpu() for name, tensor in modules.items() if name != EDGES}
-    torch.save({**projector, EMBEDDINGS: table}, file)
+    tensors = {name: tensor for name, tensor in modules.items() if name != EDGES}
+    tensors[EMBEDDINGS] = with_edges(embeddings, modules)
+    torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()}, file)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from dataloaders.store.features import FeatureStore
 from dataloaders.synthetic.world import WorldConfig, make_world
@@ -25,6 +26,7 @@ from pite.evaluate.__main__ import main as evaluate
 from pite.export.__main__ import main as export
 from pite.generate import Generator
 from pite.llava import EDGES, EMBEDDINGS, PROJECTOR_FILE
+from pite.names import merged_tensors
 from tests.engine.workspace import train_arguments
 
 FRAMES = 6
@@ -96,10 +98,24 @@ def test_the_published_projector_file_is_written_next_to_safetensors(trained: Pa
     assert torch.equal(published[EMBEDDINGS][:-3], table)
 
 
-def test_an_export_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(["--model", str(trained / "stage3" / "final"), "--output", str(tmp_path / "e")]) == 1
-    assert "pite.export does not write: its folder holds the published mm_projector.bin" in capsys.readouterr().err
-    assert not (tmp_path / "e").exists()
+def test_an_export_loads_here_and_in_transformers(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    final, folder = trained / "stage3" / "final", tmp_path / "export"
+    flags = ["--model", str(final), "--output", str(folder)]
+    assert export([*flags, "--format", "peft"]) == 1
+    assert f"{final} holds no adapter: export it with --format full" in capsys.readouterr().err
+    assert export([*flags, "--dtype", "float32"]) == 0
+    ours, loaded = (dict(from_pretrained(each).named_parameters()) for each in (final, folder))
+    # The rows of the marks in the table are the trained ones, which a stage keeps next to the table.
+    assert torch.equal(loaded["decoder.embed_tokens"][-2:], ours["vid_edges"])
+    assert all(torch.equal(ours[name], loaded[name]) for name in ours if name != "decoder.embed_tokens")
+    llama, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert {name.rpartition(".")[0] for name in report["unexpected_keys"]} == {
+        f"model.mm_projector.{i}" for i in (0, 2)
+    }
+    assert not report["missing_keys"] and torch.equal(llama.lm_head.weight, ours["lm_head"])
+    assert (folder / "tokenizer.json").read_bytes() == (PARTS / "vicuna" / "tokenizer.json").read_bytes()
 
 
 def test_a_stopped_run_resumes_bitwise(
@@ -139,8 +155,12 @@ def test_videos_first_share_their_rows(workspace: Path, tmp_path: Path) -> None:
     one, two = (read_metrics(tmp_path / name / "stage3" / "metrics.jsonl")[0] for name in ("shared", "small"))
     assert one["rows"] < 0.5 * one["tokens"] and one["tokens"] == two["tokens"] and one["rows"] < two["rows"]
     model = from_pretrained(tmp_path / "shared" / "stage3" / "final")
-    assert (tmp_path / "shared" / "stage3" / "final" / "adapter_model.safetensors").exists()
     assert next(model.linear_layers()).lora_b is not None
+    flags = ["--model", str(tmp_path / "shared" / "stage3" / "final"), "--output", str(tmp_path / "peft")]
+    assert export([*flags, "--format", "peft"]) == 0
+    again = from_pretrained(tmp_path / "peft")
+    assert torch.equal(again.vid_edges, model.vid_edges)
+    torch.testing.assert_close(merged_tensors(again), merged_tensors(model))
 
 
 def test_float8_without_a_lora_trains(trained: Path, workspace: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The layouts are those of liuhaotian/llava-v1.5-7b and llava-hf/llava-1.5-7b-hf: 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from pite.checkpoint import check_trained, from_pretrained, load_language_model, resolve
 from pite.config import PiTeConfig
+from pite.export.__main__ import main as export
+from pite.export.formats import published_code_loads
 from pite.llava import EDGES, EMBEDDINGS, HEAD, PROJECTOR_FILE, VideoTokenWeights, read_projector, write_projector
 from pite.names import head_tensors
 
@@ -188,3 +191,33 @@ def test_names_are_those_of_the_parts() -> None:
     found = VideoTokenWeights(REFERENCE, weights, rows=7)
     assert list(found) == [EMBEDDINGS, EDGES] and len(found) == 2
     assert found[EDGES].tolist() == [[3, 4], [3, 4]]
+
+
+def test_an_export_is_what_the_published_code_loads(tmp_path: Path) -> None:
+    """It fills the tensors of its model from the weights, and those of the projector file over them."""
+    model = tmp_path / "model"
+    shutil.copytree(REFERENCE, model)
+    for file in (REFERENCE / "tokenizer").iterdir():
+        shutil.copyfile(file, model / file.name)
+    assert export(["--model", str(model), "--output", str(tmp_path / "export"), "--dtype", "float16"]) == 0
+    folder, whole = tmp_path / "export", load_file(REFERENCE / "model.safetensors")
+    written = load_file(folder / "model.safetensors")
+    projector = torch.load(folder / PROJECTOR_FILE, weights_only=True)
+    assert written.keys() == whole.keys() and projector.keys() < whole.keys()
+    assert all(
+        torch.equal(tensor.half(), whole[name].half()) for each in (written, projector) for name, tensor in each.items()
+    )
+    for file in (REFERENCE / "tokenizer").iterdir():
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+    assert "--projection_path export/mm_projector.bin" in (folder / "README.md").read_text()
+    assert torch.equal(from_pretrained(folder).vid_edges, from_pretrained(REFERENCE).vid_edges)
+
+
+def test_a_tokenizer_with_tokens_of_its_own_is_not_for_the_published_code(tmp_path: Path) -> None:
+    """It would give the three tokens other ids."""
+    folder = tmp_path / "model"
+    shutil.copytree(REFERENCE / "tokenizer", folder)
+    shutil.copyfile(REFERENCE / "config.json", folder / "config.json")
+    assert published_code_loads(folder)
+    (folder / "added_tokens.json").write_text('{"<image>": 620}')
+    assert not published_code_loads(folder)
