@@ -28,6 +28,7 @@ from pite.generate import Generator
 from pite.llava import EDGES, EMBEDDINGS, PROJECTOR_FILE
 from pite.names import merged_tensors
 from tests.engine.workspace import train_arguments
+from tests.pite.evaluate.qa.server import Handler, running
 
 FRAMES = 6
 TOWER = json.loads((PARTS / "clip" / "config.json").read_text())
@@ -228,6 +229,55 @@ def test_chat_and_evaluation_answer_with_the_trained_model(
     assert evaluate([*arguments, "--predictions", str(tmp_path / "answers.jsonl"), "--batch-size", "2"]) == 0
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert metrics.exists() and sum("answer" in line for line in answers) >= 3
+
+
+def test_a_judge_scores_its_answers(
+    trained: Path, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the published transcripts as an option, which are part of what the answers depend on."""
+    videos = [file.stem for file in sorted((workspace / "data/evaluation/videos").iterdir())]
+    items = [{"video_name": video, "Q": "How many shapes can be seen?", "A": "Two shapes."} for video in videos]
+    (tmp_path / "generic_qa.json").write_text(json.dumps(items))
+    (tmp_path / "transcripts").mkdir()
+    (tmp_path / "transcripts" / f"{videos[0]}.txt").write_text("red circle " * 20)
+    paths = {"model": trained / "stage3/final", "data": workspace / "data", "store": workspace / "features"}
+    paths |= {
+        "ground_truth": tmp_path / "generic_qa.json",
+        "predictions": tmp_path / "p.jsonl",
+        "metrics": tmp_path / "m",
+    }
+    flags = [
+        "qa",
+        "--benchmark",
+        "video_chatgpt",
+        "--family",
+        "pg-video-llava",
+        "--device",
+        "cpu",
+        "--judge-model",
+        "m",
+    ]
+    flags += [text for name, path in paths.items() for text in (f"--{name.replace('_', '-')}", str(path))]
+
+    def grade(handler: Handler, body: dict[str, object]) -> None:
+        handler.complete('{"score": 4}')
+
+    with running(grade) as server:
+        assert evaluate([*flags, "--judge-url", server.url]) == 0
+        numbers = json.loads(paths["metrics"].read_text())["video_chatgpt"]
+        assert server.bodies and {body["model"] for body in server.bodies} == {"m"}
+        assert {numbers[axis] for axis in ("correctness", "detail", "context")} == {4.0}
+        quoted = [*flags, "--judge-url", server.url, "--transcripts", str(tmp_path / "transcripts")]
+        assert evaluate(quoted) == 1
+        assert "transcripts" in capsys.readouterr().err
+        assert evaluate([*quoted, "--overwrite"]) == 0
+    generator = Generator.from_pretrained(trained / "stage3/final")
+    record = FeatureStore(workspace / "features/videos").read(f"evaluation/{videos[0]}").copy()
+    (answer,) = generator.answer([items[0]["Q"]], [record], transcripts=["red circle " * 19 + "red circle"])
+    first = json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])
+    assert (first["video_id"], first["answer"]) == (videos[0], answer.text)
+    assert evaluate(["trajectories", *flags[flags.index("--model") :][:6], "--device", "cpu"]) == 1
+    assert "of the family pg-video-llava, which predicts no trajectories" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_published_recipes_cost(
