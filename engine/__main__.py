@@ -13,6 +13,7 @@ from engine.distributed.errors import exit_process
 COMMANDS = {
     "demo": ("engine.demo.__main__", "end-to-end demo: every step with tiny models"),
     "annotate": ("dataloaders.annotation.__main__", "make trajectories from videos and captions"),
+    "transcripts": ("dataloaders.transcripts.__main__", "transcribe the sound of videos"),
     "encode": ("engine.encode.__main__", "decode and encode videos once, into a feature store"),
     "store": ("dataloaders.store.__main__", "inspect, verify, merge or import feature stores"),
     "budget": ("engine.budget.__main__", "estimate parameters, memory and hours of a run"),

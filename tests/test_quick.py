@@ -104,6 +104,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"{ANNOTATION} --output {{f}}/new.jsonl",
         f"{ANNOTATION} --work {{f}}/new",
     ),
+    "dataloaders.transcripts": (
+        "--videos {none} --output {new}",
+        "--videos {f} --output {new} --model {none}",
+        "--videos {f} --output {new} --tagger {none}",
+        "--videos {f} --output {f}/new",
+    ),
     "dataloaders.synthetic": ("{f}/new",),
     "engine.tiny": ("{f}/new",),
     "engine.plots": ("{none}", "{d}", "{f} --output {f}/new/losses.png"),
