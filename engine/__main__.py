@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("engine.train", "train stages 1, 2 and 3"),
     "evaluate": ("pite.evaluate.__main__", "score a model or a file of predictions"),
     "chat": ("pite.chat.__main__", "chat with a trained model about a video"),
+    "ground": ("pite.ground.__main__", "find what an answer names: boxes and masks over time"),
     "web": ("pite.web.__main__", "open a web page to try a model"),
     "export": ("pite.export.__main__", "export one folder for transformers or peft, and push it to the hub"),
     "world": ("dataloaders.synthetic.__main__", "make the synthetic world"),

@@ -36,6 +36,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"{CHAT} --adapter {{none}}",
         f"{CHAT} --trajectory {{f}}/new/overlay.mp4",
     ),
+    "pite.ground": tuple(
+        f"--video {{f}} --answer Dogs. --output {{new}} {more}"
+        for more in ("--video {none}", "--detector {none}", "--matcher {none}", "--output {f}/new", "--clip {none}/x/y")
+    ),
     "pite.web": (
         "--model {none}",
         "--model {run}",
