@@ -36,6 +36,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"{CHAT} --adapter {{none}}",
         f"{CHAT} --trajectory {{f}}/new/overlay.mp4",
     ),
+    "pite.ground": tuple(
+        f"--video {{f}} --answer Dogs. --output {{new}} {more}"
+        for more in ("--video {none}", "--detector {none}", "--matcher {none}", "--output {f}/new", "--clip {none}/x/y")
+    ),
     "pite.web": (
         "--model {none}",
         "--model {run}",
@@ -66,6 +70,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"{QA} --video-names {{none}} --ground-truth {{f}}",
         f"{QA} --judge-model {{none}} --predictions {{new}}/p.jsonl --ground-truth {{f}}",
         "qa --benchmark msvd_qa --predictions {none} --ground-truth {f}",
+        "spatial --benchmark hc_stvg --predictions {f} --ground-truth {none}",
+        "spatial --benchmark hc_stvg --predictions {none} --ground-truth {f}",
+        "spatial --benchmark hc_stvg --predictions {f} --ground-truth {f} --questions {none}",
+        "spatial --benchmark vidstg --predictions {f} --ground-truth {f} --vidor {none}",
         f"{ALL} --model {{none}}",
         f"{ALL} --data {{none}}",
         f"{ALL} --data {{d}}",
@@ -99,6 +107,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"{ANNOTATION} --detector {{d}} --segmenter {{none}}",
         f"{ANNOTATION} --output {{f}}/new.jsonl",
         f"{ANNOTATION} --work {{f}}/new",
+    ),
+    "dataloaders.transcripts": (
+        "--videos {none} --output {new}",
+        "--videos {f} --output {new} --model {none}",
+        "--videos {f} --output {new} --tagger {none}",
+        "--videos {f} --output {f}/new",
     ),
     "dataloaders.synthetic": ("{f}/new",),
     "engine.tiny": ("{f}/new",),

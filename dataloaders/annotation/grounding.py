@@ -48,21 +48,37 @@ class Grounding:
         found = [None if box is None else next(masks) for box in boxes]
         return [mask if mask is not None and mask.any() else None for mask in found]
 
+    @torch.inference_mode()
+    def find_all(
+        self, image: np.ndarray, phrases: Sequence[str]
+    ) -> list[list[tuple[np.ndarray, float, np.ndarray | None]]]:
+        """Each phrase's boxes (4,), scores and masks (H, W) bool in an image; the masks are None without a segmenter."""
+        limits = np.array(image.shape[1::-1] * 2)
+        found = []
+        for result in (r for i in range(0, len(phrases), BATCH) for r in self._results(image, phrases[i : i + BATCH])):
+            boxes = list(result["boxes"].float().cpu().numpy().clip(0, limits))
+            masks = self._masks(image, boxes) if self._segmenter is not None else [None] * len(boxes)
+            found.append(list(zip(boxes, result["scores"].tolist(), masks)))
+        return found
+
     def _boxes(self, image: np.ndarray, phrases: Sequence[str]) -> list[np.ndarray | None]:
         """The best box [x0, y0, x1, y1] in pixels for each phrase, at the threshold or above."""
+        results, limits = self._results(image, phrases), np.array(image.shape[1::-1] * 2)
+        best = [r["boxes"][r["scores"].argmax()] if len(r["scores"]) else None for r in results]
+        return [None if box is None else box.float().cpu().numpy().clip(0, limits) for box in best]
+
+    def _results(self, image: np.ndarray, phrases: Sequence[str]) -> Any:
+        """Boxes and scores of each phrase, at the threshold or above."""
         # The detector was trained on lower case and on full stops between phrases.
         texts = [f"{phrase.lower().rstrip(' .')}." for phrase in phrases]
         inputs = self._processor(images=[image] * len(texts), text=texts, return_tensors="pt", padding=True)
         inputs = inputs.to(self.device)
-        results = self._processor.post_process_grounded_object_detection(
+        return self._processor.post_process_grounded_object_detection(
             self._detector(**inputs),
             inputs["input_ids"],
             threshold=self.threshold,
             target_sizes=[image.shape[:2]] * len(texts),
         )
-        limits = np.array(image.shape[1::-1] * 2)
-        best = [r["boxes"][r["scores"].argmax()] if len(r["scores"]) else None for r in results]
-        return [None if box is None else box.float().cpu().numpy().clip(0, limits) for box in best]
 
     def _masks(self, image: np.ndarray, boxes: Sequence[np.ndarray]) -> list[np.ndarray]:
         if not boxes:

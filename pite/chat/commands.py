@@ -11,6 +11,7 @@ from typing import Any
 
 from dataloaders.decode.video import probe
 from dataloaders.errors import sentence
+from dataloaders.transcripts import read_transcript
 from pite import devices
 from pite.chat.flags import ChatFlags
 from pite.chat.reply import Reply
@@ -29,7 +30,7 @@ def chat(flags: ChatFlags) -> int:
     device = devices.select(flags.device)
     if not flags.video.is_dir():
         probe(flags.video)  # before a model is loaded
-    transcript = None if flags.transcript is None else flags.transcript.read_text(encoding="utf-8").strip() or None
+    transcript = None if flags.transcript is None else read_transcript(flags.transcript)
     session = Session.load(
         flags.model, clip=flags.clip, device=device, adapters=flags.adapter, history=flags.history, family=flags.family,
         transcript=transcript,

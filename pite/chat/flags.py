@@ -70,7 +70,8 @@ class ChatFlags(AnswerFlags):
     trajectory: Path | None = None
     """draw the answer's objects into this MP4, or into this PNG of six frames"""
     transcript: Path | None = None
-    """text file with the transcript of the video's sound, which the prompts of PG-Video-LLaVA quote"""
+    """the transcript of the video's sound, which the prompts of PG-Video-LLaVA quote: a text file, or the NAME.json of
+    dataloaders.transcripts"""
     phrase: tuple[str, ...] = ()
     """draw these phrases of the answer instead of the phrases found by rule; can be repeated"""
 

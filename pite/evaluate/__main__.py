@@ -4,6 +4,7 @@ python -m pite.evaluate grounding --predictions P.jsonl --ground-truth G.json
 python -m pite.evaluate grounding --model DIR --data DIR --store DIR --predictions P.jsonl
 python -m pite.evaluate captioning --predictions P.jsonl --ground-truth val_1.json val_2.json
 python -m pite.evaluate qa --benchmark msvd_qa --predictions P.jsonl --ground-truth test_qa.json --judge-url URL ...
+python -m pite.evaluate spatial --benchmark hc_stvg --predictions P.jsonl --ground-truth val_v2.json
 python -m pite.evaluate trajectories --model DIR --data DIR --store DIR
 python -m pite.evaluate all --model DIR --data DIR --store DIR --output DIR
 
@@ -27,11 +28,14 @@ from pite.evaluate.flags import EvaluationFlags, GroundingFlags, TrajectoriesFla
 from pite.evaluate.processes import joined
 from pite.evaluate.qa.flags import QaFlags
 from pite.evaluate.reports import Report
+from pite.evaluate.spatial.command import score_boxes
+from pite.evaluate.spatial.flags import SpatialFlags
 
 COMMANDS: dict[str, tuple[type[EvaluationFlags], Callable[..., Report | None]]] = {
     "grounding": (GroundingFlags, score_answers),
     "captioning": (CaptioningFlags, score_answers),
     "qa": (QaFlags, score_answers),
+    "spatial": (SpatialFlags, score_boxes),
     "trajectories": (TrajectoriesFlags, score_trajectories),
     "all": (AllFlags, score_all),
 }

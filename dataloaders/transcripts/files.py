@@ -1,0 +1,58 @@
+"""The file of a video's transcript.
+
+    {"video": "a.mp4", "duration": 12.5, "language": "en", "transcript": "Hello there.",
+     "segments": [{"start": 1.2, "end": 2.9, "text": "Hello there.", "kept": true, "tags": [["Speech", 2.1]]}]}
+
+`transcript` joins the texts that are kept. A video without sound has no segments.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dataloaders.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Text between two times, in seconds.
+
+    kept  whether the sound is speech; a segment with music over it has text too, but often a wrong one
+    tags  the most probable sounds and their logits, if a tagger was given
+    """
+
+    start: float
+    end: float
+    text: str
+    kept: bool = True
+    tags: tuple[tuple[str, float], ...] = ()
+
+
+def write_transcript(path: Path, video: str, duration: float, language: str | None, segments: list[Segment]) -> None:
+    """Write the file of one video, atomically."""
+    texts = [each.text for each in segments if each.kept and each.text]
+    content = {
+        "video": video,
+        "duration": round(duration, 3),
+        "language": language,
+        "transcript": " ".join(texts),
+        "segments": [asdict(each) for each in segments],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_transcript(path: Path) -> str | None:
+    """The text of a transcript's file, or of any other text file; None where it is empty.
+
+    Raises ValueError for a .json that this package did not write.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".json":
+        try:
+            text = json.loads(text)["transcript"]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}: no transcript: expected an object with a field 'transcript'") from None
+    return text.strip() or None

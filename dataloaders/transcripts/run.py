@@ -1,0 +1,79 @@
+"""Transcribes the videos of a folder, one after the other."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dataloaders.decode.readable import DecodeError
+from dataloaders.failures import LEDGER, Failure, Ledger
+from dataloaders.files import write_atomically
+from dataloaders.ranks import Part
+from dataloaders.transcripts.files import Segment, write_transcript
+from dataloaders.transcripts.flags import TranscriptFlags
+from dataloaders.transcripts.sound import RATE, is_speech, read_sound, voice_segments
+from dataloaders.transcripts.speech import PocketSphinx, Tagger, Whisper
+
+log = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"
+
+
+def run(flags: TranscriptFlags) -> None:
+    """Write the transcripts that lack. Raises ValueError for models that cannot be loaded, and BudgetExceeded."""
+    _check_settings(flags)
+    part, files = Part.parse(flags.part), flags.files
+    names = [file.stem for file in files]
+    if clash := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"--videos {flags.videos}: two videos are named {clash!r} but for their suffixes; rename one")
+    ours = files[part.number - 1 :: part.count]
+    mine = [file for file in ours if not _path(flags, file).exists()]
+    log.info("%s of %s videos to transcribe", f"{len(mine):,}", f"{len(files):,}")
+    if not mine:
+        return
+    speech = Whisper(flags.model, flags.device) if flags.model else PocketSphinx()
+    tagger = Tagger(flags.tagger, flags.device) if flags.tagger else None
+    ledger = Ledger(flags.output / LEDGER, len(files), flags.failure_budget)
+    for file in tqdm(mine, "transcribing", unit=" videos", disable=None):
+        try:
+            transcribe(file, _path(flags, file), speech, tagger, flags.threshold)
+        except DecodeError as error:
+            ledger.add(Failure(file.stem, str(file), "decode", str(error)))
+    failed = f", {ledger.count:,} failed: see {ledger.files}" if ledger.count else ""
+    print(f"{flags.output}: {len(mine) - ledger.count:,} transcripts{failed}")
+
+
+def transcribe(
+    video: Path, output: Path, speech: Whisper | PocketSphinx, tagger: Tagger | None = None, threshold: float = 0.5
+) -> None:
+    """Write the transcript of one video. Speech that is not English is not transcribed, as published.
+
+    Raises DecodeError for a file that cannot be decoded.
+    """
+    sound = read_sound(video)
+    found = voice_segments(sound, threshold)
+    language = speech.language(sound[slice(*found[0])]) if found else None
+    segments = []
+    for start, end in found if language == "en" else []:
+        tags = tagger(sound[start:end]) if tagger else ()
+        kept = is_speech(tags) if tagger else True
+        text = speech.text(sound[start:end])
+        segments.append(Segment(round(start / RATE, 3), round(end / RATE, 3), text, kept, tags))
+    write_transcript(output, video.name, len(sound) / RATE, language, segments)
+
+
+def _path(flags: TranscriptFlags, video: Path) -> Path:
+    return flags.output / f"{video.stem}.json"
+
+
+def _check_settings(flags: TranscriptFlags) -> None:
+    """Store the settings; raises ValueError if the folder's transcripts were made with other ones."""
+    flags.output.mkdir(parents=True, exist_ok=True)
+    path, wanted = flags.output / SETTINGS, flags.settings()
+    known = json.loads(path.read_text()) if path.exists() else wanted
+    if known != wanted:
+        raise ValueError(f"{flags.output}: made with {known}, not {wanted}: give another --output")
+    write_atomically(path, json.dumps(wanted, indent=1) + "\n")

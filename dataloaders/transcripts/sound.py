@@ -1,0 +1,73 @@
+"""The sound of a video as the models take it, and which of it is speech."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+
+from dataloaders.decode.readable import DecodeError, check_readable
+from dataloaders.errors import reason
+
+RATE = 16_000
+"""Samples per second that Whisper, silero-vad and PocketSphinx take."""
+
+LONGEST = 30.0
+"""Seconds of a segment, which are what Whisper looks at."""
+
+SPEECH = ("Speech", "Male speech, man speaking", "Female speech, woman speaking")
+MUSIC = "Music"
+TOP, LEAST_LOGIT, MARGIN = 3, -5.0, 1.1
+"""Tags that the published filter looks at, their smallest logit, and by how much music may exceed speech."""
+
+
+def read_sound(path: Path) -> np.ndarray:
+    """The first audio stream as mono float32 (n,) at `RATE`, -1 to 1; empty for a file without sound.
+
+    Raises DecodeError for a file that cannot be decoded.
+    """
+    check_readable(path)
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                return np.zeros(0, np.float32)
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
+            frames = [new for frame in container.decode(audio=0) for new in resampler.resample(frame)]
+            frames += resampler.resample(None)
+    except (av.error.FFmpegError, OSError) as error:
+        raise DecodeError(f"{path}: {reason(error)}") from None
+    return np.concatenate([np.zeros(0, np.float32), *(frame.to_ndarray().ravel() for frame in frames)])
+
+
+def voice_segments(sound: np.ndarray, threshold: float = 0.5) -> list[tuple[int, int]]:
+    """First sample and end of each stretch of speech, at most `LONGEST` seconds, by silero-vad.
+
+    Raises ValueError if silero-vad is not installed.
+    """
+    try:
+        import silero_vad
+    except ImportError:
+        raise ValueError("voice activity needs silero-vad: pip install silero-vad") from None
+    import torch
+
+    if not len(sound):
+        return []
+    model = silero_vad.load_silero_vad()  # Made anew for each video: it has a state.
+    found = silero_vad.get_speech_timestamps(
+        torch.from_numpy(sound), model, threshold=threshold, sampling_rate=RATE, max_speech_duration_s=LONGEST
+    )
+    return [(each["start"], each["end"]) for each in found]
+
+
+def is_speech(tags: Sequence[tuple[str, float]]) -> bool:
+    """The published filter: whether the tags (name, logit), most probable first, are those of speech.
+
+    Speech, a man's or a woman's, must be one of the first three tags above the smallest logit. Where music is one of
+    them too, it may exceed the first of the speech tags by 1.1 at most.
+    """
+    best = [tag for tag in tags[:TOP] if tag[1] > LEAST_LOGIT]
+    speech = [logit for name, logit in best if name in SPEECH]
+    music = [logit for name, logit in best if name == MUSIC]
+    return bool(speech) and not (music and music[0] - speech[0] > MARGIN)

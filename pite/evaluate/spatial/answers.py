@@ -1,0 +1,96 @@
+"""Predicted boxes in a prediction log, and their overlap with the true ones.
+
+    {"video_id": "2401075277", "task": "spatial_grounding", "query_id": 12, "answer": "A child in red.",
+     "info": {"size": [640, 360], "boxes": {"96": [[10, 20, 110, 220]], "97": []}}}
+
+`query_id` is the question's number in the published order. A box is left, top, right, bottom in pixels of a frame of
+`size`; its right and bottom edges are those of its last pixel, so a box of one pixel is 1 wide. A frame is a number of
+the video's file, from 0. `python -m pite.ground` writes such lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataloaders.formats.fields import is_number, shown
+from pite.evaluate.predictions import Line, Prediction, read_lines
+from pite.evaluate.protocols import Protocol
+from pite.evaluate.spatial.truth import Tube, scored
+
+TASK = "spatial_grounding"
+
+Boxes = Mapping[int, np.ndarray]
+"""(n, 4) boxes by frame, in pixels."""
+
+
+def line_of(
+    video: str, query_id: int | str, answer: str, size: tuple[int, int], boxes: Boxes, **info: Any
+) -> Prediction:
+    """The line of a prediction log for boxes in frames of `size`, width and height."""
+    rounded = {str(frame): np.round(found, 1).tolist() for frame, found in sorted(boxes.items())}
+    return Prediction(video, TASK, query_id, answer, {**info, "size": list(size), "boxes": rounded})
+
+
+def read_answers(path: Path, tubes: Sequence[Tube]) -> dict[int, tuple[tuple[int, int], Boxes]]:
+    """Frame size and boxes by the number of the question. Raises ValueError, naming file, line and field."""
+    known = {tube.query_id: tube for tube in tubes}
+    lines = read_lines(path, TASK)
+    if not lines:
+        raise ValueError(f"{path}: holds no line whose task is {TASK!r}")
+    found: dict[int, tuple[tuple[int, int], Boxes]] = {}
+    for line in lines:
+        number = line.prediction.query_id
+        tube = known.get(number) if isinstance(number, int) else None
+        if tube is None or isinstance(number, str):
+            raise ValueError(f"{line}: field 'query_id' is {number!r}, which the ground truth does not have")
+        if tube.video != line.prediction.video:
+            raise ValueError(
+                f"{line}: field 'video_id' is {line.prediction.video!r}, but question {number} is about {tube.video!r}"
+            )
+        found[number] = _boxes(line)
+    return found
+
+
+def _boxes(line: Line) -> tuple[tuple[int, int], Boxes]:
+    info = line.prediction.info
+    size, boxes = info.get("size"), info.get("boxes", {})
+    if not isinstance(boxes, dict):
+        raise ValueError(f"{line}: field 'info.boxes' must be an object of boxes by frame, not {shown(boxes)}")
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise ValueError(f"{line}: field 'info.size' must be width and height in pixels, not {shown(size)}")
+    found = {}
+    for frame, each in boxes.items():
+        valid = frame.isdecimal() and isinstance(each, list)
+        if not valid or not all(isinstance(b, list) and len(b) == 4 and all(map(is_number, b)) for b in each):
+            raise ValueError(f"{line}: field 'info.boxes[{frame}]' must be boxes of four numbers, not {shown(each)}")
+        found[int(frame)] = np.array(each, np.float64).reshape(-1, 4)
+    return (size[0], size[1]), found
+
+
+def overlap(tube: Tube, size: tuple[int, int], boxes: Boxes, protocol: Protocol = "strict") -> float:
+    """Mean over the annotated frames of the largest IoU (0..1) of a predicted box with the true one, the published sIoU.
+
+    A frame without a box counts 0.
+    protocol  strict: every annotated frame; published: five frames a second, at most 100, and boxes that end before
+              their last pixel, because the published boxes are those of masks
+    """
+    scale = np.array(tube.size * 2) / np.array(size * 2)
+    ious = []
+    for frame, true in scored(tube, protocol):
+        predicted = boxes.get(frame, np.zeros((0, 4)))
+        if protocol == "published":
+            predicted = predicted - np.array([0, 0, 1, 1])
+        ious.append(float(box_ious(predicted * scale, true).max(initial=0.0)))
+    return float(np.mean(ious)) if ious else 0.0
+
+
+def box_ious(boxes: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """IoU (n,) of boxes (n, 4) with one box (4,); 0 where both are empty."""
+    low, high = np.maximum(boxes[:, :2], true[:2]), np.minimum(boxes[:, 2:], true[2:])
+    shared = np.maximum(high - low, 0).prod(1)
+    areas = np.maximum(boxes[:, 2:] - boxes[:, :2], 0).prod(1) + np.maximum(true[2:] - true[:2], 0).prod()
+    return np.asarray(shared / np.maximum(areas - shared, 1e-9))

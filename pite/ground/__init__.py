@@ -1,0 +1,1 @@
+"""Answers with the boxes and masks of what they name: `python -m pite.ground`, and `pite.ground.grounding.Grounder`."""

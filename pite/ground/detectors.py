@@ -1,0 +1,46 @@
+"""What finds the things that an answer names: models by local path, or OpenCV's people detector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dataloaders.annotation.people import PeopleDetector, names_person
+from pite.ground.matching import plain
+from pite.ground.objects import Detection
+
+PERSON = "person"
+
+
+class People:
+    """OpenCV's people detector, which needs no weights. It finds no other things. Raises ValueError without OpenCV's."""
+
+    def __init__(self) -> None:
+        self._detector = PeopleDetector()
+
+    def tags(self, phrases: Sequence[str]) -> list[str]:
+        return [PERSON] if any(names_person(phrase) for phrase in phrases) else []
+
+    def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
+        return [Detection(PERSON, box, 1.0) for box in self._detector.boxes(image)] if PERSON in tags else []
+
+
+class OpenVocabulary:
+    """A GroundingDINO, MM-GroundingDINO or the like, with an optional SAM for masks: looks for the phrases themselves.
+
+    Raises ValueError as `dataloaders.annotation.grounding.Grounding`.
+    """
+
+    def __init__(self, detector: Path, segmenter: Path | None, device: str, threshold: float) -> None:
+        from dataloaders.annotation.grounding import Grounding
+
+        self._grounding = Grounding(detector, segmenter, device, threshold)
+
+    def tags(self, phrases: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys(plain(phrase) for phrase in phrases))
+
+    def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
+        found = self._grounding.find_all(image, tags)
+        return [Detection(tag, *each) for tag, things in zip(tags, found) for each in things]

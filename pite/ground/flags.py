@@ -1,0 +1,95 @@
+"""The flags of pite.ground."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataloaders import paths
+from dataloaders.cli import at_least
+from pite.chat.flags import CLIP
+from pite.families import Name
+from pite.flags import DeviceFlags
+from pite.lineage import check_model_flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundFlags(DeviceFlags):
+    """Answer a question about videos, and find what the answer names: boxes and masks over time.
+
+    Writes NAME.json and NAME.mp4 for each video. A video that has them is skipped, so a killed run continues with the
+    same command. --answer grounds a text that is given, without a model.
+    """
+
+    video: tuple[Path, ...]
+    """any files that FFmpeg decodes"""
+    output: Path
+    """folder for NAME.json and NAME.mp4"""
+    query: str | None = None
+    """the question"""
+    model: Path | None = None
+    """a stage's output, an export, or OWNER/NAME on the hub, which answers it"""
+    answer: str | None = None
+    """ground this text instead"""
+    family: Name | None = None
+    """model family, pite or pg-video-llava; a model of the other one is refused. Any unless given"""
+    clip: str = CLIP
+    """path or Hugging Face name of the image tower that made the model's features"""
+    max_new_tokens: int = 256
+    """most tokens of an answer"""
+    detector: Path | None = None
+    """folder of a GroundingDINO or MM-GroundingDINO; OpenCV's people detector, which finds nothing else, unless given"""
+    segmenter: Path | None = None
+    """folder of a SAM; masks are what GrabCut finds in a box unless given"""
+    threshold: float = 0.35
+    """minimum score of a detection of --detector"""
+    stanza: Path | None = None
+    """folder of Stanza's models, which make the phrases; spaCy's noun chunks unless given"""
+    matcher: Path | None = None
+    """folder of a causal language model, which decides what phrase is what object; words do unless given"""
+    every: float = 0.4
+    """seconds between two frames in which things are looked for"""
+    seconds: tuple[float, float] | None = None
+    """ground only the part between these two times"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.answer is None) == (self.query is None or self.model is None):
+            raise ValueError("give --query and --model, or --answer: the text to ground")
+        if not (self.answer or self.query or "").strip():
+            raise ValueError("the text is empty: give words in --query or --answer")
+        if self.segmenter and not self.detector:
+            raise ValueError("--segmenter needs the boxes of a detector; give --detector, too")
+        at_least(self, 1, "max_new_tokens")
+        if not 0 < self.every < math.inf:
+            raise ValueError(f"--every must be more than 0, not {self.every}")
+        if self.seconds is not None and not 0 <= self.seconds[0] < self.seconds[1] < math.inf:
+            raise ValueError(f"--seconds must be a start and a later end, not {self.seconds[0]:g} {self.seconds[1]:g}")
+
+    def check_paths(self) -> None:
+        """Raise ValueError for a path that does not exist or cannot be written."""
+        for video in self.video:
+            paths.input_file("--video", video)
+        names = [video.stem for video in self.video]
+        if clash := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"--video: two videos are named {clash!r}, and each writes {clash}.json: rename one")
+        if self.model is not None:
+            check_model_flag("--model", self.model)
+        paths.model("--clip", self.clip)
+        for name in ("detector", "segmenter", "stanza", "matcher"):
+            paths.input_folder(f"--{name}", getattr(self, name))
+        paths.output_folder("--output", self.output)
+        written = {
+            f"--output ({v.stem}{s})": self.output / f"{v.stem}{s}" for v in self.video for s in (".json", ".mp4")
+        }
+        paths.distinct_files(written, {f"--video ({video.name})": video for video in self.video})
+
+    def settings(self) -> dict[str, Any]:
+        """What a video's files depend on."""
+        folders = ("model", "detector", "segmenter", "stanza", "matcher")
+        texts = {name: None if (p := getattr(self, name)) is None else str(p.resolve()) for name in folders}
+        numbers = {"threshold": self.threshold, "every": self.every, "max_new_tokens": self.max_new_tokens}
+        seconds = None if self.seconds is None else list(self.seconds)
+        return {"query": self.query, "answer": self.answer, **texts, "clip": self.clip, **numbers, "seconds": seconds}

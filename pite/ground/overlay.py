@@ -1,0 +1,64 @@
+"""Draws a grounded answer over the video: a box and a tinted mask for each object, with its phrase."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dataloaders.files import file_written_atomically
+from pite.draw import COLORS
+from pite.ground.grounding import Grounded, frames_of
+
+_MOST_FPS, _WIDTH = 10.0, 960
+"""Frames per second, and largest width, of the drawing."""
+_TINT = 0.45
+
+
+def save_overlay(path: Path, video: Path, grounded: Grounded) -> None:
+    """Write an H.264 MP4 of the frames looked at, atomically. Raises DecodeError.
+
+    A mask is shown in the frame of its detection and up to the next one, moved with the box.
+    """
+    step = max(1, round(grounded.fps / _MOST_FPS))
+    wanted = set(range(*grounded.span, step))
+    width = min(grounded.size[0], _WIDTH) // 2 * 2
+    height = round(grounded.size[1] * width / grounded.size[0]) // 2 * 2
+    boxes = [each.boxes() for each in grounded.objects]
+    with file_written_atomically(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(grounded.fps / step).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        # Of several threads, the number would change the file.
+        stream.options = {"crf": "20", "preset": "veryfast", "threads": "1"}
+        for index, frame in frames_of(video, wanted):
+            picture = _drawn(frame, index, grounded, boxes).resize((width, height))
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+
+
+def _drawn(frame: np.ndarray, index: int, grounded: Grounded, boxes: list[dict[int, np.ndarray]]) -> Image.Image:
+    tinted = frame.astype(np.float32)
+    for number, each in enumerate(grounded.objects):
+        at = max((f for f in each.found if f <= index), default=None)
+        if at is not None and index in boxes[number] and (mask := each.found[at].mask) is not None:
+            moved = _moved(mask, boxes[number][index] - boxes[number][at])
+            tinted[moved] = (1 - _TINT) * tinted[moved] + _TINT * np.array(COLORS[number % len(COLORS)])
+    picture = Image.fromarray(tinted.astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    names = {number: phrase.text for phrase, own in reversed(grounded.phrases) for number in own}
+    for number, own in enumerate(boxes):
+        if index in own:
+            color = COLORS[number % len(COLORS)]
+            left, top, right, bottom = own[index].tolist()
+            draw.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=color, width=3)
+            draw.text((left + 4, max(top - 16, 0)), names[number], fill=color, font_size=14)
+    return picture
+
+
+def _moved(mask: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """A mask moved like the middle of a box whose sides move `by` (4,)."""
+    right, down = (round(float(by[i] + by[i + 2]) / 2) for i in (0, 1))
+    return np.roll(mask, (down, right), (0, 1))
