@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -47,10 +48,10 @@ class Point:
     miou: float
 
 
-def stage2_flops(output: Path, parts: Path) -> float:
-    """FLOPs of stage 2's training by count, with the data and features in `output`."""
+def stage2_flops(output: Path, parts: Path, extra: Sequence[str] = ()) -> float:
+    """FLOPs of stage 2's training by count, with the data and features in `output` and more flags of engine.train."""
     data = ("--data", output / "data", "--store", output / "store")
-    flags = ("--model", "tiny", "--llm", parts / "vicuna", *data, "--stage", 2)
+    flags = ("--model", "tiny", "--llm", parts / "vicuna", *data, *extra, "--stage", 2)
     (cost,) = run_costs(parse(TrainConfig, [str(flag) for flag in flags]))
     return cost.flops
 
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
             width = read_manifest(parts / "vicuna")["width"]
             output = options.output / f"{videos}-videos" / f"d{width}"
             make_world(output, parts, videos, options.evaluation, options.frames, twins=0.0)
-            flops = stage2_flops(output, parts)
+            flops = stage2_flops(output, parts, options.train.split())
             for seed in range(options.seeds):
                 scores = train_and_measure(output, parts, VARIANTS[0], seed, options.train.split())
                 points.append(Point(width, videos, seed, flops, **{name: scores[name] for name in SCORES}))

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from bench import scaling
-from bench.scaling import Point, plot, table
+from bench.scaling import Point, plot, stage2_flops, table
 from engine.config import TrainConfig
 from engine.tiny.shipped import PARTS
+from tests.engine.workspace import make_workspace
 
 POINTS = [
     Point(128, 3400, 0, 4e12, 0.02, 0.7, 0.9),
@@ -32,6 +35,16 @@ def test_a_row_is_the_mean_over_the_seeds_of_a_width_and_a_number_of_videos():
 def test_the_plot_is_a_picture(tmp_path: Path):
     plot(POINTS, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compute_is_that_of_stage_2_with_the_same_flags(tmp_path: Path):
+    workspace = make_workspace(tmp_path)
+    (workspace / "features").rename(workspace / "store")
+    (workspace / "llm").rename(workspace / "vicuna")
+    once, twice = (stage2_flops(workspace, workspace, ["--global-batch", "8", "--epochs", epochs]) for epochs in "12")
+    assert twice == pytest.approx(2 * once)
+    # 24 samples of at least 30 tokens, and 17,408 weights in the linear layers: 4N per row, LoRA and the vocabulary head.
+    assert 1 < once / (24 * 30 * 4 * 17_408) < 10
 
 
 def test_every_pair_of_parts_and_videos_is_trained_with_every_seed(tmp_path: Path, monkeypatch, capsys):
