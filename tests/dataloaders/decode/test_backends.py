@@ -8,7 +8,6 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Literal
 from weakref import WeakSet
 
 import av
@@ -387,29 +386,3 @@ class TestDali:
             by = [result.by for result in decoder.map(media)]
         assert by == [wrong := "PyAV (DALI decodes vp9 with colour matrix 1 differently)", "DALI (vp9)", wrong]
         assert "falling back to PyAV for it" in caplog.text
-
-    def test_a_pipeline_that_cannot_be_built(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*arguments: object) -> None:
-            raise RuntimeError("Critical error when building pipeline: no driver")
-
-        monkeypatch.setattr(dali, "Pipeline", fail)
-        with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(.*no driver\); use pyav"):
-            dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1)
-
-    @pytest.mark.parametrize("kind", ["video", "image"])
-    def test_dali_that_does_not_work_is_refused_at_the_start(
-        self, monkeypatch: pytest.MonkeyPatch, kind: Literal["video", "image"]
-    ) -> None:
-        """As in a container whose driver decodes nothing: before the first file, so that it does not depend on the files."""
-
-        def fail(self: dali.Pipeline, requests: list[DecodeRequest]) -> None:
-            raise RuntimeError("encountered: NVDEC is not there")
-
-        monkeypatch.setattr(dali.Pipeline, "start", fail)
-        with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(NVDEC is not there\); use pyav"):
-            dali.DaliDecoder(kind, N, PREPROCESS, "cpu", workers=1)
-
-    def test_a_trial_that_hangs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dali.Pipeline, "_await", lambda *_: None)
-        with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(DALI timed out after 0\.1 s\)"):
-            dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, time_limit=0.1)
