@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from dataloaders.decode.dali import decoder as dali
-from dataloaders.decode.dali.request import DecodeRequest
+from dataloaders.decode.dali.request import DecodeRequest, prepare
+from dataloaders.decode.dali.trial import small_video
 from dataloaders.decode.preprocess import Preprocess
+from dataloaders.records import Media
 from tests.media import needs_dali
 
 pytestmark = needs_dali
@@ -36,6 +39,13 @@ def test_dali_that_does_not_work_is_refused_at_the_start(
     monkeypatch.setattr(dali.Pipeline, "start", fail)
     with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(NVDEC is not there\); use pyav"):
         dali.DaliDecoder(kind, N, PREPROCESS, "cpu", workers=1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_dali_gets_the_trial_on_each_device(tmp_path: Path, device: str) -> None:
+    (path := tmp_path / "trial.mkv").write_bytes(small_video(device))
+    request = prepare(Media("trial", path), 100, PREPROCESS, device)
+    assert isinstance(request, DecodeRequest) and request.decoded == (192, 144)
 
 
 def test_a_trial_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
