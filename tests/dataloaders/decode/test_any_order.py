@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,24 +24,7 @@ N, PREPROCESS = 5, Preprocess(32, 32)
 VP9 = {"codec": "libvpx-vp9", "options": {"cpu-used": "8"}}
 
 
-class InThisProcess:
-    """Workers without processes, which take a second each to start."""
-
-    def __init__(self, count: int, time_limit: float | None = None) -> None:
-        self.count = count
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        answer: Future[Any] = Future()
-        answer.set_result(function(*arguments))
-        return answer
-
-    def close(self) -> None:
-        pass
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali, "Workers", InThisProcess)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Literal
 from weakref import WeakSet
 
 import av
@@ -41,6 +40,13 @@ PREPROCESS = Preprocess(SIZE, SIZE)
 VP9 = {"cpu-used": "8"}
 DIFFERENCE = 3
 """Mean difference, of 255: DALI interpolates colour differently."""
+
+STILLS = [
+    (width, height, noise)
+    for width, height in ((320, 240), (640, 360), (361, 643), (1280, 720), (224, 224), (100, 97), (230, 600))
+    for noise in (False, True)
+]
+"""Width and height of stills, and whether they are white noise."""
 
 needs_torchcodec = pytest.mark.skipif(
     importlib.util.find_spec("torchcodec") is None, reason="torchcodec is not installed: pip install torchcodec"
@@ -238,6 +244,9 @@ class TestDali:
             "H.264 of the same coded size": write(d / "crop.mp4", "libx264", size=(192, 134)),
             "HEVC": write(d / "hevc.mkv", "libx265", {"x265-params": "log-level=none"}, size=size),
             "VP9": write(d / "vp9.webm", "libvpx-vp9", VP9, size=size),
+            # Not whole macroblocks: whether NVDEC rounds the sizes of these codecs up is not documented.
+            "HEVC, 640 x 360": write(d / "common.mkv", "libx265", {"x265-params": "log-level=none"}, size=(640, 360)),
+            "VP9, 640 x 360": write(d / "common.webm", "libvpx-vp9", VP9, size=(640, 360)),
         }
         media = [Media(name, path) for name, path in files.items()]
         media += [Media(f"{m.key}, a clip", m.path, clip=(1.05, 3.2)) for m in media] + [Media("two passes", TWO_PASS)]
@@ -263,18 +272,26 @@ class TestDali:
             indices = [list(map(bytes, expected[name])).index(bytes(frame)) for frame in expected[name]]
             assert (one @ two.T).argmax(1).tolist() == indices, name
 
-    @pytest.mark.parametrize("noise", [False, True], ids=["picture", "noise"])
-    @pytest.mark.parametrize(
-        "size", [(320, 240), (640, 360), (361, 643), (1280, 720), (224, 224), (100, 97), (230, 600)]
-    )
-    def test_preprocessing(self, tmp_path: Path, size: tuple[int, int], noise: bool) -> None:
-        """On a still, whose pixels are the same for both: within 2/255 of CLIPImageProcessor (6/255 required)."""
-        white = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-        Image.fromarray(white if noise else picture(3, size)).save(tmp_path / "a.jpg", quality=95, subsampling=0)
+    @pytest.fixture(scope="class")
+    @classmethod
+    def stills(cls, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, bool], Decoded]:
+        """JPEG files by width, height and whether they are noise, decoded by DALI."""
+        folder, media = tmp_path_factory.mktemp("stills"), {}
+        for width, height, noise in STILLS:
+            white = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            path = folder / f"{width}x{height}-{noise}.jpg"
+            pixels = white if noise else picture(3, (width, height))
+            Image.fromarray(pixels).save(path, quality=95, subsampling=0)
+            media[width, height, noise] = Media(path.stem, path, "image")
         with dali.DaliDecoder("image", 1, Preprocess(), "cpu", workers=1) as decoder:
-            (result,) = decoder.map([Media("a", tmp_path / "a.jpg", "image")])
+            return dict(zip(media, decoder.map(media.values())))
+
+    @pytest.mark.parametrize("still", STILLS, ids=lambda s: f"{s[0]}x{s[1]}-{'noise' if s[2] else 'picture'}")
+    def test_preprocessing(self, stills: dict[tuple[int, int, bool], Decoded], still: tuple[int, int, bool]) -> None:
+        """On a still, whose pixels are the same for both: within 2/255 of CLIPImageProcessor (6/255 required)."""
+        result = stills[still]
         assert result.by == "DALI (jpeg)" and isinstance(result.frames, np.ndarray)
-        with Image.open(tmp_path / "a.jpg") as image:
+        with Image.open(result.media.path) as image:
             reference = CLIPImageProcessorPil()(images=[image], return_tensors="pt")["pixel_values"]
         ours = Preprocess().normalized(torch.from_numpy(result.frames))
         scale = torch.tensor(Preprocess.std).view(3, 1, 1)
@@ -308,6 +325,7 @@ class TestDali:
             assert np.abs(result.frames.astype(int) - right).max() <= 2, name
             assert result.by.startswith("PyAV" if name in ("cmyk", "png") else "DALI"), (name, result.by)
 
+    @pytest.mark.usefixtures("in_this_process")
     def test_a_bad_file_costs_no_other_file(self, videos: dict[str, Media], tmp_path: Path) -> None:
         """Bytes changed inside frames pass the probe and fail in the pipeline, which then fails for the whole batch."""
         good = videos["VP9"]
@@ -342,6 +360,7 @@ class TestDali:
             else:
                 np.testing.assert_array_equal(result.frames, alone.frames)
 
+    @pytest.mark.usefixtures("in_this_process")
     def test_missing_frames_are_not_returned_as_black(self, videos: dict[str, Media]) -> None:
         """DALI returns black for an index beyond the end, without an error; PyAV then decodes the file."""
         request = prepare(videos["VP9"], N, PREPROCESS, "cpu")
@@ -357,6 +376,7 @@ class TestDali:
         assert decoded.by == "PyAV (its last frame is black)"
         np.testing.assert_array_equal(decoded.frames, decode_cropped(videos["VP9"], N, PREPROCESS))
 
+    @pytest.mark.usefixtures("in_this_process")
     def test_colours_that_dali_decodes_wrongly_are_decoded_by_pyav(
         self, videos: dict[str, Media], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -366,29 +386,3 @@ class TestDali:
             by = [result.by for result in decoder.map(media)]
         assert by == [wrong := "PyAV (DALI decodes vp9 with colour matrix 1 differently)", "DALI (vp9)", wrong]
         assert "falling back to PyAV for it" in caplog.text
-
-    def test_a_pipeline_that_cannot_be_built(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*arguments: object) -> None:
-            raise RuntimeError("Critical error when building pipeline: no driver")
-
-        monkeypatch.setattr(dali, "Pipeline", fail)
-        with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(.*no driver\); use pyav"):
-            dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1)
-
-    @pytest.mark.parametrize("kind", ["video", "image"])
-    def test_dali_that_does_not_work_is_refused_at_the_start(
-        self, monkeypatch: pytest.MonkeyPatch, kind: Literal["video", "image"]
-    ) -> None:
-        """As in a container whose driver decodes nothing: before the first file, so that it does not depend on the files."""
-
-        def fail(self: dali.Pipeline, requests: list[DecodeRequest]) -> None:
-            raise RuntimeError("encountered: NVDEC is not there")
-
-        monkeypatch.setattr(dali.Pipeline, "start", fail)
-        with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(NVDEC is not there\); use pyav"):
-            dali.DaliDecoder(kind, N, PREPROCESS, "cpu", workers=1)
-
-    def test_a_trial_that_hangs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dali.Pipeline, "_await", lambda *_: None)
-        with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(DALI timed out after 0\.1 s\)"):
-            dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, time_limit=0.1)

@@ -16,6 +16,7 @@ from dataloaders.decode.preprocess import Preprocess
 from dataloaders.records import Media
 from tests.media import needs_dali, write_video
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
 N, PREPROCESS = 4, Preprocess(32, 32)
 SIZES = [(64, 48), (96, 72), (160, 112)]
 THREE = Sessions(pipelines=3, threads=1, batch=2)

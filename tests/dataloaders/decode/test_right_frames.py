@@ -121,6 +121,7 @@ def test_what_dali_counts_wrongly_is_kept_from_it(files: dict[str, Path]) -> Non
 
 
 @needs_dali
+@pytest.mark.usefixtures("in_this_process")
 def test_each_of_these_files_gives_the_frames_of_pyav(files: dict[str, Path]) -> None:
     media = [Media(name, path) for name, path in files.items()]
     with DaliDecoder("video", N, PREPROCESS, "cpu", workers=1) as decoder:

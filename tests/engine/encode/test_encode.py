@@ -171,7 +171,8 @@ def test_two_ranks_give_the_same_records(config: EncodeConfig, data: Path, tmp_p
     assert len(keys) == len(set(keys)), "nothing is encoded twice"
     failures = [sorted(f.id for f in read_failures(store / "failures.jsonl")) for store in (shared, bad.store)]
     assert failures[0] == failures[1] and len(failures[0]) == 7
-    assert "videos/s" in output[0][1] and "/s" not in output[1][1], "one bar"
+    # On a busy machine the rank that reads the annotations shows a bar of its own.
+    assert "videos/s" in output[0][1] and "videos/s" not in output[1][1], "one bar"
     assert all(f"rank {rank} of 2: " in output[rank][0] for rank in range(2))
 
 
