@@ -227,3 +227,9 @@ def test_videos_that_come_first_are_estimated_as_they_are_planned(ranks: int, to
     assert assumed.copied == pytest.approx(counted.copied, rel=0.05)
     published = stage_cost(TrainConfig(ModelConfig(family="pg-video-llava")), 3)
     assert cost.rows < 0.4 * published.rows and cost.flops < 0.4 * published.flops
+
+
+def test_the_second_familys_recipe_is_the_published_one():
+    found = recipe("7b", 3, "pg-video-llava")
+    numbers = (found.epochs, found.learning_rate, found.global_batch, found.warmup_ratio, found.lora_rank)
+    assert numbers == (3, 2e-5, 32, 0.03, 0) and (found.weight_decay, found.label_smoothing) == (0, 0)
