@@ -64,7 +64,15 @@ def count_sharing(batches: Iterable[Lengths], ranks: int, token_budget: int) -> 
     return Sharing(rows / tokens, min(1.0, targets / rows), attended / rows - 1, rows / (micro_batches * token_budget))
 
 
-def assume_sharing(tokens: float, targets: float, samples: float) -> Sharing:
-    """For data that are not on disk: means per sample, and the samples of a micro-batch, which share the prompt's head."""
-    rows = tokens - 1 - PROMPT_HEAD * (1 - 1 / samples)
-    return Sharing(rows / tokens, min(1.0, targets / rows), PROMPT_HEAD / rows, 1.0)
+def assume_sharing(
+    tokens: float, targets: float, samples: float, video: float = 0.0, videos: float | None = None
+) -> Sharing:
+    """For data that are not on disk: means per sample, and the samples of a micro-batch, which share the prompt's head.
+
+    video   rows of a video that its questions share too; 0 if they do not, or are in other batches
+    videos  which the samples of the micro-batch are about; another one for each unless given
+    """
+    videos = samples if videos is None else min(samples, videos)
+    rows = tokens - 1 - PROMPT_HEAD * (1 - 1 / samples) - video * (1 - videos / samples)
+    copied = (PROMPT_HEAD + (video if videos < samples else 0.0)) / rows
+    return Sharing(rows / tokens, min(1.0, targets / rows), copied, 1.0)

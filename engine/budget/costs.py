@@ -46,7 +46,8 @@ VIT_L_14, VIT_L_14_336 = (
 @dataclass(frozen=True)
 class Corpus:
     """A stage's training set: samples, means per sample, number of media, the lengths of its first global batches and of its
-    longest sample, 0 where the data are assumed."""
+    longest sample, 0 where the data are assumed. `video` is the rows of a video that its questions share, where they are known
+    without the data."""
 
     samples: int
     tokens: float
@@ -55,6 +56,7 @@ class Corpus:
     origin: str
     batches: tuple[Lengths, ...] = ()
     longest: int = 0
+    video: int = 0
 
     def sharing(self, recipe: Recipe, ranks: int, token_budget: int) -> Sharing:
         """What the samples of the micro-batches share. Raises ValueError if a sample exceeds the budget."""
@@ -62,7 +64,17 @@ class Corpus:
             return count_sharing(self.batches, ranks, token_budget)
         # One micro-batch a rank, or as many samples as fit.
         samples = min(recipe.global_batch / ranks, token_budget / self.tokens)
-        return assume_sharing(self.tokens, self.targets, samples)
+        found = assume_sharing(self.tokens, self.targets, samples)
+        if not (self.video and recipe.group_media):
+            return found
+        # The questions about a video follow each other, and a global batch is cut from them. The plan keeps those of one video
+        # in one micro-batch where each has a video.
+        videos = 1 + (recipe.global_batch - 1) * self.media / self.samples
+        for _ in range(2):  # more samples fit, since the rows of their videos count once
+            samples = min(recipe.global_batch / ranks, token_budget / (self.tokens * found.computed))
+            each = max(1.0, videos * samples / recipe.global_batch)
+            found = assume_sharing(self.tokens, self.targets, samples, self.video, each)
+        return found
 
 
 _UNKNOWN = "samples over length not known"
@@ -155,6 +167,7 @@ def stage_cost(config: TrainConfig, stage: Stage) -> StageCost:
         for ranks in config.run.devices
     )
     frames = 1 if stage == 1 else model.num_frames
+    prefix = PROMPT_HEAD + (model.num_features + 2 if model.choices.marks and recipe.group_media else 0)
     return StageCost(
         stage=stage,
         size=size,
@@ -166,7 +179,9 @@ def stage_cost(config: TrainConfig, stage: Stage) -> StageCost:
         steps=steps,
         tokens=tokens,
         rows=tokens * sharing.computed,
-        flops=step_flops(model, count, tokens, tokens * sharing.computed, samples * corpus.targets, corpus.tokens),
+        flops=step_flops(
+            model, count, tokens, tokens * sharing.computed, samples * corpus.targets, corpus.tokens, prefix
+        ),
         encoding=corpus.media * frames * _frame_flops(model),
         attention=_attention(config, model),
         machines=tuple(machines),
@@ -174,15 +189,22 @@ def stage_cost(config: TrainConfig, stage: Stage) -> StageCost:
 
 
 def step_flops(
-    config: PiTeConfig, count: ParameterCount, tokens: float, rows: float, targets: float, mean_length: float
+    config: PiTeConfig,
+    count: ParameterCount,
+    tokens: float,
+    rows: float,
+    targets: float,
+    mean_length: float,
+    prefix: int = PROMPT_HEAD,
 ) -> float:
     """FLOPs of training: 4N per computed row, causal attention, vocabulary head.
 
-    mean_length  tokens of a sample. A row that is not computed would have attended to half the prompt's head on average
+    mean_length  tokens of a sample
+    prefix       rows that samples share. A row that is not computed would have attended to half of them on average
     """
     llm = config.llm
     width = 6 * llm.num_attention_heads * config.head_dim * llm.num_hidden_layers
-    attention = width * max(0.0, tokens * mean_length - (tokens - rows) * PROMPT_HEAD)
+    attention = width * max(0.0, tokens * mean_length - (tokens - rows) * prefix)
     return count.flops(rows, targets) + attention + targets * 4 * llm.vocab_size * llm.hidden_size
 
 
@@ -283,7 +305,9 @@ def _size(config: TrainConfig, model: PiTeConfig) -> str:
 
 def _corpus(config: TrainConfig, stage: Stage, model: PiTeConfig) -> Corpus:
     """A stage's training set on disk, or the assumed one if it is not there."""
-    assumed = ASSUMED_INSTRUCT if config.choices.marks else ASSUMED_CORPORA[stage]
+    assumed = ASSUMED_CORPORA[stage]
+    if config.choices.marks:
+        assumed = _assumed_instruct(config, model)
     if not (config.data.folder / split_of(stage)).is_dir():
         return assumed
     name = config.model.llm or LANGUAGE_MODELS[config.model.family][config.model.size]
@@ -314,6 +338,18 @@ def _corpus(config: TrainConfig, stage: Stage, model: PiTeConfig) -> Corpus:
         f"counted: {data.summary()}{over}{_not_encoded(config, stage, data)}",
         tuple(lengths_of(data, plan)),
         int(data.tokens.max()),
+    )
+
+
+def _assumed_instruct(config: TrainConfig, model: PiTeConfig) -> Corpus:
+    """VideoInstruct100K, of whose videos with `--video-first always` the rows and the two marks are shared."""
+    if config.data.video_first != "always":
+        return ASSUMED_INSTRUCT
+    questions = ASSUMED_INSTRUCT.samples / ASSUMED_INSTRUCT.media
+    return replace(
+        ASSUMED_INSTRUCT,
+        video=model.num_features + 2,
+        origin=f"{ASSUMED_INSTRUCT.origin}, {questions:.1f} questions about each video, which come after it",
     )
 
 

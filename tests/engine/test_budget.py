@@ -4,17 +4,20 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dataloaders.samples.plan import BatchPlan, Prefixes
 from engine import hardware
 from engine.budget import __main__ as budget
 from engine.budget import scaling
 from engine.budget.costs import VIT_L_14, stage_cost, step_flops
-from engine.config import ModelConfig, OptimizationConfig, TrainConfig
+from engine.config import DataConfig, ModelConfig, OptimizationConfig, TrainConfig
 from engine.layout import count_parameters
 from engine.recipes import PAPER, recipe
+from engine.sharing import PROMPT_HEAD, Lengths, count_sharing
 from engine.train import main
 from pite import checkpoint
 from pite.config import PiTeConfig
@@ -207,3 +210,31 @@ def test_a_batch_limits_the_devices_that_are_counted():
     costs = [stage_cost(TrainConfig(), 2)]
     assert scaling.scaling_lines(costs, gradient_bytes=2) != scaling.scaling_lines(costs), "fewer bytes, fewer hours"
     assert ", 16: " in lines(256, 16)[1] and ", 32: " not in lines(256, 16)[1]
+
+
+@pytest.mark.parametrize(("ranks", "token_budget"), [(1, 4096), (1, 16384), (8, 16384)])
+def test_videos_that_come_first_are_estimated_as_they_are_planned(ranks: int, token_budget: int):
+    """For VideoInstruct100K's numbers of videos and questions, without the data."""
+    config = TrainConfig(ModelConfig(family="pg-video-llava"), DataConfig(video_first="always"))
+    cost = stage_cost(config, 3)
+    corpus, video = cost.corpus, cost.model.num_features + 2
+    random = np.random.default_rng(0)
+    groups = np.repeat(np.arange(corpus.media), 1 + random.poisson(corpus.samples / corpus.media - 1, corpus.media))
+    tokens = PROMPT_HEAD + video + random.integers(77, 197, len(groups))
+    plan, batches = BatchPlan(len(groups), 32, 0, groups), []
+    for step in range(30):
+        chosen = plan.samples(step)
+        prefixes = Prefixes(PROMPT_HEAD, PROMPT_HEAD + video, groups[chosen])
+        batches.append(Lengths(tokens[chosen], int(corpus.targets) * 32, prefixes))
+    counted = count_sharing(batches, ranks, token_budget)
+    assumed = corpus.sharing(cost.recipe, ranks, token_budget)
+    assert assumed.computed == pytest.approx(counted.computed, rel=0.03)
+    assert assumed.copied == pytest.approx(counted.copied, rel=0.05)
+    published = stage_cost(TrainConfig(ModelConfig(family="pg-video-llava")), 3)
+    assert cost.rows < 0.4 * published.rows and cost.flops < 0.4 * published.flops
+
+
+def test_the_second_familys_recipe_is_the_published_one():
+    found = recipe("7b", 3, "pg-video-llava")
+    numbers = (found.epochs, found.learning_rate, found.global_batch, found.warmup_ratio, found.lora_rank)
+    assert numbers == (3, 2e-5, 32, 0.03, 0) and (found.weight_decay, found.label_smoothing) == (0, 0)

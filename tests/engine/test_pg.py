@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from dataloaders.cli import parse
 from dataloaders.store.features import FeatureStore
 from dataloaders.synthetic.world import WorldConfig, make_world
+from engine.budget.costs import stage_cost
+from engine.config import TrainConfig
 from engine.encode.__main__ import main as encode
 from engine.metrics import read_metrics
 from engine.tiny.shipped import PARTS
@@ -163,6 +166,12 @@ def test_videos_first_share_their_rows(pg_workspace: Path, tmp_path: Path) -> No
     np.testing.assert_allclose(shared, small, rtol=1e-5)
     one, two = (read_metrics(tmp_path / name / "stage3" / "metrics.jsonl")[0] for name in ("shared", "small"))
     assert one["rows"] < 0.5 * one["tokens"] and one["tokens"] == two["tokens"] and one["rows"] < two["rows"]
+    cost = stage_cost(parse(TrainConfig, arguments(pg_workspace, tmp_path / "shared", **flags), prog="train"), 3)
+    lines = read_metrics(tmp_path / "shared" / "stage3" / "metrics.jsonl")
+    rows, tokens = (sum(line[name] for line in lines) for name in ("rows", "tokens"))
+    planned = cost.corpus.sharing(cost.recipe, 1, 4000).computed
+    # The collator finds more equal rows: the mark after a video, and questions that begin with equal words.
+    assert rows / tokens <= planned <= rows / tokens + 0.06, "the dry run counts the data on disk"
     model = from_pretrained(tmp_path / "shared" / "stage3" / "final")
     assert next(model.linear_layers()).lora_b is not None
     flags = ["--model", str(tmp_path / "shared" / "stage3" / "final"), "--output", str(tmp_path / "peft")]
