@@ -1,7 +1,7 @@
 """How well annotation follows things: `python -m bench.annotation --clip vtest.avi`.
 
-  walkers    26 people of a real video, from their labelled first box (not a mask) over 8 s, with a label every 0.5 s;
-             one half was for tuning, the other is held out. Detection plays no part.
+  walkers    54 people of a real video, from their labelled first box (not a mask) over 8 s, with a label every 0.5 s;
+             40 are for tuning, 14 are held out. Detection plays no part.
                kept     walkers with a trajectory: key points that are present in at least 30% of the moments
                inside   key points at moments (after the first) in which the walker is visible: share of those that
                         are present and inside the labelled box; a walker without a trajectory counts with 0

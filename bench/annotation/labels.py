@@ -1,4 +1,7 @@
-"""Boxes of 26 people of Debian's vtest.avi, with their rule and origin in walkers.json; walkers.png shows them."""
+"""Boxes of 54 people of Debian's vtest.avi, with their rule and origin in walkers.json.
+
+walkers.png shows the first set of 26, later_walkers.png the second of 28, half of which is held out.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ STEP = 5
 """Frames between two labels, 0.5 s."""
 
 HALVES = ("tuning", "held out")
+FIRST_SET = 26
+"""Walkers of the first set, whose results were seen: all of them are for tuning."""
+
 State = Literal["visible", "part", "absent"]
 
 
@@ -22,7 +28,7 @@ State = Literal["visible", "part", "absent"]
 class Walker:
     """A person, from a frame in which they can be seen to 8 s later.
 
-    number  place in the file; even ones are for tuning, odd ones held out
+    number  place in the file
     frame   index of the first labelled frame of the video; labels follow every `STEP` frames
     boxes   (17, 4) left, top, right and bottom in pixels; NaN where the person is not visible
     states  of each label: visible, less than half visible (part), or absent from the picture
@@ -35,7 +41,8 @@ class Walker:
 
     @property
     def half(self) -> str:
-        return HALVES[self.number % 2]
+        """For tuning, or held out: places 1 and 2 of each four of the second set."""
+        return HALVES[self.number >= FIRST_SET and (self.number - FIRST_SET) % 4 in (1, 2)]
 
     @property
     def frames(self) -> np.ndarray:
