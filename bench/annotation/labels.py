@@ -14,6 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 FILE = Path(__file__).with_name("walkers.json")
+CLIP = Path("/usr/share/doc/opencv-doc/examples/data/vtest.avi")
+"""Where Debian's package opencv-doc puts the video."""
+
 STEP = 5
 """Frames between two labels, 0.5 s."""
 

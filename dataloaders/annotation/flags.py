@@ -38,8 +38,10 @@ class AnnotationFlags(LogFlags):
     """folder of a SAM; without it a mask is the detector's box"""
     tracker: Path | None = None
     """folder of a SAM 2 video or EdgeTAM model, which makes the tracks; Lucas-Kanade and our own tracker unless given"""
+    people: bool = False
+    """without --detector, find people with OpenCV's HOG detector: the phrases that name a person get masks"""
     threshold: float = 0.35
-    """minimum score of a detection"""
+    """minimum score of the --detector's detections"""
     device: str = "cpu"
     """cpu or cuda, where the models run"""
     num_frames: int = 100
@@ -64,6 +66,8 @@ class AnnotationFlags(LogFlags):
     def __post_init__(self) -> None:
         if (self.captions is None) == (self.records is None):
             raise ValueError("give one of --captions and --records: what to annotate")
+        if self.people and self.detector:
+            raise ValueError("give one of --detector and --people: what makes the masks")
         if self.segmenter and not self.detector:
             raise ValueError("--segmenter needs the boxes of a detector; give --detector, too")
         Part.parse(self.part)

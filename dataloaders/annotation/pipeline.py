@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dataloaders.annotation import steps
 from dataloaders.annotation.key_points import key_points
 from dataloaders.annotation.objects import Following, track_all
+from dataloaders.annotation.people import PeopleDetector
 from dataloaders.annotation.phrases import SPACY_MODEL, SpacyPhrases, StanzaPhrases
 from dataloaders.annotation.record import Existing, pite_record, with_trajectories
 from dataloaders.annotation.report import measure
@@ -39,6 +40,7 @@ class Settings:
     spacy       whether spaCy makes phrases
     detector, segmenter  directories for `Grounding`; None if the masks files exist
     tracker     directory for `VideoSegmenter`; None for `track_all`
+    people      whether `PeopleDetector` makes masks, where there is no detector
     threshold   minimum score of the detector
     device      where the models run
     lost        share of its moments below which a trajectory is lost
@@ -54,6 +56,7 @@ class Settings:
     detector: Path | None = None
     segmenter: Path | None = None
     tracker: Path | None = None
+    people: bool = False
     threshold: float = 0.35
     device: str = "cpu"
     lost: float = 0.3
@@ -70,6 +73,8 @@ class Settings:
         if self.detector:
             segmenter = self.segmenter and _name(self.segmenter)
             made["masks"] = {"detector": _name(self.detector), "segmenter": segmenter, "threshold": self.threshold}
+        elif self.people:
+            made["masks"] = {"people": "HOG"}
         ours = {**asdict(LucasKanade()), "objects": asdict(Following())}
         made["tracks"] = {
             "num_frames": self.num_frames,
@@ -178,7 +183,7 @@ def attempt(video: Video, settings: Settings) -> Failure | None:
 def _make_masks(path: Path, video: Video, phrases: Phrases, settings: Settings) -> None:
     grounding = _grounding(settings)
     if grounding is None:
-        raise ValueError(f"{path}: no such file; write it, or make it with --detector and --segmenter")
+        raise ValueError(f"{path}: no such file; write it, or make it with --detector and --segmenter, or --people")
     moments = _moments(video, settings)
     frames = first_frames(video.path, [m for m, found in zip(moments, phrases) if found])
     masks: Masks = [
@@ -207,10 +212,10 @@ def _parser(settings: Settings) -> Callable[[str], list[Phrase]] | None:
 
 
 @lru_cache(1)
-def _grounding(settings: Settings) -> Grounding | None:
+def _grounding(settings: Settings) -> Grounding | PeopleDetector | None:
     """Loaded once per process."""
     if settings.detector is None:
-        return None
+        return PeopleDetector() if settings.people else None
     from dataloaders.annotation.grounding import Grounding
 
     return Grounding(settings.detector, settings.segmenter, settings.device, settings.threshold)

@@ -83,7 +83,7 @@ def check_models(videos: Sequence[Video], settings: Settings, allowed: float) ->
     last = STEPS.index(settings.until)
     for step, flag, model in (
         ("phrases", "--stanza", settings.stanza or settings.spacy or None),
-        ("masks", "--detector", settings.detector),
+        ("masks", "--detector", settings.detector or settings.people or None),
     ):
         if model is not None or STEPS.index(step) > last:
             continue
@@ -97,7 +97,7 @@ def check_models(videos: Sequence[Video], settings: Settings, allowed: float) ->
             raise ValueError(
                 f"{flag} must be given, the folder of the model that makes the {step}: {len(lacking):,} of {len(videos):,} "
                 f"videos have no file of {step}, such as {lacking[0]}; or write these files with another program"
-                + (f", or use spaCy: {INSTALL}" if step == "phrases" else "")
+                + (f", or use spaCy: {INSTALL}" if step == "phrases" else ", or find people with --people")
             )
 
 
@@ -160,6 +160,7 @@ def _settings(flags: AnnotationFlags, ranks: Ranks) -> Settings:
         stanza=flags.stanza,
         detector=flags.detector,
         segmenter=flags.segmenter,
+        people=flags.people,
         tracker=flags.tracker,
         threshold=flags.threshold,
         device=f"cuda:{ranks.local}" if flags.device == "cuda" else flags.device,

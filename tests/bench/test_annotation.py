@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench.annotation.labels import FIRST_SET, HALVES, Walker, check_clip, clip, read_walkers
+from bench.annotation.labels import CLIP, FIRST_SET, HALVES, Walker, check_clip, clip, read_walkers
 from bench.annotation.walkers import METHODS, measure, outcome, total
 from dataloaders.records import ABSENT
 
@@ -60,12 +59,11 @@ def test_key_points_are_counted_by_the_states_of_the_labels() -> None:
 
 def test_a_walker_of_the_real_clip_is_followed() -> None:
     pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-python-headless")
-    clip_path = Path("/usr/share/doc/opencv-doc/examples/data/vtest.avi")
-    if not clip_path.exists():
+    if not CLIP.exists():
         pytest.skip("vtest.avi is not installed: apt install opencv-doc")
-    check_clip(clip_path)
+    check_clip(CLIP)
     walker = read_walkers()[8]
-    (found,) = measure(clip_path, [walker], METHODS["annotation"])
+    (found,) = measure(CLIP, [walker], METHODS["annotation"])
     assert found.kept and found.inside > 0.8 * found.visible
-    (lost,) = measure(clip_path, [walker], METHODS["Lucas-Kanade"])
+    (lost,) = measure(CLIP, [walker], METHODS["Lucas-Kanade"])
     assert not lost.kept
