@@ -41,7 +41,7 @@ _COLOURS = ((255, 60, 60), (255, 220, 0), (0, 220, 255), (255, 90, 255))
 
 @dataclass(frozen=True)
 class RealDemoConfig(LogFlags):
-    """Annotate real clips, train a real small language model on them for a few steps, and ask it about one."""
+    """Annotate real clips, train a real small language model on them for a few steps, and query it about one."""
 
     output: Path = Path("runs/demo_real")
     """output folder; a step whose result is in it is not run again"""
@@ -78,7 +78,7 @@ def language_model(directory: Path) -> None:
 
 
 def prepare(config: RealDemoConfig) -> dict[str, Any]:
-    """Lay out the clips, captions and stage 1's stills. Returns the scenes whose clip is at hand."""
+    """Lay out the clips, captions and stage 1's stills. Returns the scenes whose clip is there."""
     from PIL import Image
 
     from dataloaders.decode.video import iter_frames
@@ -116,17 +116,17 @@ def prepare(config: RealDemoConfig) -> dict[str, Any]:
 
 
 def _narrative(name: str, event: dict[str, Any], width: int, height: int) -> dict[str, Any]:
-    """Stage 1's record of a still: the mouse rests on the first thing while its sentence is said."""
+    """Stage 1's record of a still: the mouse rests on the first thing while its sentence is read."""
     left, top, right, bottom = next(iter(event["boxes"].values()))
     point = {"x": (left + right) / 2 / width, "y": (top + bottom) / 2 / height}
-    said = {"utterance": event["sentence"], "start_time": 0.0, "end_time": 2.0}
+    utterance = {"utterance": event["sentence"], "start_time": 0.0, "end_time": 2.0}
     trace = [{**point, "t": t} for t in (0.0, 1.0, 2.0)]
     return {
         "dataset_id": "real",
         "image_id": name,
         "annotator_id": 0,
         "caption": event["sentence"],
-        "timed_caption": [said],
+        "timed_caption": [utterance],
         "traces": [trace],
     }
 
