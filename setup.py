@@ -8,5 +8,7 @@ setup(
         "pite.web": ["*.js", "*.css"],
         # The tiny CLIP and Vicuna that the demo starts from.
         "engine.tiny": ["parts/**"],
+        # The events and first boxes of the demo on real video.
+        "engine.demo": ["*.json"],
     },
 )

@@ -118,6 +118,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "engine.tiny": ("{f}/new",),
     "engine.plots": ("{none}", "{d}", "{f} --output {f}/new/losses.png"),
     "engine.demo": ("--output {f}/new",),
+    "engine.demo.real": ("--output {f}/new",),
     "engine": tuple(f"chat {CHAT} {more}" for more in ("--model {none}", "--video {none}")),
     "engine.encode": (
         f"{ENCODE} --data {{none}}",

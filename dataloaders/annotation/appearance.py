@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from dataloaders.annotation.background import Background, known_pixels, shows
+
 BANDS = 3
 """Parts of an object from top to bottom, each with its own colours, such as head, coat and trousers."""
 
@@ -33,8 +35,14 @@ _MOST = 60
 """Pixels between places that are searched; most candidates of a frame."""
 _SURROUNDINGS = 0.5
 """How much the object's colours in a place's surroundings count against it: the place is part of something larger."""
+_GROUND = np.float32(-1.0)
+"""How much a pixel that shows the background counts, at most."""
+_MOVING = np.float32(0.4)
+"""How much a pixel counts more that does not show the background, where there is a known one."""
 _LARGER = 0.6
 """Exponent of the size that a score is multiplied with. Without it, a part of the object scores more than the whole."""
+_OWN = (0.3, 1.8)
+"""Limits of the object's own score in its first frame, by which scores are divided: later frames fit less well."""
 _LEAST = 0.35
 """Smallest score of a candidate."""
 _RIVAL = 0.3
@@ -57,25 +65,29 @@ class Appearance:
 
     frame  (H, W, 3) uint8 RGB
     mask   (H, W) bool, not empty. Where it fills its box, GrabCut separates object and background in it
+    background  of the scene; None where the camera moves
     """
 
-    def __init__(self, cv2: Any, frame: np.ndarray, mask: np.ndarray) -> None:
+    def __init__(self, cv2: Any, frame: np.ndarray, mask: np.ndarray, background: Background | None = None) -> None:
         self._cv2 = cv2
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
         self.shrink = min(1.0, _SIDE / max(box[2:] - box[:2]))
-        pixels = object_pixels(cv2, frame, mask)
         shrunk = self._shrunk(frame)
-        height, width = shrunk.shape[:2]
-        self.pixels = cv2.resize(pixels.astype(np.uint8), (width, height), interpolation=cv2.INTER_AREA) > 0
         box = box * self.shrink
         self.centre, self.size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
+        self._background, self._known = None, None
+        if background is not None:
+            picture, settled = (_resized(cv2, each, shrunk) for each in (background.picture, background.settled))
+            self._background = picture
+            self._known = known_pixels(shrunk, Background(picture, settled > 0), box)
+        self.pixels = self._object_pixels(frame, mask, shrunk, box)
         across = (np.nonzero(self.pixels)[1] + 0.5 - self.centre[0]) / self.size[0]
         inner = np.quantile(across, (0.15, 0.85))
         self.inner, self._outer = inner, np.quantile(across, (0.02, 0.98)) + np.array([-0.03, 0.03])
         self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         self.grey = np.asarray(cv2.cvtColor(shrunk, cv2.COLOR_RGB2GRAY))
-        self._learn(_bins(cv2, shrunk), box)
+        self._learn(_bins(cv2, shrunk), self._ground(shrunk), box)
 
     @property
     def first(self) -> Candidates:
@@ -89,7 +101,7 @@ class Appearance:
         grey = self._cv2.cvtColor(shrunk, self._cv2.COLOR_RGB2GRAY)
         flow = self._flow.calc(grey, self.grey, None)
         self.grey = grey
-        centres, sizes, scores = self._peaks(self._scores(_bins(self._cv2, shrunk)))
+        centres, sizes, scores = self._peaks(self._scores(_bins(self._cv2, shrunk), self._ground(shrunk)))
         velocities = [self._velocity(flow, centre, size) for centre, size in zip(centres, sizes)]
         return Candidates(centres, sizes, np.minimum(scores / self._own, 1), np.reshape(velocities, (-1, 2)))
 
@@ -99,7 +111,25 @@ class Appearance:
             return frame
         return np.asarray(self._cv2.resize(frame, size, interpolation=self._cv2.INTER_AREA))
 
-    def _learn(self, bins: np.ndarray, box: np.ndarray) -> None:
+    def _ground(self, shrunk: np.ndarray) -> np.ndarray | None:
+        """The pixels (h, w) bool that show the background; None where it is not known."""
+        if self._background is None or self._known is None:
+            return None
+        return shows(shrunk, self._background) & self._known
+
+    def _object_pixels(self, frame: np.ndarray, mask: np.ndarray, shrunk: np.ndarray, box: np.ndarray) -> np.ndarray:
+        """The object's pixels (h, w) bool in the shrunk first frame: what is not background of a mask that is a box."""
+        height, width = shrunk.shape[:2]
+        left, top, right, bottom = np.rint(box).astype(int)
+        if self._known is not None and mask.sum() > 0.95 * np.prod(self.size) / self.shrink**2:
+            found = np.zeros((height, width), bool)
+            found[top:bottom, left:right] = self._known[top:bottom, left:right]
+            if found.sum() > 0.2 * np.prod(self.size):
+                return found
+        pixels = object_pixels(self._cv2, frame, mask).astype(np.uint8)
+        return np.asarray(self._cv2.resize(pixels, (width, height), interpolation=self._cv2.INTER_AREA) > 0)
+
+    def _learn(self, bins: np.ndarray, ground: np.ndarray | None, box: np.ndarray) -> None:
         """Colours against those of the rest of the frame, then also against those of the things most like it."""
         rest = np.ones(bins.shape, bool)
         left, top, right, bottom = box.astype(int)
@@ -107,7 +137,7 @@ class Appearance:
         background = np.tile(_frequencies(bins[rest]), (BANDS, 1))
         self._ratios(bins, background)
         y, x = (self.centre[::-1] / _STRIDE).round().astype(int)
-        scores = self._scores(bins)
+        scores = self._scores(bins, ground)
         own = SCALES.index(1.0), min(y, scores.shape[1] - 1), min(x, scores.shape[2] - 1)
         centres, sizes, found = self._peaks(scores)
         elsewhere = (np.abs(centres - self.centre) > self.size * (0.8, 0.5)).any(1) & (found > 0.4 * scores[own])
@@ -115,8 +145,8 @@ class Appearance:
             rivals = [self._bands(bins, *each) for each in zip(centres[elsewhere], sizes[elsewhere])]
             together = [_frequencies(np.concatenate(colours)) for colours in zip(*rivals)]
             self._ratios(bins, (1 - _RIVAL) * background + _RIVAL * np.array(together))
-            scores = self._scores(bins)
-        self._own = max(float(scores[own]), 0.3)
+            scores = self._scores(bins, ground)
+        self._own = min(max(float(scores[own]), _OWN[0]), _OWN[1])
         self.usual = SCALES[int(scores[:, own[1], own[2]].argmax())]
 
     def _ratios(self, bins: np.ndarray, background: np.ndarray) -> None:
@@ -131,11 +161,11 @@ class Appearance:
                 self._by_band[b] = _ratio((_frequencies(inside) + 0.15 * whole) / 1.15, background[b])
         self._in_all = _ratio(whole, background[0])
 
-    def _scores(self, bins: np.ndarray) -> np.ndarray:
+    def _scores(self, bins: np.ndarray, ground: np.ndarray | None) -> np.ndarray:
         """Scores (scales, h, w) of the places of a frame, every `_STRIDE` pixels."""
         margin = int(max(self.size) * SCALES[-1]) + 4
-        bands = [_Sums(self._cv2, ratio[bins], margin) for ratio in self._by_band]
-        in_all = _Sums(self._cv2, self._in_all[bins], margin)
+        bands = [_Sums(self._cv2, self._values(ratio, bins, ground), margin) for ratio in self._by_band]
+        in_all = _Sums(self._cv2, self._values(self._in_all, bins, ground), margin)
         return np.stack([self._of_size(bands, in_all, self.size * scale) * scale**_LARGER for scale in SCALES])
 
     def _of_size(self, bands: list[_Sums], in_all: _Sums, size: np.ndarray) -> np.ndarray:
@@ -152,6 +182,12 @@ class Appearance:
         ends = in_all.mean(left, top - brim, right, top) + in_all.mean(left, bottom, right, bottom + brim)
         around = 0.7 * np.maximum(sides / 2, -1) + 0.3 * np.maximum(ends / 2, -1)
         return np.asarray(score - _SURROUNDINGS * around)
+
+    @staticmethod
+    def _values(ratio: np.ndarray, bins: np.ndarray, ground: np.ndarray | None) -> np.ndarray:
+        """How much each pixel (H, W) counts for the object."""
+        values = ratio[bins]
+        return values if ground is None else np.where(ground, np.minimum(values, _GROUND), values + _MOVING)
 
     def _peaks(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Centres, sizes and scores of local maxima, best first."""
@@ -192,6 +228,11 @@ class _Sums:
     def _at(self, row: int, column: int) -> np.ndarray:
         row, column = row + self._margin, column + self._margin
         return np.asarray(self._sums[row : row + self._height : _STRIDE, column : column + self._width : _STRIDE])
+
+
+def _resized(cv2: Any, picture: np.ndarray, like: np.ndarray) -> np.ndarray:
+    size = like.shape[1::-1]
+    return np.asarray(cv2.resize(picture.astype(np.uint8), size, interpolation=cv2.INTER_AREA))
 
 
 def _vertex(scores: np.ndarray, s: np.ndarray, y: np.ndarray, x: np.ndarray, axis: int) -> np.ndarray:

@@ -37,7 +37,7 @@ class AnnotationFlags(LogFlags):
     segmenter: Path | None = None
     """folder of a SAM; without it a mask is the detector's box"""
     tracker: Path | None = None
-    """folder of a SAM 2 video or EdgeTAM model, which makes the tracks; Lucas-Kanade and our own tracker unless given"""
+    """folder of a SAM 2 video, SAM 3 tracker or EdgeTAM model, which makes the tracks; our own tracker unless given"""
     people: bool = False
     """without --detector, find people with OpenCV's HOG detector: the phrases that name a person get masks"""
     threshold: float = 0.35

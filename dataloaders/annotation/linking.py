@@ -23,8 +23,10 @@ _FREE, _PER_FRAME = 0.2, 0.05
 """Deviation from the expected place: as a share of the object's size, and of it per frame of the step."""
 _RESIZED = 0.1
 """Cost of each step between two of `SCALES`; one in four frames of a gap is free."""
-_IMPOSSIBLE = 5.0
-"""Half the square of a deviation, in standard deviations, that no step may exceed."""
+_NEWEST = 0.3
+"""Share of the newest step in the motion of a way."""
+_FAR = (0.35, 0.05)
+"""Deviation that no step may exceed, as a share of the object's size, and of it per frame of the step."""
 
 
 def link(candidates: Sequence[Candidates], size: np.ndarray, frame: np.ndarray) -> dict[int, int]:
@@ -36,35 +38,47 @@ def link(candidates: Sequence[Candidates], size: np.ndarray, frame: np.ndarray) 
     scale = float(size.mean())
     total = [candidates[0].scores - _ENOUGH]
     origin = [np.full((1, 2), -1)]
+    motion = [candidates[0].velocities]
     for t, here in enumerate(candidates[1:], 1):
         best = np.full(len(here.scores), -np.inf)
         before = np.full((len(here.scores), 2), -1)
+        moving = here.velocities.copy()
         for gap in range(1, min(_LONGEST, t) + 1):
             there = candidates[t - gap]
             if not len(there.scores) or not len(here.scores):
                 continue
-            value = total[t - gap][None] - _cost(there, here, gap, scale, frame)
+            value = total[t - gap][None] - _cost(there, here, gap, scale, frame, motion[t - gap])
             chosen = value.argmax(1)
             reached = value[np.arange(len(chosen)), chosen]
             better = reached > best
             best[better] = reached[better]
             before[better] = np.stack((np.full(len(chosen), t - gap), chosen), -1)[better]
+            step = (here.centres - there.centres[chosen]) / gap
+            share = 1.0 if t == gap else _NEWEST
+            moving[better] = (share * step + (1 - share) * motion[t - gap][chosen])[better]
         total.append(best + here.scores - _ENOUGH)
         origin.append(before)
+        motion.append(moving)
     return _way(total, origin)
 
 
-def _cost(there: Candidates, here: Candidates, gap: int, scale: float, frame: np.ndarray) -> np.ndarray:
-    """Cost (n, m) of a step of `gap` frames from each of m candidates to each of n."""
-    velocity = here.velocities[:, None] if gap == 1 else (here.velocities[:, None] + there.velocities[None]) / 2
+def _cost(
+    there: Candidates, here: Candidates, gap: int, scale: float, frame: np.ndarray, motion: np.ndarray
+) -> np.ndarray:
+    """Cost (n, m) of a step of `gap` frames from each of m candidates to each of n.
+
+    motion  (m, 2) pixels per frame on the way to each of the m. It bridges a gap, because the flow next to what hides
+            the object is that of the latter
+    """
+    velocity = here.velocities[:, None] if gap == 1 else motion[None]
     off = here.centres[:, None] - there.centres[None] - gap * velocity
-    deviation = scale * (_FREE + _PER_FRAME * gap)
-    squares = (off**2).sum(-1) / (2 * deviation**2)
+    squares = (off**2).sum(-1) / scale**2
     resized = np.abs(here.sizes[:, None] - there.sizes[None])
-    cost = squares / 2 + _RESIZED * np.maximum(0, resized - (gap - 1) / 4)
-    cost[squares > _IMPOSSIBLE] = np.inf
+    cost = np.sqrt(1 + squares / (_FREE + _PER_FRAME * gap) ** 2) - 1
+    cost += _RESIZED * np.maximum(0, resized - (gap - 1) / 4)
+    cost[squares > (_FAR[0] + _FAR[1] * gap) ** 2] = np.inf
     if gap > 1:
-        ahead = there.centres + gap * there.velocities
+        ahead = there.centres + gap * motion
         cost[:, ((ahead < 0) | (ahead > frame)).any(1)] = np.inf
         cost += _HIDDEN[0] + _HIDDEN[1] * (gap - 1)
     return cost

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dataloaders.annotation.appearance import SCALES, Appearance, Candidates
+from dataloaders.annotation.background import Background, find_background
 from dataloaders.annotation.linking import link
 from dataloaders.annotation.steps import Masks, Tracks
 from dataloaders.annotation.tracking import Moments, opencv, track_events
@@ -27,6 +28,9 @@ Key = tuple[int, int]
 _REACH = 4
 """Pixels by which a place may be off."""
 
+_ENOUGH = 0.2
+"""Share of an object's points that suffices for its key points."""
+
 _SMALLEST = 6
 """Pixels of the shorter side of an object that is followed."""
 
@@ -36,15 +40,14 @@ class Following:
     """How objects are followed that Lucas-Kanade loses.
 
     lost     an object is followed as a whole if Lucas-Kanade's points are present in less than this share of moments
-    rigid    correlation with its first picture above which an object is rigid: it is lost because it is hidden, and
-             Lucas-Kanade's exact points are better than places that are some pixels off
+    rigid    correlation with the object's first picture above which a place is moved to where that is largest
     points   most points of an object
     substeps frames that are looked at from one moment to the next, at most
     bridged  a gap of this many frames is no absence
     """
 
-    lost: float = 0.3
-    rigid: float = 0.75
+    lost: float = 0.25
+    rigid: float = 0.7
     points: int = 64
     substeps: int = 6
     bridged: int = 2
@@ -69,16 +72,21 @@ def track_all(
 
 
 def follow_objects(
-    path: Path, moments: Sequence[Moments], masks: Masks, keys: Iterable[Key], following: Following = Following()
+    path: Path,
+    moments: Sequence[Moments],
+    masks: Masks,
+    keys: Iterable[Key],
+    following: Following = Following(),
 ) -> Tracks:
     """Follow the objects of some phrases as wholes. Raises DecodeError for a file that cannot be decoded."""
     objects = [_Object(key, moments[key[0]], masks[key[0]][key[1]], following) for key in keys]
     wanted = {frame for each in objects for frame in each.frames}
     if not wanted:
         return {}
+    background = find_background(path, min(wanted), max(wanted))
     for index, frame in _until(path, wanted):
         for each in objects:
-            each.add_frame(index, frame)
+            each.add_frame(index, frame, background)
     tracks = {each.key: each.tracks() for each in objects}
     return {key: track for key, track in tracks.items() if track is not None}
 
@@ -106,7 +114,7 @@ class _Object:
         self._frame_size = np.ones(2)
         self._greys: dict[int, np.ndarray] = {}
 
-    def add_frame(self, index: int, frame: np.ndarray) -> None:
+    def add_frame(self, index: int, frame: np.ndarray, background: Background | None) -> None:
         if index not in self._set:
             return
         if index == self.frames[0]:
@@ -118,7 +126,7 @@ class _Object:
             if not mask.any() or min(np.ptp(axis) for axis in np.nonzero(mask)) < _SMALLEST:
                 self._set = set()
                 return
-            self._appearance = Appearance(self._cv2, frame, mask)
+            self._appearance = Appearance(self._cv2, frame, mask, background)
             self._candidates.append(self._appearance.first)
             self._frame_size = np.array([width, height]) * self._appearance.shrink
         elif self._appearance is not None:
@@ -127,34 +135,35 @@ class _Object:
             self._greys[index] = self._appearance.grey
 
     def tracks(self) -> np.ndarray | None:
-        """Points (M, K, 2) as fractions of the frame; None for an object that is too small or rigid."""
+        """Points (M, K, 2) as fractions of the frame; None for an object that is too small."""
         if self._appearance is None:
             return None
         way = link(self._candidates, self._appearance.size, self._frame_size)
         centres, scales = _smooth(self._candidates, way, len(self.frames), self._following.bridged)
         at = np.searchsorted(self.frames, self._moments.frames)
-        if self._likeness(centres[at]) > self._following.rigid:
-            return None
-        offsets = self._points() - self._appearance.centre
         sizes = np.where(at == 0, 1, scales[at] / self._appearance.usual)
-        positions = centres[at] + offsets[:, None] * sizes[:, None]
+        places = centres[at]
+        for k, (frame, place) in enumerate(zip(self._moments.frames, places)):
+            exact = self._exact(self._greys[frame], place) if np.isfinite(place[0]) else None
+            if exact is not None:
+                places[k], sizes[k] = exact, 1
+        offsets = self._points() - self._appearance.centre
+        positions = places + offsets[:, None] * sizes[:, None]
         fractions = positions / self._frame_size
         present = np.isfinite(fractions).all(-1) & (fractions >= 0).all(-1) & (fractions <= 1).all(-1)
         return np.where(present[..., None], fractions, ABSENT).astype(np.float32)
 
-    def _likeness(self, centres: np.ndarray) -> float:
-        """Median over the moments of the correlation of the object's first picture with its place: 1 for a rigid one."""
-        assert self._appearance is not None
-        found = [
-            self._correlation(self._greys[f], c) for f, c in zip(self._moments.frames, centres) if np.isfinite(c[0])
-        ]
-        return float(np.median(found[1:])) if len(found) > 1 else 0.0
-
-    def _correlation(self, grey: np.ndarray, centre: np.ndarray) -> float:
+    def _exact(self, grey: np.ndarray, centre: np.ndarray) -> np.ndarray | None:
+        """The place near a centre that looks as the object did at first; None if none does, as of someone who walks."""
         assert self._appearance is not None
         template = _patch(self._cv2, self._greys[self._moments.first], self._appearance.centre, self._appearance.size)
-        place = _patch(self._cv2, grey, centre, self._appearance.size + 2 * _REACH)
-        return float(self._cv2.matchTemplate(place, template, self._cv2.TM_CCOEFF_NORMED).max())
+        around = _patch(self._cv2, grey, centre, np.array(template.shape[::-1]) + 2 * _REACH)
+        likeness = self._cv2.matchTemplate(around, template, self._cv2.TM_CCOEFF_NORMED)
+        best = np.unravel_index(likeness.argmax(), likeness.shape)
+        if likeness[best] < self._following.rigid:
+            return None
+        y, x = (best[axis] - _REACH + _vertex(likeness, best, axis) for axis in (0, 1))
+        return np.asarray(centre + np.array((x, y)))
 
     def _points(self) -> np.ndarray:
         """Points (M, 2) in pixels of the shrunk frame: on a grid in the middle columns of the object's pixels."""
@@ -172,6 +181,16 @@ class _Object:
 def _patch(cv2: Any, grey: np.ndarray, centre: np.ndarray, size: np.ndarray) -> np.ndarray:
     """The pixels of a box, also outside the frame, where its edge is repeated."""
     return np.asarray(cv2.getRectSubPix(grey, tuple(int(length) for length in size), tuple(map(float, centre))))
+
+
+def _vertex(values: np.ndarray, best: Sequence[Any], axis: int) -> float:
+    """Offset of the vertex of the parabola through the maximum of values (h, w) and its neighbours on an axis."""
+    at = int(best[axis])
+    if not 0 < at < values.shape[axis] - 1:
+        return 0.0
+    low, high = (values.take(at + d, axis)[best[1 - axis]] for d in (-1, 1))
+    bend = 2 * values[tuple(best)] - low - high
+    return float((high - low) / (2 * bend)) if bend > 0 else 0.0
 
 
 def _looked_at(moments: Moments, substeps: int) -> list[int]:
@@ -214,5 +233,7 @@ def _keys(masks: Masks) -> list[Key]:
 
 
 def _presence(tracks: np.ndarray | None) -> float:
-    """Share of the moments in which a track's points are present, on average."""
-    return 0.0 if tracks is None or not len(tracks) else float((tracks != ABSENT).all(-1).mean())
+    """Share of the moments in which enough points of an object are present for its key points, which come from these."""
+    if tracks is None or not len(tracks):
+        return 0.0
+    return float(((tracks != ABSENT).all(-1).mean(0) >= _ENOUGH).mean())

@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataloaders.annotation.flags import AnnotationFlags
+from dataloaders.annotation.people import PeopleDetector
 from dataloaders.annotation.phrases import INSTALL, has_spacy
 from dataloaders.annotation.pipeline import Settings, Video, attempt, load_models
 from dataloaders.annotation.report import Measured, summary, table
@@ -133,6 +134,8 @@ def run(flags: AnnotationFlags) -> None:
         and any(not _is_done(work, "tracks", v) for v in mine)
     ):
         opencv()
+    if flags.people and flags.until != "phrases" and any(not _is_done(work, "masks", v) for v in mine):
+        PeopleDetector()  # Refused before the first video, not once for each.
     failed = 0
     workers = min(_usual_workers(flags.device) if flags.workers is None else flags.workers, len(mine))
     results = annotate_all(mine, settings, workers, flags.time_limit) if mine else iter(())

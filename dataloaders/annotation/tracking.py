@@ -26,7 +26,7 @@ def opencv() -> Any:
     try:
         import cv2
     except ImportError:
-        raise ValueError("tracking needs OpenCV: pip install opencv-python-headless") from None
+        raise ValueError("tracking needs OpenCV: pip install opencv-contrib-python-headless") from None
     cv2.setNumThreads(1)
     return cv2
 

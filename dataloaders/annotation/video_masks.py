@@ -1,4 +1,4 @@
-"""Tracks by a video segmenter from a local directory: SAM 2 or EdgeTAM, which carry a mask through the event's frames.
+"""Tracks by a video segmenter from a local directory: SAM 2, SAM 3's tracker or EdgeTAM, which carry a mask along.
 
 Such a model remembers an object, so it finds it again after it was hidden. Its masks are not points: each of up to 64
 points keeps its place relative to the box of the mask, moved to the nearest pixel of the mask, and is absent where the
@@ -25,14 +25,16 @@ from dataloaders.decode.video import iter_frames
 from dataloaders.errors import reason
 from dataloaders.records import ABSENT
 
-KINDS = {"sam2_video": "Sam2Video", "edgetam_video": "EdgeTamVideo"}
+KINDS = {"sam2_video": "Sam2Video", "sam3_tracker_video": "Sam3TrackerVideo", "edgetam_video": "EdgeTamVideo"}
 """`model_type` of a configuration -> prefix of its classes in transformers."""
 
 POINTS = 64
 _LEAST = 4
 """Most points of an object; pixels of the model's small mask below which the object is absent."""
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+"""Mean and standard deviation of the colours, by the models' image processors: SAM 3 has halves."""
 
 
 class VideoSegmenter:
@@ -57,6 +59,7 @@ class VideoSegmenter:
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ValueError(f"{directory}: cannot be loaded: {reason(error)}") from None
         self._model = model.to(self.device).eval()
+        self._colours = _HALVES if kind == "sam3_tracker_video" else _IMAGENET
         size = self._model.config.image_size
         self._size = (size, size) if isinstance(size, int) else tuple(size)
 
@@ -81,7 +84,8 @@ class VideoSegmenter:
         """A frame (H, W, 3) as the models take it: (1, 3, h, w), resized to a square and normalised."""
         pixels = torch.from_numpy(frame).to(self.device).permute(2, 0, 1)[None].float() / 255
         resized = interpolate(pixels, self._size, mode="bilinear", antialias=True)
-        return (resized - resized.new_tensor(_MEAN)[:, None, None]) / resized.new_tensor(_STD)[:, None, None]
+        mean, deviation = (resized.new_tensor(each)[:, None, None] for each in self._colours)
+        return (resized - mean) / deviation
 
     def _advance(self, event: _Event, frame: torch.Tensor, index: int) -> None:
         """Carry the masks of an event to its next moment. In the first the given masks are the truth."""

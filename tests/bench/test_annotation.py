@@ -58,7 +58,7 @@ def test_key_points_are_counted_by_the_states_of_the_labels() -> None:
 
 
 def test_a_walker_of_the_real_clip_is_followed() -> None:
-    pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-python-headless")
+    pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-contrib-python-headless")
     if not CLIP.exists():
         pytest.skip("vtest.avi is not installed: apt install opencv-doc")
     check_clip(CLIP)

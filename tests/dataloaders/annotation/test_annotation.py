@@ -33,7 +33,7 @@ from tests.commands import status_of
 from tests.media import truncate
 from tests.text import llama_like
 
-cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-python-headless")
+cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-contrib-python-headless")
 
 SEEDS = range(8)
 

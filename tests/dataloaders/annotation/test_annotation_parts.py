@@ -18,7 +18,7 @@ from dataloaders.formats.activitynet import Event, EventVideo
 from dataloaders.records import ABSENT, RecordError
 from dataloaders.synthetic.render import write_mp4
 
-cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-python-headless")
+cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-contrib-python-headless")
 
 
 def test_masks_are_in_cocos_run_length_encoding():

@@ -11,7 +11,7 @@ from dataloaders.annotation.people import PeopleDetector, names_person
 from dataloaders.annotation.tracking import opencv
 from dataloaders.decode.video import iter_frames
 
-cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-python-headless")
+cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-contrib-python-headless")
 
 
 def test_phrases_that_name_a_person() -> None:

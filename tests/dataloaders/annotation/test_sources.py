@@ -179,7 +179,7 @@ def test_questions_for_times() -> None:
 @pytest.mark.parametrize("form", ["internvid", "records"])
 def test_a_clip_is_annotated_inside_its_source(tmp_path: Path, form: str) -> None:
     """A textured square stands in the source's first 2 s and moves to the right in the clip."""
-    pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-python-headless")
+    pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-contrib-python-headless")
     rng = np.random.default_rng(0)
     thing = rng.integers(0, 256, (12, 12, 3), np.uint8).repeat(4, 0).repeat(4, 1)
     frames = np.full((60, 96, 192, 3), 90, np.uint8)

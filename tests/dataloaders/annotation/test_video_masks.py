@@ -8,11 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Sam2HieraDetConfig, Sam2VideoConfig, Sam2VideoModel, Sam2VisionConfig
+from transformers import (
+    Sam2HieraDetConfig,
+    Sam2VideoConfig,
+    Sam2VideoModel,
+    Sam2VisionConfig,
+    Sam3TrackerVideoConfig,
+    Sam3TrackerVideoModel,
+    Sam3VisionConfig,
+)
 from transformers.models.sam2_video.configuration_sam2_video import (
     Sam2VideoMaskDecoderConfig,
     Sam2VideoPromptEncoderConfig,
 )
+from transformers.models.sam3.configuration_sam3 import Sam3ViTConfig
 
 from dataloaders.annotation import steps
 from dataloaders.annotation.__main__ import main
@@ -67,6 +76,47 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def sam3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    side = 112
+    backbone = Sam3ViTConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=side,
+        pretrain_image_size=side,
+        window_size=4,
+        global_attn_indexes=[1],
+    )
+    config = Sam3TrackerVideoConfig(
+        vision_config=Sam3VisionConfig(
+            backbone_config=backbone, fpn_hidden_size=WIDTH, backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]]
+        ),
+        prompt_encoder_config={"hidden_size": WIDTH, "image_size": side, "mask_input_channels": 4},
+        mask_decoder_config={
+            "hidden_size": WIDTH,
+            "mlp_dim": 64,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": WIDTH,
+        },
+        image_size=side,
+        memory_attention_hidden_size=WIDTH,
+        memory_attention_num_layers=1,
+        memory_attention_feed_forward_hidden_size=64,
+        memory_attention_rope_feat_sizes=[8, 8],
+        memory_encoder_hidden_size=WIDTH,
+        mask_downsampler_embed_dim=WIDTH,
+        memory_fuser_embed_dim=WIDTH,
+        memory_fuser_intermediate_dim=64,
+        memory_fuser_num_layers=1,
+    )
+    directory = tmp_path_factory.mktemp("models") / "sam3"
+    Sam3TrackerVideoModel(config).save_pretrained(directory)
+    return directory
+
+
 def mask_of(rows: slice, columns: slice) -> np.ndarray:
     mask = np.zeros((48, 64), bool)
     mask[rows, columns] = True
@@ -90,6 +140,15 @@ def test_masks_are_carried_through_overlapping_events(segmenter, tmp_path) -> No
     alone = model(tmp_path / "v.mp4", moments[1:], masks[1:])
     assert (alone[0, 0] == tracks[1, 0]).all()
     assert model(tmp_path / "v.mp4", moments, [[None, None], [None]]) == {}
+
+
+def test_sam_3_carries_masks_like_sam_2(sam3, tmp_path) -> None:
+    write_video(tmp_path / "v.mp4", 8)
+    masks: steps.Masks = [[mask_of(slice(10, 30), slice(10, 30))]]
+    tracks = VideoSegmenter(sam3)(tmp_path / "v.mp4", [Moments(np.array([1, 3, 5]))], masks)
+    assert tracks[0, 0].shape[1:] == (3, 2)
+    x, y = tracks[0, 0][:, 0].T
+    assert (x >= 9 / 64).all() and (x <= 31 / 64).all() and (y >= 9 / 48).all() and (y <= 31 / 48).all()
 
 
 def test_points_keep_their_places_in_the_mask_and_are_absent_without_one() -> None:
@@ -124,7 +183,7 @@ def test_the_command_tracks_with_it_and_refuses_other_models(segmenter, tmp_path
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "sam"}')
     assert main([*command, str(other)]) == 1
-    assert "a sam, where one of sam2_video, edgetam_video is needed" in capsys.readouterr().err
+    assert "a sam, where one of sam2_video, sam3_tracker_video, edgetam_video is needed" in capsys.readouterr().err
     assert main([*command, str(segmenter)]) == 0
     settings = json.loads((work / "settings.json").read_text())
     assert settings["tracks"] == {"num_frames": 100, "tracker": str(segmenter.resolve())}
