@@ -79,9 +79,11 @@ def _flatten(path: Path, values: dict[str, Any]) -> None:
     if (kind := text.pop("model_type", "llama")) != "llama":
         raise ValueError(f"{path}: the language model is {kind!r}, and only Llama is supported: give LLaVA-1.5")
     activation = {"gelu": PG_VIDEO_LLAVA.projector}
+    strategy = values.get("vision_feature_select_strategy", "default")
     text |= {
         "mm_projector_type": activation.get(act := values.get("projector_hidden_act", "gelu"), f"mlp2x_{act}"),
         "mm_vision_select_layer": values.get("vision_feature_layer", -2),
+        "mm_vision_select_feature": "patch" if strategy == "default" else strategy,
         "mm_hidden_size": vision.get("hidden_size", 1024),
         "vocab_size": min(text.get("vocab_size", _IMAGE_TOKEN), values.get("image_token_index", _IMAGE_TOKEN)),
         "pad_token_id": None,

@@ -44,10 +44,10 @@ generator = Generator.from_pretrained({name})
 python -m pite.chat --model {quoted} --video video.mp4 --query "What happens in the video?"
 ```
 """
-_PUBLISHED = """The published code takes this folder as well:
+_PUBLISHED = """The published code takes this folder as well, from a local path:
 
 ```shell
-python video_chatgpt/chat.py --model-name {quoted} --projection_path {quoted}/mm_projector.bin --conv_mode pg-video-llava
+python video_chatgpt/chat.py --model-name FOLDER --projection_path FOLDER/mm_projector.bin --conv_mode pg-video-llava
 ```
 """
 _ABOUT: dict[Name, str] = {
@@ -116,7 +116,7 @@ def model_card(
         "## Loading\n",
         _LOADING[kind].format(name=json.dumps(name)),
         _NEEDED[family] + _VIDEOS.format(name=json.dumps(name), quoted=shlex.quote(name)),
-        *([_PUBLISHED.format(quoted=shlex.quote(name))] if published else []),
+        *([_PUBLISHED] if published else []),
         *_training(hub_base, stages),
         *_tables(scores),
     ]

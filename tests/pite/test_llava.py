@@ -154,6 +154,7 @@ def test_a_base_is_not_trained_and_a_published_model_is(llava: Path) -> None:
         ({"mm_vision_select_layer": -1}, "mm_vision_select_layer is -1, and only -2 is supported"),
         ({"text_config": {"model_type": "mistral"}}, "the language model is 'mistral', and only Llama is supported"),
         ({"text_config": {}, "projector_hidden_act": "relu"}, "mm_projector_type is 'mlp2x_relu'"),
+        ({"text_config": {}, "vision_feature_select_strategy": "full"}, "mm_vision_select_feature is 'full'"),
     ],
 )
 def test_another_model_is_refused(llava: Path, setting: dict[str, object], message: str) -> None:
@@ -209,7 +210,7 @@ def test_an_export_is_what_the_published_code_loads(tmp_path: Path) -> None:
     )
     for file in (REFERENCE / "tokenizer").iterdir():
         assert (folder / file.name).read_bytes() == file.read_bytes()
-    assert "--projection_path export/mm_projector.bin" in (folder / "README.md").read_text()
+    assert "--projection_path FOLDER/mm_projector.bin" in (folder / "README.md").read_text()
     assert torch.equal(from_pretrained(folder).vid_edges, from_pretrained(REFERENCE).vid_edges)
 
 

@@ -13,8 +13,8 @@ PyAV is the fallback, in worker processes that can be killed:
   colour matrix, and one of every COMPARED_EVERY; if any frame differs, or is that of a neighbour, PyAV decodes all other
   files of that kind (`agreement`).
 
-Which decoder a file gets depends on the file alone, as long as DALI neither hangs nor differs from PyAV: not on the files
-before it, which a resumed run does not see. So DALI is tried on a file of its own first (`trial`), and a run of damaged files
+Which decoder a file gets depends on the file alone, as long as DALI starts, does not hang and does not differ from PyAV. It
+does not depend on the files before it, which a resumed run does not see. So DALI is tried on a file of its own first (`trial`), and a run of damaged files
 does not disable it. `Decoded.by` names the reason of each fallback, and the store keeps it.
 
 Files are put into batches by codec, size and length within a window, so that decoders are used again and the files of a
