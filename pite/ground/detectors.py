@@ -24,7 +24,9 @@ class People:
         return [PERSON] if any(names_person(phrase) for phrase in phrases) else []
 
     def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
-        return [Detection(PERSON, box, 1.0) for box in self._detector.boxes(image)] if PERSON in tags else []
+        if PERSON not in tags:
+            return []
+        return [Detection(PERSON, box, float(score)) for box, score in zip(*self._detector.find(image))]
 
 
 class OpenVocabulary:

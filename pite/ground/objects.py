@@ -15,7 +15,7 @@ import numpy as np
 
 from pite.evaluate.spatial.answers import box_ious
 
-_SAME, _CONTINUES = 0.5, 0.2
+_SAME, _CONTINUES = 0.5, 0.1
 """IoU above which two detections of a frame are one thing, and above which a detection continues an object."""
 _GAP = 4
 """Most frames of detection without one, inside an object."""

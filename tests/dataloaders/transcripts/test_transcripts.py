@@ -42,8 +42,8 @@ def write_media(path: Path, sound: np.ndarray | None, rate: int = RATE) -> Path:
     return path
 
 
-def spoken(text: str, folder: Path) -> np.ndarray:
-    wav = folder / "spoken.wav"
+def synthesized(text: str, folder: Path) -> np.ndarray:
+    wav = folder / "speech.wav"
     subprocess.run(["espeak-ng", "-v", "en-us+f3", "-s", "120", "-w", str(wav), text], check=True)
     return read_sound(wav)
 
@@ -91,16 +91,16 @@ def test_a_folder_is_transcribed_and_continued(tmp_path: Path, capsys: pytest.Ca
     videos, output = tmp_path / "videos", tmp_path / "out"
     videos.mkdir()
     silence = np.zeros(RATE, np.float32)
-    said = spoken("the man is walking down the street", tmp_path)
-    write_media(videos / "a.mkv", np.concatenate([silence, said, silence]))
+    speech = synthesized("the man is walking down the street", tmp_path)
+    write_media(videos / "a.mkv", np.concatenate([silence, speech, silence]))
     write_media(videos / "b.mkv", None)
     (videos / "c.mkv").write_bytes(b"no video")
     flags = ["--videos", str(videos), "--output", str(output), "--failure-budget", "0.5"]
     assert main(flags) == 0
     made = json.loads((output / "a.json").read_text())
-    assert made["language"] == "en" and made["duration"] == pytest.approx(2 + len(said) / RATE, abs=0.01)
+    assert made["language"] == "en" and made["duration"] == pytest.approx(2 + len(speech) / RATE, abs=0.01)
     start, end = made["segments"][0]["start"], made["segments"][-1]["end"]
-    assert start == pytest.approx(1, abs=0.3) and end == pytest.approx(1 + len(said) / RATE, abs=0.8)
+    assert start == pytest.approx(1, abs=0.3) and end == pytest.approx(1 + len(speech) / RATE, abs=0.8)
     assert "man is walking" in made["transcript"]
     assert read_transcript(output / "a.json") == made["transcript"]
     assert read_transcript(output / "b.json") is None

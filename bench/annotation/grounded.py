@@ -1,0 +1,63 @@
+"""How well the offline path of pite.ground finds labelled people: `python -m bench.annotation.grounded vtest.avi`.
+
+    a man    one object, as for a phrase in the singular. Any person is right, so it is compared with the walker that it
+             matches best
+    people   each walker is a question, and the best box of each frame counts: the published sIoU
+Labels are whole bodies every half second (`labels.py`); moments in which less than half can be seen do not count.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bench.annotation.labels import Walker, check_clip, read_walkers
+from pite.evaluate.spatial.answers import box_ious
+from pite.ground.detectors import People
+from pite.ground.grounding import frames_of
+from pite.ground.objects import Object, boxes_by_frame, join
+
+STEP = 4
+"""Frames between two in which people are looked for, 0.4 s."""
+
+
+def find(clip: Path, span: tuple[int, int]) -> list[Object]:
+    """The people of a part of a clip, the surest first."""
+    people = People()
+    wanted = set(range(*span, STEP))
+    return join((index, people(frame, ["person"])) for index, frame in frames_of(clip, wanted))
+
+
+def overlap(objects: Sequence[Object], walker: Walker) -> float:
+    """Mean over a walker's visible labels of the largest IoU of the objects' boxes with it; 0 where there is none."""
+    boxes = boxes_by_frame(objects)
+    ious = [
+        float(box_ious(boxes[int(frame)], true).max()) if int(frame) in boxes else 0.0
+        for frame, true, state in zip(walker.frames, walker.boxes, walker.states)
+        if state == "visible"
+    ]
+    return float(np.mean(ious))
+
+
+def main(clip: Path) -> None:
+    """Print the scores of each labelled part of the clip, and their means."""
+    check_clip(clip)
+    walkers = read_walkers()
+    one, every = [], []
+    for start in sorted({walker.frame for walker in walkers}):
+        those = [walker for walker in walkers if walker.frame == start]
+        objects = find(clip, (start, int(those[0].frames[-1]) + 1))
+        one.append(max((overlap(objects[:1], walker) for walker in those), default=0.0))
+        every += [overlap(objects, walker) for walker in those]
+        print(
+            f"from frame {start}: a man {one[-1]:.3f}, {len(those)} people {np.mean(every[-len(those) :]):.3f}",
+            flush=True,
+        )
+    print(f"a man {np.mean(one):.3f} over {len(one)} parts; people {np.mean(every):.3f} over {len(every)} walkers")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
