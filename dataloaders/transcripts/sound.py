@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -46,19 +48,26 @@ def voice_segments(sound: np.ndarray, threshold: float = 0.5) -> list[tuple[int,
 
     Raises ValueError if silero-vad is not installed.
     """
-    try:
-        import silero_vad
-    except ImportError:
-        raise ValueError("voice activity needs silero-vad: pip install silero-vad") from None
+    silero, model = _silero()
     import torch
 
     if not len(sound):
         return []
-    model = silero_vad.load_silero_vad()  # Made anew for each video: it has a state.
-    found = silero_vad.get_speech_timestamps(
+    # It resets the model's state first, so the sounds before change nothing.
+    found = silero.get_speech_timestamps(
         torch.from_numpy(sound), model, threshold=threshold, sampling_rate=RATE, max_speech_duration_s=LONGEST
     )
     return [(each["start"], each["end"]) for each in found]
+
+
+@lru_cache(1)
+def _silero() -> tuple[Any, Any]:
+    """silero-vad and its model, loaded once per process."""
+    try:
+        import silero_vad
+    except ImportError:
+        raise ValueError("voice activity needs silero-vad: pip install silero-vad") from None
+    return silero_vad, silero_vad.load_silero_vad()
 
 
 def is_speech(tags: Sequence[tuple[str, float]]) -> bool:

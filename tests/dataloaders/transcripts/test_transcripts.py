@@ -92,7 +92,8 @@ def test_a_folder_is_transcribed_and_continued(tmp_path: Path, capsys: pytest.Ca
     videos.mkdir()
     silence = np.zeros(RATE, np.float32)
     speech = synthesized("the man is walking down the street", tmp_path)
-    write_media(videos / "a.mkv", np.concatenate([silence, speech, silence]))
+    sound = np.concatenate([silence, speech, silence])
+    write_media(videos / "a.mkv", sound)
     write_media(videos / "b.mkv", None)
     (videos / "c.mkv").write_bytes(b"no video")
     flags = ["--videos", str(videos), "--output", str(output), "--failure-budget", "0.5"]
@@ -105,10 +106,15 @@ def test_a_folder_is_transcribed_and_continued(tmp_path: Path, capsys: pytest.Ca
     assert read_transcript(output / "a.json") == made["transcript"]
     assert read_transcript(output / "b.json") is None
     assert [failure.id for failure in read_failures(output / LEDGER)] == ["c"]
+    made_alone = (output / "a.json").read_bytes()
     before = {file.name: file.read_bytes() for file in output.glob("?.json")}
     (output / "a.json").unlink()
     assert main(flags) == 0
     assert {file.name: file.read_bytes() for file in output.glob("?.json")} == before
+    write_media(videos / "0.mkv", sound)
+    (output / "a.json").unlink()
+    assert main(flags) == 0
+    assert (output / "a.json").read_bytes() == made_alone, "another sound before it changes nothing"
     assert main([*flags, "--threshold", "0.7"]) == 1
     assert "give another --output" in capsys.readouterr().err
 
