@@ -18,7 +18,10 @@ class People:
     """OpenCV's people detector, which needs no weights. It finds no other things. Raises ValueError without OpenCV's."""
 
     def __init__(self) -> None:
-        self._detector = PeopleDetector()
+        try:
+            self._detector = PeopleDetector()
+        except ValueError as error:
+            raise ValueError(f"give --detector a model's folder, or install OpenCV's: {error}") from None
 
     def tags(self, phrases: Sequence[str]) -> list[str]:
         return [PERSON] if any(names_person(phrase) for phrase in phrases) else []

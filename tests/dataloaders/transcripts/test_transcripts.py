@@ -119,7 +119,6 @@ def test_a_folder_is_transcribed_and_continued(tmp_path: Path, capsys: pytest.Ca
     assert "give another --output" in capsys.readouterr().err
 
 
-@needs_packages
 def test_a_tiny_whisper_gives_segments(tmp_path: Path) -> None:
     """A Whisper with random weights and its own files: loaded by path, without the network."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
