@@ -18,7 +18,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +101,7 @@ def make_world(output: Path, parts: Path, videos: int, evaluation: int, frames: 
 
 
 def train_and_measure(output: Path, parts: Path, variant: Variant, seed: int, flags: Sequence[str]) -> dict[str, float]:
-    """The scores of one variant and seed, and the hours they took; read from scores.json if it exists."""
+    """The scores of one variant and seed; read from scores.json if it exists."""
     folder = output / variant.folder / str(seed)
     scores = folder / "scores.json"
     settings = {"vicuna": sha256(parts / "vicuna" / "model.safetensors"), "train": list(flags)}
@@ -114,7 +113,6 @@ def train_and_measure(output: Path, parts: Path, variant: Variant, seed: int, fl
             )
         return dict(saved["scores"])
     given = ("--data", output / "data", "--store", output / "store")
-    started = time.monotonic()
     llm = ("--model", "tiny", "--llm", parts / "vicuna")
     common = (*llm, *given, "--seed", seed, *flags, *variant.flags)
     skipped = "--no-trajectory-stage" in variant.flags
@@ -131,7 +129,6 @@ def train_and_measure(output: Path, parts: Path, variant: Variant, seed: int, fl
     written = ("--predictions", answers, "--overwrite")
     run("pite.evaluate", "grounding", "--model", folder / "stage3" / "final", *given, *written)
     found = measure(output, folder, answers, None if skipped else folder / "stage2" / "final")
-    found["hours"] = (time.monotonic() - started) / 3600
     write_atomically(scores, json.dumps({"settings": settings, "scores": found}, indent=1) + "\n")
     return found
 
@@ -155,6 +152,12 @@ def measure(output: Path, folder: Path, answers: Path, stage2: Path | None) -> d
         found |= {"l1": trajectories.l1, "l1_constant": trajectories.best_constant, "ce": float(last.mean())}
         found["slope"] = motion.slope
     return found
+
+
+def training_hours(folder: Path) -> float:
+    """Hours of the steps of a run's stages, without the stage 1 of another run that it starts from."""
+    stages = (read_curves(file)["seconds"] for file in sorted(folder.glob("stage*/metrics.jsonl")))
+    return float(sum(seconds.sum() for seconds in stages)) / 3600
 
 
 def twins(truth: Truth) -> set[str]:
@@ -253,8 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
         for variant in chosen:
             scores = train_and_measure(options.output, options.parts, variant, seed, options.train.split())
             results[variant.name].append(scores)
-    hours = sum(scores["hours"] for runs in results.values() for scores in runs)
-    text = f"{table(results)}\n\n{differences(results)}\n\n{hours:.1f} hours"
+    hours = sum(training_hours(options.output / v.folder / str(seed)) for v in chosen for seed in range(options.seeds))
+    text = f"{table(results)}\n\n{differences(results)}\n\n{hours:.1f} hours of training"
     write_atomically(options.output / "table.txt", text + "\n")
     plot_curves(options.output, chosen, options.seeds)
     print(text)

@@ -170,7 +170,8 @@ def _hevc_cases() -> Iterator[Case]:
     yield _x265("eight B-frames", x265="bframes=8:b-adapt=0")
     yield _x265("two temporal layers", x265="temporal-layers=2:bframes=4")
     yield _x265("all intra", gop=1)
-    yield _x265("two slices", x265="slices=2", size=(96, 160))
+    # With blocks of 64 pixels x265 writes a file that FFmpeg 5.1 and 8.1 decode differently, and both wrongly.
+    yield _x265("two slices", x265="slices=2:ctu=32", size=(96, 160))
     yield _x265("variable frame rate", times=_LATE)
     yield _x265("cropped size", size=(98, 70))
     yield _x265("10 bits", pixels="yuv420p10le")

@@ -4,6 +4,8 @@ Small files of every codec, group of pictures, container and clip that they may 
 decoded: by PyAV and torchcodec exactly, by DALI on the CPU up to its interpolation of colour, each of all packets and of the
 needed ones alone. Without ffmpeg on the PATH, or `imageio-ffmpeg`, the frames are those of libav through a plain loop.
 
+How DALI counts frames on a GPU is simulated (`bench.dali_model`): it must not get a file there of which it would take others.
+
 The exit status is 1 if any frame differs.
 """
 
@@ -25,9 +27,11 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from bench.dali_model import counts_right
 from bench.frame_cases import Case, cases
 from bench.media import link_ffmpeg
 from dataloaders.decode.bitstream.thinning import needed
+from dataloaders.decode.dali.request import DecodeRequest, prepare
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.sampling import frame_indices
 from dataloaders.decode.video import probe, sample_video
@@ -84,7 +88,10 @@ def _by_command_line(path: Path, pixels: str) -> bytes:
 
 def differences(case: Case, path: Path, decoders: Sequence[str] = DECODERS) -> list[str]:
     """How the decoders' frames of a file differ from those that are shown; empty if they do not."""
-    every = shown(path)
+    try:
+        every = shown(path)
+    except ValueError as error:
+        return [str(error)]
     inside = [i for i in range(len(every)) if case.clip is None or case.clip[0] <= case.time(i) < case.clip[1]]
     found = []
     for num_frames in NUM_FRAMES:
@@ -123,7 +130,6 @@ def _nearest(distances: np.ndarray, wanted: np.ndarray) -> bool:
 
 def _of_dali(case: Case, path: Path, every: np.ndarray, wanted: np.ndarray, thinned: bool) -> str:
     from dataloaders.decode.dali.pipeline import Pipeline
-    from dataloaders.decode.dali.request import DecodeRequest, prepare
 
     request = prepare(Media("k", path, clip=case.clip), len(wanted), PREPROCESS, "cpu")
     if not isinstance(request, DecodeRequest):
@@ -137,6 +143,15 @@ def _of_dali(case: Case, path: Path, every: np.ndarray, wanted: np.ndarray, thin
     ours = np.asarray(frames)[request.places]
     distances = np.abs(ours[:, None].astype(np.int16) - cropped[None]).mean((2, 3, 4))
     return "" if _nearest(distances, wanted) else f"frames {distances.argmin(1).tolist()} instead of {wanted.tolist()}"
+
+
+def misses_of_the_model(case: Case, folder: Path) -> tuple[bool, bool]:
+    """Whether DALI on a GPU would take other frames of the file as it is, by its model, and of the file that it gets."""
+    # Twice as large, since NVDEC refuses small sizes.
+    path = replace(case, size=(2 * case.size[0], 2 * case.size[1])).write(folder, ffmpeg())
+    request = prepare(Media("k", path, clip=case.clip), NUM_FRAMES[0], PREPROCESS, "cuda")
+    gets = isinstance(request, DecodeRequest) and not counts_right(request.content, request.indices)
+    return not counts_right(path.read_bytes()), gets
 
 
 def share_kept(path: Path, num_frames: int) -> float:
@@ -153,19 +168,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="files whose name contains this")
     parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=list(DECODERS))
     options = parser.parse_args(arguments)
-    bad = files = 0
+    bad = files = counted_wrongly = 0
     with tempfile.TemporaryDirectory() as temporary:
         for case in cases():
             if options.only not in case.name or (case.needs_ffmpeg and ffmpeg() is None):
                 continue
             path = case.write(Path(temporary), ffmpeg())
             problems = differences(case, path, options.decoders)
+            (large := Path(temporary) / "large").mkdir(exist_ok=True)
+            as_it_is, as_it_gets = misses_of_the_model(case, large)
+            problems += ["DALI on a GPU would get it and take other frames"] * as_it_gets
+            counted_wrongly += as_it_is
             files, bad = files + 1, bad + bool(problems)
             print(
                 f"{case.name:40} {share_kept(path, 7):4.0%} of the packets  {'; '.join(problems) or 'equal'}",
                 flush=True,
             )
     print(f"{files - bad} of {files} files are equal; frames shown by {ffmpeg() or 'libav'}")
+    print(f"DALI's model takes other frames of {counted_wrongly} files as they are")
     return int(bad > 0)
 
 

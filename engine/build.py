@@ -26,8 +26,7 @@ from pite import checkpoint, names, tokenizers
 from pite.config import PiTeConfig
 from pite.families import ADDED_TOKENS, Name
 from pite.families import family as choices_of
-from pite.hub import weight_files
-from pite.llava import PROJECTOR_FILE
+from pite.llava import weight_files
 from pite.model import PiTe
 
 
@@ -194,14 +193,11 @@ def align_adapter(
 
 @cache
 def language_model_checksum(directory: Path) -> str:
-    """Shortened SHA-256 of each weight file that is read from a model directory, in order of their names.
+    """Shortened SHA-256 of each weight file that is read from a model directory: in order of their names, a projector last.
 
     In the Hugging Face cache a weight file is a link to a blob whose name is this checksum, so it is not read.
     """
-    files = weight_files(directory)
-    if (directory / PROJECTOR_FILE).exists():
-        files = [*files, directory / PROJECTOR_FILE]
-    return " ".join((_blob_checksum(file) or sha256(file))[:16] for file in files)
+    return " ".join((_blob_checksum(file) or sha256(file))[:16] for file in weight_files(directory))
 
 
 def _blob_checksum(file: Path) -> str | None:

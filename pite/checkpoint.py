@@ -34,7 +34,15 @@ from pite.config import PiTeConfig
 from pite.export import RECORD
 from pite.families import PITE
 from pite.lineage import ADAPTER_FILE, HEADS_FILE, LINEAGE, check_language_model, read_lineage
-from pite.llava import EDGES, EMBEDDINGS, VideoTokenWeights, is_trained, write_projector
+from pite.llava import (
+    EDGES,
+    EMBEDDINGS,
+    PROJECTOR_FILE,
+    VideoTokenWeights,
+    is_trained,
+    with_edges,
+    write_projector,
+)
 from pite.model import PiTe
 from pite.shards import sharded, write_index
 
@@ -43,7 +51,8 @@ SHARD_BYTES = 5 * 2**30
 
 def resolve(path_or_name: str | Path) -> Path:
     """Local directory of a language model or a PiTe model, from a path or a Hugging Face name. Raises ValueError."""
-    return hub.resolve(path_or_name, ("*.json", "tokenizer*", "chat_template*", HEADS_FILE, ADAPTER_FILE))
+    files = ("*.json", "tokenizer*", "chat_template*", HEADS_FILE, ADAPTER_FILE, PROJECTOR_FILE)
+    return hub.resolve(path_or_name, files)
 
 
 def from_pretrained(directory: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PiTe:
@@ -123,7 +132,7 @@ class WeightLoader:
         assert llm is not None or not merged, "random weights have no earlier stages"
         self._config, self._dtype, self._device, self._seed = config, dtype, device, seed
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._llm, self._weights = llm, None if llm is None else _weights(llm, config)
+        self._llm, self._weights = llm, None if llm is None else read_weights(llm, config)
         if llm is not None and self._weights is not None:
             model = empty(config, dtype, "meta")
             expected = {**names.language_model_tensors(model), **names.head_tensors(model)}
@@ -217,9 +226,8 @@ def _published(model: PiTe) -> dict[str, Tensor]:
     """All tensors under published names, where the embeddings of a video's marks are rows of the table."""
     tensors = {**names.merged_tensors(model), **names.head_tensors(model)}
     if model.config.choices.marks:
-        edges, table = tensors.pop(EDGES), tensors[EMBEDDINGS].clone()
-        table[-2:] = edges.to(table.dtype)
-        tensors[EMBEDDINGS] = table
+        tensors[EMBEDDINGS] = with_edges(tensors[EMBEDDINGS], tensors)
+        del tensors[EDGES]
     return tensors
 
 
@@ -293,7 +301,7 @@ def _load_stage(directory: Path, dtype: torch.dtype, device: str) -> PiTe:
 
 def save_projector(model: PiTe, base: Path, file: Path) -> None:
     """Write the published mm_projector.bin of a model between two marks, trained on the language model in `base`."""
-    embeddings = _weights(base, model.config)[EMBEDDINGS]
+    embeddings = read_weights(base, model.config)[EMBEDDINGS]
     write_projector(file, names.head_tensors(model), embeddings)
 
 
@@ -348,7 +356,9 @@ def load_heads(model: PiTe, directory: Path) -> None:
         tensor.copy_(found[name])
 
 
-def _weights(directory: Path, config: PiTeConfig) -> Mapping[str, Tensor]:
+def read_weights(directory: Path, config: PiTeConfig) -> Mapping[str, Tensor]:
+    """The tensors of a whole-layout directory or a language model by their names, read lazily; those of `pite.llava` for a
+    model between two marks."""
     weights = hub.Weights(directory)
     return VideoTokenWeights(directory, weights, config.llm.vocab_size) if config.choices.marks else weights
 

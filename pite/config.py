@@ -16,7 +16,7 @@ from dataloaders.records import VideoFirst
 from dataloaders.samples.marked import Marks
 from pite.architectures import ARCHITECTURES, Architecture, LanguageModelConfig
 from pite.families import Family, Name, family
-from pite.llava import MODEL_TYPES, own_numbers
+from pite.llava import MODEL_TYPES, own_numbers, published_settings
 
 PRESETS: dict[str, dict[str, Any]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -185,6 +185,7 @@ class PiTeConfig:
             "num_points": self.num_points,
             "vision_feature_size": self.vision_feature_size,
             **({} if self.family == "pite" else {"family": self.family, "num_places": self.num_places}),
+            **(published_settings(vars(self.llm), self.vision_feature_size) if self.choices.marks else {}),
         }
         write_atomically(directory / "config.json", json.dumps(values, indent=1, sort_keys=True) + "\n")
 

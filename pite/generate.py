@@ -145,17 +145,22 @@ class Generator:
         questions: Sequence[str],
         features: Sequence[np.ndarray],
         *,
+        transcripts: Sequence[str | None] | None = None,
         max_new_tokens: int = 1024,
         temperature: float = 0.0,
     ) -> list[Answer]:
         """Answer one question per feature record (num_frames, C); greedy at temperature 0.
 
+        transcripts  of the videos' sound, one for each question, for a family whose prompts have one
+
         Prompts are padded on the left, so a question gets the same answer in a batch as alone. An answer ends where the
         language model's context does. Raises ValueError for a prompt that leaves no room for an answer.
         """
         embeddings = [
-            self.embed(*self.prompt(question, len(record)), record)
-            for question, record in zip(questions, features, strict=True)
+            self.embed(*self.prompt(question, len(record), (), transcript), record)
+            for question, record, transcript in zip(
+                questions, features, transcripts or [None] * len(questions), strict=True
+            )
         ]
         longest = max(len(e) for e in embeddings)
         room = [self.room(len(e), max_new_tokens) for e in embeddings]

@@ -1,9 +1,12 @@
 """LLaVA-1.5 and the published PG-Video-LLaVA on disk, as the model reads and writes them.
 
-    config.json         LLaVA's, whose model_type is llava or llava_llama, or the published VideoChatGPT's
-    weights             a Llama's names, and model.mm_projector.{0,2}.{weight,bias}; LLaVA's own vision tower is not read
+    config.json         LLaVA's (model_type llava or llava_llama), transformers' LLaVA (llava, with a text_config), or the
+                        published VideoChatGPT's
+    weights             a Llama's names, and model.mm_projector.{0,2}.{weight,bias}; or transformers' names, with language_model
+                        and multi_modal_projector. A vision tower is not read
     mm_projector.bin    what the published training saves: the projector, and the whole embedding table. It may be in the
-                        folder of the language model that it was trained on, and then replaces both
+                        folder of the language model that it was trained on, and then replaces both. LLaVA-1.5's folder has a
+                        file of this name with the projector alone, which repeats its weights and is not read
 
 The published training adds three tokens at the end of the vocabulary. Their embeddings and rows of the vocabulary head start
 as the mean of the others; only the embeddings of two of them are trained.
@@ -11,6 +14,7 @@ as the mean of the others; only the embeddings of two of them are trained.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +28,16 @@ if TYPE_CHECKING:
 MODEL_TYPES = ("llava", "llava_llama", "VideoChatGPT")
 PROJECTOR_FILE = "mm_projector.bin"
 EDGES, EMBEDDINGS, HEAD = "model.vid_edges", "model.embed_tokens.weight", "lm_head.weight"
-_NOT_READ = ("model.vision_tower.", "model.image_newline")
+_NOT_READ = ("model.vision_tower.", "vision_tower.", "model.image_newline")
+_IMAGE_TOKEN = 32000
+"""The default of `image_token_index` in transformers' LlavaConfig."""
+
+_REQUIRED: dict[str, Any] = {
+    "mm_projector_type": PG_VIDEO_LLAVA.projector,
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+}
+"""What the family computes, by its names in LLaVA's config.json."""
 
 
 def own_numbers(
@@ -32,52 +45,111 @@ def own_numbers(
 ) -> dict[str, Any]:
     """The fields of `PiTeConfig` for a config.json that may be LLaVA's; corrects the vocabulary in `values`.
 
-    values  the language model's, saved: our own fields in the file, given: fields to use in their place
-    Raises ValueError for another projector than the family's.
+    values  the language model's; transformers' LLaVA becomes LLaVA's own
+    saved   our own fields in the file, given: fields to use in their place
+    Raises ValueError for a projector or features other than the family's.
     """
+    if "text_config" in values:
+        _flatten(directory / "config.json", values)
     extended, own = bool(values.pop("mm_use_vid_start_end", False)) or "num_places" in saved, {**saved, **given}
-    if extended or (directory / PROJECTOR_FILE).exists():
+    if extended or trained_projector(directory) is not None:
         own = {"family": PG_VIDEO_LLAVA.name, **own}
     if not family(own.get("family", "pite")).marks:
         return own
-    projector = values.get("mm_projector_type", PG_VIDEO_LLAVA.projector)
-    if projector != PG_VIDEO_LLAVA.projector:
-        raise ValueError(
-            f"{directory / 'config.json'}: mm_projector_type is {projector!r}, and only {PG_VIDEO_LLAVA.projector} is "
-            "supported: give LLaVA-1.5"
-        )
+    for name, required in _REQUIRED.items():
+        if (value := values.get(name, required)) != required:
+            raise ValueError(
+                f"{directory / 'config.json'}: {name} is {value!r}, and only {required} is supported: give LLaVA-1.5"
+            )
     if not extended:
         values["vocab_size"] = values.get("vocab_size", 32000) + ADDED_TOKENS
     defaults = {"num_places": 576, "vision_feature_size": values.get("mm_hidden_size", 1024)}
     return {**defaults, **own}
 
 
+def _flatten(path: Path, values: dict[str, Any]) -> None:
+    """Turn the settings of transformers' LLaVA into LLaVA's own, in place.
+
+    Its vocabulary ends with a token for pictures, one for padding and rows without a token; those before them are the
+    language model's.
+    """
+    text, vision = (
+        {**values[name]} if isinstance(values.get(name), dict) else {} for name in ("text_config", "vision_config")
+    )
+    if (kind := text.pop("model_type", "llama")) != "llama":
+        raise ValueError(f"{path}: the language model is {kind!r}, and only Llama is supported: give LLaVA-1.5")
+    activation = {"gelu": PG_VIDEO_LLAVA.projector}
+    text |= {
+        "mm_projector_type": activation.get(act := values.get("projector_hidden_act", "gelu"), f"mlp2x_{act}"),
+        "mm_vision_select_layer": values.get("vision_feature_layer", -2),
+        "mm_hidden_size": vision.get("hidden_size", 1024),
+        "vocab_size": min(text.get("vocab_size", _IMAGE_TOKEN), values.get("image_token_index", _IMAGE_TOKEN)),
+        "pad_token_id": None,
+    }
+    values.clear()
+    values.update(text)
+
+
+def published_settings(settings: Mapping[str, Any], feature_size: int) -> dict[str, Any]:
+    """The fields of config.json with which the published code builds the projector and finds its CLIP.
+
+    settings  those of the language model, which may name the CLIP
+    """
+    clip = settings.get("mm_vision_tower") or PG_VIDEO_LLAVA.clip
+    return {**_REQUIRED, "mm_hidden_size": feature_size, "mm_vision_tower": clip, "use_mm_proj": True}
+
+
 def is_trained(directory: Path) -> bool:
     """Whether a folder holds a published PG-Video-LLaVA, or one that was saved whole."""
     values = read_json_object(directory / "config.json") if (directory / "config.json").exists() else {}
-    return bool(values.get("mm_use_vid_start_end")) or "num_places" in values or (directory / PROJECTOR_FILE).exists()
+    extended = bool(values.get("mm_use_vid_start_end")) or "num_places" in values
+    return extended or trained_projector(directory) is not None
+
+
+def trained_projector(directory: Path) -> Path | None:
+    """The projector file of a published PG-Video-LLaVA in a folder; None without one, and for LLaVA-1.5's own.
+
+    Raises ValueError for a file that cannot be read.
+    """
+    from pite.hub import torch_file
+
+    file = directory / PROJECTOR_FILE
+    return file if file.exists() and any(name.endswith(EMBEDDINGS) for name in torch_file(file)) else None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """As `pite.hub.weight_files`, and a trained projector file at the end."""
+    from pite import hub
+
+    projector = trained_projector(directory)
+    return [*hub.weight_files(directory), *([] if projector is None else [projector])]
 
 
 class VideoTokenWeights(Mapping[str, "Tensor"]):
-    """The weights of a language model with `rows` rows of the vocabulary, three of them for videos.
+    """The weights of a language model with `rows` rows of the vocabulary, three of them for videos, under LLaVA's names.
 
     weights  of a LLaVA, a published PG-Video-LLaVA or a plain language model, by name; their tables have all rows, or all but
-             the three
-    A projector file in `directory` replaces tensors of `weights`.
+             the three, or for transformers' LLaVA more of its own, which are left out
+    A trained projector file in `directory` replaces tensors of `weights`.
     """
 
     def __init__(self, directory: Path, weights: Mapping[str, Tensor], rows: int) -> None:
         self._weights, self._rows = weights, rows
-        self._file = read_projector(directory / PROJECTOR_FILE) if (directory / PROJECTOR_FILE).exists() else {}
-        names = [name for name in weights if not name.startswith(_NOT_READ)]
+        file = trained_projector(directory)
+        self._file = {} if file is None else read_projector(file)
+        self._sources = {_name(name): name for name in weights}
+        self._is_hub = any(name != source for name, source in self._sources.items())
+        names = [name for name in self._sources if not name.startswith(_NOT_READ)]
         self._names = list(dict.fromkeys([*names, *self._file, EDGES]))
 
     def __getitem__(self, name: str) -> Tensor:
         if name == EDGES:
             return self[EMBEDDINGS][-2:]
-        tensor = self._file[name] if name in self._file else self._weights[name]
-        if name in (EMBEDDINGS, HEAD) and tensor.ndim == 2 and len(tensor) == self._rows - ADDED_TOKENS:
-            return _extended(tensor)
+        if name in self._file:
+            return self._file[name]
+        tensor, words = self._weights[self._sources[name]], self._rows - ADDED_TOKENS
+        if name in (EMBEDDINGS, HEAD) and tensor.ndim == 2 and (self._is_hub or len(tensor) == words):
+            return _extended(tensor[:words])
         return tensor
 
     def __contains__(self, name: object) -> bool:
@@ -88,6 +160,14 @@ class VideoTokenWeights(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _name(name: str) -> str:
+    """LLaVA's name of a tensor that may have transformers' name, as saved or as in its model."""
+    name = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name)
+    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+    found = re.fullmatch(r"(?:model\.)?multi_modal_projector\.linear_([12])\.(weight|bias)", name)
+    return f"model.mm_projector.{2 * (int(found[1]) - 1)}.{found[2]}" if found else name
 
 
 def _extended(table: Tensor) -> Tensor:
@@ -109,6 +189,15 @@ def read_projector(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def with_edges(table: Tensor, modules: Mapping[str, Tensor]) -> Tensor:
+    """The embedding table (V, d), in a copy whose last two rows are the trained ones of `modules`; as it is without them."""
+    if EDGES not in modules:
+        return table
+    table = table.detach().clone()
+    table[-2:] = modules[EDGES].to(table)
+    return table
+
+
 def write_projector(file: Path, modules: Mapping[str, Tensor], embeddings: Tensor) -> None:
     """Write the projector and the whole embedding table as the published training does.
 
@@ -116,7 +205,6 @@ def write_projector(file: Path, modules: Mapping[str, Tensor], embeddings: Tenso
     """
     import torch
 
-    table = embeddings.detach().cpu().clone()
-    table[-2:] = modules[EDGES].to(table)
-    projector = {name: tensor.detach().cpu() for name, tensor in modules.items() if name != EDGES}
-    torch.save({**projector, EMBEDDINGS: table}, file)
+    tensors = {name: tensor for name, tensor in modules.items() if name != EDGES}
+    tensors[EMBEDDINGS] = with_edges(embeddings, modules)
+    torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()}, file)

@@ -14,7 +14,7 @@ from pite import hub
 from pite.config import PiTeConfig
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _SPACED = " a b  c\n"
 """A test text: any Llama tokenizer must decode it to the same words, whatever it does with outer spaces."""
 
@@ -26,7 +26,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     git-lfs pointer, if it has no token for the beginning or the
     end of a text and no chat template, if its chat template cannot be split, and if it loses the spaces between words.
     """
-    present = [directory / name for name in (*_VOCABULARIES, *_SETTINGS) if (directory / name).exists()]
+    present = tokenizer_files(directory)
     if not any(path.name in _VOCABULARIES for path in present):
         raise ValueError(
             f"{directory} holds no tokenizer: copy its language model's tokenizer there (tokenizer.json, or tokenizer.model "
@@ -43,11 +43,14 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a tokenizer that a directory has."""
+    return [directory / name for name in (*_VOCABULARIES, *_SETTINGS) if (directory / name).exists()]
+
+
 def fetch_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face model name. Raises ValueError if the download fails, and as above."""
-    return load_tokenizer(
-        hub.fetch(name, ("config.json", "tokenizer*", "chat_template*", *_VOCABULARIES, *_SETTINGS, "merges.txt"))
-    )
+    return load_tokenizer(hub.fetch(name, ("config.json", "tokenizer*", "chat_template*", *_VOCABULARIES, *_SETTINGS)))
 
 
 def _check_ends(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

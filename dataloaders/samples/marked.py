@@ -154,6 +154,11 @@ def _spaced(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], np.ndarray]:
-    """Token ids, and the span of characters (n, 2) that each covers."""
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    """Token ids, and the span of characters (n, 2) that each covers.
+
+    Special tokens are text: those that another program added to the tokenizer have the ids of the video's.
+    """
+    encoding = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
+    )
     return encoding["input_ids"], np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)

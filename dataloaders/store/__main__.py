@@ -110,6 +110,8 @@ def _inspect(flags: InspectFlags) -> int:
         print(f"{'size':<14} {sum(s.stat().st_size for s in shards) / 1e9:.3f} GB")
         for split, count in sorted(Counter(key.partition("/")[0] for key in store.keys).items()):
             print(f"  {split:<12} {count:,}")
+        for decoder, count in Counter(filter(None, store.decoders().values())).most_common():
+            print(f"  decoded by {decoder}: {count:,}")
     return 0
 
 

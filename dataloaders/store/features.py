@@ -3,7 +3,8 @@
     STORE/manifest.json                  how the features were made; a store with another manifest is refused
     STORE/00000-000003.safetensors       one tensor `features` (n, tokens, channels) float16; rank and number in the
                                          name
-    STORE/00000-000003.parquet           its keys and checksums, row by row; written last: a shard without it is ignored
+    STORE/00000-000003.parquet           its keys, checksums and decoders, row by row; written last: a shard without it is
+                                         ignored
 
 Files are written under a temporary name, flushed and renamed, and never changed afterwards. A killed writer loses only
 the records of its unfinished shard. A record of PiTe takes 153.6 kB, so a shard of 1024 records takes 157 MB.
@@ -209,6 +210,15 @@ class FeatureStore:
         index = self._shards[shard][0].with_suffix(".parquet")
         return cast("list[int]", pq.read_table(index, columns=["crc32"])["crc32"].to_pylist())
 
+    def decoders(self) -> dict[str, str]:
+        """Key -> the decoder that gave a record's frames, and after a fallback the reason; empty where none is stored."""
+        found: dict[str, str] = {}
+        for file, _ in self._shards:
+            table = pq.read_table(file.with_suffix(".parquet"))
+            keys = table["key"].to_pylist()
+            found |= zip(keys, table["decoder"].to_pylist() if "decoder" in table.column_names else [""] * len(keys))
+        return found
+
     def advise(self, keys: Iterable[str]) -> None:
         """Prefetch records that will be read next (madvise), all in parallel.
 
@@ -259,19 +269,23 @@ class FeatureWriter:
     def __init__(self, store: FeatureStore, rank: int = 0, shard_records: int = 1024) -> None:
         self.path, self.manifest, self.rank, self.shard_records = store.path, store.manifest, rank, shard_records
         self._records: dict[str, np.ndarray] = {}
+        self._decoders: dict[str, str] = {}
         self._lock = lock(self.path, rank)
         taken = [int(p.stem.partition("-")[2]) for p in self.path.glob(f"{rank:05d}-*.[sp]*")]
         self._number = max(taken, default=-1) + 1
 
-    def add(self, records: Mapping[str, np.ndarray]) -> None:
-        """Append records (tokens, channels); they stay in memory until a shard is full. Raises NonFiniteError."""
+    def add(self, records: Mapping[str, np.ndarray], decoder: str = "") -> None:
+        """Append records (tokens, channels); they stay in memory until a shard is full. Raises NonFiniteError.
+
+        decoder  that gave their frames, such as "DALI (h264)"
+        """
         for key, record in records.items():
             assert record.shape == (self.manifest.tokens, self.manifest.channels)
             with np.errstate(over="ignore"):
                 half = record.astype(np.float16)
             if not np.isfinite(half).all():
                 raise NonFiniteError(f"features of {key!r} are not finite in half precision")
-            self._records[key] = half
+            self._records[key], self._decoders[key] = half, decoder
         if len(self._records) >= self.shard_records:
             self.flush()
 
@@ -284,10 +298,12 @@ class FeatureWriter:
         write_atomically(shard, save({_TENSOR: np.stack(records)}))
         checksums = pa.array([zlib.crc32(record.tobytes()) for record in records], pa.uint32())
         sink = pa.BufferOutputStream()
-        # All keys differ, so a dictionary would only make opening slower.
-        pq.write_table(pa.table({"key": list(self._records), "crc32": checksums}), sink, use_dictionary=False)
+        columns = {"key": list(self._records), "crc32": checksums, "decoder": list(self._decoders.values())}
+        # All keys differ, so a dictionary of them would only make opening slower.
+        pq.write_table(pa.table(columns), sink, use_dictionary=["decoder"])
         write_atomically(shard.with_suffix(".parquet"), sink.getvalue().to_pybytes())
         self._records.clear()
+        self._decoders.clear()
 
     def _reserve_name(self) -> Path:
         """Reserve a shard's name by exclusive creation, which works on network file systems too."""

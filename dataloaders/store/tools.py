@@ -126,10 +126,11 @@ def merge(output: Path, sources: Sequence[Path], shard_records: int = 1024) -> i
     copied = 0
     with FeatureWriter(merged, shard_records=shard_records) as writer:
         for store in stores:
+            decoders = store.decoders()
             for key in store.keys:
                 first = origin.setdefault(key, store)
                 if first is store:
-                    writer.add({key: store.read(key)})
+                    writer.add({key: store.read(key)}, decoders[key])
                     copied += 1
                 elif not np.array_equal(first.read(key).view(np.uint16), store.read(key).view(np.uint16)):
                     raise ValueError(f"{first.path} and {store.path} hold different features for {key!r}")

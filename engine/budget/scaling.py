@@ -109,13 +109,18 @@ def run_hours(
 def scaling_lines(costs: Sequence[StageCost], gradient_bytes: int = 4) -> list[str]:
     """For each kind of device, the hours of the run on 8 and more, and from how many on more do not pay.
 
-    Empty for a batch with less than a sample for each device of a host.
+    One line with the reason where these hours are unknown: a batch with less than a sample for each device of a host, or
+    `--devices` without a whole host.
     """
     batch = min(cost.recipe.global_batch for cost in costs)
+    if batch < PER_HOST:
+        return [f"devices, more hosts: no hours for a batch of {batch}, less than a sample for each of {PER_HOST}"]
+    if not any(machine.ranks == PER_HOST for cost in costs for machine in cost.machines):
+        return [f"devices, more hosts: add {PER_HOST} to --devices for their hours"]
     counts = [count for count in COUNTS if count <= batch]
     lines = []
     for machines in zip(*(cost.machines for cost in costs)):
-        if not counts or any(machine.ranks != PER_HOST or machine.hours is None for machine in machines):
+        if any(machine.ranks != PER_HOST or machine.hours is None for machine in machines):
             continue
         hours = {count: run_hours(costs, machines, count, gradient_bytes) for count in counts}
         most = next(n for n in counts if 2 * n not in hours or hours[n] / hours[2 * n] < WORTH)

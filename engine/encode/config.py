@@ -98,5 +98,10 @@ class EncodeConfig(LogFlags):
             raise ValueError("--verify must be 0 or more, and --time-limit more than 0")
         if self.cpu_share is not None and not 0 <= self.cpu_share <= 1:
             raise ValueError(f"--cpu-share is a share between 0 and 1, not {self.cpu_share}")
+        if self.choices.sampling == "segments" and self.choices.extractor == "image_embeds":
+            raise ValueError(
+                f"--sampling segments gives fewer frames for short videos, and --family {self.family} takes {self.num_frames} of "
+                "each: leave the flag out, or give --family pg-video-llava"
+            )
         if not 0 <= self.failure_budget <= 1:
             raise ValueError(f"--failure-budget is a share between 0 and 1, not {self.failure_budget}")

@@ -223,7 +223,7 @@ def _store(
             error = abs(duration_error(whole, decoded.facts.ends) or 0.0)
             summary.inexact += m.duration is not None and error > m.duration / len(record)
     try:
-        writer.add({m.key: record for m in kept})
+        writer.add({m.key: record for m in kept}, decoded.by)
     except NonFiniteError as error:
         summary.fail(kept, "encode", str(error), ledger)
         return False

@@ -18,6 +18,8 @@ class TinyConfig:
     """CLIP's steps, of 128 stills each"""
     vicuna_steps: int = 15000
     """the Vicuna's steps, of 32 dialogues each"""
+    width: int = 128
+    """the Vicuna's hidden size d, a multiple of 32 (bench.scaling)"""
     frames: int = 32
     """N, entries of a log, and so frames of a video later"""
     motion: bool = True
@@ -31,6 +33,8 @@ class TinyConfig:
         if not 2 <= self.frames <= 100:
             raise ValueError(f"--frames must be 2 to 100 (indices have two digits), not {self.frames}")
         at_least(self, 0, "seed")
+        if self.width < 32 or self.width % 32:
+            raise ValueError(f"--width must be a multiple of 32, not {self.width}")
 
 
 @dataclass(frozen=True, kw_only=True)

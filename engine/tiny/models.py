@@ -29,7 +29,7 @@ from engine.tiny.tokenizer import build_tokenizer
 VERSION = 6
 """Version of the recipe: weights of another version are refused."""
 
-SETTINGS = {"clip": ("clip_steps", "seed"), "vicuna": ("vicuna_steps", "frames", "motion", "seed")}
+SETTINGS = {"clip": ("clip_steps", "seed"), "vicuna": ("vicuna_steps", "width", "frames", "motion", "seed")}
 """The settings that each model depends on."""
 
 MANIFEST = "tiny.json"

@@ -51,8 +51,8 @@ VELOCITY_SCALE = 10.0
 """Velocities are multiplied by this: they are about 0.04 of the frame for each step."""
 
 
-def build(vocabulary: int) -> LlamaForCausalLM:
-    """The untrained model; its weights follow torch's global seed.
+def build(vocabulary: int, width: int = TinyConfig.width) -> LlamaForCausalLM:
+    """The untrained model of hidden size `width`; its weights follow torch's global seed.
 
     Embeddings are large and the residual branches start at zero, so that word embeddings stay recognisable in the upper
     layers, which match them. At transformers' scales the first layer's output is much larger than the embeddings.
@@ -60,11 +60,11 @@ def build(vocabulary: int) -> LlamaForCausalLM:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
-            hidden_size=128,
-            intermediate_size=384,
+            hidden_size=width,
+            intermediate_size=3 * width,
             num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
             max_position_embeddings=2048,
             rms_norm_eps=1e-5,
             # With a small base most rotary pairs turn fully within a prompt, and equal words no longer match.
@@ -73,7 +73,7 @@ def build(vocabulary: int) -> LlamaForCausalLM:
             eos_token_id=2,
             pad_token_id=0,
             tie_word_embeddings=False,
-            initializer_range=128**-0.5,
+            initializer_range=width**-0.5,
         )
     )
     # On a CPU the backward pass of PyTorch's fused attention takes more time than all matrix products.
@@ -178,7 +178,7 @@ def train(tokenizer: PreTrainedTokenizerFast, config: TinyConfig, stop: int | No
     weights = {name: weight for name, weight in WEIGHTS.items() if config.motion or name not in OF_MOTION}
     torch.manual_seed(config.seed)
     rng = np.random.default_rng([config.seed, 20])
-    trainer = Trainer(build(len(tokenizer)), tokenizer, config.frames).train()
+    trainer = Trainer(build(len(tokenizer), config.width), tokenizer, config.frames).train()
     optimizer = torch.optim.AdamW(
         trainer.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )

@@ -168,7 +168,7 @@ def _open(flags: AllFlags, path: Path, ranks: Ranks) -> Model:
     """A model whose weights are not loaded, after all questions and features were looked up."""
     from pite.evaluate.answering import Model
 
-    model = Model(path, flags.device, flags.batch_size, ranks, flags.family)
+    model = Model(path, flags.device, flags.batch_size, ranks, flags.family, flags.transcripts)
     for name in flags.names():
         each = flags.flags_of(name, path)
         if isinstance(each, AnswerFlags):
@@ -181,6 +181,8 @@ def _reports(flags: AllFlags, path: Path, model: Model, ranks: Ranks) -> Iterato
     for name in flags.names():
         each = flags.flags_of(name, path)
         if isinstance(each, TrajectoriesFlags):
+            if not flags.benchmarks and "trajectory_projector" not in model.config.choices.modules:
+                continue
             report = score_trajectories(each, ranks, model)
         else:
             report = score_answers(each, ranks, model)

@@ -24,8 +24,8 @@ from pite.evaluate.predictions import Prediction
 from pite.evaluate.questions import Question
 from pite.families import Name
 from pite.generate import Generator
-from pite.hub import weight_files
 from pite.lineage import check_encoder
+from pite.llava import weight_files
 from pite.prefixes import SharedPrefixes, VideoPrefixes
 
 log = logging.getLogger(__name__)
@@ -55,15 +55,27 @@ class Model:
     model       directory, or name on the hub
     device      as on the command line; of several processes each takes the GPU of its rank
     batch_size  questions per batch, and videos whose frames are in memory
+    transcripts  folder of VIDEO.txt, for a model between two marks
     """
 
-    def __init__(self, model: Path, device: str, batch_size: int, ranks: Ranks, family: Name | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        device: str,
+        batch_size: int,
+        ranks: Ranks,
+        family: Name | None = None,
+        transcripts: Path | None = None,
+    ) -> None:
         self.name, self.batch_size, self.ranks = str(model), batch_size, ranks
         self.device = devices.select(_device_of(device, ranks))
         self.directory = checkpoint.resolve(model)
         checkpoint.check_trained(self.directory)
         self.config = PiTeConfig.load(self.directory)
         check_family(self.config, family, model)
+        if transcripts is not None and not self.config.choices.marks:
+            raise ValueError(f"{model} reads no transcript, which is for PG-Video-LLaVA: leave --transcripts out")
+        self._transcripts = transcripts
         self._prefixes: SharedPrefixes | None = None
 
     @property
@@ -88,7 +100,9 @@ class Model:
     def settings(self, inputs: Inputs, max_new_tokens: int) -> Settings:
         """What the answers to questions depend on."""
         manifest = inputs.store.manifest
+        quoted = sorted({(q.video, self._transcript(q.video)) for q in inputs.questions} if self._transcripts else ())
         return {
+            **({"transcripts": hashlib.sha256(json.dumps(quoted).encode()).hexdigest()[:12]} if quoted else {}),
             "model": f"{self.name} ({identity(self.directory)})",
             "features": f"{inputs.store.path} ({manifest.encoder[:12]}, {manifest.compute_dtype})",
             "questions": inputs.checksum,
@@ -114,7 +128,8 @@ class Model:
         return answers.finish(inputs.questions)
 
     def _answer(self, questions: Sequence[Question], store: FeatureStore, answers: AnswerLog, most: int) -> None:
-        lengths = [len(self.generator.prompt(question.text, self.config.num_features)[0]) for question in questions]
+        rows, quoted = self.config.num_features, [self._transcript(question.video) for question in questions]
+        lengths = [len(self.generator.prompt(q.text, rows, (), text)[0]) for q, text in zip(questions, quoted)]
         done = sum(question.key in answers.answers for question in questions)
         title = questions[0].task if self.ranks.size == 1 else f"{questions[0].task}, rank {self.ranks.rank}"
         with tqdm(
@@ -130,10 +145,12 @@ class Model:
                     new = [each for each in batch if each.key not in answers.answers]
                     answers.append(batch)
                     progress.update(len(new))
-        rows = self.prefixes.rows
+        if self.config.choices.marks:
+            return
+        shared = self.prefixes.rows
         log.info(
             "computed %s rows of the prompts' head, %s of frames and %s of questions",
-            *(f"{count:,}" for count in (rows.head, rows.frames, rows.questions)),
+            *(f"{count:,}" for count in (shared.head, shared.frames, shared.questions)),
         )
 
     def _answer_window(
@@ -156,7 +173,8 @@ class Model:
             if prefixes is None:
                 # Nothing but the head is the same in two prompts.
                 records = [store.read(key_of(question.video)).copy() for question in batch]
-                found = self.generator.answer(texts, records, max_new_tokens=most)
+                quoted = [self._transcript(question.video) for question in batch]
+                found = self.generator.answer(texts, records, transcripts=quoted, max_new_tokens=most)
             else:
                 videos = [number[question.video] for question in batch]
                 found = self.prefixes.answer(texts, prefixes, videos, max_new_tokens=most)
@@ -164,6 +182,11 @@ class Model:
                 Prediction.of(question, answer.text, num_frames=self.num_frames)
                 for question, answer in zip(batch, found, strict=True)
             ]
+
+    def _transcript(self, video: str) -> str | None:
+        """The transcript of a video's sound; None without a file, and for an empty one."""
+        file = None if self._transcripts is None else self._transcripts / f"{video}.txt"
+        return file.read_text(encoding="utf-8").strip() or None if file is not None and file.is_file() else None
 
     def _compute_frames(self, videos: Sequence[str], read: Callable[[str], np.ndarray]) -> VideoPrefixes:
         # Stacking copies the store's read-only views, which torch does not accept.

@@ -56,7 +56,7 @@ def open_model(flags: AnswerFlags, ranks: Ranks) -> Model:
     from pite.evaluate.answering import Model
 
     assert flags.model is not None
-    return Model(flags.model, flags.device, flags.batch_size, ranks, flags.family)
+    return Model(flags.model, flags.device, flags.batch_size, ranks, flags.family, flags.transcripts)
 
 
 def _score_file(flags: AnswerFlags) -> Report:
@@ -81,6 +81,10 @@ def score_trajectories(flags: TrajectoriesFlags, ranks: Ranks, model: Model | No
     from pite.tokenizers import load_tokenizer
 
     model = model or Model(flags.model, flags.device, 1, ranks)
+    if "trajectory_projector" not in model.config.choices.modules:
+        raise ValueError(
+            f"{flags.model} is a model of the family {model.config.family}, which predicts no trajectories"
+        )
     store = open_store(flags.store)
     model.check_features(store)
     tokenizer = load_tokenizer(model.directory)

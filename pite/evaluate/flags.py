@@ -49,6 +49,9 @@ class RunFlags(EvaluationFlags):
     """model family, pite or pg-video-llava; a model of the other one is refused. Any unless given"""
     protocol: Protocol = "strict"
     """strict: exact; published: the predecessor's rules, with their faults, to reproduce its numbers"""
+    transcripts: Path | None = None
+    """folder of VIDEO.txt, transcripts of the videos' sound, which the prompts of PG-Video-LLaVA quote; a video without a file
+    has none"""
     batch_size: int = 32
     """questions per batch, and videos whose frames are in memory"""
     skip_missing: bool = False
@@ -59,6 +62,11 @@ class RunFlags(EvaluationFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "batch_size")
+
+    def check_paths(self) -> None:
+        super().check_paths()
+        if self.transcripts is not None:
+            paths.input_folder("--transcripts", self.transcripts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _WRITTEN = (
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "generation_config.json"),
-    *("adapter_model.safetensors", "adapter_config.json", "lineage.json"),
+    *("adapter_model.safetensors", "adapter_config.json", "lineage.json", "mm_projector.bin"),
 )
 """Files that not every format has: a push deletes those of an earlier export from the repository."""
 
@@ -33,7 +33,8 @@ class ExportFlags(LogFlags):
     """Export a trained model, with all its stages, as one folder that other programs load.
 
     full  a Hugging Face model for transformers and vLLM: the updates of all stages are added to the language model in
-          float32 and rounded once; PiTe's adapter and heads are in pite.safetensors
+          float32 and rounded once; PiTe's adapter and heads are in pite.safetensors, and PG-Video-LLaVA's projector in
+          mm_projector.bin too, as its published code reads it
     peft  one float32 LoRA adapter for the original language model, which is not rounded
     Both load with `python -m pite.chat --model FOLDER`, and contain a model card, README.md.
     """
@@ -125,8 +126,9 @@ def _write(flags: ExportFlags, trained: TrainedModel, directory: Path, dtype: st
         formats.write_peft(trained, directory)
     formats.write_record(trained, directory, flags.format, dtype)
     name = flags.push or flags.output.resolve().name
-    tag = trained.config.llm.model_type
-    card = model_card(name, flags.format, dtype, trained.hub_base, trained.stages, scores, tag)
+    tag, family = trained.config.llm.model_type, trained.config.family
+    published = flags.format == "full" and formats.published_code_loads(directory)
+    card = model_card(name, flags.format, dtype, trained.hub_base, trained.stages, scores, tag, family, published)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataloaders.files import read_json_object
+from pite.families import Name
 
 _LOADING = {
     "full": """The language model alone, all stages merged:
@@ -32,9 +33,7 @@ tokenizer = AutoTokenizer.from_pretrained({name})
 ```
 """,
 }
-_VIDEOS = """The code above takes text only. Video input needs PiTe's adapter, and trajectories need its head; both are in
-`pite.safetensors`:
-
+_VIDEOS = """
 ```python
 from pite.generate import Generator
 
@@ -45,6 +44,24 @@ generator = Generator.from_pretrained({name})
 python -m pite.chat --model {quoted} --video video.mp4 --query "What happens in the video?"
 ```
 """
+_PUBLISHED = """The published code takes this folder as well:
+
+```shell
+python video_chatgpt/chat.py --model-name {quoted} --projection_path {quoted}/mm_projector.bin --conv_mode pg-video-llava
+```
+"""
+_ABOUT: dict[Name, str] = {
+    "pite": "A PiTe video-language model (pixel-temporal alignment, ECCV 2024)",
+    "pg-video-llava": "A PG-Video-LLaVA video-language model (arXiv 2311.13435)",
+}
+_NEEDED: dict[Name, str] = {
+    "pite": """The code above takes text only. Video input needs PiTe's adapter, and trajectories need its head; both are in
+`pite.safetensors`:
+""",
+    "pg-video-llava": """The code above takes text only. Video input needs the projector and the embeddings of a video's marks, which are in
+`pite.safetensors`:
+""",
+}
 _RECIPE = ("epochs", "global_batch", "learning_rate", "lora_rank", "lora_alpha")
 _SETTINGS = ("dtype", "seed", "data", "left_out")
 """Settings in a lineage's `made_of` that the card shows; those of `_RECIPE` are in its "recipe"."""
@@ -78,6 +95,8 @@ def model_card(
     stages: Sequence[Mapping[str, Any]],
     scores: Sequence[Scores],
     model_type: str = "llama",
+    family: Name = "pite",
+    published: bool = False,
 ) -> str:
     """The text of README.md.
 
@@ -86,29 +105,32 @@ def model_card(
     hub_base  Hugging Face name of the language model; None leaves it out
     stages    lineages in order, as `pite.lineage.history` returns them
     model_type  the language model's architecture, for the tags
+    published   whether the family's published code loads the folder
     """
     parts = [
-        _front_matter(kind, hub_base, model_type),
+        _front_matter(kind, hub_base, model_type, family),
         f"# {name.rpartition('/')[2]}\n",
-        "A PiTe video-language model (pixel-temporal alignment, ECCV 2024), trained with PiTe Engine. "
+        f"{_ABOUT[family]}, trained with PiTe Engine. "
         + ("The weights of all stages are merged, in " if kind == "full" else "One LoRA holds all stages, in ")
         + f"{dtype}.\n",
         "## Loading\n",
         _LOADING[kind].format(name=json.dumps(name)),
-        _VIDEOS.format(name=json.dumps(name), quoted=shlex.quote(name)),
+        _NEEDED[family] + _VIDEOS.format(name=json.dumps(name), quoted=shlex.quote(name)),
+        *([_PUBLISHED.format(quoted=shlex.quote(name))] if published else []),
         *_training(hub_base, stages),
         *_tables(scores),
     ]
     return "\n".join(parts)
 
 
-def _front_matter(kind: str, hub_base: str | None, model_type: str) -> str:
+def _front_matter(kind: str, hub_base: str | None, model_type: str, family: Name) -> str:
+    lora = ("lora",) if family == "pite" or kind == "peft" else ()
     lines = [
         f"library_name: {'transformers' if kind == 'full' else 'peft'}",
         "pipeline_tag: video-text-to-text",
         *([f"base_model: {json.dumps(hub_base)}"] if hub_base else []),
         "tags:",
-        *(f"- {tag}" for tag in ("pite", "video", "lora", model_type)),
+        *(f"- {tag}" for tag in (family, "video", *lora, model_type)),
         "# license: to be added; the language model's and the data's terms apply",
     ]
     return "\n".join(["---", *lines, "---", ""])

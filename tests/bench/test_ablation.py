@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.ablation import VARIANTS, differences, plot_curves, table, train_and_measure, twins
+from bench.ablation import VARIANTS, differences, plot_curves, table, train_and_measure, training_hours, twins
 from dataloaders.cli import parse
 from dataloaders.files import sha256
 from engine.train import TrainConfig
@@ -64,6 +64,17 @@ def test_scores_of_other_parts_are_refused(tmp_path: Path):
     for parts, flags in (("2", ["--epochs", "1"]), ("1", [])):
         with pytest.raises(SystemExit, match="other --parts or --train: give another --output"):
             train_and_measure(tmp_path, tmp_path / parts, VARIANTS[0], 0, flags)
+
+
+def test_hours_are_those_of_every_step_once(tmp_path: Path):
+    """A step that a resumed run logs again counts once."""
+    for stage, seconds in ((1, [1800.0]), (2, [3600.0, 900.0])):
+        (tmp_path / f"stage{stage}").mkdir()
+        lines = [{"step": step, "seconds": value} for step, value in enumerate([*seconds, seconds[-1]], 1)]
+        lines[-1]["step"] -= 1
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"stage{stage}" / "metrics.jsonl").write_text(text)
+    assert training_hours(tmp_path) == pytest.approx(1.75)
 
 
 def test_twins_differ_in_their_motion_alone():

@@ -3,12 +3,17 @@ from pathlib import Path
 import pytest
 
 from tests.clips import save_clip
-from tests.engine.workspace import make_workspace
+from tests.engine.workspace import make_pg_workspace, make_workspace
 
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="session")
+def pg_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pg_workspace(tmp_path_factory.mktemp("pg_workspace"))
 
 
 @pytest.fixture(scope="session")

@@ -193,12 +193,17 @@ def test_the_dry_run_names_the_devices_beyond_which_more_do_not_pay(capsys):
     assert 1 <= hours[0] / hours[1] <= 2 and hours[3] / hours[4] < 1.6, line
 
 
+def test_devices_without_a_whole_host_have_a_reason_in_place_of_hours(capsys):
+    assert budget.main(["--model", "7b", "--devices", "16"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "devices, more hosts: add 8 to --devices for their hours"
+
+
 def test_a_batch_limits_the_devices_that_are_counted():
     def lines(*batches: int) -> list[str]:
         costs = [stage_cost(TrainConfig(optimization=OptimizationConfig(global_batch=batch)), 2) for batch in batches]
         return scaling.scaling_lines(costs)
 
-    assert lines(7) == []
+    assert lines(7) == ["devices, more hosts: no hours for a batch of 7, less than a sample for each of 8"]
     costs = [stage_cost(TrainConfig(), 2)]
     assert scaling.scaling_lines(costs, gradient_bytes=2) != scaling.scaling_lines(costs), "fewer bytes, fewer hours"
     assert ", 16: " in lines(256, 16)[1] and ", 32: " not in lines(256, 16)[1]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from dataloaders.store.features import FeatureStore
 from dataloaders.synthetic.world import WorldConfig, make_world
@@ -25,7 +26,9 @@ from pite.evaluate.__main__ import main as evaluate
 from pite.export.__main__ import main as export
 from pite.generate import Generator
 from pite.llava import EDGES, EMBEDDINGS, PROJECTOR_FILE
+from pite.names import merged_tensors
 from tests.engine.workspace import train_arguments
+from tests.pite.evaluate.qa.server import Handler, running
 
 FRAMES = 6
 TOWER = json.loads((PARTS / "clip" / "config.json").read_text())
@@ -58,6 +61,14 @@ def arguments(workspace: Path, output: Path, **flags: object) -> list[str]:
 
 def numbers(output: Path) -> list[tuple[float, ...]]:
     return [tuple(line[name] for name in NUMBERS) for line in read_metrics(output / "stage3" / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pg_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on random features with a random language model, which is faster."""
+    output = tmp_path_factory.mktemp("uninterrupted")
+    assert main(arguments(pg_workspace, output)) == 0
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +107,28 @@ def test_the_published_projector_file_is_written_next_to_safetensors(trained: Pa
     assert torch.equal(published[EMBEDDINGS][:-3], table)
 
 
-def test_an_export_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(["--model", str(trained / "stage3" / "final"), "--output", str(tmp_path / "e")]) == 1
-    assert "pite.export does not write: its folder holds the published mm_projector.bin" in capsys.readouterr().err
-    assert not (tmp_path / "e").exists()
+def test_an_export_loads_here_and_in_transformers(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    final, folder = trained / "stage3" / "final", tmp_path / "export"
+    flags = ["--model", str(final), "--output", str(folder)]
+    assert export([*flags, "--format", "peft"]) == 1
+    assert f"{final} holds no adapter: export it with --format full" in capsys.readouterr().err
+    assert export([*flags, "--dtype", "float32"]) == 0
+    ours, loaded = (dict(from_pretrained(each).named_parameters()) for each in (final, folder))
+    # The rows of the marks in the table are the trained ones, which a stage keeps next to the table.
+    assert torch.equal(loaded["decoder.embed_tokens"][-2:], ours["vid_edges"])
+    assert all(torch.equal(ours[name], loaded[name]) for name in ours if name != "decoder.embed_tokens")
+    llama, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert {name.rpartition(".")[0] for name in report["unexpected_keys"]} == {
+        f"model.mm_projector.{i}" for i in (0, 2)
+    }
+    assert not report["missing_keys"] and torch.equal(llama.lm_head.weight, ours["lm_head"])
+    assert (folder / "tokenizer.json").read_bytes() == (PARTS / "vicuna" / "tokenizer.json").read_bytes()
 
 
 def test_a_stopped_run_resumes_bitwise(
-    trained: Path, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: Path, pg_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, steps = torch.optim.AdamW.step, []
 
@@ -114,38 +139,42 @@ def test_a_stopped_run_resumes_bitwise(
         return step(self, *rest)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", signalling)
-    assert main(arguments(workspace, tmp_path)) == 0
+    assert main(arguments(pg_workspace, tmp_path)) == 0
     assert 0 < len(numbers(tmp_path)) < 6
     monkeypatch.undo()
-    assert main(arguments(workspace, tmp_path)) == 0
-    assert numbers(tmp_path) == numbers(trained)
-    expected = load_file(trained / "stage3" / "final" / "pite.safetensors")
+    assert main(arguments(pg_workspace, tmp_path)) == 0
+    assert numbers(tmp_path) == numbers(uninterrupted)
+    expected = load_file(uninterrupted / "stage3" / "final" / "pite.safetensors")
     for name, tensor in load_file(tmp_path / "stage3" / "final" / "pite.safetensors").items():
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_micro_batches_change_nothing(trained: Path, workspace: Path, tmp_path: Path) -> None:
-    assert main(arguments(workspace, tmp_path, token_budget=130)) == 0
-    np.testing.assert_allclose(numbers(tmp_path), numbers(trained), rtol=1e-5)
+def test_micro_batches_change_nothing(uninterrupted: Path, pg_workspace: Path, tmp_path: Path) -> None:
+    assert main(arguments(pg_workspace, tmp_path, token_budget=130)) == 0
+    np.testing.assert_allclose(numbers(tmp_path), numbers(uninterrupted), rtol=1e-5)
 
 
-def test_videos_first_share_their_rows(workspace: Path, tmp_path: Path) -> None:
+def test_videos_first_share_their_rows(pg_workspace: Path, tmp_path: Path) -> None:
     """Questions about one video meet in a batch, and the loss is that of batches that share nothing."""
     flags = {"video_first": "always", "lora_rank": 4, "learning_rate": 1e-3}
-    assert main(arguments(workspace, tmp_path / "shared", **flags)) == 0
-    assert main(arguments(workspace, tmp_path / "small", token_budget=130, **flags)) == 0
+    assert main(arguments(pg_workspace, tmp_path / "shared", **flags)) == 0
+    assert main(arguments(pg_workspace, tmp_path / "small", token_budget=130, **flags)) == 0
     shared, small = numbers(tmp_path / "shared"), numbers(tmp_path / "small")
     np.testing.assert_allclose(shared, small, rtol=1e-5)
     one, two = (read_metrics(tmp_path / name / "stage3" / "metrics.jsonl")[0] for name in ("shared", "small"))
     assert one["rows"] < 0.5 * one["tokens"] and one["tokens"] == two["tokens"] and one["rows"] < two["rows"]
     model = from_pretrained(tmp_path / "shared" / "stage3" / "final")
-    assert (tmp_path / "shared" / "stage3" / "final" / "adapter_model.safetensors").exists()
     assert next(model.linear_layers()).lora_b is not None
+    flags = ["--model", str(tmp_path / "shared" / "stage3" / "final"), "--output", str(tmp_path / "peft")]
+    assert export([*flags, "--format", "peft"]) == 0
+    again = from_pretrained(tmp_path / "peft")
+    assert torch.equal(again.vid_edges, model.vid_edges)
+    torch.testing.assert_close(merged_tensors(again), merged_tensors(model))
 
 
-def test_float8_without_a_lora_trains(trained: Path, workspace: Path, tmp_path: Path) -> None:
-    assert main(arguments(workspace, tmp_path, frozen_dtype="fp8")) == 0
-    losses, exact = numbers(tmp_path), numbers(trained)
+def test_float8_without_a_lora_trains(uninterrupted: Path, pg_workspace: Path, tmp_path: Path) -> None:
+    assert main(arguments(pg_workspace, tmp_path, frozen_dtype="fp8")) == 0
+    losses, exact = numbers(tmp_path), numbers(uninterrupted)
     assert losses != exact and losses[-1][0] < losses[0][0]
     np.testing.assert_allclose(losses[0][:2], exact[0][:2], rtol=0.01)
 
@@ -200,6 +229,55 @@ def test_chat_and_evaluation_answer_with_the_trained_model(
     assert evaluate([*arguments, "--predictions", str(tmp_path / "answers.jsonl"), "--batch-size", "2"]) == 0
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert metrics.exists() and sum("answer" in line for line in answers) >= 3
+
+
+def test_a_judge_scores_its_answers(
+    trained: Path, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the published transcripts as an option, which are part of what the answers depend on."""
+    videos = [file.stem for file in sorted((workspace / "data/evaluation/videos").iterdir())]
+    items = [{"video_name": video, "Q": "How many shapes can be seen?", "A": "Two shapes."} for video in videos]
+    (tmp_path / "generic_qa.json").write_text(json.dumps(items))
+    (tmp_path / "transcripts").mkdir()
+    (tmp_path / "transcripts" / f"{videos[0]}.txt").write_text("red circle " * 20)
+    paths = {"model": trained / "stage3/final", "data": workspace / "data", "store": workspace / "features"}
+    paths |= {
+        "ground_truth": tmp_path / "generic_qa.json",
+        "predictions": tmp_path / "p.jsonl",
+        "metrics": tmp_path / "m",
+    }
+    flags = [
+        "qa",
+        "--benchmark",
+        "video_chatgpt",
+        "--family",
+        "pg-video-llava",
+        "--device",
+        "cpu",
+        "--judge-model",
+        "m",
+    ]
+    flags += [text for name, path in paths.items() for text in (f"--{name.replace('_', '-')}", str(path))]
+
+    def grade(handler: Handler, body: dict[str, object]) -> None:
+        handler.complete('{"score": 4}')
+
+    with running(grade) as server:
+        assert evaluate([*flags, "--judge-url", server.url]) == 0
+        numbers = json.loads(paths["metrics"].read_text())["video_chatgpt"]
+        assert server.bodies and {body["model"] for body in server.bodies} == {"m"}
+        assert {numbers[axis] for axis in ("correctness", "detail", "context")} == {4.0}
+        quoted = [*flags, "--judge-url", server.url, "--transcripts", str(tmp_path / "transcripts")]
+        assert evaluate(quoted) == 1
+        assert "transcripts" in capsys.readouterr().err
+        assert evaluate([*quoted, "--overwrite"]) == 0
+    generator = Generator.from_pretrained(trained / "stage3/final")
+    record = FeatureStore(workspace / "features/videos").read(f"evaluation/{videos[0]}").copy()
+    (answer,) = generator.answer([items[0]["Q"]], [record], transcripts=["red circle " * 19 + "red circle"])
+    first = json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])
+    assert (first["video_id"], first["answer"]) == (videos[0], answer.text)
+    assert evaluate(["trajectories", *flags[flags.index("--model") :][:6], "--device", "cpu"]) == 1
+    assert "of the family pg-video-llava, which predicts no trajectories" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_published_recipes_cost(

@@ -103,4 +103,7 @@ def _vp9_intra_size(bits: Bits, profile: int, refresh: bool) -> tuple[int, int]:
             bits.u(1)
     if refresh:
         bits.u(8)
-    return bits.u(16) + 1, bits.u(16) + 1
+    size = bits.u(16) + 1, bits.u(16) + 1
+    if bits.flag() and (bits.u(16) + 1, bits.u(16) + 1) != size:
+        raise Irregular("a size to be shown that is not its own")  # FFmpeg ignores it, and NVDEC may crop to it.
+    return size

@@ -10,8 +10,12 @@ PyAV is the fallback, in worker processes that can be killed:
 - DALI returns black frames, without an error, for frames that a damaged file lacks. So PyAV decodes a file again whose
   last frame is black.
 - Another version of DALI or another GPU may decode differently. So PyAV also decodes the first file of each codec and
-  colour matrix, and one of every CHECKED_EVERY later; if any frame differs, or is that of a neighbour, PyAV decodes all
-  other files of that kind (`agreement`).
+  colour matrix, and one of every COMPARED_EVERY; if any frame differs, or is that of a neighbour, PyAV decodes all other
+  files of that kind (`agreement`).
+
+Which decoder a file gets depends on the file alone, as long as DALI neither hangs nor differs from PyAV: not on the files
+before it, which a resumed run does not see. So DALI is tried on a file of its own first (`trial`), and a run of damaged files
+does not disable it. `Decoded.by` names the reason of each fallback, and the store keeps it.
 
 Files are put into batches by codec, size and length within a window, so that decoders are used again and the files of a
 batch end together. Results are in the order of the media.
@@ -35,7 +39,9 @@ from dataloaders.decode.dali.agreement import compare, surroundings
 from dataloaders.decode.dali.pipeline import Pipeline, require, root_cause
 from dataloaders.decode.dali.request import BATCH_MEMORY, DecodeRequest, prepare
 from dataloaders.decode.dali.sessions import ON_CPU, Sessions
+from dataloaders.decode.dali.share import is_compared
 from dataloaders.decode.dali.torchcodec import TorchcodecPipeline
+from dataloaders.decode.dali.trial import check
 from dataloaders.decode.decoder import Decoded, decode_file, guarded, result_of
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.decode.sampling import Sampling
@@ -47,17 +53,10 @@ if TYPE_CHECKING:
 
     Frames = np.ndarray | Tensor | str
 
-MAX_FAILURES = 8
-"""Failures without any success after which DALI is disabled: its decoder does not work on this machine."""
-
 MAX_HANGS = 3
 """Pipelines that hang after which DALI is disabled: each keeps its threads and its memory."""
 
-CHECKED_EVERY = 2000
-"""Files of a codec and colour matrix, one of which PyAV decodes as well."""
-
 _CANNOT_DECODE, _DISABLED = "DALI cannot decode it", "DALI is disabled"
-_MISTAKEN = "of a size that DALI may take for another file's"
 _LOG = logging.getLogger(__name__)
 
 Placed = tuple[int, DecodeRequest]
@@ -108,18 +107,19 @@ class DaliDecoder:
         make: Callable[..., Pipeline | TorchcodecPipeline] = Pipeline if engine == "DALI" else TorchcodecPipeline
         self._engine = engine
         settings: dict[str, Any] = {"num_frames": num_frames, "preprocess": preprocess, "sampling": sampling}
-        self._prepare = partial(prepare, device=device, cpu_share=cpu_share, counts_hidden=engine == "DALI", **settings)
+        probe = partial(prepare, device=device, by_dali=engine == "DALI", **settings)
+        self._prepare = partial(probe, cpu_share=cpu_share)
         self._decode = partial(guarded, partial(decode_file, **settings))
         self._surroundings = partial(guarded, partial(surroundings, **settings))
-        self._failed, self._succeeded, self._hung, self._cause = 0, False, 0, ""
+        self._hung = 0
         self._disagree: set[tuple[str, int]] = set()
         self._of_kind: Counter[tuple[str, int]] = Counter()
-        self._shown: dict[str, set[tuple[int, int]]] = {}
         self._sessions, self._time_limit = sessions, time_limit
         self._memory = BATCH_MEMORY[device] // sessions.in_flight
         self._build = partial(make, kind, preprocess, device, sessions.batch, sessions.threads)
         try:
             self._pipelines = [self._build() for _ in range(sessions.pipelines)]
+            check(self._pipelines[0], kind, device, probe, time_limit)
         except RuntimeError as error:
             raise ValueError(f"{engine} cannot decode on {device} here ({root_cause(error)}); use pyav") from None
         self.workers = Workers(max(1, workers), time_limit)
@@ -159,21 +159,12 @@ class DaliDecoder:
             for _ in range(min(self._sessions.window, len(pending))):
                 item, future = pending.popleft()
                 entry = result_of(item, future)
-                if self._may_be_mistaken(entry):
-                    entry = self._with_pyav(entry, _MISTAKEN)
                 if isinstance(entry, DecodeRequest):
-                    self._shown.setdefault(entry.codec, set()).add(entry.decoded)
                     window.append((place, entry))
                 else:
                     results[place] = item, entry
                 place += 1
             yield from self._divided(window) or [[]]
-
-    def _may_be_mistaken(self, entry: Decoded | DecodeRequest) -> bool:
-        """Whether DALI may decode a file in the layout of an earlier one."""
-        if self._engine != "DALI" or not isinstance(entry, DecodeRequest):
-            return False
-        return entry.may_be_taken_for(self._shown.get(entry.codec, ()))
 
     def _divided(self, window: list[Placed]) -> list[list[Placed]]:
         """The requests of a window in batches, those of similar size and length together."""
@@ -189,7 +180,7 @@ class DaliDecoder:
 
     @property
     def _disabled(self) -> bool:
-        return self._hung >= MAX_HANGS or (self._failed >= MAX_FAILURES and not self._succeeded)
+        return self._hung >= MAX_HANGS
 
     def _start(self, placed: list[Placed]) -> None:
         """Schedule a batch on the next pipeline, unless an earlier one of it must be scheduled again."""
@@ -218,21 +209,11 @@ class DaliDecoder:
     def _frames(self, batch: _InFlightBatch) -> list[Frames]:
         """Frames of each request of a batch, or the reason why PyAV must decode it."""
         try:
-            frames = (self._finish if batch.scheduled else self._bisect)(batch.requests, batch.slot)
+            return (self._finish if batch.scheduled else self._bisect)(batch.requests, batch.slot)
         except RuntimeError as error:
             _LOG.info("rebuilding DALI's pipeline: %s", root_cause(error))
             self._rebuild(batch.slot)
-            frames = self._bisect(batch.requests, batch.slot)
-        before = self._disabled
-        self._failed += sum(isinstance(f, str) and f == _CANNOT_DECODE for f in frames)
-        self._succeeded |= any(not isinstance(f, str) for f in frames)
-        if self._disabled and not before:
-            _LOG.warning(
-                "disabling DALI after %d files without a success (%s): falling back to PyAV for all other files",
-                self._failed,
-                self._cause,
-            )
-        return frames
+            return self._bisect(batch.requests, batch.slot)
 
     def _finish(self, requests: list[DecodeRequest], slot: int) -> list[Frames]:
         """Wait for the oldest batch: frames, or the reason after a timeout. Raises RuntimeError if a file is bad."""
@@ -265,11 +246,9 @@ class DaliDecoder:
                 self._pipelines[slot].start(part)
                 frames += self._finish(part, slot)
             except RuntimeError as error:
-                self._cause = root_cause(error)
+                _LOG.debug("%s", root_cause(error))
                 self._rebuild(slot)
                 frames += self._bisect(part, slot) if len(part) > 1 else [_CANNOT_DECODE]
-            else:
-                self._succeeded |= any(not isinstance(f, str) for f in frames)
         return frames
 
     def _with_pyav(self, request: DecodeRequest, why: str) -> Future[Any]:
@@ -300,10 +279,12 @@ class DaliDecoder:
         kind = request.codec, request.matrix
         if kind in self._disagree:
             return False
-        if self._of_kind[kind] % CHECKED_EVERY == 0:
+        compared = is_compared(request.media)
+        if compared or not self._of_kind[kind]:
             around = result_of(request.media, self.workers.submit(self._surroundings, request.media)).frames
             if around is None:
-                return False  # The next file is compared instead.
+                # The next file is compared. This one keeps its frames, as it does where it is not the first of its kind.
+                return not compared
             ours = frames if isinstance(frames, np.ndarray) else frames.cpu().numpy()
             agreement = compare(ours[request.places] if request.media.kind == "video" else ours, around)
             if not agreement:

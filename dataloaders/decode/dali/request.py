@@ -9,12 +9,11 @@ DALI never opens a video's own file. It gets one with the needed packets alone (
 - pictures of H.264 and HEVC are not cropped by their parameters. DALI's cache of NVDEC decoders compares the coded size of
   a file with the shown size of earlier ones, so a file of 1280 x 536 pixels, coded as 1280 x 544, would get the decoder and
   the picture layout of one of 1280 x 544, and no file of 640 x 360 (coded 368) would find a decoder. They are cropped
-  after decoding instead.
+  after decoding instead. Sizes that DALI may confuse all the same are left to PyAV (`sizes`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,6 +23,7 @@ from PIL import Image
 from dataloaders.decode import nvdec
 from dataloaders.decode.bitstream.pictures import CHANGES_SIZE
 from dataloaders.decode.dali.share import is_for_the_cpu
+from dataloaders.decode.dali.sizes import may_be_confused
 from dataloaders.decode.decoder import Decoded, decode_file, guarded
 from dataloaders.decode.facts import Facts
 from dataloaders.decode.orientation import UPRIGHT
@@ -48,10 +48,8 @@ BT709, BT601 = (1,), (2, 5, 6)
 MAX_FILE = 128 * 2**20
 """Most bytes of a file's needed packets, since they are in memory. PyAV decodes files of more."""
 
-_ALIGNED = (8, 16, 32, 64)
-"""Pixels to which decoders round sizes up."""
-
 _EXTREME = "a long and narrow picture"
+_CONFUSED = "a size that DALI may confuse with another"
 
 FRAME_MEMORY = {"cuda": 6 * 2**30, "cpu": 2**30}
 """Most bytes of the whole frames of a file. All are in memory before they are resized: 276 MB for 100 frames of 720p."""
@@ -90,11 +88,6 @@ class DecodeRequest:
         """Codec, size and length: files with similar ones are decoded together."""
         return self.codec, self.decoded, len(self.content)
 
-    def may_be_taken_for(self, shown: Collection[tuple[int, int]]) -> bool:
-        """Whether a decoder may round this size to one of these sizes of other files."""
-        width, height = self.decoded
-        return any((-(-width // a) * a, -(-height // a) * a) in shown for a in _ALIGNED if (width % a or height % a))
-
 
 def prepare(
     media: Media,
@@ -103,11 +96,12 @@ def prepare(
     device: str,
     sampling: Sampling = "index",
     cpu_share: float = 0.0,
-    counts_hidden: bool = True,
+    by_dali: bool = True,
 ) -> Decoded | DecodeRequest:
     """A request if DALI can decode the file on `device`; otherwise PyAV's result: frames, or the reason for none.
 
-    PyAV also decodes the CPU's share of the videos. `counts_hidden` is true of DALI, which takes hidden pictures for frames.
+    PyAV also decodes the CPU's share of the videos. `by_dali` is false where torchcodec takes DALI's place: DALI counts hidden
+    pictures as frames and may confuse sizes.
     """
     decode = partial(decode_file, num_frames=num_frames, preprocess=preprocess, sampling=sampling)
     if media.kind == "video" and is_for_the_cpu(media, cpu_share):
@@ -116,7 +110,7 @@ def prepare(
         if media.kind == "image":
             request = _still(media, preprocess)
         else:
-            request = _video(media, num_frames, preprocess, device, sampling, counts_hidden)
+            request = _video(media, num_frames, preprocess, device, sampling, by_dali)
     except DecodeError as error:
         return Decoded(media, reason=str(error))
     except Exception as error:  # PyAV reports what is wrong with the file.
@@ -125,13 +119,15 @@ def prepare(
 
 
 def _video(
-    media: Media, num_frames: int, preprocess: Preprocess, device: str, sampling: Sampling, counts_hidden: bool
+    media: Media, num_frames: int, preprocess: Preprocess, device: str, sampling: Sampling, by_dali: bool
 ) -> DecodeRequest | str:
     """A request for a video, or the reason why DALI cannot decode it."""
     probed = probe(media.path, media.clip)
     indices, places = np.unique(probed.indices(num_frames, sampling), return_inverse=True)
     memory = len(indices) * probed.height * probed.width * 3
     hidden = probed.packets.pictures.hidden
+    size = probed.width, probed.height
+    decoded = probed.coded if probed.codec in CROPPED else size
     problems = {
         f"DALI has no {probed.codec} on {device}": probed.codec not in CODECS[device],
         f"{probed.pixel_format} pixels": probed.pixel_format not in PIXEL_FORMATS,
@@ -145,14 +141,13 @@ def _video(
         _EXTREME: preprocess.is_extreme(probed.height, probed.width),
         "large frames": memory > FRAME_MEMORY[device],
         probed.packets.pictures.problem: bool(probed.packets.pictures.problem),
-        hidden: bool(hidden) and (counts_hidden or hidden == CHANGES_SIZE),
+        hidden: bool(hidden) and (by_dali or hidden == CHANGES_SIZE),
         "a size that NVDEC does not decode": device == "cuda" and nvdec.refuses(probed.codec, probed.coded),
+        _CONFUSED: device == "cuda" and by_dali and may_be_confused(probed.codec, decoded),
     }
     why = next((name for name, is_so in problems.items() if is_so), None)
     if why is not None:
         return why
-    size = probed.width, probed.height
-    decoded = probed.coded if probed.codec in CROPPED else size
     thinned = thinned_file(media.path, probed.packets.pictures, probed.packets.ticks(indices - probed.first), decoded)
     if len(thinned.content) > MAX_FILE:
         return "a long file"

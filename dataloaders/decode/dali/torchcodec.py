@@ -12,16 +12,15 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TimedOut
-from io import BytesIO
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
-import av
 import numpy as np
 
 from dataloaders.decode import nvdec, torchcodec
 from dataloaders.decode.dali.pipeline import shown
 from dataloaders.decode.dali.request import DecodeRequest
+from dataloaders.decode.dali.trial import small_video
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.errors import reason
 
@@ -38,7 +37,7 @@ def require(device: str = "cpu") -> None:
         return
     nvdec.require()
     try:
-        _decoder(_small_video(), device).get_frame_at(0)
+        _decoder(small_video(device), device).get_frame_at(0)
     except RuntimeError as error:
         raise ValueError(
             f"torchcodec cannot decode on cuda here ({reason(error)}); install its CUDA build, or use --decoder dali"
@@ -99,14 +98,3 @@ def _decoder(content: bytes, device: str) -> Any:
     from torchcodec.decoders import VideoDecoder
 
     return VideoDecoder(content, device=device, num_ffmpeg_threads=1, seek_mode="exact")
-
-
-def _small_video() -> bytes:
-    """One black picture of a size that every NVDEC accepts."""
-    content = BytesIO()
-    with av.open(content, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 192, 144, "yuv420p"
-        container.mux(stream.encode(av.VideoFrame(192, 144, "yuv420p")))
-        container.mux(stream.encode())
-    return content.getvalue()

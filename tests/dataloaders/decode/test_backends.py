@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from concurrent.futures import Future
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Literal
 from weakref import WeakSet
 
 import av
@@ -375,20 +375,20 @@ class TestDali:
         with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(.*no driver\); use pyav"):
             dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1)
 
-    def test_dali_that_never_works_is_disabled(
-        self, videos: dict[str, Media], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    @pytest.mark.parametrize("kind", ["video", "image"])
+    def test_dali_that_does_not_work_is_refused_at_the_start(
+        self, monkeypatch: pytest.MonkeyPatch, kind: Literal["video", "image"]
     ) -> None:
-        """As in a container without the driver's video libraries: after some failures PyAV decodes everything."""
-        tried: list[int] = []
+        """As in a container whose driver decodes nothing: before the first file, so that it does not depend on the files."""
 
         def fail(self: dali.Pipeline, requests: list[DecodeRequest]) -> None:
-            tried.append(len(requests))
-            raise RuntimeError("NVDEC is not there")
+            raise RuntimeError("encountered: NVDEC is not there")
 
         monkeypatch.setattr(dali.Pipeline, "start", fail)
-        with dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, sessions=replace(ON_CPU, batch=4)) as decoder:
-            results = list(decoder.map([videos["VP9"]] * 40))
-        assert {r.by for r in results} == {"PyAV (DALI cannot decode it)", "PyAV (DALI is disabled)"}
-        (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-        assert re.search(r"disabling DALI after \d+ files without a success \(NVDEC is not there\)", warning)
-        assert all(r.frames is not None for r in results) and len(tried) < 40
+        with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(NVDEC is not there\); use pyav"):
+            dali.DaliDecoder(kind, N, PREPROCESS, "cpu", workers=1)
+
+    def test_a_trial_that_hangs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dali.Pipeline, "_await", lambda *_: None)
+        with pytest.raises(ValueError, match=r"DALI cannot decode on cpu here \(DALI timed out after 0\.1 s\)"):
+            dali.DaliDecoder("video", N, PREPROCESS, "cpu", workers=1, time_limit=0.1)

@@ -40,13 +40,15 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> list[Media]:
 
 
 def hanging(patch: Callable[..., None], released: threading.Event, pipelines: int | None = None) -> None:
-    """Let the first pipelines, or all, wait for `released` before they decode."""
+    """Let the first pipelines, or all, wait for `released` before they decode. The first decodes its first file, the trial."""
     from nvidia.dali import fn
 
-    decode, built = fn.decoders.video, []
+    decode, built, tried = fn.decoders.video, [], []
 
     def wait(content: Any) -> Any:
-        released.wait()
+        if tried:
+            released.wait()
+        tried.append(content)
         return content
 
     def decode_later(content: Any, **options: Any) -> Any:

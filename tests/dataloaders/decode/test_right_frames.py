@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from io import BytesIO
+from itertools import permutations, product
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
+from bench.dali_model import DecoderCache, calls, counts_right, frames_of
 from dataloaders.decode.bitstream.vpx import superframe
 from dataloaders.decode.dali.agreement import MARGIN, compare, surroundings
 from dataloaders.decode.dali.decoder import DaliDecoder
 from dataloaders.decode.dali.request import DecodeRequest, prepare
+from dataloaders.decode.dali.sizes import COMMON, may_be_confused
 from dataloaders.decode.decoder import Decoded, decode_cropped
 from dataloaders.decode.packets import read_packets
 from dataloaders.decode.preprocess import Preprocess
 from dataloaders.records import Media
-from tests.dataloaders.decode.dali_model import DecoderCache, calls, counts_right, frames_of
 from tests.dataloaders.decode.test_backends import VP9, write
 from tests.media import TWO_PASS, needs_dali
 
@@ -129,42 +132,59 @@ def test_each_of_these_files_gives_the_frames_of_pyav(files: dict[str, Path]) ->
                 np.testing.assert_array_equal(decoded.frames, decode_cropped(m, N, PREPROCESS), err_msg=m.key)
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_a_size_is_never_decoded_as_another(tmp_path: Path, first: int) -> None:
-    """1280 x 536 is coded as 1280 x 544, and 640 x 360 as 640 x 368."""
-    sizes = [(1280, 544), (1280, 536), (640, 368), (640, 360)]
-    cache, plain = DecoderCache(), DecoderCache()
-    wrong = 0
-    for size in sizes if first == 0 else sizes[::-1]:
-        path = write(tmp_path / f"{size[1]}.mp4", "libx264", {"preset": "ultrafast"}, frames=2, size=size)
+def test_h264_is_never_decoded_as_another_size(tmp_path: Path) -> None:
+    """1280 x 536 is coded as 1280 x 544, and 640 x 360 as 640 x 368. DALI gets files without cropping, which share decoders."""
+    sizes = {}
+    for size in [(1280, 544), (1280, 536), (640, 368), (640, 360)]:
+        path = write(tmp_path / f"{size[1]}.mp4", "libx264", {"preset": "ultrafast"}, frames=1, size=size)
         request = prepare(Media("k", path), 2, PREPROCESS, "cuda")
         assert isinstance(request, DecodeRequest) and request.size == size
-        coded = size[0], -(-size[1] // 16) * 16
-        assert request.decoded == coded
-        # The file that DALI gets has no cropping: both sizes are the same, and files share decoders.
-        (tmp_path / "needed.mp4").write_bytes(request.content)
-        with av.open(str(tmp_path / "needed.mp4")) as container:
+        sizes[size] = request.decoded
+        assert request.decoded == (size[0], -(-size[1] // 16) * 16)
+        with av.open(BytesIO(request.content)) as container:
             frame = next(container.decode(video=0))
-        assert (frame.width, frame.height) == coded
-        assert cache.layout(coded, coded) == coded
-        wrong += plain.layout(coded, size) != size
+        assert (frame.width, frame.height) == request.decoded
         with av.open(str(path)) as container:
             whole = next(container.decode(video=0)).reformat(format="gray").to_ndarray()
-        ours = frame.reformat(format="gray").to_ndarray()[: size[1], : size[0]]
-        np.testing.assert_array_equal(ours, whole)
-    assert len(cache.shown) == 2 and wrong == (2 if first == 0 else 0)
+        np.testing.assert_array_equal(frame.reformat(format="gray").to_ndarray()[: size[1], : size[0]], whole)
+    for order in permutations(sizes):
+        cache = DecoderCache()
+        assert [cache.layout(sizes[size], sizes[size]) for size in order] == [sizes[size] for size in order]
+        assert len(cache.shown) == 2
+    cropped = DecoderCache()
+    assert sum(cropped.layout(coded, size) != size for size, coded in sizes.items()) == 2, "what cropping would lead to"
 
 
-@needs_dali
-def test_vp9_of_a_size_that_may_be_taken_for_another(tmp_path: Path) -> None:
-    """VP9's size cannot be changed without decoding. So the second of two files whose coded sizes may agree goes to PyAV."""
-    sizes = [(96, 72), (104, 72), (98, 72), (96, 72)]
-    media = []
-    for i, size in enumerate(sizes):
-        media.append(Media(str(i), write(tmp_path / f"{i}.webm", "libvpx-vp9", VP9, frames=4, size=size)))
-    with DaliDecoder("video", 2, PREPROCESS, "cpu", workers=1) as decoder:
-        by = [decoded.by for decoded in decoder.map(media)]
-    assert by == ["DALI (vp9)", "DALI (vp9)", "PyAV (of a size that DALI may take for another file's)", "DALI (vp9)"]
+@pytest.mark.parametrize("codec", sorted(COMMON))
+def test_no_size_is_rounded_to_another_that_dali_gets(codec: str) -> None:
+    """Whatever NVDEC rounds to, up to whole macroblocks, in either direction."""
+    assert {(640, 360), (360, 640), (1920, 1080)} <= COMMON[codec]
+    assert ((856, 480) if codec == "hevc" else (854, 480)) in COMMON[codec]
+    units = list(product((1, 2, 4, 8, 16), repeat=2))
+    whole = [(16 * w, 16 * h) for w in range(1, 125) for h in range(1, 125)]
+    near = [(w + i, h + j) for w, h in COMMON[codec] for i in range(-16, 17) for j in range(-16, 17)]
+    gets = {size for size in [*whole, *near] if not may_be_confused(codec, size)}
+    assert COMMON[codec] <= gets and {(1280, 720), (192, 144), (1280, 544)} <= gets
+    assert not gets & {(640, 368), (1920, 1088), (856 if codec != "hevc" else 854, 480), (1280, 536), (98, 72)}
+    for size in gets:
+        rounded = {(-(-size[0] // a) * a, -(-size[1] // b) * b) for a, b in units}
+        assert rounded & gets == {size}
+    assert len(whole) - len(gets) < 40, "nearly all sizes of whole macroblocks"
+
+
+@pytest.mark.parametrize("codec", ["libvpx-vp9", "libvpx", "libx265"])
+def test_sizes_in_any_order(tmp_path: Path, codec: str) -> None:
+    """What goes to DALI depends on the file alone, and its cache never gives a file another one's layout."""
+    sizes = [(192, 160), (192, 152), (640, 368), (640, 360)]
+    options, suffix = (X265, ".mp4") if codec == "libx265" else (VP9, ".webm")
+    paths = [write(tmp_path / f"{h}{suffix}", codec, options, frames=1, size=(w, h)) for w, h in sizes]
+    by = [kept_from_dali(path) for path in paths]
+    assert by == ["", confused := "PyAV (a size that DALI may confuse with another)", confused, ""]
+    for unit, order in product((1, 8, 16), permutations(size for size, why in zip(sizes, by) if not why)):
+        cache = DecoderCache()
+        for size in order:
+            coded = size[0], -(-size[1] // unit) * unit
+            assert cache.layout(coded, size) == size
 
 
 def test_vp9_that_changes_size_goes_to_pyav(tmp_path: Path) -> None:

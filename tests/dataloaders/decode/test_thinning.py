@@ -213,6 +213,18 @@ class TestHeaders:
         with pytest.raises(Irregular):
             Vp9(b"").read(b"\x00" * 9)
 
+    def test_vp9_that_is_shown_in_another_size(self) -> None:
+        """Its render_size (6.2.4): FFmpeg ignores it, and NVDEC may crop to it."""
+        bits = "10 00 0 0 1 0" + f"{0x498342:024b} 001 0 {191:016b} {143:016b}"
+
+        def packet(end: str) -> bytes:
+            return int(f"{bits}{end}".replace(" ", "").ljust(320, "0"), 2).to_bytes(40)
+
+        same = f"1 {191:016b} {143:016b}"
+        assert Vp9(b"").read(packet("0")).size == Vp9(b"").read(packet(same)).size == (192, 144)
+        with pytest.raises(Irregular, match="a size to be shown that is not its own"):
+            Vp9(b"").read(packet(f"1 {191:016b} {135:016b}"))
+
     def test_av1_units(self) -> None:
         """A temporal unit with a hidden frame and a shown one; one that shows an earlier frame; and two shown frames."""
         hidden, shown, again = b"\x32\x01\x20", b"\x32\x01\x30", b"\x1a\x01\x80"

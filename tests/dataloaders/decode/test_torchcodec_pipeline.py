@@ -149,5 +149,5 @@ def test_it_is_refused_where_it_cannot_run(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "_decoder", refuse)
     with pytest.raises(ValueError, match=r"torchcodec cannot decode on cuda here \(Unsupported device.*--decoder dali"):
         backend._choose_decoder(config, "cuda")
-    (tmp_path / "small.mp4").write_bytes(module._small_video())
+    (tmp_path / "small.mp4").write_bytes(module.small_video("cuda"))
     assert tried and decode_cropped(Media("k", tmp_path / "small.mp4"), 1, PREPROCESS).shape == (1, 32, 32, 3)

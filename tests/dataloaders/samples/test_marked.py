@@ -84,3 +84,13 @@ def test_an_empty_transcript_is_quoted_and_none_is_not_mentioned() -> None:
     tokenizer = build_tokenizer()
     none, empty, some = (len(prompt_ids("Why?", tokenizer, marks(), transcript=t)[0]) for t in (None, "", "red circle"))
     assert none < empty < some
+
+
+def test_text_that_reads_like_a_special_token_is_text() -> None:
+    """transformers' LLaVA has tokens of its own, such as <image>, whose ids are those of the video's tokens here."""
+    tokenizer, extended = build_tokenizer(), build_tokenizer()
+    extended.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>", "<vid_end>"]})
+    sample = Sample("s", "m", (Turn("Is <pad> left of <vid_end>?", "a <image> circle."),))
+    one, two = (tokenize(sample, each, marks()) for each in (tokenizer, extended))
+    assert len(extended) > len(tokenizer) and (one.token_ids == two.token_ids).all()
+    assert (one.token_ids == marks().end).sum() == 1

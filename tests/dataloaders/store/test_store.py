@@ -79,7 +79,8 @@ def test_shards_are_not_limited_by_open_files(tmp_path: Path) -> None:
     for i, key in enumerate(keys[1:], 1):
         content[-24:] = record(key).astype(np.float16).tobytes()
         shard.with_name(f"00000-{i:06d}.safetensors").write_bytes(content)
-        pq.write_table(pa.table({"key": [key], "crc32": [0]}, index.schema_arrow), tmp_path / f"00000-{i:06d}.parquet")
+        table = pa.table({"key": [key], "crc32": [0], "decoder": [""]}, index.schema_arrow)
+        pq.write_table(table, tmp_path / f"00000-{i:06d}.parquet")
     code = (
         "import resource, sys, pathlib; from dataloaders.store.features import FeatureStore; "
         "from tests.dataloaders.store.test_store import record; "

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from dataloaders.files import ABANDONED_AFTER, temporary_sibling
@@ -50,6 +51,25 @@ def test_one_changed_bit_is_found_and_discards_one_shard(
     check(tmp_path, KEYS)
     assert main(["verify", str(tmp_path), "--discard"]) == 0
     assert verify(tmp_path).stray == []
+
+
+def test_which_decoder_gave_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Kept in the index and by a merge; indices of earlier versions hold none."""
+    write(tmp_path / "old", KEYS[:4])
+    for index in (tmp_path / "old").glob("*.parquet"):
+        pq.write_table(pq.read_table(index).drop_columns(["decoder"]), index)
+    by = dict.fromkeys(KEYS[4:6], "DALI (h264)") | dict.fromkeys(KEYS[6:8], "PyAV (DALI timed out after 600 s)")
+    with FeatureWriter(FeatureStore.create_or_open(tmp_path / "new", MANIFEST), shard_records=3) as writer:
+        for key, decoder in by.items():
+            writer.add({key: record(key)}, decoder)
+    assert FeatureStore(tmp_path / "new").decoders() == by
+    merge(tmp_path / "out", [tmp_path / "old", tmp_path / "new"])
+    assert FeatureStore(tmp_path / "out").decoders() == dict.fromkeys(KEYS[:4], "") | by
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "  decoded by DALI (h264): 2",
+        "  decoded by PyAV (DALI timed out after 600 s): 2",
+    ]
 
 
 def test_a_changed_header_is_found(tmp_path: Path) -> None:

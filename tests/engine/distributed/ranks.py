@@ -17,7 +17,10 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["engine.job", "engine.encode", "torch.utils.tensorboard", "torch.distributed.fsdp", "peft"]
+    [
+        *("engine.job", "torch.utils.tensorboard", "torch.distributed.fsdp", "peft"),
+        *("engine.encode.run", "pite.pooled", "pytest"),
+    ]
 )
 
 

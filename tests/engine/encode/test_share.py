@@ -12,6 +12,7 @@ import pytest
 
 from dataloaders.decode.dali.share import is_for_the_cpu
 from dataloaders.records import Media
+from dataloaders.store.features import FeatureStore
 from engine.encode import share
 from engine.encode.config import EncodeConfig
 from engine.encode.run import encode, prepare
@@ -56,12 +57,15 @@ def test_estimates() -> None:
 
 @needs_dali
 def test_a_killed_hybrid_run_stores_the_same_bytes(clip: Path, tmp_path: Path) -> None:
-    """Killed after some records, resumed without the flag, and with other windows of files at the start."""
+    """Killed after some records, resumed without the flag, with the files in another order: the same bytes and decoders."""
     videos = tmp_path / "data/stage2/videos"
     for i in range(VIDEOS):
         write_video(videos / f"v{i}.webm", 8 + i % 5, codec="libvpx-vp9", options={"cpu-used": "8"})
-    annotations = [{"id": f"v{i}", "conversations": [], "meta": {}} for i in range(VIDEOS)]
-    (tmp_path / "data/stage2/pite_143k.jsonl").write_text("".join(json.dumps(r) + "\n" for r in annotations))
+    annotations = [json.dumps({"id": f"v{i}", "conversations": [], "meta": {}}) + "\n" for i in range(VIDEOS)]
+    (tmp_path / "reversed/stage2").mkdir(parents=True)
+    (tmp_path / "reversed/stage2/videos").symlink_to(videos)
+    (tmp_path / "data/stage2/pite_143k.jsonl").write_text("".join(annotations))
+    (tmp_path / "reversed/stage2/pite_143k.jsonl").write_text("".join(annotations[::-1]))
     config = EncodeConfig(
         data=tmp_path / "data",
         store=tmp_path / "reference",
@@ -75,7 +79,7 @@ def test_a_killed_hybrid_run_stores_the_same_bytes(clip: Path, tmp_path: Path) -
     )
     whole = encode(config)
     assert whole.decoders.keys() == {"PyAV", "DALI (vp9)"} and min(whole.decoders.values()) >= VIDEOS // 5
-    killed = replace(config, store=tmp_path / "killed")
+    killed = replace(config, data=tmp_path / "reversed", store=tmp_path / "killed")
     process = CONTEXT.Process(target=_run, args=(killed,))
     process.start()
     while len(list(killed.store.rglob("0*.parquet"))) < 4:
@@ -88,6 +92,8 @@ def test_a_killed_hybrid_run_stores_the_same_bytes(clip: Path, tmp_path: Path) -
     rest = encode(replace(killed, cpu_share=None))
     assert sum(rest.decoders.values()) == VIDEOS - before
     assert records(killed.store) == records(config.store)
+    by = FeatureStore(config.store / "videos").decoders()
+    assert FeatureStore(killed.store / "videos").decoders() == by and Counter(by.values()) == whole.decoders
     (job,) = prepare(replace(killed, cpu_share=None))[1]
     assert job.backend.cpu_share == 0.5
     alone = encode(replace(config, store=tmp_path / "alone", cpu_share=0.0))
