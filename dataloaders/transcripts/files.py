@@ -47,9 +47,12 @@ def write_transcript(path: Path, video: str, duration: float, language: str | No
 def read_transcript(path: Path) -> str | None:
     """The text of a transcript's file, or of any other text file; None where it is empty.
 
-    Raises ValueError for a .json that this package did not write.
+    Raises ValueError for a .json that this package did not write, and for a text that is not UTF-8.
     """
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text") from None
     if path.suffix.lower() == ".json":
         try:
             text = json.loads(text)["transcript"]

@@ -22,6 +22,7 @@ from pite.evaluate.inputs import Inputs, key_of
 from pite.evaluate.plan import Window, plan, share_of
 from pite.evaluate.predictions import Prediction
 from pite.evaluate.questions import Question
+from pite.evaluate.transcripts import Transcripts
 from pite.families import Name
 from pite.generate import Generator
 from pite.lineage import check_encoder
@@ -55,7 +56,7 @@ class Model:
     model       directory, or name on the hub
     device      as on the command line; of several processes each takes the GPU of its rank
     batch_size  questions per batch, and videos whose frames are in memory
-    transcripts  folder of VIDEO.txt, for a model between two marks
+    transcripts  folder of VIDEO.json or VIDEO.txt, for a model between two marks
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Model:
         check_family(self.config, family, model)
         if transcripts is not None and not self.config.choices.marks:
             raise ValueError(f"{model} reads no transcript, which is for PG-Video-LLaVA: leave --transcripts out")
-        self._transcripts = transcripts
+        self._transcripts = None if transcripts is None else Transcripts(transcripts)
         self._prefixes: SharedPrefixes | None = None
 
     @property
@@ -96,6 +97,13 @@ class Model:
     def check_features(self, store: FeatureStore) -> None:
         """Raise ValueError as the function of this name."""
         check_features(store, self.directory)
+
+    def count_transcripts(self, inputs: Inputs) -> list[str]:
+        """How many videos have a transcript, in a sentence; [] without --transcripts. Raises ValueError if none has one."""
+        if self._transcripts is None:
+            return []
+        found, total = self._transcripts.count(question.video for question in inputs.questions)
+        return [f"{found:,} of {total:,} videos have a transcript"]
 
     def settings(self, inputs: Inputs, max_new_tokens: int) -> Settings:
         """What the answers to questions depend on."""
@@ -184,9 +192,7 @@ class Model:
             ]
 
     def _transcript(self, video: str) -> str | None:
-        """The transcript of a video's sound; None without a file, and for an empty one."""
-        file = None if self._transcripts is None else self._transcripts / f"{video}.txt"
-        return file.read_text(encoding="utf-8").strip() or None if file is not None and file.is_file() else None
+        return None if self._transcripts is None else self._transcripts.text(video)
 
     def _compute_frames(self, videos: Sequence[str], read: Callable[[str], np.ndarray]) -> VideoPrefixes:
         # Stacking copies the store's read-only views, which torch does not accept.

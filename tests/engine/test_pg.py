@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dataloaders.store.features import FeatureStore
 from dataloaders.synthetic.world import WorldConfig, make_world
+from dataloaders.transcripts.files import Segment, write_transcript
 from engine.encode.__main__ import main as encode
 from engine.metrics import read_metrics
 from engine.tiny.shipped import PARTS
@@ -238,8 +239,8 @@ def test_a_judge_scores_its_answers(
     videos = [file.stem for file in sorted((workspace / "data/evaluation/videos").iterdir())]
     items = [{"video_name": video, "Q": "How many shapes can be seen?", "A": "Two shapes."} for video in videos]
     (tmp_path / "generic_qa.json").write_text(json.dumps(items))
-    (tmp_path / "transcripts").mkdir()
-    (tmp_path / "transcripts" / f"{videos[0]}.txt").write_text("red circle " * 20)
+    transcript = Segment(0, 9, ("red circle " * 20).strip())
+    write_transcript(tmp_path / "transcripts" / f"{videos[0]}.json", "a.mp4", 9, "en", [transcript])
     paths = {"model": trained / "stage3/final", "data": workspace / "data", "store": workspace / "features"}
     paths |= {
         "ground_truth": tmp_path / "generic_qa.json",
