@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from bench.annotation.labels import Walker, check_clip, read_walkers
-from pite.evaluate.spatial.answers import box_ious
+from dataloaders.annotation.boxes import box_ious
 from pite.ground.detectors import People
 from pite.ground.grounding import frames_of
-from pite.ground.objects import Object, boxes_by_frame, join
+from pite.ground.objects import Object, join
 
 STEP = 4
 """Frames between two in which people are looked for, 0.4 s."""
@@ -37,9 +37,9 @@ def find(clip: Path, span: tuple[int, int]) -> list[Object]:
 
 def overlap(objects: Sequence[Object], walker: Walker) -> float:
     """Mean over a walker's visible labels of the largest IoU of the objects' boxes with it; 0 where there is none."""
-    boxes = boxes_by_frame(objects)
+    tracks = [each.boxes() for each in objects]
     ious = [
-        float(box_ious(boxes[int(frame)], true).max()) if int(frame) in boxes else 0.0
+        max((float(box_ious(boxes[int(frame)][None], true)[0]) for boxes in tracks if int(frame) in boxes), default=0.0)
         for frame, true, state in zip(walker.frames, walker.boxes, walker.states)
         if state == "visible"
     ]

@@ -7,13 +7,13 @@ a box. Nothing outlives a call: two videos share no state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from pite.evaluate.spatial.answers import box_ious
+from dataloaders.annotation.boxes import box_ious
 
 _SAME, _CONTINUES = 0.5, 0.1
 """IoU above which two detections of a frame are one thing, and above which a detection continues an object."""
@@ -111,12 +111,3 @@ def _distinct(found: Sequence[Detection]) -> list[Detection]:
         if all(each.tag != new.tag or box_ious(each.box[None], new.box)[0] < _SAME for each in kept):
             kept.append(new)
     return kept
-
-
-def boxes_by_frame(objects: Iterable[Object]) -> Mapping[int, np.ndarray]:
-    """The boxes (n, 4) of several objects by frame."""
-    found: dict[int, list[np.ndarray]] = {}
-    for each in objects:
-        for frame, box in each.boxes().items():
-            found.setdefault(frame, []).append(box)
-    return {frame: np.stack(boxes) for frame, boxes in sorted(found.items())}

@@ -11,8 +11,8 @@ import av
 import numpy as np
 import pytest
 
+from dataloaders.annotation.boxes import box_ious
 from dataloaders.annotation.steps import Phrase
-from pite.evaluate.spatial.answers import box_ious
 from pite.ground import command
 from pite.ground.__main__ import main
 from pite.ground.grounding import Grounder, frames_of
