@@ -240,7 +240,7 @@ def test_a_judge_scores_its_answers(
     items = [{"video_name": video, "Q": "How many shapes can be seen?", "A": "Two shapes."} for video in videos]
     (tmp_path / "generic_qa.json").write_text(json.dumps(items))
     transcript = Segment(0, 9, ("red circle " * 20).strip())
-    write_transcript(tmp_path / "transcripts" / f"{videos[0]}.json", "a.mp4", 9, "en", [transcript])
+    write_transcript(tmp_path / "transcripts" / f"{videos[0]}.json", Path(__file__), 9, "en", [transcript])
     paths = {"model": trained / "stage3/final", "data": workspace / "data", "store": workspace / "features"}
     paths |= {
         "ground_truth": tmp_path / "generic_qa.json",

@@ -12,10 +12,12 @@ from pite.evaluate.transcripts import Transcripts
 
 
 def test_json_is_preferred_and_each_file_is_read_once(tmp_path: Path) -> None:
-    write_transcript(tmp_path / "a.json", "a.mp4", 2, "en", [Segment(0, 1, "Hello."), Segment(1, 2, "la", kept=False)])
+    write_transcript(
+        tmp_path / "a.json", Path(__file__), 2, "en", [Segment(0, 1, "Hello."), Segment(1, 2, "la", kept=False)]
+    )
     (tmp_path / "a.txt").write_text("another text")
     (tmp_path / "b.txt").write_text(" Good day.\n")
-    write_transcript(tmp_path / "silent.json", "silent.mp4", 2, None, [])
+    write_transcript(tmp_path / "silent.json", Path(__file__), 2, None, [])
     transcripts = Transcripts(tmp_path)
     assert transcripts.count(["a", "b", "silent", "c", "a"]) == (3, 4)
     texts = {video: transcripts.text(video) for video in ("a", "b", "silent", "c")}
