@@ -1,7 +1,7 @@
 """Find the people of a frame without weights to download: OpenCV's HOG detector, for phrases that name a person.
 
 Histograms of oriented gradients with a linear classifier (Dalal and Triggs, 2005), trained on people who stand or walk.
-It knows neither clothes nor sexes: of two people, "the man" may be either. OpenCV 4 has it; of OpenCV 5 only
+It does not distinguish people by sex or clothes: of two people, "the man" may be either. OpenCV 4 has it; of OpenCV 5 only
 opencv-contrib-python-headless does, which replaces opencv-python-headless.
 """
 

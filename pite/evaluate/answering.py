@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataloaders.files import sha256
 from dataloaders.ranks import Ranks
 from dataloaders.store.features import FeatureStore
-from pite import checkpoint, devices, lineage
+from pite import checkpoint, devices
 from pite.config import PiTeConfig, check_family
 from pite.evaluate.answer_log import AnswerLog, Settings
 from pite.evaluate.inputs import Inputs, key_of
@@ -26,7 +25,6 @@ from pite.evaluate.transcripts import Transcripts
 from pite.families import Name
 from pite.generate import Generator
 from pite.lineage import check_encoder
-from pite.llava import weight_files
 from pite.prefixes import SharedPrefixes, VideoPrefixes
 
 log = logging.getLogger(__name__)
@@ -111,7 +109,7 @@ class Model:
         quoted = sorted({(q.video, self._transcript(q.video)) for q in inputs.questions} if self._transcripts else ())
         return {
             **({"transcripts": hashlib.sha256(json.dumps(quoted).encode()).hexdigest()[:12]} if quoted else {}),
-            "model": f"{self.name} ({identity(self.directory)})",
+            "model": f"{self.name} ({checkpoint.identity(self.directory)})",
             "features": f"{inputs.store.path} ({manifest.encoder[:12]}, {manifest.compute_dtype})",
             "questions": inputs.checksum,
             "dtype": str(devices.dtype(devices.resolve(self.device))).removeprefix("torch."),
@@ -197,15 +195,6 @@ class Model:
     def _compute_frames(self, videos: Sequence[str], read: Callable[[str], np.ndarray]) -> VideoPrefixes:
         # Stacking copies the store's read-only views, which torch does not accept.
         return self.prefixes.videos([read(key_of(video)) for video in videos])
-
-
-def identity(directory: Path) -> str:
-    """A checksum of the weights of a model: of its stages as recorded, or of its files without such a record."""
-    stages = lineage.history(directory)
-    sums = [json.dumps(stage["files"], sort_keys=True) for stage in stages] or [
-        sha256(file) for file in weight_files(directory)
-    ]
-    return hashlib.sha256("".join(sums).encode()).hexdigest()[:12]
 
 
 def _device_of(name: str, ranks: Ranks) -> str:

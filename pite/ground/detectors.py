@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dataloaders.annotation.people import PeopleDetector, names_person
+from dataloaders.annotation.steps import encode_mask
 from pite.ground.matching import plain
 from pite.ground.objects import Detection
 
@@ -48,4 +49,8 @@ class OpenVocabulary:
 
     def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
         found = self._grounding.find_all(image, tags)
-        return [Detection(tag, *each) for tag, things in zip(tags, found) for each in things]
+        return [
+            Detection(tag, box, score, None if mask is None else encode_mask(mask))
+            for tag, things in zip(tags, found)
+            for box, score, mask in things
+        ]

@@ -25,12 +25,12 @@ _FEWEST = 3
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """A thing in a frame: its tag, box (4,) in pixels, score, and mask (H, W) bool."""
+    """A thing in a frame: its tag, box (4,) in pixels, score, and mask in run lengths (`encode_mask`), which are small."""
 
     tag: str
     box: np.ndarray
     score: float
-    mask: np.ndarray | None = None
+    mask: dict[str, list[int]] | None = None
 
 
 class Detector(Protocol):
@@ -111,3 +111,23 @@ def _distinct(found: Sequence[Detection]) -> list[Detection]:
         if all(each.tag != new.tag or box_ious(each.box[None], new.box)[0] < _SAME for each in kept):
             kept.append(new)
     return kept
+
+
+def same_things(objects: Sequence[Object]) -> dict[int, set[int]]:
+    """For each object, those of other tags whose boxes overlap with its own in most frames: a detector may find one thing
+    as "man" and as "old man"."""
+    found: dict[int, set[int]] = {}
+    for i, one in enumerate(objects):
+        for j, other in enumerate(objects[:i]):
+            if one.tag != other.tag and _overlap(one, other):
+                found.setdefault(i, set()).add(j)
+                found.setdefault(j, set()).add(i)
+    return found
+
+
+def _overlap(one: Object, other: Object) -> bool:
+    frames = one.found.keys() & other.found.keys()
+    if 2 * len(frames) < min(len(one.found), len(other.found)):
+        return False
+    boxes, others = (np.stack([each.found[frame].box for frame in frames]) for each in (one, other))
+    return float(box_ious(boxes, others).mean()) >= _SAME
