@@ -166,7 +166,7 @@ def save_detector(directory: Path) -> Path:
     )
     directory.mkdir()
     (directory / "vocab.txt").write_text("\n".join(WORDS))
-    GroundingDinoForObjectDetection(config).save_pretrained(directory)
+    GroundingDinoForObjectDetection(config).half().save_pretrained(directory)
     images = GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96})
     GroundingDinoProcessor(images, BertTokenizer(vocab=str(directory / "vocab.txt"))).save_pretrained(directory)
     return directory
