@@ -272,6 +272,10 @@ def test_a_judge_scores_its_answers(
         assert evaluate(quoted) == 1
         assert "transcripts" in capsys.readouterr().err
         assert evaluate([*quoted, "--overwrite"]) == 0
+        assert f"1 of {len(videos)} videos have a transcript" in capsys.readouterr().err
+        (tmp_path / "none").mkdir()
+        assert evaluate([*quoted[:-1], str(tmp_path / "none"), "--overwrite"]) == 1
+        assert "has a file there, such as" in capsys.readouterr().err
     generator = Generator.from_pretrained(trained / "stage3/final")
     record = FeatureStore(workspace / "features/videos").read(f"evaluation/{videos[0]}").copy()
     (answer,) = generator.answer([items[0]["Q"]], [record], transcripts=["red circle " * 19 + "red circle"])

@@ -49,7 +49,7 @@ class Colours:
 
 
 def parse(text: str) -> list[Phrase]:
-    return [Phrase(match[0], match.start()) for match in re.finditer(r"(?:a|the) (?:\w+ )?square", text)]
+    return [Phrase(match[0], match.start()) for match in re.finditer(r"(?:a|the|two) (?:\w+ )?squares?", text)]
 
 
 def place(colour: str, frame: int) -> np.ndarray:
@@ -156,6 +156,20 @@ def test_later_mentions_and_the_same_thing_under_two_tags(videos: list[Path]) ->
         ("a red square", (0,)), ("the square", (0,)), ("a big square", ())
     ]  # fmt: skip
     assert [each.tag for each in grounded.objects] == ["red square"]
+
+
+def test_a_number_of_objects(videos: list[Path]) -> None:
+    class Squares(Colours):
+        def tags(self, phrases: Sequence[str]) -> list[str]:
+            return ["square"]
+
+        def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
+            found = Colours.__call__(self, image, ["red square", "blue square", "green square"])
+            return [Detection("square", each.box, each.score) for each in found]
+
+    texts = ("two squares and a square", "a square and two squares", "the squares")
+    found = [[own for _, own in Grounder(parse, Squares())(videos[0], text).phrases] for text in texts]
+    assert found == [[(0, 1), ()], [(0,), (1,)], [(0, 1)]]
 
 
 def test_a_mask_leaves_the_frame_at_its_edges() -> None:
