@@ -262,6 +262,14 @@ def sha256_once(path: Path) -> str:
     return _known[key]
 
 
+def folder_checksum(folder: Path) -> str:
+    """Checksum of the names and contents of a folder's files without the hidden ones, as 12 hexadecimal digits."""
+    names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    sums = json.dumps([(name.as_posix(), sha256_once(folder / name)) for name in shown])
+    return hashlib.sha256(sums.encode()).hexdigest()[:12]
+
+
 def known_checksums() -> dict[tuple[str, int, int], str]:
     """What `sha256_once` has read, for `remember_checksums` in another process of this host."""
     return dict(_known)

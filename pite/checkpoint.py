@@ -11,6 +11,7 @@ Only safetensors, JSON and `torch.load(weights_only=True)` are read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,13 +34,14 @@ from pite.adapters import plain_lora
 from pite.config import PiTeConfig
 from pite.export import RECORD
 from pite.families import PITE
-from pite.lineage import ADAPTER_FILE, HEADS_FILE, LINEAGE, check_language_model, read_lineage
+from pite.lineage import ADAPTER_FILE, HEADS_FILE, LINEAGE, check_language_model, history, read_lineage
 from pite.llava import (
     EDGES,
     EMBEDDINGS,
     PROJECTOR_FILE,
     VideoTokenWeights,
     is_trained,
+    weight_files,
     with_edges,
     write_projector,
 )
@@ -53,6 +55,15 @@ def resolve(path_or_name: str | Path) -> Path:
     """Local directory of a language model or a PiTe model, from a path or a Hugging Face name. Raises ValueError."""
     files = ("*.json", "tokenizer*", "chat_template*", HEADS_FILE, ADAPTER_FILE, PROJECTOR_FILE)
     return hub.resolve(path_or_name, files)
+
+
+def identity(directory: Path) -> str:
+    """A checksum of the weights of a model: of its stages as recorded, or of its files without such a record."""
+    stages = history(directory)
+    sums = [json.dumps(stage["files"], sort_keys=True) for stage in stages] or [
+        sha256(file) for file in weight_files(directory)
+    ]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()[:12]
 
 
 def from_pretrained(directory: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PiTe:

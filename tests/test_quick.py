@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "pite.ground": tuple(
         f"--video {{f}} --answer Dogs. --output {{new}} {more}"
-        for more in ("--video {none}", "--detector {none}", "--matcher {none}", "--output {f}/new", "--clip {none}/x/y")
+        for more in ("--video {none}", "--detector {none}", "--stanza {none}", "--output {f}/new", "--clip {none}/x/y")
     ),
     "pite.web": (
         "--model {none}",

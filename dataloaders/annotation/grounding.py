@@ -113,7 +113,9 @@ def _load(kind: Any, directory: Path, device: torch.device) -> tuple[Any, Any]:
         raise ValueError(f"{directory}: not a model directory in Hugging Face's format: it holds no config.json")
     try:
         processor = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        model = kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False, use_safetensors=True)
+        model = kind.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{directory}: cannot be loaded: {reason(error)}") from None
     return processor, model.to(device).eval()

@@ -1,7 +1,7 @@
 """Find the people of a frame without weights to download: OpenCV's HOG detector, for phrases that name a person.
 
 Histograms of oriented gradients with a linear classifier (Dalal and Triggs, 2005), trained on people who stand or walk.
-Clothes, ages and sexes play no part: of two people, "the man" may be either. OpenCV 4 has it; of OpenCV 5 only
+It does not distinguish people by sex or clothes: of two people, "the man" may be either. OpenCV 4 has it; of OpenCV 5 only
 opencv-contrib-python-headless does, which replaces opencv-python-headless.
 """
 
@@ -62,19 +62,24 @@ class PeopleDetector:
 
     def boxes(self, image: np.ndarray) -> np.ndarray:
         """People (n, 4) as left, top, right and bottom in pixels of an image (H, W, 3) uint8, the surest first."""
+        return self.find(image)[0]
+
+    def find(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`boxes` and their scores (n,)."""
         height, width = image.shape[:2]
         scale = min(_MOST_ENLARGED, _SHORTER_SIDE / min(height, width))
         enlarged = self._cv2.resize(image, (round(width * scale), round(height * scale)))
         windows, scores = self._detector.detectMultiScale(enlarged, winStride=(8, 8), padding=(16, 16), scale=1.05)
         scores = np.ravel(scores)
         if not len(scores):
-            return np.zeros((0, 4))
+            return np.zeros((0, 4)), np.zeros(0)
         left, top, wide, high = np.asarray(windows, float).T / scale
         margins = np.array([wide * _MARGINS[0], high * _MARGINS[1]])
         found = np.stack((left + margins[0], top + margins[1], left + wide - margins[0], top + high - margins[1]), -1)
         found = found.clip(0, (width, height, width, height))
         order = np.argsort(-scores, kind="stable")
-        return np.asarray(found[order][scores[order] >= self._threshold])
+        order = order[scores[order] >= self._threshold]
+        return found[order], scores[order]
 
 
 def names_person(phrase: str) -> bool:

@@ -82,13 +82,14 @@ def _moments(trajectory: dict[str, Any], first: int, total: int, duration: float
 
 def _frames(path: Path, wanted: set[int]) -> dict[int, Image.Image]:
     frames: dict[int, Image.Image] = {}
+    last = max(wanted)
     for index, frame in enumerate(iter_frames(path, wanted)):
         if frame is not None:
             height = round(WIDTH / frame.shape[1] * frame.shape[0])
             frames[index] = Image.fromarray(frame).resize((WIDTH, height), Image.Resampling.BILINEAR)
-        if index == max(wanted):
+        if index == last:
             return frames
-    raise DecodeError(f"{path}: ends before frame {max(wanted)}, which its packets promise")
+    raise DecodeError(f"{path}: ends before frame {last}, which its packets promise")
 
 
 def _mark(picture: Image.Image, points: np.ndarray) -> None:

@@ -54,7 +54,7 @@ class VideoSegmenter:
         self.device = torch.device(device)
         try:
             model = getattr(module, f"{KINDS[kind]}Model").from_pretrained(
-                directory, local_files_only=True, use_safetensors=True
+                directory, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ValueError(f"{directory}: cannot be loaded: {reason(error)}") from None
@@ -68,17 +68,18 @@ class VideoSegmenter:
         """Tracks of the objects of all masks. Raises DecodeError for a file that cannot be decoded."""
         events = [_Event(i, m, found) for i, (m, found) in enumerate(zip(moments, masks)) if _objects(found)]
         wanted = {int(frame) for event in events for frame in event.moments.frames}
+        last = max(wanted, default=-1)
         for index, frame in enumerate(iter_frames(path, wanted) if wanted else ()):
             if frame is not None:
                 here = self._prepared(frame)
                 for event in events:
                     if index in event.moments.frames:
                         self._advance(event, here, index)
-            if index == max(wanted):
+            if index == last:
                 return {key: track for event in events for key, track in event.tracks().items()}
         if not wanted:
             return {}
-        raise DecodeError(f"{path}: ends before frame {max(wanted)}, which its packets promise")
+        raise DecodeError(f"{path}: ends before frame {last}, which its packets promise")
 
     def _prepared(self, frame: np.ndarray) -> torch.Tensor:
         """A frame (H, W, 3) as the models take it: (1, 3, h, w), resized to a square and normalised."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain, groupby
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 
+from dataloaders.decode.packets import open_container
 from dataloaders.decode.readable import DecodeError, check_readable
 from dataloaders.errors import reason
 
@@ -30,15 +34,20 @@ def read_sound(path: Path) -> np.ndarray:
     """
     check_readable(path)
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                return np.zeros(0, np.float32)
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
-            frames = [new for frame in container.decode(audio=0) for new in resampler.resample(frame)]
-            frames += resampler.resample(None)
-    except (av.error.FFmpegError, OSError) as error:
+        with open_container(path) as container:
+            frames = container.decode(audio=0) if container.streams.audio else iter(())
+            return np.concatenate([np.zeros(0, np.float32), *_resampled(frames)])
+    # PyAV raises ValueError for sound that no resampler takes.
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise DecodeError(f"{path}: {reason(error)}") from None
-    return np.concatenate([np.zeros(0, np.float32), *(frame.to_ndarray().ravel() for frame in frames)])
+
+
+def _resampled(frames: Iterable[av.AudioFrame]) -> Iterator[np.ndarray]:
+    """Mono float32 at `RATE`. A resampler takes one format, so each change of it, as in a broadcast, gets a new one."""
+    for _, same in groupby(frames, lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate)):
+        resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
+        for frame in chain(same, [None]):
+            yield from (new.to_ndarray().ravel() for new in resampler.resample(frame))
 
 
 def voice_segments(sound: np.ndarray, threshold: float = 0.5) -> list[tuple[int, int]]:
@@ -46,19 +55,26 @@ def voice_segments(sound: np.ndarray, threshold: float = 0.5) -> list[tuple[int,
 
     Raises ValueError if silero-vad is not installed.
     """
-    try:
-        import silero_vad
-    except ImportError:
-        raise ValueError("voice activity needs silero-vad: pip install silero-vad") from None
+    silero, model = _silero()
     import torch
 
     if not len(sound):
         return []
-    model = silero_vad.load_silero_vad()  # Made anew for each video: it has a state.
-    found = silero_vad.get_speech_timestamps(
+    # It resets the model's state first, so the sounds before change nothing.
+    found = silero.get_speech_timestamps(
         torch.from_numpy(sound), model, threshold=threshold, sampling_rate=RATE, max_speech_duration_s=LONGEST
     )
     return [(each["start"], each["end"]) for each in found]
+
+
+@lru_cache(1)
+def _silero() -> tuple[Any, Any]:
+    """silero-vad and its model, loaded once per process."""
+    try:
+        import silero_vad
+    except ImportError:
+        raise ValueError("voice activity needs silero-vad: pip install silero-vad") from None
+    return silero_vad, silero_vad.load_silero_vad()
 
 
 def is_speech(tags: Sequence[tuple[str, float]]) -> bool:

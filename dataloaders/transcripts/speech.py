@@ -5,6 +5,7 @@ PocketSphinx is a default without downloads. It understands clear English at bes
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import numpy as np
 
 from dataloaders.errors import reason
 from dataloaders.transcripts.sound import RATE, TOP
+
+WINDOW = 10
+"""Seconds of AudioSet's clips."""
 
 
 class Whisper:
@@ -30,7 +34,7 @@ class Whisper:
         self._multilingual = bool(getattr(self._model.generation_config, "is_multilingual", False))
 
     def language(self, sound: np.ndarray) -> str:
-        """The language of a stretch of sound, such as "en"."""
+        """The language of speech (n,), such as "en"; the model hears its first 30 seconds."""
         if not self._multilingual:
             return "en"
         token = self._model.detect_language(self._features(sound))[0]
@@ -44,7 +48,7 @@ class Whisper:
 
     def _features(self, sound: np.ndarray) -> Any:
         inputs = self._processor(sound, sampling_rate=RATE, return_tensors="pt")
-        return inputs["input_features"].to(self._device)
+        return inputs["input_features"].to(self._device, self._model.dtype)
 
 
 class PocketSphinx:
@@ -73,7 +77,10 @@ class PocketSphinx:
 
 
 class Tagger:
-    """A classifier of sounds with AudioSet's names, such as an Audio Spectrogram Transformer."""
+    """A classifier of sounds with AudioSet's names, such as an Audio Spectrogram Transformer.
+
+    Such a model hears 10 seconds. The logits of longer sound are the means over windows of equal length.
+    """
 
     def __init__(self, directory: Path, device: str = "cpu") -> None:
         from transformers import AutoModelForAudioClassification
@@ -84,24 +91,31 @@ class Tagger:
             raise ValueError(f"{directory}: has no class 'Speech', so it was not trained on AudioSet")
 
     def __call__(self, sound: np.ndarray) -> tuple[tuple[str, float], ...]:
-        """The most probable tags and their logits, most probable first."""
+        """The most probable tags of sound (n,) and their logits, most probable first."""
         import torch
 
-        inputs = self._processor(sound, sampling_rate=RATE, return_tensors="pt").to(self._device)
+        windows = np.array_split(sound, math.ceil(len(sound) / (WINDOW * RATE)))
+        inputs = [self._processor(window, sampling_rate=RATE, return_tensors="pt") for window in windows]
         with torch.inference_mode():
-            best = self._model(**inputs).logits[0].float().topk(TOP)
+            logits = [self._model(**each.to(self._device, self._model.dtype)).logits[0].float() for each in inputs]
+        best = torch.stack(logits).mean(0).topk(TOP)
         names = self._model.config.id2label
         return tuple((names[int(i)], round(float(v), 3)) for v, i in zip(best.values, best.indices))
 
 
 def _load(kind: Any, directory: Path, device: str) -> tuple[Any, Any]:
+    import torch
     from transformers import AutoFeatureExtractor, AutoProcessor
 
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device} cannot be used: torch finds no GPU here; give cpu")
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory}: not a model directory in Hugging Face's format: it holds no config.json")
     options = {"local_files_only": True, "trust_remote_code": False}
+    # A CPU computes float16 slowly, and some operations not at all.
+    dtype = torch.float32 if device == "cpu" else "auto"
     try:
-        model = kind.from_pretrained(directory, use_safetensors=True, **options)
+        model = kind.from_pretrained(directory, use_safetensors=True, dtype=dtype, **options)
         maker = AutoProcessor if hasattr(model, "generate") else AutoFeatureExtractor
         processor = maker.from_pretrained(directory, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:

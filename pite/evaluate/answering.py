@@ -12,20 +12,19 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataloaders.files import sha256
 from dataloaders.ranks import Ranks
 from dataloaders.store.features import FeatureStore
-from pite import checkpoint, devices, lineage
+from pite import checkpoint, devices
 from pite.config import PiTeConfig, check_family
 from pite.evaluate.answer_log import AnswerLog, Settings
 from pite.evaluate.inputs import Inputs, key_of
 from pite.evaluate.plan import Window, plan, share_of
 from pite.evaluate.predictions import Prediction
 from pite.evaluate.questions import Question
+from pite.evaluate.transcripts import Transcripts
 from pite.families import Name
 from pite.generate import Generator
 from pite.lineage import check_encoder
-from pite.llava import weight_files
 from pite.prefixes import SharedPrefixes, VideoPrefixes
 
 log = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class Model:
     model       directory, or name on the hub
     device      as on the command line; of several processes each takes the GPU of its rank
     batch_size  questions per batch, and videos whose frames are in memory
-    transcripts  folder of VIDEO.txt, for a model between two marks
+    transcripts  folder of VIDEO.json or VIDEO.txt, for a model between two marks
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Model:
         check_family(self.config, family, model)
         if transcripts is not None and not self.config.choices.marks:
             raise ValueError(f"{model} reads no transcript, which is for PG-Video-LLaVA: leave --transcripts out")
-        self._transcripts = transcripts
+        self._transcripts = None if transcripts is None else Transcripts(transcripts)
         self._prefixes: SharedPrefixes | None = None
 
     @property
@@ -97,13 +96,20 @@ class Model:
         """Raise ValueError as the function of this name."""
         check_features(store, self.directory)
 
+    def count_transcripts(self, inputs: Inputs) -> list[str]:
+        """How many videos have a transcript, in a sentence; [] without --transcripts. Raises ValueError if none has one."""
+        if self._transcripts is None:
+            return []
+        found, total = self._transcripts.count(question.video for question in inputs.questions)
+        return [f"{found:,} of {total:,} videos have a transcript"]
+
     def settings(self, inputs: Inputs, max_new_tokens: int) -> Settings:
         """What the answers to questions depend on."""
         manifest = inputs.store.manifest
         quoted = sorted({(q.video, self._transcript(q.video)) for q in inputs.questions} if self._transcripts else ())
         return {
             **({"transcripts": hashlib.sha256(json.dumps(quoted).encode()).hexdigest()[:12]} if quoted else {}),
-            "model": f"{self.name} ({identity(self.directory)})",
+            "model": f"{self.name} ({checkpoint.identity(self.directory)})",
             "features": f"{inputs.store.path} ({manifest.encoder[:12]}, {manifest.compute_dtype})",
             "questions": inputs.checksum,
             "dtype": str(devices.dtype(devices.resolve(self.device))).removeprefix("torch."),
@@ -184,22 +190,11 @@ class Model:
             ]
 
     def _transcript(self, video: str) -> str | None:
-        """The transcript of a video's sound; None without a file, and for an empty one."""
-        file = None if self._transcripts is None else self._transcripts / f"{video}.txt"
-        return file.read_text(encoding="utf-8").strip() or None if file is not None and file.is_file() else None
+        return None if self._transcripts is None else self._transcripts.text(video)
 
     def _compute_frames(self, videos: Sequence[str], read: Callable[[str], np.ndarray]) -> VideoPrefixes:
         # Stacking copies the store's read-only views, which torch does not accept.
         return self.prefixes.videos([read(key_of(video)) for video in videos])
-
-
-def identity(directory: Path) -> str:
-    """A checksum of the weights of a model: of its stages as recorded, or of its files without such a record."""
-    stages = lineage.history(directory)
-    sums = [json.dumps(stage["files"], sort_keys=True) for stage in stages] or [
-        sha256(file) for file in weight_files(directory)
-    ]
-    return hashlib.sha256("".join(sums).encode()).hexdigest()[:12]
 
 
 def _device_of(name: str, ranks: Ranks) -> str:

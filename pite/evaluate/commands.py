@@ -33,7 +33,7 @@ def score_answers(flags: AnswerFlags, ranks: Ranks, model: Model | None = None) 
             f"--num-frames {flags.given_frames}: {flags.model} has {model.num_frames} frames; leave --num-frames out"
         )
     benchmark, inputs = benchmark_of(flags), find_inputs(flags, model)
-    for line in inputs.left_out.lines():
+    for line in [*inputs.left_out.lines(), *model.count_transcripts(inputs)]:
         log.info(line)
     predictions = model.answer(inputs, flags.predictions, benchmark.max_new_tokens, flags.overwrite)
     if predictions is None:
@@ -43,12 +43,17 @@ def score_answers(flags: AnswerFlags, ranks: Ranks, model: Model | None = None) 
 
 
 def find_inputs(flags: AnswerFlags, model: Model) -> Inputs:
-    """The questions whose videos have features. Raises ValueError for videos without, and for other features."""
+    """The questions whose videos have features.
+
+    Raises ValueError for videos without, for other features, and where no video has a transcript in --transcripts.
+    """
     assert flags.store is not None, "AnswerFlags requires it"
     benchmark, store = benchmark_of(flags), open_store(flags.store)
     model.check_features(store)
     questions = benchmark.questions(flags, benchmark.read_truth(flags))
-    return find_features(questions, store, flags.store, flags.skip_missing)
+    inputs = find_features(questions, store, flags.store, flags.skip_missing)
+    model.count_transcripts(inputs)
+    return inputs
 
 
 def open_model(flags: AnswerFlags, ranks: Ranks) -> Model:

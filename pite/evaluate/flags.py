@@ -50,8 +50,8 @@ class RunFlags(EvaluationFlags):
     protocol: Protocol = "strict"
     """strict: exact; published: the predecessor's rules, with their faults, to reproduce its numbers"""
     transcripts: Path | None = None
-    """folder of VIDEO.txt, transcripts of the videos' sound, which the prompts of PG-Video-LLaVA quote; a video without a file
-    has none"""
+    """folder of transcripts, VIDEO.json of dataloaders.transcripts or VIDEO.txt, which the prompts of PG-Video-LLaVA quote; a
+    video without a file has none"""
     batch_size: int = 32
     """questions per batch, and videos whose frames are in memory"""
     skip_missing: bool = False
@@ -92,6 +92,8 @@ class AnswerFlags(RunFlags):
         super().__post_init__()
         if self.model is None and (self.predictions is None or not self.ground_truth):
             raise ValueError(f"{self.NAME} needs --predictions and --ground-truth, or --model, --data and --store")
+        if self.model is None and self.transcripts is not None:
+            raise ValueError("--transcripts needs --model: they are quoted in its prompts")
         if self.model is not None and (self.data is None or self.store is None):
             raise ValueError(
                 "--model needs --data and --store: the held-out annotations and the features of their videos"

@@ -6,10 +6,10 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dataloaders.annotation.phrases import INSTALL, SpacyPhrases, StanzaPhrases, has_spacy
-from dataloaders.errors import reason
-from dataloaders.files import write_atomically
+from dataloaders.files import folder_checksum, write_atomically
 from pite import devices
 from pite.ground.detectors import OpenVocabulary, People
 from pite.ground.flags import GroundFlags
@@ -19,31 +19,36 @@ from pite.ground.overlay import save_overlay
 
 log = logging.getLogger(__name__)
 
-_LONGEST_REPLY = 200
-"""Tokens of a matcher's reply."""
-
 
 def ground(flags: GroundFlags) -> None:
-    """Write the files that lack. Raises ValueError."""
-    settings = flags.settings()
-    lacking = [video for video in flags.video if not _is_done(flags.output / f"{video.stem}.json", settings)]
-    if not lacking:
+    """Write the missing files. A video that fails does not end the run; raises ValueError after the last one."""
+    settings = _settings(flags)
+    missing = [video for video in flags.video if not _is_done(flags.output, video, settings)]
+    if not missing:
         log.info("all %d videos are grounded already", len(flags.video))
         return
     grounder, answer = open_grounder(flags), _open_answerer(flags)
     flags.output.mkdir(parents=True, exist_ok=True)
-    for video in lacking:
-        text = answer(video)
-        grounded = grounder(video, text, flags.seconds)
-        save_overlay(flags.output / f"{video.stem}.mp4", video, grounded)
+    failures = []
+    for video in missing:
+        try:
+            text = answer(video)
+            grounded = grounder(video, text, flags.seconds)
+            save_overlay(flags.output / f"{video.stem}.mp4", video, grounded)
+        except ValueError as error:
+            log.error("%s", error)
+            failures.append(str(error))
+            continue
         # Written last: it marks the video as done.
-        content = {"video": video.name, "settings": settings, **grounded.as_dict()}
+        content = {**_source(video), "settings": settings, **grounded.as_dict()}
         write_atomically(flags.output / f"{video.stem}.json", json.dumps(content, ensure_ascii=False) + "\n")
         print(text)
         for phrase, own in grounded.phrases:
             seen = [grounded.objects[number].boxes() for number in own]
             shown = ", ".join(f"frames {min(boxes)} to {max(boxes)}" for boxes in seen)
             print(f"  {phrase.text}: {shown or 'not found'}")
+    if failures:
+        raise ValueError(f"{len(failures)} of {len(missing)} videos failed; the first: {failures[0]}")
 
 
 def open_grounder(flags: GroundFlags) -> Grounder:
@@ -53,9 +58,9 @@ def open_grounder(flags: GroundFlags) -> Grounder:
         raise ValueError(f"noun phrases need spaCy or --stanza: {INSTALL}")
     parser = StanzaPhrases(flags.stanza, device) if flags.stanza else SpacyPhrases()
     detector: Detector = (
-        OpenVocabulary(flags.detector, flags.segmenter, device, flags.threshold) if flags.detector else People()
+        OpenVocabulary(flags.detector, flags.segmenter, device, flags.least_score) if flags.detector else People()
     )
-    return Grounder(parser, detector, _open_matcher(flags.matcher, device) if flags.matcher else None, flags.every)
+    return Grounder(parser, detector, flags.every)
 
 
 def _open_answerer(flags: GroundFlags) -> Callable[[Path], str]:
@@ -71,37 +76,36 @@ def _open_answerer(flags: GroundFlags) -> Callable[[Path], str]:
     return lambda video: session.fork().answer(video, query, max_new_tokens=flags.max_new_tokens).text
 
 
-def _open_matcher(directory: Path, device: str) -> Callable[[str], str]:
-    """A causal language model: prompt -> its greedy continuation. Raises ValueError if the folder holds none."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _settings(flags: GroundFlags) -> dict[str, Any]:
+    """What a video's files depend on: the flags, and checksums of the models."""
+    folders = {name: getattr(flags, name) for name in ("detector", "segmenter", "stanza")}
+    sums = {name: None if path is None else f"{path.name} ({folder_checksum(path)})" for name, path in folders.items()}
+    model = None
+    if flags.model is not None:
+        from pite import checkpoint
 
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"--matcher {directory} has no config.json: give a model's folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--matcher {directory} cannot be loaded: {reason(error)}") from None
-    model = model.to(device).eval()
-
-    def complete(prompt: str) -> str:
-        inputs = tokenizer(prompt, return_tensors="pt").to(device)
-        with torch.inference_mode():
-            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=_LONGEST_REPLY)
-        return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
-    return complete
+        model = f"{flags.model.name} ({checkpoint.identity(checkpoint.resolve(flags.model))})"
+    return {**flags.settings(), "model": model, **sums}
 
 
-def _is_done(path: Path, settings: dict[str, object]) -> bool:
-    """Whether a video's file exists. Raises ValueError for one that was made with other settings."""
+def _source(video: Path) -> dict[str, Any]:
+    return {"video": video.name, "bytes": video.stat().st_size}
+
+
+def _is_done(folder: Path, video: Path, settings: dict[str, Any]) -> bool:
+    """Whether a video's two files exist. Raises ValueError for a JSON of another video or of other settings."""
+    path = folder / f"{video.stem}.json"
     if not path.exists():
         return False
     try:
-        known = json.loads(path.read_bytes()).get("settings")
-    except (ValueError, AttributeError):
-        known = None
-    if known != settings:
+        known = json.loads(path.read_bytes())
+        source, made_with = {name: known[name] for name in ("video", "bytes")}, known["settings"]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(
+            f"{path}: not written by pite.ground, or damaged: remove it or give another --output"
+        ) from None
+    if source != _source(video):
+        raise ValueError(f"{path} was made from another video than {video}: remove it or give another --output")
+    if made_with != settings:
         raise ValueError(f"{path} was made with other settings: give another --output")
-    return True
+    return path.with_suffix(".mp4").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dataloaders.annotation.people import PeopleDetector, names_person
+from dataloaders.annotation.steps import encode_mask
 from pite.ground.matching import plain
 from pite.ground.objects import Detection
 
@@ -18,13 +19,18 @@ class People:
     """OpenCV's people detector, which needs no weights. It finds no other things. Raises ValueError without OpenCV's."""
 
     def __init__(self) -> None:
-        self._detector = PeopleDetector()
+        try:
+            self._detector = PeopleDetector()
+        except ValueError as error:
+            raise ValueError(f"give --detector a model's folder, or install OpenCV's: {error}") from None
 
     def tags(self, phrases: Sequence[str]) -> list[str]:
         return [PERSON] if any(names_person(phrase) for phrase in phrases) else []
 
     def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
-        return [Detection(PERSON, box, 1.0) for box in self._detector.boxes(image)] if PERSON in tags else []
+        if PERSON not in tags:
+            return []
+        return [Detection(PERSON, box, float(score)) for box, score in zip(*self._detector.find(image))]
 
 
 class OpenVocabulary:
@@ -43,4 +49,8 @@ class OpenVocabulary:
 
     def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
         found = self._grounding.find_all(image, tags)
-        return [Detection(tag, *each) for tag, things in zip(tags, found) for each in things]
+        return [
+            Detection(tag, box, score, None if mask is None else encode_mask(mask))
+            for tag, things in zip(tags, found)
+            for box, score, mask in things
+        ]

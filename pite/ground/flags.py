@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,42 +44,52 @@ class GroundFlags(DeviceFlags):
     """folder of a GroundingDINO or MM-GroundingDINO; OpenCV's people detector, which finds nothing else, unless given"""
     segmenter: Path | None = None
     """folder of a SAM; masks are what GrabCut finds in a box unless given"""
-    threshold: float = 0.35
-    """minimum score of a detection of --detector"""
+    threshold: float | None = None
+    """minimum score of a detection of --detector, 0 to 1; 0.35 unless given"""
     stanza: Path | None = None
     """folder of Stanza's models, which make the phrases; spaCy's noun chunks unless given"""
-    matcher: Path | None = None
-    """folder of a causal language model, which decides what phrase is what object; words do unless given"""
     every: float = 0.4
     """seconds between two frames in which things are looked for"""
     seconds: tuple[float, float] | None = None
-    """ground only the part between these two times"""
+    """ground only the frames between these two times"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.answer is None) == (self.query is None or self.model is None):
             raise ValueError("give --query and --model, or --answer: the text to ground")
+        unused = [f"--{name}" for name in ("query", "model", "family") if getattr(self, name) is not None]
+        if self.answer is not None and unused:
+            raise ValueError(f"{' and '.join(unused)}: --answer is grounded without a model; leave one of them out")
         if not (self.answer or self.query or "").strip():
             raise ValueError("the text is empty: give words in --query or --answer")
         if self.segmenter and not self.detector:
             raise ValueError("--segmenter needs the boxes of a detector; give --detector, too")
+        if self.threshold is not None and not self.detector:
+            raise ValueError("--threshold is for the scores of --detector: give it, too")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"--threshold must be between 0 and 1, not {self.threshold}")
         at_least(self, 1, "max_new_tokens")
         if not 0 < self.every < math.inf:
             raise ValueError(f"--every must be more than 0, not {self.every}")
         if self.seconds is not None and not 0 <= self.seconds[0] < self.seconds[1] < math.inf:
             raise ValueError(f"--seconds must be a start and a later end, not {self.seconds[0]:g} {self.seconds[1]:g}")
 
+    @property
+    def least_score(self) -> float:
+        """Of a detection of --detector."""
+        return 0.35 if self.threshold is None else self.threshold
+
     def check_paths(self) -> None:
         """Raise ValueError for a path that does not exist or cannot be written."""
         for video in self.video:
             paths.input_file("--video", video)
-        names = [video.stem for video in self.video]
-        if clash := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"--video: two videos are named {clash!r}, and each writes {clash}.json: rename one")
+        (name, number), *_ = Counter(video.stem for video in self.video).most_common(1)
+        if number > 1:
+            raise ValueError(f"--video: {number} videos are named {name!r}, and each writes {name}.json: rename them")
         if self.model is not None:
             check_model_flag("--model", self.model)
         paths.model("--clip", self.clip)
-        for name in ("detector", "segmenter", "stanza", "matcher"):
+        for name in ("detector", "segmenter", "stanza"):
             paths.input_folder(f"--{name}", getattr(self, name))
         paths.output_folder("--output", self.output)
         written = {
@@ -87,9 +98,9 @@ class GroundFlags(DeviceFlags):
         paths.distinct_files(written, {f"--video ({video.name})": video for video in self.video})
 
     def settings(self) -> dict[str, Any]:
-        """What a video's files depend on."""
-        folders = ("model", "detector", "segmenter", "stanza", "matcher")
-        texts = {name: None if (p := getattr(self, name)) is None else str(p.resolve()) for name in folders}
-        numbers = {"threshold": self.threshold, "every": self.every, "max_new_tokens": self.max_new_tokens}
-        seconds = None if self.seconds is None else list(self.seconds)
-        return {"query": self.query, "answer": self.answer, **texts, "clip": self.clip, **numbers, "seconds": seconds}
+        """What a video's files depend on, apart from the contents of the models."""
+        names = ("query", "answer", "clip", "max_new_tokens", "least_score", "every")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "seconds": None if self.seconds is None else list(self.seconds),
+        }

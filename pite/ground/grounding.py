@@ -14,12 +14,12 @@ from dataloaders.annotation.steps import Phrase, encode_mask
 from dataloaders.annotation.tracking import count_frames, opencv
 from dataloaders.decode.readable import DecodeError
 from dataloaders.decode.video import iter_frames, probe
-from pite.ground.matching import assign, match_by_model, match_words
-from pite.ground.objects import Detection, Detector, Object, join
+from pite.ground.matching import assign, match_words, mentions
+from pite.ground.objects import Detection, Detector, Object, join, same_things
 
 Parser = Callable[[str], list[Phrase]]
-MAX_OBJECTS = 20
-"""Objects of a phrase such as "people"."""
+_ROUNDING = 1e-6
+"""Seconds by which the time of a frame may be rounded."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Grounded:
                     "tag": each.tag,
                     "score": round(each.score, 3),
                     "boxes": {str(frame): np.round(box, 1).tolist() for frame, box in each.boxes().items()},
-                    "masks": {str(f): encode_mask(d.mask) for f, d in each.found.items() if d.mask is not None},
+                    "masks": {str(f): d.mask for f, d in each.found.items() if d.mask is not None},
                 }
                 for each in self.objects
             ],
@@ -66,49 +66,43 @@ class Grounder:
 
     parser    sentence -> its noun phrases
     detector  finds things
-    complete  prompt -> a language model's continuation, which matches phrases and tags; None matches by words
     every     seconds between two frames in which things are looked for
     """
 
     parser: Parser
     detector: Detector
-    complete: Callable[[str], str] | None = None
     every: float = 0.4
 
     def __call__(self, video: Path, text: str, seconds: tuple[float, float] | None = None) -> Grounded:
-        """Ground a text in a video, or in the part between two times. Raises DecodeError."""
-        size, fps, span = _facts(video, seconds)
-        phrases = self.parser(text)
-        tags = self.detector.tags([phrase.text for phrase in phrases])
-        if self.complete is None or not phrases or not tags:
-            matched = match_words(phrases, tags)
-        else:
-            matched = match_by_model(phrases, tags, text, self.complete)
-        wanted = [tag for tag in tags if tag in matched.values()]
-        step = max(1, round(fps * self.every))
-        objects = join(self._detections(video, span, step, wanted)) if wanted else []
-        of_tag = {tag: [each for each in objects if each.tag == tag][:MAX_OBJECTS] for tag in wanted}
-        places = assign(phrases, matched, {tag: len(those) for tag, those in of_tag.items()})
-        shown: list[Object] = []
-        found = []
-        for phrase in phrases:
-            own = [of_tag[matched[phrase]][place] for place in places.get(phrase, ())]
-            shown += [each for each in own if all(each is not other for other in shown)]
-            found.append((phrase, tuple(next(i for i, o in enumerate(shown) if o is each) for each in own)))
-        masked = tuple(self._masked(video, shown))
-        return Grounded(text, size, fps, span, tuple(found), masked)
+        """Ground a text in a video, or in the part between two times.
 
-    def _detections(
-        self, video: Path, span: tuple[int, int], step: int, tags: Sequence[str]
-    ) -> Iterator[tuple[int, list[Detection]]]:
-        for index, frame in frames_of(video, set(range(span[0], span[1], step))):
+        Raises DecodeError, and ValueError where no frame is between the times.
+        """
+        size, times, span = _facts(video, seconds)
+        phrases = self.parser(text)
+        things = mentions(phrases)
+        names = [thing[0].text for thing in things]
+        matched = match_words(names, tags := self.detector.tags(names))
+        wanted = [tag for tag in tags if tag in matched]
+        looked_at = _every(times, span, self.every)
+        found = join(self._detections(video, looked_at, wanted)) if wanted else []
+        places = assign(names, matched, [each.tag for each in found], same_things(found))
+        shown = list(dict.fromkeys(place for own in places for place in own))
+        of_phrase = {
+            phrase: tuple(shown.index(place) for place in own) for thing, own in zip(things, places) for phrase in thing
+        }
+        objects = tuple(self._masked(video, [found[place] for place in shown]))
+        return Grounded(text, size, _rate(times), span, tuple((p, of_phrase[p]) for p in phrases), objects)
+
+    def _detections(self, video: Path, frames: set[int], tags: Sequence[str]) -> Iterator[tuple[int, list[Detection]]]:
+        for index, frame in frames_of(video, frames):
             yield index, self.detector(frame, tags)
 
     def _masked(self, video: Path, objects: Sequence[Object]) -> list[Object]:
         """The objects with a mask of each detection: the detector's, or what GrabCut finds in its box."""
-        lacking = {f for each in objects for f, d in each.found.items() if d.mask is None}
+        without = {f for each in objects for f, d in each.found.items() if d.mask is None}
         made = [Object(each.tag, dict(each.found)) for each in objects]
-        for index, frame in frames_of(video, lacking):
+        for index, frame in frames_of(video, without):
             for each in made:
                 if index in each.found and each.found[index].mask is None:
                     each.found[index] = _with_mask(frame, each.found[index])
@@ -119,30 +113,51 @@ def _with_mask(frame: np.ndarray, found: Detection) -> Detection:
     box = np.zeros(frame.shape[:2], bool)
     left, top, right, bottom = found.box.round().astype(int)
     box[max(top, 0) : bottom, max(left, 0) : right] = True
-    mask = object_pixels(opencv(), frame, box) if box.any() else None
+    mask = encode_mask(object_pixels(opencv(), frame, box)) if box.any() else None
     return Detection(found.tag, found.box, found.score, mask)
 
 
-def _facts(video: Path, seconds: tuple[float, float] | None) -> tuple[tuple[int, int], float, tuple[int, int]]:
-    """Width and height, frames per second, and the frames between two times."""
-    known = probe(video)
-    first, total = count_frames(video)
-    times = known.packets.times
-    fps = (len(times) - 1) / float(times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else 10.0
-    span = (first, first + total)
+def _facts(video: Path, seconds: tuple[float, float] | None) -> tuple[tuple[int, int], np.ndarray, tuple[int, int]]:
+    """Width and height, the seconds of each frame, and the frames between two times: the first, and the one after the last.
+
+    Raises ValueError where no frame is between them.
+    """
+    _, total = count_frames(video)
+    times = probe(video).packets.times
+    if len(times) != total:
+        times = np.arange(total) / 10.0
+    span = (0, total)
     if seconds is not None:
-        start, end = (round(second * fps) for second in seconds)
-        span = min(start, total - 1), min(max(end, start + 1), total)
-    frame = next(frame for frame in iter_frames(video, {0}) if frame is not None)
-    return (frame.shape[1], frame.shape[0]), fps, span
+        first, end = np.searchsorted(times, np.array(seconds) - _ROUNDING)
+        if first == end:
+            raise ValueError(
+                f"{video}: no frame is between {seconds[0]:g} and {seconds[1]:g} s; the first is at {times[0]:.2f} s, the last "
+                f"at {times[-1]:.2f} s"
+            )
+        span = int(first), int(end)
+    _, frame = next(frames_of(video, {0}))
+    return (frame.shape[1], frame.shape[0]), times, span
+
+
+def _every(times: np.ndarray, span: tuple[int, int], step: float) -> set[int]:
+    """The frames shown at or after each `step` seconds of a span, beginning with its first."""
+    own = times[slice(*span)]
+    moments = np.arange(own[0], own[-1] + _ROUNDING / 2, max(step, 0.001))
+    return {span[0] + int(index) for index in np.searchsorted(own, moments - _ROUNDING)}
+
+
+def _rate(times: np.ndarray) -> float:
+    """Frames per second on average; 10 for a single frame."""
+    return float((len(times) - 1) / (times[-1] - times[0])) if times[-1] > times[0] else 10.0
 
 
 def frames_of(video: Path, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
     """The frames `wanted` of a video with their indices. Raises DecodeError where the file ends before."""
+    last = max(wanted, default=-1)
     for index, frame in enumerate(iter_frames(video, wanted) if wanted else ()):
         if frame is not None:
             yield index, frame
-        if index == max(wanted):
+        if index == last:
             return
     if wanted:
-        raise DecodeError(f"{video}: ends before frame {max(wanted)}, which its packets promise")
+        raise DecodeError(f"{video}: ends before frame {last}, which its packets promise")

@@ -7,15 +7,15 @@ a box. Nothing outlives a call: two videos share no state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from pite.evaluate.spatial.answers import box_ious
+from dataloaders.annotation.boxes import box_ious
 
-_SAME, _CONTINUES = 0.5, 0.2
+_SAME, _CONTINUES = 0.5, 0.1
 """IoU above which two detections of a frame are one thing, and above which a detection continues an object."""
 _GAP = 4
 """Most frames of detection without one, inside an object."""
@@ -25,12 +25,12 @@ _FEWEST = 3
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """A thing in a frame: its tag, box (4,) in pixels, score, and mask (H, W) bool."""
+    """A thing in a frame: its tag, box (4,) in pixels, score, and mask in run lengths (`encode_mask`), which are small."""
 
     tag: str
     box: np.ndarray
     score: float
-    mask: np.ndarray | None = None
+    mask: dict[str, list[int]] | None = None
 
 
 class Detector(Protocol):
@@ -113,10 +113,21 @@ def _distinct(found: Sequence[Detection]) -> list[Detection]:
     return kept
 
 
-def boxes_by_frame(objects: Iterable[Object]) -> Mapping[int, np.ndarray]:
-    """The boxes (n, 4) of several objects by frame."""
-    found: dict[int, list[np.ndarray]] = {}
-    for each in objects:
-        for frame, box in each.boxes().items():
-            found.setdefault(frame, []).append(box)
-    return {frame: np.stack(boxes) for frame, boxes in sorted(found.items())}
+def same_things(objects: Sequence[Object]) -> dict[int, set[int]]:
+    """For each object, those of other tags whose boxes overlap with its own in most frames: a detector may find one thing
+    as "man" and as "old man"."""
+    found: dict[int, set[int]] = {}
+    for i, one in enumerate(objects):
+        for j, other in enumerate(objects[:i]):
+            if one.tag != other.tag and _overlap(one, other):
+                found.setdefault(i, set()).add(j)
+                found.setdefault(j, set()).add(i)
+    return found
+
+
+def _overlap(one: Object, other: Object) -> bool:
+    frames = one.found.keys() & other.found.keys()
+    if 2 * len(frames) < min(len(one.found), len(other.found)):
+        return False
+    boxes, others = (np.stack([each.found[frame].box for frame in frames]) for each in (one, other))
+    return float(box_ious(boxes, others).mean()) >= _SAME

@@ -9,6 +9,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dataloaders.annotation.steps import decode_mask
 from dataloaders.files import file_written_atomically
 from pite.draw import COLORS
 from pite.ground.grounding import Grounded, frames_of
@@ -31,7 +32,7 @@ def save_overlay(path: Path, video: Path, grounded: Grounded) -> None:
     with file_written_atomically(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(grounded.fps / step).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        # Of several threads, the number would change the file.
+        # With several threads the file would depend on their number.
         stream.options = {"crf": "20", "preset": "veryfast", "threads": "1"}
         for index, frame in frames_of(video, wanted):
             picture = _drawn(frame, index, grounded, boxes).resize((width, height))
@@ -44,7 +45,7 @@ def _drawn(frame: np.ndarray, index: int, grounded: Grounded, boxes: list[dict[i
     for number, each in enumerate(grounded.objects):
         at = max((f for f in each.found if f <= index), default=None)
         if at is not None and index in boxes[number] and (mask := each.found[at].mask) is not None:
-            moved = _moved(mask, boxes[number][index] - boxes[number][at])
+            moved = _moved(decode_mask(mask, f"frame {at}"), boxes[number][index] - boxes[number][at])
             tinted[moved] = (1 - _TINT) * tinted[moved] + _TINT * np.array(COLORS[number % len(COLORS)])
     picture = Image.fromarray(tinted.astype(np.uint8))
     draw = ImageDraw.Draw(picture)
@@ -59,6 +60,12 @@ def _drawn(frame: np.ndarray, index: int, grounded: Grounded, boxes: list[dict[i
 
 
 def _moved(mask: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """A mask moved like the middle of a box whose sides move `by` (4,)."""
+    """A mask (H, W) moved like the middle of a box whose sides move `by` (4,); what leaves the frame is lost."""
     right, down = (round(float(by[i] + by[i + 2]) / 2) for i in (0, 1))
-    return np.roll(mask, (down, right), (0, 1))
+    height, width = mask.shape
+    moved = np.zeros_like(mask)
+    rows, columns = max(0, height - abs(down)), max(0, width - abs(right))
+    top, left = max(0, -down), max(0, -right)
+    kept = mask[top : top + rows, left : left + columns]
+    moved[max(0, down) :, max(0, right) :][:rows, :columns] = kept
+    return moved

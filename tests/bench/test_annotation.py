@@ -67,3 +67,14 @@ def test_a_walker_of_the_real_clip_is_followed() -> None:
     assert found.kept and found.inside > 0.8 * found.visible
     (lost,) = measure(CLIP, [walker], METHODS["Lucas-Kanade"])
     assert not lost.kept
+
+
+def test_a_walkers_score_is_the_mean_over_visible_labels() -> None:
+    from bench.annotation.grounded import overlap
+    from pite.ground.objects import Detection, Object
+
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 20], [5, 5, 6, 6], [0, 0, 10, 10]], float)
+    walker = Walker(0, 0, boxes, ("visible", "visible", "part", "visible"))
+    still = Object("person", {frame: Detection("person", np.array([0.0, 0, 10, 10]), 1) for frame in (0, 10)})
+    assert overlap([still], walker) == pytest.approx((1 + 0.5 + 0) / 3)
+    assert overlap([], walker) == 0

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from dataloaders.cli import parse
 from dataloaders.store.features import FeatureStore
 from dataloaders.synthetic.world import WorldConfig, make_world
+from dataloaders.transcripts.files import Segment, write_transcript
 from engine.budget.costs import stage_cost
 from engine.config import TrainConfig
 from engine.encode.__main__ import main as encode
@@ -247,8 +248,8 @@ def test_a_judge_scores_its_answers(
     videos = [file.stem for file in sorted((workspace / "data/evaluation/videos").iterdir())]
     items = [{"video_name": video, "Q": "How many shapes can be seen?", "A": "Two shapes."} for video in videos]
     (tmp_path / "generic_qa.json").write_text(json.dumps(items))
-    (tmp_path / "transcripts").mkdir()
-    (tmp_path / "transcripts" / f"{videos[0]}.txt").write_text("red circle " * 20)
+    transcript = Segment(0, 9, ("red circle " * 20).strip())
+    write_transcript(tmp_path / "transcripts" / f"{videos[0]}.json", Path(__file__), 9, "en", [transcript])
     paths = {"model": trained / "stage3/final", "data": workspace / "data", "store": workspace / "features"}
     paths |= {
         "ground_truth": tmp_path / "generic_qa.json",
@@ -280,6 +281,10 @@ def test_a_judge_scores_its_answers(
         assert evaluate(quoted) == 1
         assert "transcripts" in capsys.readouterr().err
         assert evaluate([*quoted, "--overwrite"]) == 0
+        assert f"1 of {len(videos)} videos have a transcript" in capsys.readouterr().err
+        (tmp_path / "none").mkdir()
+        assert evaluate([*quoted[:-1], str(tmp_path / "none"), "--overwrite"]) == 1
+        assert "has a file there, such as" in capsys.readouterr().err
     generator = Generator.from_pretrained(trained / "stage3/final")
     record = FeatureStore(workspace / "features/videos").read(f"evaluation/{videos[0]}").copy()
     (answer,) = generator.answer([items[0]["Q"]], [record], transcripts=["red circle " * 19 + "red circle"])

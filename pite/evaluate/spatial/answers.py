@@ -4,20 +4,20 @@
      "info": {"size": [640, 360], "boxes": {"96": [[10, 20, 110, 220]], "97": []}}}
 
 `query_id` is the question's number in the published order. A box is left, top, right, bottom in pixels of a frame of
-`size`; its right and bottom edges are those of its last pixel, so a box of one pixel is 1 wide. A frame is a number of
-the video's file, from 0. `python -m pite.ground` writes such lines.
+`size`, the right and bottom edges outside, as in the NAME.json of `pite.ground`: a box of one pixel is 1 wide. A frame is a
+number of the video's file, from 0. No command writes such lines: a script makes them of the boxes of any method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from dataloaders.annotation.boxes import box_ious
 from dataloaders.formats.fields import is_number, shown
-from pite.evaluate.predictions import Line, Prediction, read_lines
+from pite.evaluate.predictions import Line, read_lines
 from pite.evaluate.protocols import Protocol
 from pite.evaluate.spatial.truth import Tube, scored
 
@@ -27,16 +27,15 @@ Boxes = Mapping[int, np.ndarray]
 """(n, 4) boxes by frame, in pixels."""
 
 
-def line_of(
-    video: str, query_id: int | str, answer: str, size: tuple[int, int], boxes: Boxes, **info: Any
-) -> Prediction:
-    """The line of a prediction log for boxes in frames of `size`, width and height."""
-    rounded = {str(frame): np.round(found, 1).tolist() for frame, found in sorted(boxes.items())}
-    return Prediction(video, TASK, query_id, answer, {**info, "size": list(size), "boxes": rounded})
+def read_answers(
+    path: Path, tubes: Sequence[Tube], protocol: Protocol = "strict"
+) -> dict[int, tuple[tuple[int, int], Boxes]]:
+    """Frame size and boxes by the number of the question.
 
-
-def read_answers(path: Path, tubes: Sequence[Tube]) -> dict[int, tuple[tuple[int, int], Boxes]]:
-    """Frame size and boxes by the number of the question. Raises ValueError, naming file, line and field."""
+    protocol  strict: one box in a frame at most, since the best of many boxes, such as a grid, would fit anything;
+              published: any number
+    Raises ValueError, naming file, line and field.
+    """
     known = {tube.query_id: tube for tube in tubes}
     lines = read_lines(path, TASK)
     if not lines:
@@ -51,7 +50,14 @@ def read_answers(path: Path, tubes: Sequence[Tube]) -> dict[int, tuple[tuple[int
             raise ValueError(
                 f"{line}: field 'video_id' is {line.prediction.video!r}, but question {number} is about {tube.video!r}"
             )
-        found[number] = _boxes(line)
+        size, boxes = _boxes(line)
+        crowded = next((frame for frame, each in boxes.items() if len(each) > 1), None)
+        if protocol == "strict" and crowded is not None:
+            raise ValueError(
+                f"{line}: frame {crowded} has {len(boxes[crowded])} boxes, and the best of them would count: give one box a "
+                "frame, or --protocol published"
+            )
+        found[number] = size, boxes
     return found
 
 
@@ -72,7 +78,7 @@ def _boxes(line: Line) -> tuple[tuple[int, int], Boxes]:
 
 
 def overlap(tube: Tube, size: tuple[int, int], boxes: Boxes, protocol: Protocol = "strict") -> float:
-    """Mean over the annotated frames of the largest IoU (0..1) of a predicted box with the true one, the published sIoU.
+    """Mean over the annotated frames of the largest IoU (0..1) of a frame's boxes with the true one, the published sIoU.
 
     A frame without a box counts 0.
     protocol  strict: every annotated frame; published: five frames a second, at most 100, and boxes that end before
@@ -86,11 +92,3 @@ def overlap(tube: Tube, size: tuple[int, int], boxes: Boxes, protocol: Protocol 
             predicted = predicted - np.array([0, 0, 1, 1])
         ious.append(float(box_ious(predicted * scale, true).max(initial=0.0)))
     return float(np.mean(ious)) if ious else 0.0
-
-
-def box_ious(boxes: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """IoU (n,) of boxes (n, 4) with one box (4,); 0 where both are empty."""
-    low, high = np.maximum(boxes[:, :2], true[:2]), np.minimum(boxes[:, 2:], true[2:])
-    shared = np.maximum(high - low, 0).prod(1)
-    areas = np.maximum(boxes[:, 2:] - boxes[:, :2], 0).prod(1) + np.maximum(true[2:] - true[:2], 0).prod()
-    return np.asarray(shared / np.maximum(areas - shared, 1e-9))

@@ -22,4 +22,4 @@ def score_boxes(flags: SpatialFlags, ranks: Ranks) -> Report | None:
     if ranks.rank:
         return None
     tubes = read_tubes(flags)
-    return report(read_answers(flags.predictions, tubes), tubes, protocol=flags.protocol)
+    return report(read_answers(flags.predictions, tubes, flags.protocol), tubes, protocol=flags.protocol)

@@ -15,7 +15,7 @@ Benchmark = Literal["vidstg", "hc_stvg"]
 
 @dataclass(frozen=True, kw_only=True)
 class SpatialFlags(EvaluationFlags):
-    """Where is what this question is about, in each frame? Scores a file of boxes, such as pite.ground writes.
+    """Where is what this question is about, in each frame? Scores a file of boxes, one line for each question.
 
     --ground-truth takes VidSTG's test_annotations.json, with --vidor for its boxes, or HC-STVG's val_v2.json, or the
     test.json of its first version.
@@ -33,7 +33,8 @@ class SpatialFlags(EvaluationFlags):
     """folder of {number}.json with Q and A, made of HC-STVG's captions as in PG-Video-LLaVA's evaluation; the captions
     are the questions unless given"""
     protocol: Protocol = "strict"
-    """strict: each annotated frame; published: PG-Video-LLaVA's evaluation, five frames a second and its frame numbers"""
+    """strict: each annotated frame, with one box at most; published: PG-Video-LLaVA's evaluation, five frames a second, its
+    frame numbers, and the best of any number of boxes"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

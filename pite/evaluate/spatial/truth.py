@@ -51,10 +51,6 @@ class Tube:
     boxes: Mapping[int, np.ndarray]
     answered: bool = True
 
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.video, self.query_id
-
 
 def read_vidstg(annotations: Path, vidor: Path) -> list[Tube]:
     """The interrogative questions of VidSTG, numbered as published: declarative sentences count, but are left out.

@@ -166,7 +166,7 @@ def save_detector(directory: Path) -> Path:
     )
     directory.mkdir()
     (directory / "vocab.txt").write_text("\n".join(WORDS))
-    GroundingDinoForObjectDetection(config).save_pretrained(directory)
+    GroundingDinoForObjectDetection(config).half().save_pretrained(directory)
     images = GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96})
     GroundingDinoProcessor(images, BertTokenizer(vocab=str(directory / "vocab.txt"))).save_pretrained(directory)
     return directory
@@ -222,6 +222,23 @@ def test_masks_are_in_the_image_and_low_scores_give_none(models):
     assert all(mask.shape == (48, 72) and mask.dtype == bool and mask.any() for mask in found)
     assert Grounding(detector, segmenter, threshold=1.0)(image, phrases) == [None] * len(phrases)
     assert Grounding(detector, segmenter)(image, []) == []
+
+
+def test_all_boxes_of_a_phrase_are_found_with_their_masks(models):
+    detector, segmenter = models
+    image = np.random.default_rng(0).integers(0, 255, (48, 72, 3), dtype=np.uint8)
+    grounding = Grounding(detector, segmenter, threshold=0.0)
+    found = grounding.find_all(image, ["a red circle", "a blue square"])
+    assert len(found) == 2 and all(len(each) > 1 for each in found)
+    for box, score, mask in found[0]:
+        assert box.shape == (4,) and (box >= 0).all() and (box <= (72, 48, 72, 48)).all()
+        assert 0 <= score <= 1 and mask.shape == (48, 72)
+    best = max(Grounding(detector, None, threshold=0.0).find_all(image, ["a red circle"])[0], key=lambda each: each[1])
+    assert best[2] is None
+    whole = Grounding(detector, None, threshold=0.0)(image, ["a red circle"])[0]
+    rows, columns = np.flatnonzero(whole.any(1)), np.flatnonzero(whole.any(0))
+    assert np.abs(best[0] - (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)).max() <= 0.5
+    assert grounding.find_all(image, []) == []
 
 
 def test_the_command_makes_masks_with_models(models, tmp_path, capsys):

@@ -72,7 +72,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         memory_fuser_num_layers=1,
     )
     directory = tmp_path_factory.mktemp("models") / "sam2"
-    Sam2VideoModel(config).save_pretrained(directory)
+    Sam2VideoModel(config).half().save_pretrained(directory)
     return directory
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pite.evaluate.__main__ import main
-from pite.evaluate.spatial import Tube, line_of, overlap, read_answers, read_hc_stvg, read_vidstg, report, sampled
+from pite.evaluate.spatial import Tube, overlap, read_answers, read_hc_stvg, read_vidstg, report, sampled
 
 FOUND = {2: [[0, 0, 10, 10]], 3: [[5, 0, 15, 10]], 4: [[20, 20, 30, 30], [0, 0, 10, 5]], 5: []}
 """Predicted boxes by frame where the true one is always (0, 0, 10, 10): IoU 1, 1/3, 1/2, 0."""
@@ -23,6 +23,11 @@ def tube(span: tuple[int, int] = (2, 6), fps: float = 10) -> Tube:
 
 def as_boxes(found: dict[int, list[list[int]]], scale: float = 1) -> dict[int, np.ndarray]:
     return {frame: scale * np.array(each, float).reshape(-1, 4) for frame, each in found.items()}
+
+
+def line(query_id: int, boxes: dict[int, list[list[int]]]) -> dict[str, Any]:
+    info = {"size": [64, 48], "boxes": {str(frame): each for frame, each in boxes.items()}}
+    return {"video_id": "100", "task": "spatial_grounding", "query_id": query_id, "answer": "A man.", "info": info}
 
 
 @pytest.fixture
@@ -117,12 +122,8 @@ def test_videos_without_a_question_are_left_out_as_published(hc_stvg: Path, tmp_
 
 
 def test_the_command_counts_failures_as_zero(vidstg: tuple[Path, Path], tmp_path: Path, capsys) -> None:
-    lines = [
-        line_of("100", 0, "A man.", (64, 48), as_boxes(FOUND)),
-        line_of("100", 3, "", (64, 48), {}),
-    ]
     predictions = tmp_path / "p.jsonl"
-    predictions.write_text("".join(line.line() for line in lines))
+    predictions.write_text(f"{json.dumps(line(0, FOUND | {4: FOUND[4][1:]}))}\n{json.dumps(line(3, {}))}\n")
     flags = ["--ground-truth", f"{vidstg[0]}", "--vidor", f"{vidstg[1]}", "--predictions", f"{predictions}"]
     assert main(["spatial", "--benchmark", "vidstg", *flags, "--metrics", f"{tmp_path}/m.json"]) == 0
     assert "over 3 questions; 2 without a box" in capsys.readouterr().out
@@ -130,7 +131,7 @@ def test_the_command_counts_failures_as_zero(vidstg: tuple[Path, Path], tmp_path
     assert numbers["m_sIoU"] == pytest.approx(100 * 11 / 24 / 3)
     assert numbers["m_sIoU of the first box kept still"] == 100
     assert numbers["m_sIoU of the whole frame"] == pytest.approx(100 * (100 + 16 + 100) / 3 / (64 * 48))
-    assert numbers["boxes per frame"] == pytest.approx(4 / 3)
+    assert numbers["boxes per frame"] == 1
 
 
 @pytest.mark.parametrize(
@@ -141,14 +142,23 @@ def test_the_command_counts_failures_as_zero(vidstg: tuple[Path, Path], tmp_path
         ({"info": {"boxes": {}}}, "field 'info.size'"),
         ({"info": {"size": [64, 48], "boxes": {"2": [[1, 2, 3]]}}}, "field 'info.boxes[2]'"),
         ({"info": {"size": [64, 48], "boxes": {"x": []}}}, "field 'info.boxes[x]'"),
+        (line(0, FOUND), "frame 4 has 2 boxes, and the best of them would count: give one box a frame"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    record = json.loads(line_of("100", 0, "", (64, 48), {}).line()) | change
+    record = line(0, {}) | change
     (tmp_path / "p.jsonl").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"p\.jsonl:1: ") as error:
         read_answers(tmp_path / "p.jsonl", [tube()])
     assert message in str(error.value)
+
+
+def test_published_takes_many_boxes_a_frame(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps(line(0, FOUND)))
+    read = read_answers(tmp_path / "p.jsonl", [tube()], "published")
+    found = report(read, [tube()], protocol="published")
+    assert found.numbers["m_sIoU"] == pytest.approx(100 * (0.81 + 0.36) / 2)
+    assert "1.33 boxes in each frame" in found.text
 
 
 def test_malformed_ground_truth_is_named(vidstg: tuple[Path, Path], hc_stvg: Path, tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""Which phrase is which object: mentions of one thing, tags, and numbers of objects."""
+
+from __future__ import annotations
+
+import pytest
+
+from dataloaders.annotation.steps import Phrase
+from pite.ground.matching import MAX_OBJECTS, assign, head, is_plural, match_words, mentions, number, plain
+
+
+def things(*texts: str) -> list[list[str]]:
+    return [[p.text for p in thing] for thing in mentions([Phrase(text, 10 * i) for i, text in enumerate(texts)])]
+
+
+@pytest.mark.parametrize(
+    ("phrase", "words", "last", "count"),
+    [
+        ("A red car", "red car", "car", 1),
+        ("the two men", "men", "man", 2),
+        ("both dogs", "dogs", "dog", 2),
+        ("12 dogs", "dogs", "dog", 12),
+        ("Several dogs", "dogs", "dog", None),
+        ("no people", "people", "person", 0),
+        ("a glass", "glass", "glass", 1),
+        ("The", "the", "the", 1),
+    ],
+)
+def test_words_of_a_phrase(phrase: str, words: str, last: str, count: int | None) -> None:
+    assert (plain(phrase), head(phrase), number(phrase)) == (words, last, count)
+    assert is_plural(phrase) == (words in ("men", "dogs", "people"))
+
+
+def test_mentions_of_one_thing() -> None:
+    assert things("An old man", "a dog", "the man", "his dog") == [["An old man", "the man"], ["a dog", "his dog"]]
+    assert things("a man", "another man", "the man") == [["a man"], ["another man", "the man"]]
+    assert things("one man", "the other man") == [["one man"], ["the other man"]]
+    assert things("two men", "the man", "the men") == [["two men", "the men"], ["the man"]]
+    assert things("a man", "the old man", "the young man") == [["a man", "the old man"], ["the young man"]]
+    assert things("a red car", "a blue car", "the red car", "the car") == [
+        ["a red car", "the red car"], ["a blue car", "the car"]
+    ]  # fmt: skip
+    assert things("a young man", "an old man", "A young man") == [["a young man", "A young man"], ["an old man"]]
+
+
+def test_tags_by_words() -> None:
+    found = match_words(["A man", "a red car", "the street", "a dog"], ["person", "red car", "dog", "car"])
+    assert found == ["person", "red car", None, "dog"]
+
+
+def test_no_two_things_share_an_object() -> None:
+    names = ["people", "A man", "a woman", "another man", "a dog"]
+    assert assign(names, ["person"] * 4 + [None], ["person"] * 5, {}) == [[3, 4], [0], [1], [2], []]
+    assert assign(["A man", "a woman"], ["person"] * 2, ["person"], {}) == [[0], []]
+    assert assign(["A man", "a woman"], ["person"] * 2, [], {}) == [[], []]
+
+
+def test_numbers_of_objects() -> None:
+    assert assign(["two men"], ["person"], ["person"] * 5, {}) == [[0, 1]]
+    assert assign(["no dogs"], ["dog"], ["dog"], {}) == [[]]
+    assert assign(["dogs"], ["dog"], ["dog"] * 50, {}) == [list(range(MAX_OBJECTS))]
+
+
+def test_an_object_found_under_two_tags_belongs_to_one_thing() -> None:
+    """Object 0 is the man whom object 2 is, too; object 1 is another man."""
+    objects, same = ["man", "man", "young man"], {0: {2}, 2: {0}}
+    assert assign(["a man", "a young man"], ["man", "young man"], objects, same) == [[1], [2]]
