@@ -29,7 +29,7 @@ class Transcripts:
         if names and not found:
             raise ValueError(
                 f"--transcripts {self._folder}: none of {len(names):,} videos has a file there, such as {min(names)}.json "
-                "or .txt"
+                "or .txt: check the names, or leave --transcripts out"
             )
         return found, len(names)
 
