@@ -7,10 +7,10 @@ import torch
 
 from pite_kernels import packed_attention, reference, row_index
 from pite_kernels.attention import backends, sdpa
-from tests.kernels.helpers import assert_as_accurate, assert_bitwise
+from tests.kernels.helpers import ROUNDING, assert_as_accurate, assert_bitwise
 from tests.operators import Operators
 
-LENGTHS = [[17], [5, 5, 5, 5], [40, 3, 0, 38, 1, 7, 7, 30], [1] * 9, [0, 4, 0], [0]]
+LENGTHS = [[17], [5, 5, 5, 5], [40, 3, 0, 38, 1, 7, 7, 30], [0, 4, 0], [0]]
 
 
 def make(lengths, dtype=torch.float32, heads=4, key_heads=4, width=8):
@@ -31,7 +31,6 @@ def results(q, k, v, bounds, longest, function=packed_attention, **options):
 
 @pytest.mark.parametrize(
     ("dtype", "lengths"),
-    # If every document is one token, the gradient of q is zero, and float16's noise has no scale to compare with.
     [(d, n) for d in (torch.float64, torch.float32, torch.bfloat16) for n in LENGTHS] + [(torch.float16, LENGTHS[2])],
 )
 @pytest.mark.parametrize("causal", [True, False])
@@ -48,6 +47,18 @@ def test_against_float64(dtype, lengths, causal, key_heads):
         )
     )
     assert_as_accurate(ours, plain, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_document_of_one_token_has_no_gradient_of_query_and_key(dtype):
+    """The output is the value. Query and key get the difference of two equal terms: at most a rounding of these terms."""
+    q, k, v, *rest = make([1] * 9, dtype)
+    out, of_query, of_key, of_value = results(q, k, v, *rest, scale=0.3)
+    upstream = torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype)
+    assert torch.equal(out, v) and torch.equal(of_value, upstream)
+    terms = 0.3 * (upstream.abs() * v.abs()).sum(-1, keepdim=True).double()
+    for gradient, other in ((of_query, k), (of_key, q)):
+        assert (gradient.double().abs() <= ROUNDING[dtype] * terms * other.abs()).all()
 
 
 def make_shared(dtype=torch.float32, heads=4, key_heads=4, width=8, lengths=((0, 7), (0, 9), (7, 30), (0, 2), (4, 1))):

@@ -167,7 +167,11 @@ def forward(
         centre = (head.mean(0, dtype=torch.float32) * -label_smoothing).to(hidden.dtype)
     chunk = chunk_rows(vocabulary, depth, multiprocessors(hidden.device))
     # Rows at multiples of 16 numbers, for vocabularies such as LLaVA's 32003 too.
-    logits = hidden.new_empty((min(chunk, count), triton.cdiv(vocabulary, 16) * 16)).narrow(1, 0, vocabulary)
+    padded = hidden.new_empty((min(chunk, count), triton.cdiv(vocabulary, 16) * 16))
+    if vocabulary % 16:
+        # oneDNN's bfloat16 GEMM with AMX multiplies the padding by zero, and NaN times zero is NaN.
+        padded.narrow(1, vocabulary, padded.shape[1] - vocabulary).zero_()
+    logits = padded.narrow(1, 0, vocabulary)
     gathered = hidden.new_empty((0 if rows is None else min(chunk, count), depth))
     for start in range(0, count, chunk):
         size = min(chunk, count - start)
