@@ -47,7 +47,7 @@ build = job.build_model
 job.build_model = lambda *rest, **named: time.sleep(1000) if rank == 1 else build(*rest, **named)"""
 
 SLOW = SLOWLY.replace("0.2", "0.1")
-END_WITHIN = 30
+END_WITHIN = 90
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_one_rank_of_torchrun_is_killed(workspace: Path, tmp_path: Path, stage1:
     killed = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     _, error = run.communicate(timeout=END_WITHIN)
-    assert time.monotonic() - killed < END_WITHIN
+    assert time.monotonic() - killed < 40, "the limit that docs/cluster.md names"
     assert run.returncode != 0
     assert f"process {victim}) died or was cut off" in error, error
     assert "rank 0 ends: rank 1 (" in error
