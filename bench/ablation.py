@@ -92,19 +92,31 @@ def run(module: str, *arguments: object) -> None:
         raise SystemExit(f"bench.ablation: {' '.join(command[1:])} ended with status {status}")
 
 
-def make_world(output: Path, parts: Path, videos: int, evaluation: int, frames: int, twins: float) -> None:
-    """Make the world and its features, as the demo does."""
-    data = output / "data"
-    sizes = ("--videos", videos, "--evaluation", evaluation, "--frames", frames, "--twins", twins)
-    run("dataloaders.synthetic", data, *sizes)
-    run("engine.encode", "--data", data, "--store", output / "store", "--clip", parts / "clip", "--num-frames", frames)
+@dataclass(frozen=True)
+class World:
+    """Folders of a synthetic world and of its videos' features."""
+
+    data: Path
+    store: Path
+
+    @property
+    def flags(self) -> tuple[object, ...]:
+        return "--data", self.data, "--store", self.store
+
+    def make(self, clip: Path, videos: int, evaluation: int, frames: int, twins: float) -> None:
+        """Make the videos and encode them, as the demo does; what is there already is kept."""
+        sizes = ("--videos", videos, "--evaluation", evaluation, "--frames", frames, "--twins", twins)
+        run("dataloaders.synthetic", self.data, *sizes)
+        run("engine.encode", *self.flags, "--clip", clip, "--num-frames", frames)
 
 
-def train_and_measure(output: Path, parts: Path, variant: Variant, seed: int, flags: Sequence[str]) -> dict[str, float]:
+def train_and_measure(
+    world: World, output: Path, vicuna: Path, variant: Variant, seed: int, flags: Sequence[str]
+) -> dict[str, float]:
     """The scores of one variant and seed; read from scores.json if it exists."""
     folder = output / variant.folder / str(seed)
     scores = folder / "scores.json"
-    settings = {"vicuna": sha256(parts / "vicuna" / "model.safetensors"), "train": list(flags)}
+    settings = {"vicuna": sha256(vicuna / "model.safetensors"), "train": list(flags)}
     if scores.exists():
         saved = json.loads(scores.read_text())
         if saved.get("settings") != settings:
@@ -112,9 +124,7 @@ def train_and_measure(output: Path, parts: Path, variant: Variant, seed: int, fl
                 f"bench.ablation: {folder} was trained with other --parts or --train: give another --output"
             )
         return dict(saved["scores"])
-    given = ("--data", output / "data", "--store", output / "store")
-    llm = ("--model", "tiny", "--llm", parts / "vicuna")
-    common = (*llm, *given, "--seed", seed, *flags, *variant.flags)
+    common = ("--model", "tiny", "--llm", vicuna, *world.flags, "--seed", seed, *flags, *variant.flags)
     skipped = "--no-trajectory-stage" in variant.flags
     if variant.after_stage1 and variant.flags:
         first = output / VARIANTS[0].folder / str(seed) / "stage1" / "final"
@@ -127,14 +137,14 @@ def train_and_measure(output: Path, parts: Path, variant: Variant, seed: int, fl
         run("engine.train", *common, "--stage", "all", "--output", folder)
     answers = folder / "grounding.jsonl"
     written = ("--predictions", answers, "--overwrite")
-    run("pite.evaluate", "grounding", "--model", folder / "stage3" / "final", *given, *written)
-    found = measure(output, folder, answers, None if skipped else folder / "stage2" / "final")
+    run("pite.evaluate", "grounding", "--model", folder / "stage3" / "final", *world.flags, *written)
+    found = measure(world, folder, answers, None if skipped else folder / "stage2" / "final")
     write_atomically(scores, json.dumps({"settings": settings, "scores": found}, indent=1) + "\n")
     return found
 
 
-def measure(output: Path, folder: Path, answers: Path, stage2: Path | None) -> dict[str, float]:
-    evaluation = output / "data" / "evaluation"
+def measure(world: World, folder: Path, answers: Path, stage2: Path | None) -> dict[str, float]:
+    evaluation = world.data / "evaluation"
     truth = read_truth(evaluation / "activitynet_captions.json")
     frames = Generator.from_pretrained(folder / "stage3" / "final").model.config.num_frames
     predictions = read_answers(answers, truth)
@@ -144,7 +154,7 @@ def measure(output: Path, folder: Path, answers: Path, stage2: Path | None) -> d
         scores, _ = measure_grounding(about_twins, truth, frames)
         found |= {"twins": scores.miou, "twins_blind": scores.question_blind}
     if stage2 is not None:
-        features = FeatureStore(output / "store" / "videos").read
+        features = FeatureStore(world.store / "videos").read
         tracks = evaluation / "pite_143k.jsonl"
         trajectories, motion = measure_trajectories(Generator.from_pretrained(stage2), tracks, features)
         losses = read_curves(stage2.parent / "metrics.jsonl")["ce"]
@@ -248,13 +258,15 @@ def main(arguments: list[str] | None = None) -> int:
     for part in ("clip", "vicuna"):
         if not (options.parts / part).is_dir():
             parser.error(f"--parts {options.parts}: it holds no {part}: python -m engine.tiny {options.parts}")
-    make_world(options.output, options.parts, options.videos, options.evaluation, options.frames, options.twins)
+    world = World(options.output / "data", options.output / "store")
+    world.make(options.parts / "clip", options.videos, options.evaluation, options.frames, options.twins)
     # The first variant always runs, and runs first: others start from its stage 1.
     chosen = [v for v in VARIANTS if v.name in options.only or v is VARIANTS[0]]
     results: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in chosen}
     for seed in range(options.seeds):
         for variant in chosen:
-            scores = train_and_measure(options.output, options.parts, variant, seed, options.train.split())
+            vicuna, flags = options.parts / "vicuna", options.train.split()
+            scores = train_and_measure(world, options.output, vicuna, variant, seed, flags)
             results[variant.name].append(scores)
     hours = sum(training_hours(options.output / v.folder / str(seed)) for v in chosen for seed in range(options.seeds))
     text = f"{table(results)}\n\n{differences(results)}\n\n{hours:.1f} hours of training"

@@ -1,9 +1,10 @@
-"""L1, motion and grounding against compute, with the tiny models: `python -m bench.scaling --parts PARTS PARTS256`.
+"""L1, motion and grounding against compute, with tiny models of several widths: `python -m bench.scaling --parts A B`.
 
-Trains the three stages from each pair of tiny models in `--parts`, on each number of videos in `--videos`, with each seed.
-Fewer videos are the first ones of more, and the held-out videos are the same. The epochs are the recipe's, so fewer videos
-are fewer steps too. Compute is that of stage 2, counted as the dry run counts it (4N per computed row, attention,
-vocabulary head). A wider tiny model: `python -m engine.tiny PARTS256 --width 256`. Finished runs are not repeated.
+Trains the three stages from the vicuna of each folder in `--parts`, on each number of videos in `--videos`, with each seed.
+The features are those of the first folder's clip. Fewer videos are the first ones of more, and the held-out videos are the
+same. The epochs are the recipe's, so fewer videos are fewer steps too. Compute is that of stage 2, counted as the dry run
+counts it (4N per computed row, attention, vocabulary head). A wider vicuna: `python -m engine.tiny B --width 256`, which
+keeps a clip that B has already. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from bench.ablation import VARIANTS, make_world, train_and_measure
+from bench.ablation import VARIANTS, World, train_and_measure
 from bench.measure import environment
 from dataloaders.cli import parse
 from dataloaders.files import write_atomically
@@ -48,10 +49,9 @@ class Point:
     miou: float
 
 
-def stage2_flops(output: Path, parts: Path, extra: Sequence[str] = ()) -> float:
-    """FLOPs of stage 2's training by count, with the data and features in `output` and more flags of engine.train."""
-    data = ("--data", output / "data", "--store", output / "store")
-    flags = ("--model", "tiny", "--llm", parts / "vicuna", *data, *extra, "--stage", 2)
+def stage2_flops(world: World, vicuna: Path, extra: Sequence[str] = ()) -> float:
+    """FLOPs of stage 2's training by count, with more flags of engine.train."""
+    flags = ("--model", "tiny", "--llm", vicuna, *world.flags, *extra, "--stage", 2)
     (cost,) = run_costs(parse(TrainConfig, [str(flag) for flag in flags]))
     return cost.flops
 
@@ -95,14 +95,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train", default="", help="extra flags for engine.train, as one string")
     options = parser.parse_args(arguments)
     points = []
+    flags = options.train.split()
     for videos in options.videos:
+        world = World(options.output / f"data-{videos}", options.output / "store")
+        world.make(options.parts[0] / "clip", videos, options.evaluation, options.frames, twins=0.0)
         for parts in options.parts:
-            width = read_manifest(parts / "vicuna")["width"]
-            output = options.output / f"{videos}-videos" / f"d{width}"
-            make_world(output, parts, videos, options.evaluation, options.frames, twins=0.0)
-            flops = stage2_flops(output, parts, options.train.split())
+            vicuna = parts / "vicuna"
+            width = read_manifest(vicuna)["width"]
+            flops = stage2_flops(world, vicuna, flags)
+            output = options.output / f"d{width}-{videos}"
             for seed in range(options.seeds):
-                scores = train_and_measure(output, parts, VARIANTS[0], seed, options.train.split())
+                scores = train_and_measure(world, output, vicuna, VARIANTS[0], seed, flags)
                 points.append(Point(width, videos, seed, flops, **{name: scores[name] for name in SCORES}))
     record = {"environment": environment(torch.device("cpu")), "points": [asdict(point) for point in points]}
     write_atomically(options.output / "scaling.json", json.dumps(record, indent=1) + "\n")

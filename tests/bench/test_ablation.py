@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.ablation import VARIANTS, differences, plot_curves, table, train_and_measure, training_hours, twins
+from bench.ablation import VARIANTS, World, differences, plot_curves, table, train_and_measure, training_hours, twins
 from dataloaders.cli import parse
 from dataloaders.files import sha256
 from engine.train import TrainConfig
@@ -56,14 +56,15 @@ def test_scores_of_other_parts_are_refused(tmp_path: Path):
     folder = tmp_path / "PiTe" / "0"
     folder.mkdir(parents=True)
     for number in (1, 2):
-        (tmp_path / str(number) / "vicuna").mkdir(parents=True)
-        (tmp_path / str(number) / "vicuna" / "model.safetensors").write_bytes(bytes(number))
-    settings = {"vicuna": sha256(tmp_path / "1" / "vicuna" / "model.safetensors"), "train": ["--epochs", "1"]}
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "model.safetensors").write_bytes(bytes(number))
+    settings = {"vicuna": sha256(tmp_path / "1" / "model.safetensors"), "train": ["--epochs", "1"]}
     (folder / "scores.json").write_text(json.dumps({"settings": settings, "scores": {"miou": 0.5}}))
-    assert train_and_measure(tmp_path, tmp_path / "1", VARIANTS[0], 0, ["--epochs", "1"]) == {"miou": 0.5}
-    for parts, flags in (("2", ["--epochs", "1"]), ("1", [])):
+    world = World(tmp_path / "data", tmp_path / "store")
+    assert train_and_measure(world, tmp_path, tmp_path / "1", VARIANTS[0], 0, ["--epochs", "1"]) == {"miou": 0.5}
+    for vicuna, flags in (("2", ["--epochs", "1"]), ("1", [])):
         with pytest.raises(SystemExit, match="other --parts or --train: give another --output"):
-            train_and_measure(tmp_path, tmp_path / parts, VARIANTS[0], 0, flags)
+            train_and_measure(world, tmp_path, tmp_path / vicuna, VARIANTS[0], 0, flags)
 
 
 def test_hours_are_those_of_every_step_once(tmp_path: Path):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import scaling
+from bench.ablation import World
 from bench.scaling import Point, plot, stage2_flops, table
 from engine.config import TrainConfig
 from engine.tiny.shipped import PARTS
@@ -41,29 +42,35 @@ def test_compute_is_that_of_stage_2_with_the_same_flags(tmp_path: Path):
     workspace = make_workspace(tmp_path)
     (workspace / "features").rename(workspace / "store")
     (workspace / "llm").rename(workspace / "vicuna")
-    once, twice = (stage2_flops(workspace, workspace, ["--global-batch", "8", "--epochs", epochs]) for epochs in "12")
+    world = World(workspace / "data", workspace / "store")
+    flags = (["--global-batch", "8", "--epochs", epochs] for epochs in "12")
+    once, twice = (stage2_flops(world, workspace / "vicuna", each) for each in flags)
     assert twice == pytest.approx(2 * once)
     # 24 samples of at least 30 tokens, and 17,408 weights in the linear layers: 4N per row, LoRA and the vocabulary head.
     assert 1 < once / (24 * 30 * 4 * 17_408) < 10
 
 
 def test_every_pair_of_parts_and_videos_is_trained_with_every_seed(tmp_path: Path, monkeypatch, capsys):
-    worlds, counted = [], []
+    worlds, counted, runs = [], [], []
 
     def costs(config: TrainConfig) -> list[SimpleNamespace]:
         counted.append(config)
         return [SimpleNamespace(flops=1e12)]
 
-    def train(output, parts, variant, seed, flags):
+    def train(world, output, vicuna, variant, seed, flags):
+        runs.append((world.data.name, output.name))
         assert variant.name == "PiTe" and flags == ["--epochs", "1"]
         return {"l1": 0.5, "slope": 0.1 * seed, "miou": 0.2, "ce": 1.0}
 
-    monkeypatch.setattr(scaling, "make_world", lambda output, parts, videos, *_, twins: worlds.append((output, videos)))
+    monkeypatch.setattr(
+        World, "make", lambda world, clip, videos, *_, twins: worlds.append((world.store, clip, videos))
+    )
     monkeypatch.setattr(scaling, "run_costs", costs)
     monkeypatch.setattr(scaling, "train_and_measure", train)
     flags = ["--output", str(tmp_path), "--videos", "10", "20", "--seeds", "2", "--train", "--epochs 1"]
     assert scaling.main(flags) == 0
-    assert worlds == [(tmp_path / f"{videos}-videos" / "d128", videos) for videos in (10, 20)]
+    assert worlds == [(tmp_path / "store", PARTS / "clip", videos) for videos in (10, 20)]
+    assert runs == [(f"data-{videos}", f"d128-{videos}") for videos in (10, 10, 20, 20)]
     assert [config.stages for config in counted] == [(2,), (2,)]
     assert {config.model.llm for config in counted} == {str(PARTS / "vicuna")}
     record = json.loads((tmp_path / "scaling.json").read_text())
