@@ -48,6 +48,17 @@ class Colours:
         return found
 
 
+class Squares(Colours):
+    """Finds squares of any colour, all under one tag."""
+
+    def tags(self, phrases: Sequence[str]) -> list[str]:
+        return ["square"]
+
+    def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
+        found = Colours.__call__(self, image, ["red square", "blue square", "green square"])
+        return [Detection("square", each.box, each.score) for each in found]
+
+
 def parse(text: str) -> list[Phrase]:
     return [Phrase(match[0], match.start()) for match in re.finditer(r"(?:a|the|two) (?:\w+ )?squares?", text)]
 
@@ -91,10 +102,10 @@ def test_phrases_have_the_boxes_and_masks_of_their_objects(videos: list[Path]) -
     ]
     for each, colour in zip(grounded.objects, ("red", "blue")):
         boxes = each.boxes()
-        assert list(boxes) == list(range(17))
+        assert list(boxes) == list(range(20))
         assert min(box_ious(box[None], place(colour, frame))[0] for frame, box in boxes.items()) > 0.7
         masks = {frame: decode_mask(found.mask, "mask") for frame, found in each.found.items()}
-        assert list(masks) == [0, 4, 8, 12, 16] and all(400 < mask.sum() < 600 for mask in masks.values())
+        assert list(masks) == [0, 4, 8, 12, 16, 19] and all(400 < mask.sum() < 600 for mask in masks.values())
 
 
 def test_grabcut_finds_a_mask_in_a_box_without_one(videos: list[Path]) -> None:
@@ -158,15 +169,15 @@ def test_later_mentions_and_the_same_thing_under_two_tags(videos: list[Path]) ->
     assert [each.tag for each in grounded.objects] == ["red square"]
 
 
+def test_a_plural_has_the_objects_of_each_thing_it_mentions(videos: list[Path]) -> None:
+    def squares(text: str) -> list[Phrase]:
+        return [Phrase(match[0], match.start()) for match in re.finditer(r"(?:a|another|the) squares?", text)]
+
+    grounded = Grounder(squares, Squares())(videos[0], "a square, another square, the squares")
+    assert [own for _, own in grounded.phrases] == [(0,), (1,), (0, 1)]
+
+
 def test_a_number_of_objects(videos: list[Path]) -> None:
-    class Squares(Colours):
-        def tags(self, phrases: Sequence[str]) -> list[str]:
-            return ["square"]
-
-        def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
-            found = Colours.__call__(self, image, ["red square", "blue square", "green square"])
-            return [Detection("square", each.box, each.score) for each in found]
-
     texts = ("two squares and a square", "a square and two squares", "the squares")
     found = [[own for _, own in Grounder(parse, Squares())(videos[0], text).phrases] for text in texts]
     assert found == [[(0, 1), ()], [(0,), (1,)], [(0, 1)]]
@@ -198,7 +209,7 @@ def test_a_killed_run_is_continued_to_the_same_files(videos, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     assert run(tmp_path / "whole") == 0
-    assert "a red square: frames 0 to 16\n" in capsys.readouterr().out
+    assert "a red square: frames 0 to 19\n" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(command, "write_atomically", killed)
         assert run(tmp_path / "cut") != 0
@@ -276,6 +287,7 @@ def test_a_gap_is_interpolated_and_chance_is_left_out() -> None:
         (["--answer", " "], "the text is empty"),
         (["--answer", "A dog.", "--query", "Who?"], "--query: --answer is grounded without a model"),
         (["--answer", "A dog.", "--model", "m"], "--model: --answer is grounded without a model"),
+        (["--answer", "A dog.", "--clip", "c", "--max-new-tokens", "9"], "--clip and --max-new-tokens: --answer is"),
         (["--answer", "A dog.", "--threshold", "0.5"], "--threshold is for the scores of --detector"),
         (["--answer", "A dog.", "--detector", ".", "--threshold", "2"], "--threshold must be between 0 and 1"),
         (["--answer", "A dog.", "--segmenter", "."], "--segmenter needs the boxes"),
