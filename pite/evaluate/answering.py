@@ -67,7 +67,7 @@ class Model:
         transcripts: Path | None = None,
     ) -> None:
         self.name, self.batch_size, self.ranks = str(model), batch_size, ranks
-        self.device = devices.select(_device_of(device, ranks))
+        self.device = devices.select(device_of(device, ranks))
         self.directory = checkpoint.resolve(model)
         checkpoint.check_trained(self.directory)
         self.config = PiTeConfig.load(self.directory)
@@ -197,7 +197,8 @@ class Model:
         return self.prefixes.videos([read(key_of(video)) for video in videos])
 
 
-def _device_of(name: str, ranks: Ranks) -> str:
+def device_of(name: str, ranks: Ranks) -> str:
+    """The device of one of several processes: each takes the GPU of its rank, unless one is named."""
     if ranks.size == 1 or ":" in name or name == "cpu":
         return name
     import torch

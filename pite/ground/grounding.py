@@ -62,21 +62,23 @@ class Grounded:
 
 @dataclass(frozen=True, eq=False)
 class Footage:
-    """A video's file, the size of its frames (width, height), and the seconds at which each is shown (n,)."""
+    """A video's file: the size of its frames (width, height), the seconds at which each is shown (n,), and at which the last
+    one ends."""
 
     path: Path
     size: tuple[int, int]
     times: np.ndarray
+    end: float
 
     @staticmethod
     def of(path: Path) -> Footage:
         """Read a file; one without times has 10 frames per second. Raises DecodeError."""
         _, total = count_frames(path)
-        times = probe(path).packets.times
+        packets = probe(path).packets
+        known = len(packets.times) == total
+        times, end = (packets.times, packets.end) if known else (np.arange(total) / 10.0, total / 10.0)
         _, frame = next(frames_of(path, {0}))
-        return Footage(
-            path, (frame.shape[1], frame.shape[0]), times if len(times) == total else np.arange(total) / 10.0
-        )
+        return Footage(path, (frame.shape[1], frame.shape[0]), times, end)
 
     def between(self, seconds: tuple[float, float] | None) -> tuple[int, int]:
         """The first frame between two times, and the frame after the last; all frames without times.
@@ -92,6 +94,11 @@ class Footage:
                 f"{self.times[0]:.2f} s, the last at {self.times[-1]:.2f} s"
             )
         return int(first), int(end)
+
+    def seconds(self, span: tuple[int, int]) -> tuple[float, float]:
+        """The times between which the frames of a span are shown: the inverse of `between`."""
+        end = self.times[span[1]] - _ROUNDING if span[1] < len(self.times) else self.end
+        return max(float(self.times[span[0]]) - _ROUNDING, 0.0), float(end)
 
 
 @dataclass(frozen=True)
