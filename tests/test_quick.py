@@ -51,6 +51,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "--demo {none}",
         "--model {d} --clip {none}",
         "--model {d} --clip {d} --examples {none}",
+        "--model {d} --clip {d} --ground --detector {none}",
     ),
     "pite.evaluate": (
         f"{GROUNDING} --model {{none}}",
