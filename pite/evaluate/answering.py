@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dataloaders.ranks import Ranks
 from dataloaders.store.features import FeatureStore
+from dataloaders.transcripts import Transcripts
 from pite import checkpoint, devices
 from pite.config import PiTeConfig, check_family
 from pite.evaluate.answer_log import AnswerLog, Settings
@@ -21,7 +22,6 @@ from pite.evaluate.inputs import Inputs, key_of
 from pite.evaluate.plan import Window, plan, share_of
 from pite.evaluate.predictions import Prediction
 from pite.evaluate.questions import Question
-from pite.evaluate.transcripts import Transcripts
 from pite.families import Name
 from pite.generate import Generator
 from pite.lineage import check_encoder
@@ -96,8 +96,13 @@ class Model:
         """Raise ValueError as the function of this name."""
         check_features(store, self.directory)
 
+    def check_transcripts(self, inputs: Sequence[Inputs]) -> None:
+        """Raise ValueError if none of the videos of these inputs has a transcript in --transcripts."""
+        if self._transcripts is not None:
+            self._transcripts.check(question.video for each in inputs for question in each.questions)
+
     def count_transcripts(self, inputs: Inputs) -> list[str]:
-        """How many videos have a transcript, in a sentence; [] without --transcripts. Raises ValueError if none has one."""
+        """How many videos have a transcript, in a sentence; [] without --transcripts."""
         if self._transcripts is None:
             return []
         found, total = self._transcripts.count(question.video for question in inputs.questions)
