@@ -14,13 +14,17 @@ from pite.families import Name
 from pite.flags import DeviceFlags
 from pite.lineage import check_model_flag
 
+THRESHOLD = 0.35
+"""Minimum score of a detection, unless given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GrounderFlags(DeviceFlags):
     """Flags of a command that finds the things of a text in a video."""
 
     detector: Path | None = None
-    """folder of a GroundingDINO or MM-GroundingDINO; OpenCV's people detector, which finds nothing else, unless given"""
+    """folder of a GroundingDINO or MM-GroundingDINO, or of TensorFlow.js's coco-ssd, which finds COCO's 80 kinds of things;
+    OpenCV's people detector, which finds nothing else, unless given"""
     threshold: float | None = None
     """minimum score of a detection of --detector, 0 to 1; 0.35 unless given"""
     stanza: Path | None = None
@@ -40,7 +44,7 @@ class GrounderFlags(DeviceFlags):
     @property
     def least_score(self) -> float:
         """Of a detection of --detector."""
-        return 0.35 if self.threshold is None else self.threshold
+        return THRESHOLD if self.threshold is None else self.threshold
 
     def check_grounder(self) -> None:
         """Raise ValueError for a folder that does not exist."""
