@@ -45,8 +45,8 @@ class StageDataset:
     tokens, targets, coordinates  (n,) int32 per sample: length, supervised tokens, present coordinates
     mentions                      (n,) int32 per sample: mentions with different trajectories
     largest_tokens                (n,) int32 per sample: the largest token id
-    Raises ValueError for a folder without data, for `transcripts` of none of the videos, and if more records are malformed than the budget allows: one sentence
-    for each of the first ten, with file, line and field.
+    Raises ValueError for a folder without data, for transcripts of none of the videos, and if more records are malformed than
+    the budget allows: one sentence for each of the first ten, with file, line and field.
     """
 
     def __init__(

@@ -5,8 +5,9 @@
     inference    You are PG-Video-LLaVA, ... video. USER: {question}\\n<video>{transcript} ASSISTANT:
     <video>      the id of the start, one row for each feature, the id of the end
 
-The published training has no transcripts. It uses a tokenizer that strips the text on both sides of a video, and the published inference one that
-keeps the spaces. `TRAINED` strips in both, so that a question is read as in training; `PUBLISHED` is the published inference.
+The published training has no transcripts. Its tokenizer strips the text on both sides of a video, and that of the published
+inference keeps the spaces. `TRAINED` strips in both, so that a question is read as in training; `PUBLISHED` is the published
+inference.
 """
 
 from __future__ import annotations
