@@ -48,10 +48,11 @@ class Chat(Protocol):
 
 @dataclass
 class Visit:
-    """One visitor's conversation."""
+    """One visitor's conversation: the video, the last answer while it is shown, and where what it names is."""
 
     chat: Chat
     video: Path | None = None
+    reply: Reply | None = None
     grounded: GroundedAnswer | None = None
 
     def forget_grounded(self) -> None:
@@ -218,32 +219,34 @@ class Page:
             visit.chat.forget(visit.video)
         return [visit, scene(None), "", *self._no_places(visit)]
 
-    def _no_places(self, visit: Visit, answered: bool = False) -> list[Any]:
-        """No grounded answer, and after an answer the button for one."""
+    def _no_places(self, visit: Visit, reply: Reply | None = None) -> list[Any]:
+        """No grounded answer, and with an answer the button for one."""
         visit.forget_grounded()
-        return [gr.Button(_FIND, visible=answered and self._ground is not None, interactive=True), ""]
+        visit.reply = reply
+        can_find = self._ground is not None and reply is not None and bool(reply.text.strip())
+        return [gr.Button(_FIND, visible=can_find, interactive=True), ""]
 
     def _show_places(self, visit: Visit | None) -> Iterator[tuple[Any, ...]]:
-        """Find what the last answer names; what comes after another question has been put is dropped."""
+        """Find what the last answer names. A result for an answer that is not shown any more is dropped."""
         visit = self._visitor(visit)
-        reply, video = visit.chat.last, visit.video
+        reply, video, found = visit.reply, visit.video, None
         if self._ground is None or reply is None or video is None:
             return
         yield gr.Button(_FIND, interactive=False), notice("Looking for the things that the answer names ...")
         try:
             found = GroundedAnswer(self._ground, video, reply.text, Path(get_upload_folder()))
+            shown = gr.Button(_FIND, visible=False), found.html()
         except ValueError as error:
             why = sentence(error).replace(str(video), video.name)
-            yield gr.Button(_FIND, interactive=True), notice(f"{why[:1].upper()}{why[1:]}.", "error")
-            return
-        if visit.chat.last is not reply or visit.video != video:
-            found.remove()
+            shown = gr.Button(_FIND, interactive=True), notice(f"{why[:1].upper()}{why[1:]}.", "error")
+        if visit.reply is reply:
+            visit.grounded = found
+            yield shown
+        else:
+            if found is not None:
+                found.remove()
             # Gradio sends what a generator gave last once more at its end.
             yield gr.skip(), gr.skip()
-            return
-        visit.forget_grounded()
-        visit.grounded = found
-        yield gr.Button(_FIND, visible=False), found.html()
 
     def _receive(self, visit: Visit | None, file: str | None) -> list[Any]:
         """A visitor's upload; one that cannot be used changes nothing but the notice."""
@@ -273,7 +276,7 @@ class Page:
             why = sentence(error).replace(str(visit.video), visit.video.name)
             yield visit, gr.skip(), history, notice(f"{why[:1].upper()}{why[1:]}.", "error"), question, *same
             return
-        places = self._no_places(visit, answered=bool(text.strip()))
+        places = self._no_places(visit, visit.chat.last)
         text = text or "(no answer)"
         yield visit, scene(visit.chat.last), [*talk, _message("assistant", text)], "", gr.skip(), *places
 

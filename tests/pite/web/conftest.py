@@ -55,7 +55,7 @@ def page_of() -> Callable[..., Any]:
     return running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright, which is not here")
     if not CHROMIUM.exists():

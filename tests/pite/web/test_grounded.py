@@ -95,6 +95,9 @@ def test_an_answer_does_not_wait_and_a_late_result_is_dropped(visitor: Visitor, 
     visitor.page.wait_for_selector(".pite-grounded video")
     assert ground.texts[-1] == f"{TEXT} Question 2: And now?"
     assert len(list(uploads.glob("grounded-*"))) == 1
+    visitor.page.locator("#examples button").first.click()
+    visitor.page.wait_for_selector(".pite-grounded", state="detached")
+    assert not visitor.page.locator("#find").is_visible() and not list(uploads.glob("grounded-*"))
 
 
 def test_an_error_is_one_sentence(visitor: Visitor, ground: Ground) -> None:
