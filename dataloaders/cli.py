@@ -62,6 +62,12 @@ def at_least(config: object, least: int, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
 
 
+def changed(config: Any, *names: str) -> list[str]:
+    """For `__post_init__`: the flags, of the named fields, that have another value than their default."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    return [flag_of(fields[name]) for name in names if getattr(config, name) != fields[name].default]
+
+
 def parse(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None) -> T:
     """Build `cls` from command-line arguments, `sys.argv`'s by default.
 

@@ -84,12 +84,14 @@ class Sample:
     """One training example: a conversation about one piece of media.
 
     video_first  whether the video comes before the first question; only layouts with both orders use it
+    transcript   of the video's sound, for layouts that quote one; None: none is quoted
     """
 
     id: str
     media: str
     turns: tuple[Turn, ...]
     video_first: bool = True
+    transcript: str | None = None
 
 
 @dataclass(frozen=True)

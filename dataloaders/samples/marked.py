@@ -1,11 +1,13 @@
 """Conversations to tokens where a video stands between two marks, as in PG-Video-LLaVA (arXiv 2311.13435).
 
-    training     A chat between ... questions. USER: {question}\\n<video> ASSISTANT: {answer}</s>   or <video>\\n{question}
+    training     A chat between ... questions. USER: {question}\\n<video>{transcript} ASSISTANT: {answer}</s>
+                 or <video>{transcript}\\n{question} ASSISTANT: ...
     inference    You are PG-Video-LLaVA, ... video. USER: {question}\\n<video>{transcript} ASSISTANT:
     <video>      the id of the start, one row for each feature, the id of the end
 
-The published training uses a tokenizer that strips the text on both sides of a video, and the published inference one that
-keeps the spaces. `TRAINED` strips in both, so that a question is read as in training; `PUBLISHED` is the published inference.
+The published training has no transcripts. Its tokenizer strips the text on both sides of a video, and that of the published
+inference keeps the spaces. `TRAINED` strips in both, so that a question is read as in training; `PUBLISHED` is the published
+inference.
 """
 
 from __future__ import annotations
@@ -91,12 +93,12 @@ def prompt_ids(
 
 
 def tokenize(sample: Sample, tokenizer: PreTrainedTokenizerBase, marks: Marks) -> TokenizedSample:
-    """Tokenize a sample in the published training prompt.
+    """Tokenize a sample in the published training prompt, with its transcript after the video as in the prompt of inference.
 
     The tokens after each `ASSISTANT:` and the `</s>` at the end of each answer are supervised. Raises ValueError for a
     tokenizer that merges the end of a prompt with the answer after it.
     """
-    before, after = _around(SYSTEM, sample.turns[0].question, sample.video_first, None)
+    before, after = _around(SYSTEM, sample.turns[0].question, sample.video_first, sample.transcript)
     head, start = _joined(tokenizer, _encode(tokenizer, before.rstrip())[0], marks, [])
     ids, targets = head.tolist(), list[int]()
     for i, turn in enumerate(sample.turns):
@@ -129,9 +131,10 @@ def first_row(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _around(system: str, question: str, video_first: bool, transcript: str | None) -> tuple[str, str]:
     """The texts before and after the video, up to the first answer."""
+    quoted = "" if transcript is None else _TRANSCRIPT.format(transcript)
     if video_first:
-        return f"{system} USER: ", f"\n{question} ASSISTANT:"
-    return f"{system} USER: {question}\n", f"{'' if transcript is None else _TRANSCRIPT.format(transcript)} ASSISTANT:"
+        return f"{system} USER: ", f"{quoted}\n{question} ASSISTANT:"
+    return f"{system} USER: {question}\n", f"{quoted} ASSISTANT:"
 
 
 def _pairs(earlier: Sequence[Turn], question: str) -> list[tuple[Turn, Turn]]:

@@ -1,5 +1,6 @@
-"""Transcripts of videos' sound: `python -m dataloaders.transcripts`, and `read_transcript` for prompts."""
+"""Transcripts of videos' sound: `python -m dataloaders.transcripts`, and `read_transcript` and `Transcripts` for prompts."""
 
 from dataloaders.transcripts.files import read_transcript
+from dataloaders.transcripts.folder import Transcripts
 
-__all__ = ["read_transcript"]
+__all__ = ["Transcripts", "read_transcript"]

@@ -21,6 +21,7 @@ def estimate(config: TrainConfig, program: str = "engine.budget") -> int:
     try:
         if not config.data.folder.is_dir() and config.data.folder != DataConfig.folder:
             paths.input_folder("--data", config.data.folder)
+        paths.input_folder("--transcripts", config.data.transcripts)
         # Imported here, since they import torch.
         from engine.budget.costs import run_costs
         from engine.budget.text import report

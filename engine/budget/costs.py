@@ -343,13 +343,16 @@ def _corpus(config: TrainConfig, stage: Stage, model: PiTeConfig) -> Corpus:
 
 def _assumed_instruct(config: TrainConfig, model: PiTeConfig) -> Corpus:
     """VideoInstruct100K, of whose videos with `--video-first always` the rows and the two marks are shared."""
+    assumed = ASSUMED_INSTRUCT
+    if config.data.transcripts is not None:
+        assumed = replace(assumed, origin=f"{assumed.origin}; the tokens of --transcripts are not counted")
     if config.data.video_first != "always":
-        return ASSUMED_INSTRUCT
-    questions = ASSUMED_INSTRUCT.samples / ASSUMED_INSTRUCT.media
+        return assumed
+    questions = assumed.samples / assumed.media
     return replace(
-        ASSUMED_INSTRUCT,
+        assumed,
         video=model.num_features + 2,
-        origin=f"{ASSUMED_INSTRUCT.origin}, {questions:.1f} questions about each video, which come after it",
+        origin=f"{assumed.origin}, {questions:.1f} questions about each video, which come after it",
     )
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
+from dataloaders.decode.clips import Clip
 from dataloaders.decode.readable import check_readable
 from dataloaders.decode.sampling import Sampling
 from dataloaders.decode.video import sample_video
@@ -83,14 +84,17 @@ class Videos:
 
     def __init__(self, clip: ClipEncoder, num_frames: int, sampling: Sampling, most: int) -> None:
         self._clip, self._num_frames, self._sampling, self._most = clip, num_frames, sampling, most
-        self._kept: OrderedDict[tuple[Path, int, int], Video] = OrderedDict()
+        self._kept: OrderedDict[tuple[Path, int, int, Clip], Video] = OrderedDict()
 
-    def get(self, path: Path) -> Video:
-        """The encoded video. Raises DecodeError for a file that cannot be decoded completely."""
+    def get(self, path: Path, clip: Clip = None) -> Video:
+        """The encoded video, or the part of it between two times in seconds.
+
+        Raises DecodeError for a file that cannot be decoded completely.
+        """
         check_readable(path)
         status = path.stat()
-        key = (path.resolve(), status.st_size, status.st_mtime_ns)
-        video = self._kept.pop(key, None) or self._encode(path)
+        key = (path.resolve(), status.st_size, status.st_mtime_ns, clip)
+        video = self._kept.pop(key, None) or self._encode(path, clip)
         self._kept[key] = video
         while len(self._kept) > self._most:
             self._kept.pop(next(iter(self._kept)), None)
@@ -100,9 +104,9 @@ class Videos:
         """Forget all videos."""
         self._kept.clear()
 
-    def _encode(self, path: Path) -> Video:
+    def _encode(self, path: Path, clip: Clip) -> Video:
         cropped = self._clip.preprocess.cropped
-        sampled = sample_video(path, self._num_frames, transform=cropped, sampling=self._sampling)
+        sampled = sample_video(path, self._num_frames, clip, transform=cropped, sampling=self._sampling)
         # Half precision, as the stored features in training.
         record = record_of(self._clip, np.stack(sampled.frames), self._num_frames).half().cpu().numpy()
         return Video(path, record, sampled.duration, sampled.times, places=len(record) - self._num_frames)

@@ -5,6 +5,7 @@ python -m pite.evaluate grounding --model DIR --data DIR --store DIR --predictio
 python -m pite.evaluate captioning --predictions P.jsonl --ground-truth val_1.json val_2.json
 python -m pite.evaluate qa --benchmark msvd_qa --predictions P.jsonl --ground-truth test_qa.json --judge-url URL ...
 python -m pite.evaluate spatial --benchmark hc_stvg --predictions P.jsonl --ground-truth val_v2.json
+python -m pite.evaluate spatial --benchmark hc_stvg --model DIR --videos DIR --predictions P.jsonl --ground-truth val_v2.json
 python -m pite.evaluate trajectories --model DIR --data DIR --store DIR
 python -m pite.evaluate all --model DIR --data DIR --store DIR --output DIR
 

@@ -165,14 +165,15 @@ def score_all(flags: AllFlags, ranks: Ranks) -> Report | None:
 
 
 def _open(flags: AllFlags, path: Path, ranks: Ranks) -> Model:
-    """A model whose weights are not loaded, after all questions and features were looked up."""
+    """A model whose weights are not loaded, after all questions, features and transcripts were looked up.
+
+    A benchmark may have no transcript, but not all of them.
+    """
     from pite.evaluate.answering import Model
 
     model = Model(path, flags.device, flags.batch_size, ranks, flags.family, flags.transcripts)
-    for name in flags.names():
-        each = flags.flags_of(name, path)
-        if isinstance(each, AnswerFlags):
-            find_inputs(each, model)
+    every = (flags.flags_of(name, path) for name in flags.names())
+    model.check_transcripts([find_inputs(each, model) for each in every if isinstance(each, AnswerFlags)])
     return model
 
 

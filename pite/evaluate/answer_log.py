@@ -21,7 +21,7 @@ from pite.evaluate.predictions import Prediction, PredictionWriter, read_predict
 from pite.evaluate.processes import barrier
 from pite.evaluate.questions import Key, Question
 
-Settings = Mapping[str, str | int]
+Settings = Mapping[str, str | int | float | None]
 """What answers depend on, by name."""
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dataloaders.ranks import Ranks
 from dataloaders.store.features import FeatureStore
+from dataloaders.transcripts import Transcripts
 from pite import checkpoint, devices
 from pite.config import PiTeConfig, check_family
 from pite.evaluate.answer_log import AnswerLog, Settings
@@ -21,7 +22,6 @@ from pite.evaluate.inputs import Inputs, key_of
 from pite.evaluate.plan import Window, plan, share_of
 from pite.evaluate.predictions import Prediction
 from pite.evaluate.questions import Question
-from pite.evaluate.transcripts import Transcripts
 from pite.families import Name
 from pite.generate import Generator
 from pite.lineage import check_encoder
@@ -67,7 +67,7 @@ class Model:
         transcripts: Path | None = None,
     ) -> None:
         self.name, self.batch_size, self.ranks = str(model), batch_size, ranks
-        self.device = devices.select(_device_of(device, ranks))
+        self.device = devices.select(device_of(device, ranks))
         self.directory = checkpoint.resolve(model)
         checkpoint.check_trained(self.directory)
         self.config = PiTeConfig.load(self.directory)
@@ -96,8 +96,13 @@ class Model:
         """Raise ValueError as the function of this name."""
         check_features(store, self.directory)
 
+    def check_transcripts(self, inputs: Sequence[Inputs]) -> None:
+        """Raise ValueError if none of the videos of these inputs has a transcript in --transcripts."""
+        if self._transcripts is not None:
+            self._transcripts.check(question.video for each in inputs for question in each.questions)
+
     def count_transcripts(self, inputs: Inputs) -> list[str]:
-        """How many videos have a transcript, in a sentence; [] without --transcripts. Raises ValueError if none has one."""
+        """How many videos have a transcript, in a sentence; [] without --transcripts."""
         if self._transcripts is None:
             return []
         found, total = self._transcripts.count(question.video for question in inputs.questions)
@@ -197,7 +202,8 @@ class Model:
         return self.prefixes.videos([read(key_of(video)) for video in videos])
 
 
-def _device_of(name: str, ranks: Ranks) -> str:
+def device_of(name: str, ranks: Ranks) -> str:
+    """The device of one of several processes: each takes the GPU of its rank, unless one is named."""
     if ranks.size == 1 or ":" in name or name == "cpu":
         return name
     import torch

@@ -23,16 +23,18 @@ log = logging.getLogger(__name__)
 def score_answers(flags: AnswerFlags, ranks: Ranks, model: Model | None = None) -> Report | None:
     """Scores of a file of answers or of a model; None in all processes but the first.
 
-    model  that of --model, if it is open already
+    model  that of --model, if it is open already, and its transcripts are checked
     """
     if flags.model is None:
         return None if ranks.rank else _score_file(flags)
-    model = model or open_model(flags, ranks)
+    alone, model = model is None, model or open_model(flags, ranks)
     if flags.given_frames not in (None, model.num_frames):
         raise ValueError(
             f"--num-frames {flags.given_frames}: {flags.model} has {model.num_frames} frames; leave --num-frames out"
         )
     benchmark, inputs = benchmark_of(flags), find_inputs(flags, model)
+    if alone:
+        model.check_transcripts([inputs])
     for line in [*inputs.left_out.lines(), *model.count_transcripts(inputs)]:
         log.info(line)
     predictions = model.answer(inputs, flags.predictions, benchmark.max_new_tokens, flags.overwrite)
@@ -43,17 +45,12 @@ def score_answers(flags: AnswerFlags, ranks: Ranks, model: Model | None = None) 
 
 
 def find_inputs(flags: AnswerFlags, model: Model) -> Inputs:
-    """The questions whose videos have features.
-
-    Raises ValueError for videos without, for other features, and where no video has a transcript in --transcripts.
-    """
+    """The questions whose videos have features. Raises ValueError for videos without, and for other features."""
     assert flags.store is not None, "AnswerFlags requires it"
     benchmark, store = benchmark_of(flags), open_store(flags.store)
     model.check_features(store)
     questions = benchmark.questions(flags, benchmark.read_truth(flags))
-    inputs = find_features(questions, store, flags.store, flags.skip_missing)
-    model.count_transcripts(inputs)
-    return inputs
+    return find_features(questions, store, flags.store, flags.skip_missing)
 
 
 def open_model(flags: AnswerFlags, ranks: Ranks) -> Model:

@@ -128,8 +128,7 @@ class AnswerFlags(RunFlags):
             raise ValueError("several processes write their answers into one file: give --predictions")
         if self.model is None:
             paths.input_file("--predictions", self.predictions)
-        if self.predictions is not None and self.predictions.exists() and not self.predictions.is_file():
-            raise ValueError(f"--predictions {self.predictions}: this is no regular file, so no run can continue in it")
+        check_predictions(self.predictions)
         super().check_paths()
 
 
@@ -210,6 +209,12 @@ class TrajectoriesFlags(EvaluationFlags):
         check_inputs(self.model, self.data, self.store)
         paths.input_file("--data", self.samples)
         super().check_paths()
+
+
+def check_predictions(file: Path | None) -> None:
+    """Raise ValueError for a file of --predictions in which no run can continue."""
+    if file is not None and file.exists() and not file.is_file():
+        raise ValueError(f"--predictions {file}: this is no regular file, so no run can continue in it")
 
 
 def check_inputs(model: Path | None, data: Path | None, store: Path | None) -> None:

@@ -79,7 +79,7 @@ class _Adapter:
         max_batch_size: int | str | None = None,
     ) -> None:
         from pite import checkpoint, devices
-        from pite.config import PiTeConfig, check_family
+        from pite.config import PiTeConfig
 
         super().__init__()
         if Ranks.read().size > 1:
@@ -88,7 +88,10 @@ class _Adapter:
         name, directory = devices.select(device), checkpoint.resolve(pretrained)
         checkpoint.check_trained(directory)
         self.device, self._config = devices.resolve(name), PiTeConfig.load(directory)
-        check_family(self._config, "pite", pretrained)
+        if self._config.family != "pite":
+            raise ValueError(
+                f"{pretrained} is a model of the family {self._config.family}, which this adapter does not run: use pite.evaluate"
+            )
         self._clip = _load_clip(clip, name, directory, self._config)
         self._prefixes = _load(directory, name)
 

@@ -8,13 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dataloaders.annotation.phrases import INSTALL, SpacyPhrases, StanzaPhrases, has_spacy
-from dataloaders.files import folder_checksum, write_atomically
-from pite import devices
-from pite.ground.detectors import OpenVocabulary, People
+from dataloaders.files import write_atomically
 from pite.ground.flags import GroundFlags
-from pite.ground.grounding import Grounder
-from pite.ground.objects import Detector
+from pite.ground.models import grounder_settings, open_grounder
 from pite.ground.overlay import save_overlay
 
 log = logging.getLogger(__name__)
@@ -51,18 +47,6 @@ def ground(flags: GroundFlags) -> None:
         raise ValueError(f"{len(failures)} of {len(missing)} videos failed; the first: {failures[0]}")
 
 
-def open_grounder(flags: GroundFlags) -> Grounder:
-    """The models of the flags. Raises ValueError for one that cannot be loaded or is not installed."""
-    device = str(devices.resolve(flags.device))
-    if flags.stanza is None and not has_spacy():
-        raise ValueError(f"noun phrases need spaCy or --stanza: {INSTALL}")
-    parser = StanzaPhrases(flags.stanza, device) if flags.stanza else SpacyPhrases()
-    detector: Detector = (
-        OpenVocabulary(flags.detector, flags.segmenter, device, flags.least_score) if flags.detector else People()
-    )
-    return Grounder(parser, detector, flags.every)
-
-
 def _open_answerer(flags: GroundFlags) -> Callable[[Path], str]:
     """Video -> the text to ground. Each video has a conversation of its own."""
     if flags.answer is not None:
@@ -78,14 +62,14 @@ def _open_answerer(flags: GroundFlags) -> Callable[[Path], str]:
 
 def _settings(flags: GroundFlags) -> dict[str, Any]:
     """What a video's files depend on: the flags, and checksums of the models."""
-    folders = {name: getattr(flags, name) for name in ("detector", "segmenter", "stanza")}
-    sums = {name: None if path is None else f"{path.name} ({folder_checksum(path)})" for name, path in folders.items()}
     model = None
     if flags.model is not None:
         from pite import checkpoint
 
         model = f"{flags.model.name} ({checkpoint.identity(checkpoint.resolve(flags.model))})"
-    return {**flags.settings(), "model": model, **sums}
+    own = {name: getattr(flags, name) for name in ("query", "answer", "clip", "max_new_tokens")}
+    seconds = None if flags.seconds is None else list(flags.seconds)
+    return {**own, "seconds": seconds, "model": model, **grounder_settings(flags)}
 
 
 def _source(video: Path) -> dict[str, Any]:

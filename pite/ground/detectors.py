@@ -9,10 +9,12 @@ import numpy as np
 
 from dataloaders.annotation.people import PeopleDetector, names_person
 from dataloaders.annotation.steps import encode_mask
-from pite.ground.matching import plain
+from pite.ground.matching import head, plain
 from pite.ground.objects import Detection
 
 PERSON = "person"
+_MOST = 50
+"""Boxes of a kind in a frame, of which most are of the same things."""
 
 
 class People:
@@ -53,4 +55,28 @@ class OpenVocabulary:
             Detection(tag, box, score, None if mask is None else encode_mask(mask))
             for tag, things in zip(tags, found)
             for box, score, mask in things
+        ]
+
+
+class CocoThings:
+    """Finds COCO's 80 kinds of things with the coco-ssd of TensorFlow.js. Raises ValueError as `coco_ssd.CocoSsd`."""
+
+    def __init__(self, folder: Path, device: str, threshold: float) -> None:
+        from pite.ground.coco_ssd import NUMBERS, CocoSsd
+
+        self._ssd, self._numbers, self._threshold = CocoSsd(folder, device), NUMBERS, threshold
+
+    def tags(self, phrases: Sequence[str]) -> list[str]:
+        heads = {head(phrase) for phrase in phrases}
+        people = any(names_person(phrase) for phrase in phrases)
+        return [name for name in self._numbers if head(name) in heads or (name == PERSON and people)]
+
+    def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
+        boxes, scores = self._ssd(image)
+        return [
+            Detection(tag, boxes[row], float(own[row]))
+            for tag in tags
+            for own in [scores[:, self._numbers[tag]]]
+            for row in np.argsort(-own, kind="stable")[:_MOST]
+            if own[row] >= self._threshold
         ]

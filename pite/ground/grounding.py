@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,47 @@ class Grounded:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Footage:
+    """A video's file: the size of its frames (width, height), the seconds at which each is shown (n,), and at which the last
+    one ends."""
+
+    path: Path
+    size: tuple[int, int]
+    times: np.ndarray
+    end: float
+
+    @staticmethod
+    def of(path: Path) -> Footage:
+        """Read a file; one without times has 10 frames per second. Raises DecodeError."""
+        _, total = count_frames(path)
+        packets = probe(path).packets
+        known = len(packets.times) == total
+        times, end = (packets.times, packets.end) if known else (np.arange(total) / 10.0, total / 10.0)
+        _, frame = next(frames_of(path, {0}))
+        return Footage(path, (frame.shape[1], frame.shape[0]), times, end)
+
+    def between(self, seconds: tuple[float, float] | None) -> tuple[int, int]:
+        """The first frame between two times, and the frame after the last; all frames without times.
+
+        Raises ValueError where no frame is between them.
+        """
+        if seconds is None:
+            return 0, len(self.times)
+        first, end = np.searchsorted(self.times, np.array(seconds) - _ROUNDING)
+        if first == end:
+            raise ValueError(
+                f"{self.path}: no frame is between {seconds[0]:g} and {seconds[1]:g} s; the first is at "
+                f"{self.times[0]:.2f} s, the last at {self.times[-1]:.2f} s"
+            )
+        return int(first), int(end)
+
+    def seconds(self, span: tuple[int, int]) -> tuple[float, float]:
+        """The times between which the frames of a span are shown: the inverse of `between`."""
+        end = self.times[span[1]] - _ROUNDING if span[1] < len(self.times) else self.end
+        return max(float(self.times[span[0]]) - _ROUNDING, 0.0), float(end)
+
+
 @dataclass(frozen=True)
 class Grounder:
     """Grounds texts in videos. It keeps nothing of a video, so the order of the videos changes nothing.
@@ -74,25 +115,33 @@ class Grounder:
     every: float = 0.4
 
     def __call__(self, video: Path, text: str, seconds: tuple[float, float] | None = None) -> Grounded:
-        """Ground a text in a video, or in the part between two times.
+        """Ground a text in a video, or in the part between two times, with a mask for each detection.
 
         Raises DecodeError, and ValueError where no frame is between the times.
         """
-        size, times, span = _facts(video, seconds)
+        footage = Footage.of(video)
+        found = self.find(footage, text, footage.between(seconds))
+        return replace(found, objects=tuple(self._masked(video, found.objects)))
+
+    def find(self, footage: Footage, text: str, span: tuple[int, int]) -> Grounded:
+        """Ground a text in the frames of `span`, with the masks that the detector gives. Raises DecodeError."""
         phrases = self.parser(text)
         things = mentions(phrases)
         names = [thing[0].text for thing in things]
         matched = match_words(names, tags := self.detector.tags(names))
         wanted = [tag for tag in tags if tag in matched]
-        looked_at = _every(times, span, self.every)
-        found = join(self._detections(video, looked_at, wanted)) if wanted else []
+        looked_at = _every(footage.times, span, self.every)
+        found = join(self._detections(footage.path, looked_at, wanted)) if wanted else []
         places = assign(names, matched, [each.tag for each in found], same_things(found))
         shown = list(dict.fromkeys(place for own in places for place in own))
-        of_phrase = {
-            phrase: tuple(shown.index(place) for place in own) for thing, own in zip(things, places) for phrase in thing
-        }
-        objects = tuple(self._masked(video, [found[place] for place in shown]))
-        return Grounded(text, size, _rate(times), span, tuple((p, of_phrase[p]) for p in phrases), objects)
+        of_phrase: dict[Phrase, list[int]] = {phrase: [] for phrase in phrases}
+        for thing, own in zip(things, places):
+            for phrase in thing:
+                of_phrase[phrase] += [shown.index(place) for place in own]
+        objects = tuple(found[place] for place in shown)
+        return Grounded(
+            text, footage.size, _rate(footage.times), span, tuple((p, tuple(of_phrase[p])) for p in phrases), objects
+        )
 
     def _detections(self, video: Path, frames: set[int], tags: Sequence[str]) -> Iterator[tuple[int, list[Detection]]]:
         for index, frame in frames_of(video, frames):
@@ -117,33 +166,11 @@ def _with_mask(frame: np.ndarray, found: Detection) -> Detection:
     return Detection(found.tag, found.box, found.score, mask)
 
 
-def _facts(video: Path, seconds: tuple[float, float] | None) -> tuple[tuple[int, int], np.ndarray, tuple[int, int]]:
-    """Width and height, the seconds of each frame, and the frames between two times: the first, and the one after the last.
-
-    Raises ValueError where no frame is between them.
-    """
-    _, total = count_frames(video)
-    times = probe(video).packets.times
-    if len(times) != total:
-        times = np.arange(total) / 10.0
-    span = (0, total)
-    if seconds is not None:
-        first, end = np.searchsorted(times, np.array(seconds) - _ROUNDING)
-        if first == end:
-            raise ValueError(
-                f"{video}: no frame is between {seconds[0]:g} and {seconds[1]:g} s; the first is at {times[0]:.2f} s, the last "
-                f"at {times[-1]:.2f} s"
-            )
-        span = int(first), int(end)
-    _, frame = next(frames_of(video, {0}))
-    return (frame.shape[1], frame.shape[0]), times, span
-
-
 def _every(times: np.ndarray, span: tuple[int, int], step: float) -> set[int]:
-    """The frames shown at or after each `step` seconds of a span, beginning with its first."""
+    """The frames shown at or after each `step` seconds of a span, beginning with its first, and its last."""
     own = times[slice(*span)]
     moments = np.arange(own[0], own[-1] + _ROUNDING / 2, max(step, 0.001))
-    return {span[0] + int(index) for index in np.searchsorted(own, moments - _ROUNDING)}
+    return {span[0] + int(index) for index in np.searchsorted(own, moments - _ROUNDING)} | {span[1] - 1}
 
 
 def _rate(times: np.ndarray) -> float:

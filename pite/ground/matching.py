@@ -16,7 +16,7 @@ from dataloaders.annotation.steps import Phrase
 MAX_OBJECTS = 20
 """Objects of a phrase such as "people"."""
 
-_POINTING = frozenset(["the", "this", "that", "these", "those", "his", "her", "its", "their"])
+_POINTING = frozenset(["the", "this", "that", "these", "those", "both", "his", "her", "its", "their"])
 _NEW = frozenset(["another", "other"])
 _NUMBERS = {"no": 0, "one": 1, "both": 2} | {
     word: number
@@ -66,29 +66,52 @@ def number(phrase: str) -> int | None:
 def mentions(phrases: Sequence[Phrase]) -> list[list[Phrase]]:
     """The phrases by the thing that they mention, in order.
 
-    A phrase mentions the last thing with the same words. Without one, a phrase that points ("the", "his") mentions the last
-    thing with the same noun in the same number, unless their other words differ: "the man" may be "an old man", and "the red car" is
-    not "a blue car". "another man" and "the other man" are new things.
+    A phrase mentions what the last phrase with the same words does. Without one, a phrase that points ("the", "his")
+    mentions the last thing with the same noun in the same number, unless their other words differ: "the man" may be "an
+    old man", and "the red car" is not "a blue car". A plural that points to no such thing mentions each in the singular:
+    after "a dog" and "another dog", "the dogs" is a phrase of both. "another man" and "the other man" are new things.
     """
     things: list[list[Phrase]] = []
-    for phrase in phrases:
-        last_first = things[::-1] if _NEW.isdisjoint(_words(phrase.text)[0]) else []
-        same = [thing for thing in last_first if any(plain(phrase.text) == plain(other.text) for other in thing)]
-        same += [thing for thing in last_first if _points_to(phrase.text, [other.text for other in thing])]
-        if same:
-            same[0].append(phrase)
-        else:
+    for i, phrase in enumerate(phrases):
+        meant = _meant(phrase.text, phrases[:i], things)
+        for thing in meant:
+            thing.append(phrase)
+        if not meant:
             things.append([phrase])
     return things
 
 
-def _points_to(phrase: str, earlier: Sequence[str]) -> bool:
-    """Whether a phrase with "the" or the like may mention the thing of some phrases before it."""
+def _meant(phrase: str, before: Sequence[Phrase], things: Sequence[list[Phrase]]) -> list[list[Phrase]]:
+    """The things that a phrase mentions, of those of the phrases before it."""
     starts, words = _words(phrase)
-    if _POINTING.isdisjoint(starts) or (head(phrase), is_plural(phrase)) != (head(earlier[0]), is_plural(earlier[0])):
-        return False
+    if not _NEW.isdisjoint(starts):
+        return []
+    for other in reversed(before):
+        if _words(other.text)[1] == words:
+            return [thing for thing in things if other in thing]
+    if _POINTING.isdisjoint(starts):
+        return []
+    alike = [thing for thing in things if _may_be(phrase, [other.text for other in thing])]
+    same = [thing for thing in alike if is_plural(thing[0].text) == is_plural(phrase)]
+    if same or not is_plural(phrase):
+        return same[-1:]
+    return alike if len(alike) > 1 and number(phrase) in (None, len(alike)) else []
+
+
+def _may_be(phrase: str, earlier: Sequence[str]) -> bool:
+    """Whether the nouns of a phrase and of a thing's phrases are the same, and their other words do not differ."""
     known = {word for other in earlier for word in _words(other)[1][:-1]}
-    return known <= set(words[:-1]) or known >= set(words[:-1])
+    own = set(_words(phrase)[1][:-1])
+    return head(phrase) == head(earlier[0]) and (known <= own or known >= own)
+
+
+def answering(question: str, phrases: Sequence[Phrase]) -> Phrase | None:
+    """The phrase that answers a question: the first whose noun is not in the question, else the first.
+
+    To "What does the adult hold?", "The adult holds a ball." has the answer "a ball".
+    """
+    known = {head(word) for word in re.findall(r"[\w-]+", question)}
+    return next((phrase for phrase in phrases if head(phrase.text) not in known), next(iter(phrases), None))
 
 
 def match_words(phrases: Sequence[str], tags: Sequence[str]) -> list[str | None]:

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders import paths
-from dataloaders.cli import at_least
+from dataloaders.cli import at_least, changed
 from pite.chat.flags import CLIP, AnswerFlags
+from pite.ground.flags import MaskFlags
 from pite.lineage import check_model_flag
 
 
 @dataclass(frozen=True, kw_only=True)
-class WebFlags(AnswerFlags):
+class WebFlags(AnswerFlags, MaskFlags):
     """Open a web page to try a model: upload a video or pick an example, type a question, watch the answer.
 
     The answer's intervals stand on a time line, and its objects' predicted trajectories are drawn on the playing video.
-    Without --model the page shows the demo's model and videos.
+    Without --model the page shows the demo's model and videos. With --ground a button finds what an answer names: a video
+    with boxes and masks over time, as pite.ground makes it.
     """
 
     model: Path | None = None
@@ -27,6 +29,8 @@ class WebFlags(AnswerFlags):
     """output folder of `make demo`"""
     examples: Path | None = None
     """folder of example videos; unless given, held-out videos of the demo, or none with --model"""
+    ground: bool = False
+    """offer to find in the video what an answer names, with the models below"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 opens the page to the network, where anyone can use the model"""
     port: int = 7860
@@ -41,6 +45,9 @@ class WebFlags(AnswerFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "max_upload_mb", "max_seconds", "queue")
+        of_grounding = ("detector", "segmenter", "threshold", "stanza", "every")
+        if not self.ground and (unused := changed(self, *of_grounding)):
+            raise ValueError(f"{' and '.join(unused)}: give --ground, too: without it nothing is found in the video")
         if not 0 < self.port < 65536:
             raise ValueError(f"--port must be 1 to 65535, not {self.port}")
         if not self.host.strip():
@@ -56,6 +63,7 @@ class WebFlags(AnswerFlags):
             )
         paths.model("--clip", self.chosen_clip)
         paths.input_folder("--examples", self.examples)
+        self.check_grounder()
         self.check_address()
 
     def check_address(self) -> None:

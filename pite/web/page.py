@@ -17,14 +17,17 @@ from typing import Any, Protocol, Self
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from dataloaders.errors import sentence
 from pite.chat.reply import Reply
 from pite.web.examples import MOST, QUESTIONS, Example, thumbnail
+from pite.web.grounded import Ground, GroundedAnswer
 from pite.web.scene import heading, notice, player, scene
 from pite.web.upload import RefusedVideo, accept
 
 _BUTTONS = 3
+_FIND = "Find what the answer names in the video"
 _FORGOTTEN_AFTER = 6 * 3600
 """Seconds after which an upload, and the state of a visitor who has left, are deleted."""
 
@@ -45,10 +48,18 @@ class Chat(Protocol):
 
 @dataclass
 class Visit:
-    """One visitor's conversation."""
+    """One visitor's conversation: the video, the last answer while it is shown, and where what it names is."""
 
     chat: Chat
     video: Path | None = None
+    reply: Reply | None = None
+    grounded: GroundedAnswer | None = None
+
+    def forget_grounded(self) -> None:
+        """Remove the files of the last grounded answer."""
+        if self.grounded is not None:
+            self.grounded.remove()
+            self.grounded = None
 
 
 def upload_box() -> gr.File:
@@ -74,6 +85,7 @@ class Page:
     title        what is shown under the heading, such as the model's name
     options      of each answer: max_new_tokens, temperature
     max_seconds  longest video
+    ground       finds what an answer names, at a click; None: the page has no button for it
     """
 
     def __init__(
@@ -84,7 +96,9 @@ class Page:
         title: str = "",
         options: dict[str, Any] | None = None,
         max_seconds: float = 600,
+        ground: Ground | None = None,
     ) -> None:
+        self._ground = ground
         self._chat, self._title, self._options, self._max_seconds = chat, title, options or {}, max_seconds
         self.examples = [(example, picture) for example in examples if (picture := thumbnail(example.path))]
 
@@ -93,12 +107,14 @@ class Page:
         with gr.Blocks(
             title="PiTe", analytics_enabled=False, delete_cache=(_FORGOTTEN_AFTER, _FORGOTTEN_AFTER), fill_width=True
         ) as blocks:
-            self._visit = gr.State(None, time_to_live=_FORGOTTEN_AFTER)
+            self._visit = gr.State(None, time_to_live=_FORGOTTEN_AFTER, delete_callback=_forget_files)
             gr.HTML(heading(self._title))
             with gr.Row(equal_height=False):
                 with gr.Column(scale=7):
                     self._player = gr.HTML(player(None), elem_id="player")
                     self._scene = gr.HTML(scene(None), elem_id="scene")
+                    self._find = gr.Button(_FIND, size="sm", visible=False, elem_id="find")
+                    self._places = gr.HTML("", elem_id="places")
                 with gr.Column(scale=5):
                     self._make_chat()
             with gr.Row(equal_height=True):
@@ -143,7 +159,8 @@ class Page:
         self._upload = upload_box()
 
     def _connect(self, blocks: gr.Blocks) -> None:
-        shown = [self._visit, self._player, self._scene, self._history, self._notice, *self._suggestions]
+        places = [self._find, self._places]
+        shown = [self._visit, self._player, self._scene, self._history, self._notice, *places, *self._suggestions]
         first = self.examples[0][0] if self.examples else None
         blocks.load(lambda: self._show(None, first), None, shown, api_visibility="private")
         self._gallery.select(self._pick, [self._visit], shown, api_visibility="private")
@@ -151,9 +168,21 @@ class Page:
             self._receive, [self._visit, self._upload], shown, api_visibility="private", concurrency_limit=2
         )
         self._history.clear(
-            self._forget, [self._visit], [self._visit, self._scene, self._notice], api_visibility="private"
+            self._forget, [self._visit], [self._visit, self._scene, self._notice, *places], api_visibility="private"
         )
-        answers = [self._visit, self._scene, self._history, self._notice, self._question]
+        # One at a time, in a line of its own: an answer never waits for it.
+        self._find.click(
+            self._show_places,
+            [self._visit],
+            places,
+            api_visibility="private",
+            concurrency_limit=1,
+            concurrency_id="grounding",
+            show_progress="hidden",
+            # The button of a later answer works while the one before is still grounded.
+            trigger_mode="multiple",
+        )
+        answers = [self._visit, self._scene, self._history, self._notice, self._question, *places]
         for event, text in [(self._question.submit, self._question), *((b.click, b) for b in self._suggestions)]:
             # One answer at a time: the others wait in the queue.
             event(
@@ -178,7 +207,7 @@ class Page:
         questions = list(example.questions if example else ())[:_BUTTONS]
         buttons = [gr.Button(text, visible=True) for text in questions]
         buttons += [gr.Button(visible=False)] * (_BUTTONS - len(buttons))
-        return [visit, player(playable or visit.video), scene(None), [], "", *buttons]
+        return [visit, player(playable or visit.video), scene(None), [], "", *self._no_places(visit), *buttons]
 
     def _pick(self, visit: Visit | None, chosen: gr.SelectData) -> list[Any]:
         return self._show(visit, self.examples[int(chosen.index)][0])
@@ -188,38 +217,73 @@ class Page:
         visit = self._visitor(visit)
         if visit.video is not None:
             visit.chat.forget(visit.video)
-        return [visit, scene(None), ""]
+        return [visit, scene(None), "", *self._no_places(visit)]
+
+    def _no_places(self, visit: Visit, reply: Reply | None = None) -> list[Any]:
+        """No grounded answer, and with an answer the button for one."""
+        visit.forget_grounded()
+        visit.reply = reply
+        can_find = self._ground is not None and reply is not None and bool(reply.text.strip())
+        return [gr.Button(_FIND, visible=can_find, interactive=True), ""]
+
+    def _show_places(self, visit: Visit | None) -> Iterator[tuple[Any, ...]]:
+        """Find what the last answer names. A result for an answer that is not shown any more is dropped."""
+        visit = self._visitor(visit)
+        reply, video, found = visit.reply, visit.video, None
+        if self._ground is None or reply is None or video is None:
+            return
+        yield gr.Button(_FIND, interactive=False), notice("Looking for the things that the answer names ...")
+        try:
+            found = GroundedAnswer(self._ground, video, reply.text, Path(get_upload_folder()))
+            shown = gr.Button(_FIND, visible=False), found.html()
+        except ValueError as error:
+            why = sentence(error).replace(str(video), video.name)
+            shown = gr.Button(_FIND, interactive=True), notice(f"{why[:1].upper()}{why[1:]}.", "error")
+        if visit.reply is reply:
+            visit.grounded = found
+            yield shown
+        else:
+            if found is not None:
+                found.remove()
+            # Gradio sends what a generator gave last once more at its end.
+            yield gr.skip(), gr.skip()
 
     def _receive(self, visit: Visit | None, file: str | None) -> list[Any]:
         """A visitor's upload; one that cannot be used changes nothing but the notice."""
         if file is None:
-            return [self._visitor(visit), *[gr.skip()] * (4 + _BUTTONS)]
+            return [self._visitor(visit), *[gr.skip()] * (6 + _BUTTONS)]
         try:
             playable = accept(Path(file), self._max_seconds)
         except RefusedVideo as error:
-            return [self._visitor(visit), *[gr.skip()] * 3, notice(str(error), "error"), *[gr.skip()] * _BUTTONS]
+            return [self._visitor(visit), *[gr.skip()] * 3, notice(str(error), "error"), *[gr.skip()] * (2 + _BUTTONS)]
         return self._show(visit, Example(Path(file), QUESTIONS), playable)
 
     def _answer(self, visit: Visit | None, question: str, history: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
         """Stream an answer into the conversation; then its intervals and trajectories."""
-        visit = self._visitor(visit)
+        visit, same = self._visitor(visit), [gr.skip()] * 2
         if visit.video is None or not question.strip():
             why = "Type a question first." if visit.video else "Upload a video, or pick an example, first."
-            yield visit, gr.skip(), gr.skip(), notice(why, "error"), gr.skip()
+            yield visit, gr.skip(), gr.skip(), notice(why, "error"), gr.skip(), *same
             return
         talk = [*history, _message("user", question)]
-        yield visit, scene(None), talk, notice("Looking at the video ..."), ""
+        yield visit, scene(None), talk, notice("Looking at the video ..."), "", *self._no_places(visit)
         text = ""
         try:
             for piece in visit.chat.stream(visit.video, question, **self._options):
                 text += piece
-                yield visit, gr.skip(), [*talk, _message("assistant", text)], "", gr.skip()
+                yield visit, gr.skip(), [*talk, _message("assistant", text)], "", gr.skip(), *same
         except ValueError as error:
             why = sentence(error).replace(str(visit.video), visit.video.name)
-            yield visit, gr.skip(), history, notice(f"{why[:1].upper()}{why[1:]}.", "error"), question
+            yield visit, gr.skip(), history, notice(f"{why[:1].upper()}{why[1:]}.", "error"), question, *same
             return
+        places = self._no_places(visit, visit.chat.last)
         text = text or "(no answer)"
-        yield visit, scene(visit.chat.last), [*talk, _message("assistant", text)], "", gr.skip()
+        yield visit, scene(visit.chat.last), [*talk, _message("assistant", text)], "", gr.skip(), *places
+
+
+def _forget_files(visit: Visit | None) -> None:
+    if visit is not None:
+        visit.forget_grounded()
 
 
 def _message(role: str, text: str) -> dict[str, str]:

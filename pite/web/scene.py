@@ -30,8 +30,13 @@ def heading(model: str) -> str:
 
 def player(path: Path | None) -> str:
     """The player of a file that the server gives out; without one an invitation."""
+    return _EMPTY if path is None else _PLAYER.format(source=escape(file_address(path)))
+
+
+def file_address(path: Path) -> str:
+    """The address of a file that the server gives out."""
     # Relative, so that it also works under the path of a proxy.
-    return _EMPTY if path is None else _PLAYER.format(source=escape(f"gradio_api/file={quote(str(path))}"))
+    return f"gradio_api/file={quote(str(path))}"
 
 
 def scene(reply: Reply | None) -> str:
@@ -42,11 +47,11 @@ def scene(reply: Reply | None) -> str:
 
 def values(reply: Reply) -> dict[str, Any]:
     """Intervals and trajectories with their colours: an interval has that of the first object in its sentence."""
-    tracks = [{**track.as_dict(), "color": _css(COLORS[i % len(COLORS)])} for i, track in enumerate(reply.tracks)]
+    tracks = [{**track.as_dict(), "color": css_color(COLORS[i % len(COLORS)])} for i, track in enumerate(reply.tracks)]
     events = []
     for event in reply.events:
         own = (track["color"] for track in tracks if track["phrase"] in event.text and track["frames"] == event.frames)
-        events.append({**event.as_dict(), "color": next(own, _css(_NEUTRAL))})
+        events.append({**event.as_dict(), "color": next(own, css_color(_NEUTRAL))})
     times = list(reply.times)
     return {"tracks": tracks, "events": events, "times": times, "frames": reply.num_frames, "duration": reply.duration}
 
@@ -56,5 +61,5 @@ def notice(text: str = "", kind: str = "info") -> str:
     return f'<div class="pite-notice pite-{kind}" role="status">{escape(text)}</div>' if text else ""
 
 
-def _css(color: tuple[int, int, int]) -> str:
+def css_color(color: tuple[int, int, int]) -> str:
     return "#" + "".join(f"{part:02x}" for part in color)

@@ -20,6 +20,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from pite import devices
 from pite.chat.session import Session
 from pite.evaluate.trajectories import trajectory_head_warning
+from pite.ground.models import open_grounder
 from pite.web import examples
 from pite.web.flags import WebFlags
 from pite.web.page import Page
@@ -50,7 +51,10 @@ def run_server(flags: WebFlags) -> None:
     if flags.model is None and flags.examples is None:
         videos = examples.of_demo(flags.demo)
     options = {"max_new_tokens": flags.max_new_tokens, "temperature": flags.temperature}
-    page = Page(session, videos, title=str(flags.chosen_model), options=options, max_seconds=flags.max_seconds)
+    ground = open_grounder(flags) if flags.ground else None
+    page = Page(
+        session, videos, title=str(flags.chosen_model), options=options, max_seconds=flags.max_seconds, ground=ground
+    )
     if flags.host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("the page is open to everyone who can reach %s", flags.host)
     # A stop by systemd, Docker or kill ends like Ctrl-C, so that the uploads are removed.

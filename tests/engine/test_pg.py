@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dataloaders.cli import parse
+from dataloaders.ranks import ALONE
 from dataloaders.store.features import FeatureStore
 from dataloaders.synthetic.world import WorldConfig, make_world
 from dataloaders.transcripts.files import Segment, write_transcript
@@ -27,6 +28,9 @@ from pite.chat.__main__ import main as chat
 from pite.checkpoint import from_pretrained, load_language_model
 from pite.config import PiTeConfig
 from pite.evaluate.__main__ import main as evaluate
+from pite.evaluate.answering import Model
+from pite.evaluate.inputs import Inputs, LeftOut
+from pite.evaluate.questions import Question
 from pite.export.__main__ import main as export
 from pite.generate import Generator
 from pite.llava import EDGES, EMBEDDINGS, PROJECTOR_FILE
@@ -292,6 +296,38 @@ def test_a_judge_scores_its_answers(
     assert (first["video_id"], first["answer"]) == (videos[0], answer.text)
     assert evaluate(["trajectories", *flags[flags.index("--model") :][:6], "--device", "cpu"]) == 1
     assert "of the family pg-video-llava, which predicts no trajectories" in capsys.readouterr().err
+
+
+def test_one_of_several_benchmarks_may_have_no_transcript(trained: Path, workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("red circle")
+    model = Model(trained / "stage3/final", "cpu", 1, ALONE, transcripts=tmp_path)
+    store = FeatureStore(workspace / "features/videos")
+    one, two = (Inputs([Question(video, "qa", 0, "Why?")], store, LeftOut(), "") for video in "ab")
+    model.check_transcripts([two, one])
+    assert model.count_transcripts(two) == ["0 of 1 videos have a transcript"]
+    with pytest.raises(ValueError, match=r"none of 1 videos has a file there, such as b\.json"):
+        model.check_transcripts([two])
+
+
+def test_transcripts_are_counted_and_a_run_is_not_continued_with_others(
+    uninterrupted: Path, pg_workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = json.loads((pg_workspace / "data/stage3/video_instruct.json").read_text())
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / f"{records[0]['video_id']}.txt").write_text("red circle " * 20)
+    flags = {"transcripts": tmp_path / "t"}
+    plain, quoted = (
+        stage_cost(parse(TrainConfig, arguments(pg_workspace, tmp_path, **each), prog="train"), 3).corpus
+        for each in ({}, flags)
+    )
+    assert quoted.longest > plain.longest + 40 and quoted.tokens > plain.tokens and quoted.targets == plain.targets
+    number = sum(record["video_id"] == records[0]["video_id"] for record in records)
+    assert f"{number} with a transcript" in quoted.origin
+    assert main(arguments(pg_workspace, uninterrupted, **flags)) == 1
+    assert "data" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(train_arguments(pg_workspace, tmp_path, "3", **flags))
+    assert "--transcripts: --family pite reads none" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_published_recipes_cost(

@@ -5,7 +5,8 @@
 
 `query_id` is the question's number in the published order. A box is left, top, right, bottom in pixels of a frame of
 `size`, the right and bottom edges outside, as in the NAME.json of `pite.ground`: a box of one pixel is 1 wide. A frame is a
-number of the video's file, from 0. No command writes such lines: a script makes them of the boxes of any method.
+number of the video's file, from 0. `pite.evaluate spatial --model` writes such lines, with the `phrase` whose boxes they are,
+or the `error` of a question that failed; a script can make them of the boxes of any method.
 """
 
 from __future__ import annotations
@@ -59,6 +60,12 @@ def read_answers(
             )
         found[number] = size, boxes
     return found
+
+
+def read_failures(path: Path) -> list[str]:
+    """Video and reason of each question that failed. Raises ValueError as `read_answers`."""
+    lines = (line.prediction for line in read_lines(path, TASK))
+    return [f"{each.video}: {each.info['error']}" for each in lines if "error" in each.info]
 
 
 def _boxes(line: Line) -> tuple[tuple[int, int], Boxes]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataloaders.ranks import Ranks
 from pite.evaluate.reports import Report
-from pite.evaluate.spatial.answers import read_answers
+from pite.evaluate.spatial.answers import read_answers, read_failures
 from pite.evaluate.spatial.flags import SpatialFlags
-from pite.evaluate.spatial.report import report
+from pite.evaluate.spatial.report import counted, report
 from pite.evaluate.spatial.truth import Tube, read_hc_stvg, read_vidstg
 
 
@@ -18,8 +18,16 @@ def read_tubes(flags: SpatialFlags) -> list[Tube]:
 
 
 def score_boxes(flags: SpatialFlags, ranks: Ranks) -> Report | None:
-    """Scores of the file of --predictions; None in all processes but the first."""
+    """Scores of the file of --predictions, which the model of --model completes first; None in all processes but the first."""
+    tubes = read_tubes(flags)
+    if flags.model is not None:
+        # Imported here, because it takes seconds.
+        from pite.evaluate.spatial.answering import answer_questions
+
+        answer_questions(flags, counted(tubes, flags.protocol), ranks)
     if ranks.rank:
         return None
-    tubes = read_tubes(flags)
-    return report(read_answers(flags.predictions, tubes, flags.protocol), tubes, protocol=flags.protocol)
+    answers = read_answers(flags.predictions, tubes, flags.protocol)
+    failed = read_failures(flags.predictions)
+    lines = [f"{len(failed):,} of them failed, such as {failed[0]}"] if failed else []
+    return report(answers, tubes, protocol=flags.protocol).adding(lines, {"questions failed": len(failed)})

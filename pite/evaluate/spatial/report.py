@@ -15,6 +15,14 @@ from pite.evaluate.spatial.truth import Tube
 log = logging.getLogger(__name__)
 
 
+def counted(tubes: Sequence[Tube], protocol: Protocol) -> list[Tube]:
+    """The questions that count: with `published` those that were made. Raises ValueError if there is none."""
+    found = [tube for tube in tubes if tube.answered or protocol == "strict"]
+    if not found:
+        raise ValueError("there is no question to score: the folder of --questions holds none of the numbered files")
+    return found
+
+
 def report(
     answers: Mapping[int, tuple[tuple[int, int], Boxes]], tubes: Sequence[Tube], *, protocol: Protocol = "strict"
 ) -> Report:
@@ -24,13 +32,11 @@ def report(
     protocol  published: videos for which no question was made are left out
     Raises ValueError where no question is left.
     """
-    counted = [tube for tube in tubes if tube.answered or protocol == "strict"]
-    if not counted:
-        raise ValueError("there is no question to score: the folder of --questions holds none of the numbered files")
-    found = {tube.query_id: answers.get(tube.query_id, (tube.size, {})) for tube in counted}
-    score = 100 * float(np.mean([overlap(tube, *found[tube.query_id], protocol) for tube in counted]))
-    whole = 100 * float(np.mean([overlap(tube, tube.size, _whole(tube), protocol) for tube in counted]))
-    still = 100 * float(np.mean([overlap(tube, tube.size, _still(tube), protocol) for tube in counted]))
+    chosen = counted(tubes, protocol)
+    found = {tube.query_id: answers.get(tube.query_id, (tube.size, {})) for tube in chosen}
+    score = 100 * float(np.mean([overlap(tube, *found[tube.query_id], protocol) for tube in chosen]))
+    whole = 100 * float(np.mean([overlap(tube, tube.size, _whole(tube), protocol) for tube in chosen]))
+    still = 100 * float(np.mean([overlap(tube, tube.size, _still(tube), protocol) for tube in chosen]))
     failed = sum(not any(len(each) for each in boxes.values()) for _, boxes in found.values())
     shown = [len(each) for _, boxes in found.values() for each in boxes.values() if len(each)]
     several = float(np.mean(shown)) if shown else 0.0
@@ -38,19 +44,19 @@ def report(
         f"m_sIoU   {score:6.2f}",
         f"m_sIoU of the whole frame {whole:.2f}",
         f"m_sIoU of the true box of the first frame, kept still {still:.2f}",
-        f"over {len(counted):,} questions; {failed:,} without a box, which count 0",
+        f"over {len(chosen):,} questions; {failed:,} without a box, which count 0",
     ]
     if protocol == "published":
         lines.append(f"{several:.2f} boxes in each frame that has one; the best of them counts")
-    if len(counted) < len(tubes):
-        lines.append(f"{len(tubes) - len(counted):,} videos without a question are left out")
-    if failed == len(counted):
+    if len(chosen) < len(tubes):
+        lines.append(f"{len(tubes) - len(chosen):,} videos without a question are left out")
+    if failed == len(chosen):
         log.warning("no question has a box: the score is 0")
     numbers = {
         "m_sIoU": score,
         "m_sIoU of the whole frame": whole,
         "m_sIoU of the first box kept still": still,
-        "questions": len(counted),
+        "questions": len(chosen),
         "questions without a box": failed,
         "boxes per frame": several,
         "protocol": protocol,

@@ -34,10 +34,10 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def dataset(data: Path, video_first: VideoFirst) -> StageDataset:
+def dataset(data: Path, video_first: VideoFirst = "published", transcripts: Path | None = None) -> StageDataset:
     return StageDataset(
         data, 3, build_tokenizer(), num_frames=1, num_points=1, max_length=2048, available=None, failure_budget=0.2,
-        formats=("video_instruct.json",), marks=marks(video_first),
+        formats=("video_instruct.json",), marks=marks(video_first), transcripts=transcripts,
     )  # fmt: skip
 
 
@@ -84,6 +84,51 @@ def test_an_empty_transcript_is_quoted_and_none_is_not_mentioned() -> None:
     tokenizer = build_tokenizer()
     none, empty, some = (len(prompt_ids("Why?", tokenizer, marks(), transcript=t)[0]) for t in (None, "", "red circle"))
     assert none < empty < some
+
+
+@pytest.mark.parametrize("video_first", [False, True])
+def test_a_training_sample_quotes_a_transcript_as_the_prompt_does(video_first: bool) -> None:
+    """After the video, token by token. The first question comes before it or after it, as without a transcript."""
+    tokenizer, turns = build_tokenizer(), (Turn("Where is the red circle?", "left."), Turn("What moves?", "a square."))
+    sample = Sample("s", "m", turns, video_first=video_first, transcript="a blue square")
+    ids = tokenize(sample, tokenizer, marks()).token_ids.tolist()
+    question = "\nWhere is the red circle?" if video_first else ""
+    quoted = f'The noisy audio transcript of this video is:\n"a blue square"{question} ASSISTANT: left.'
+    later = "USER: What moves? ASSISTANT: a square."
+    ends = [
+        [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in (quoted, later)
+    ]
+    assert ids[ids.index(marks().end) + 1 :] == [*ends[0], *ends[1]]
+    if video_first:
+        return
+    for i, turn in enumerate(turns):
+        prompt, start = prompt_ids(
+            turn.question, tokenizer, marks(), turns[:i], style=TRAINING, transcript="a blue square"
+        )
+        assert ids[: len(prompt)] == prompt.tolist()
+        # The prompt of pite.chat and pite.evaluate begins with another sentence.
+        own, own_start = prompt_ids(turn.question, tokenizer, marks(), turns[:i], transcript="a blue square")
+        assert own[own_start:].tolist() == prompt[start:].tolist()
+
+
+def test_transcripts_of_a_folder(data: Path, tmp_path: Path) -> None:
+    """Of three videos, the first and the last have a file, and that of the last is empty."""
+    folder = tmp_path / "transcripts"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"none of 3 videos has a file there, such as v0\.json"):
+        dataset(data, transcripts=folder)
+    (folder / "v0.json").write_text(json.dumps({"transcript": "a blue square"}))
+    (folder / "v2.txt").write_text("")
+    plain, quoted = dataset(data), dataset(data, transcripts=folder)
+    more = quoted.tokens - plain.tokens
+    assert (more[:2] > 20).all() and not more[2:].any()
+    assert [len(quoted[i].token_ids) for i in range(8)] == quoted.tokens.tolist()
+    assert "8 samples, 2 with a transcript" in quoted.summary()
+    (folder / "other.txt").write_text("is of no video")
+    assert dataset(data, transcripts=folder).fingerprint() == quoted.fingerprint() != plain.fingerprint()
+    (folder / "v0.json").write_text(json.dumps({"transcript": "a blue circle"}))
+    changed = dataset(data, transcripts=folder)
+    assert changed.tokens.tolist() == quoted.tokens.tolist() and changed.fingerprint() != quoted.fingerprint()
 
 
 def test_text_that_reads_like_a_special_token_is_text() -> None:

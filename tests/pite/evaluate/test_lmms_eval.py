@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import importlib
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -180,3 +182,11 @@ def test_without_lmms_eval_the_command_names_the_remedy(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
     with pytest.raises(SystemExit, match=r"lmms-eval cannot be imported .*: pip install lmms-eval"):
         adapter.main()
+
+
+def test_a_model_of_another_family_is_refused(registry: FakeRegistry, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "model", tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "family": "pg-video-llava", "num_places": 4}))
+    with pytest.raises(ValueError, match=r"family pg-video-llava, which this adapter does not run: use pite\.evaluate"):
+        load(registry, tmp_path)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dataloaders.annotation.boxes import box_ious
-from dataloaders.annotation.steps import Phrase, decode_mask, encode_mask
+from dataloaders.annotation.steps import Phrase, decode_mask
 from pite.ground import command
 from pite.ground.__main__ import main
 from pite.ground.flags import GroundFlags
@@ -22,60 +22,14 @@ from pite.ground.grounding import Grounder, frames_of
 from pite.ground.matching import plain
 from pite.ground.objects import Detection, Object, join
 from pite.ground.overlay import _moved
-
-SIDE, COLOURS = 24, {"red": 0, "green": 1, "blue": 2}
-
-
-class Colours:
-    """Finds squares of red, green and blue, with their masks unless `masked` is False."""
-
-    def __init__(self, masked: bool = True) -> None:
-        self._masked = masked
-
-    def tags(self, phrases: Sequence[str]) -> list[str]:
-        return [f"{c} square" for c in COLOURS if any(c in phrase for phrase in phrases)]
-
-    def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
-        found = []
-        for tag in tags:
-            channel = COLOURS[tag.partition(" ")[0]]
-            others = np.delete(image, channel, 2).max(-1)
-            mask = (image[..., channel] > 128) & (others < 100)
-            rows, columns = np.nonzero(mask)
-            if len(rows):
-                box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], float)
-                found.append(Detection(tag, box, 0.9, encode_mask(mask) if self._masked else None))
-        return found
-
-
-def parse(text: str) -> list[Phrase]:
-    return [Phrase(match[0], match.start()) for match in re.finditer(r"(?:a|the|two) (?:\w+ )?squares?", text)]
-
-
-def place(colour: str, frame: int) -> np.ndarray:
-    """The true box of a square: red moves right, the others down."""
-    left, top = (4 + 3 * frame, 10) if colour == "red" else (40, 4 + 2 * frame)
-    return np.array([left, top, left + SIDE, top + SIDE], float)
+from tests.pite.ground.squares import Colours, Squares, parse, place, write_squares
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """20 frames at 10 per second: one video with a red and a blue square, one with a green one."""
+    """One video with a red and a blue square, one with a green one."""
     folder = tmp_path_factory.mktemp("squares")
-    paths = []
-    for name, colours in (("a", ("red", "blue")), ("b", ("green",))):
-        with av.open(str(folder / f"{name}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=10)
-            stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
-            for index in range(20):
-                picture = np.full((96, 128, 3), 40, np.uint8)
-                for colour in colours:
-                    left, top, right, bottom = place(colour, index).astype(int)
-                    picture[top:bottom, left:right] = np.eye(3)[COLOURS[colour]] * 230
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
-        paths.append(folder / f"{name}.mp4")
-    return paths
+    return [write_squares(folder / "a.mp4", "red", "blue"), write_squares(folder / "b.mp4", "green")]
 
 
 TEXT = "a red square passes a blue square, then the red square is near a green square"
@@ -91,10 +45,10 @@ def test_phrases_have_the_boxes_and_masks_of_their_objects(videos: list[Path]) -
     ]
     for each, colour in zip(grounded.objects, ("red", "blue")):
         boxes = each.boxes()
-        assert list(boxes) == list(range(17))
+        assert list(boxes) == list(range(20))
         assert min(box_ious(box[None], place(colour, frame))[0] for frame, box in boxes.items()) > 0.7
         masks = {frame: decode_mask(found.mask, "mask") for frame, found in each.found.items()}
-        assert list(masks) == [0, 4, 8, 12, 16] and all(400 < mask.sum() < 600 for mask in masks.values())
+        assert list(masks) == [0, 4, 8, 12, 16, 19] and all(400 < mask.sum() < 600 for mask in masks.values())
 
 
 def test_grabcut_finds_a_mask_in_a_box_without_one(videos: list[Path]) -> None:
@@ -158,15 +112,15 @@ def test_later_mentions_and_the_same_thing_under_two_tags(videos: list[Path]) ->
     assert [each.tag for each in grounded.objects] == ["red square"]
 
 
+def test_a_plural_has_the_objects_of_each_thing_it_mentions(videos: list[Path]) -> None:
+    def squares(text: str) -> list[Phrase]:
+        return [Phrase(match[0], match.start()) for match in re.finditer(r"(?:a|another|the) squares?", text)]
+
+    grounded = Grounder(squares, Squares())(videos[0], "a square, another square, the squares")
+    assert [own for _, own in grounded.phrases] == [(0,), (1,), (0, 1)]
+
+
 def test_a_number_of_objects(videos: list[Path]) -> None:
-    class Squares(Colours):
-        def tags(self, phrases: Sequence[str]) -> list[str]:
-            return ["square"]
-
-        def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
-            found = Colours.__call__(self, image, ["red square", "blue square", "green square"])
-            return [Detection("square", each.box, each.score) for each in found]
-
     texts = ("two squares and a square", "a square and two squares", "the squares")
     found = [[own for _, own in Grounder(parse, Squares())(videos[0], text).phrases] for text in texts]
     assert found == [[(0, 1), ()], [(0,), (1,)], [(0, 1)]]
@@ -198,7 +152,7 @@ def test_a_killed_run_is_continued_to_the_same_files(videos, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     assert run(tmp_path / "whole") == 0
-    assert "a red square: frames 0 to 16\n" in capsys.readouterr().out
+    assert "a red square: frames 0 to 19\n" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(command, "write_atomically", killed)
         assert run(tmp_path / "cut") != 0
@@ -276,6 +230,7 @@ def test_a_gap_is_interpolated_and_chance_is_left_out() -> None:
         (["--answer", " "], "the text is empty"),
         (["--answer", "A dog.", "--query", "Who?"], "--query: --answer is grounded without a model"),
         (["--answer", "A dog.", "--model", "m"], "--model: --answer is grounded without a model"),
+        (["--answer", "A dog.", "--clip", "c", "--max-new-tokens", "9"], "--clip and --max-new-tokens: --answer is"),
         (["--answer", "A dog.", "--threshold", "0.5"], "--threshold is for the scores of --detector"),
         (["--answer", "A dog.", "--detector", ".", "--threshold", "2"], "--threshold must be between 0 and 1"),
         (["--answer", "A dog.", "--segmenter", "."], "--segmenter needs the boxes"),

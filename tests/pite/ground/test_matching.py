@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dataloaders.annotation.steps import Phrase
-from pite.ground.matching import MAX_OBJECTS, assign, head, is_plural, match_words, mentions, number, plain
+from pite.ground.matching import MAX_OBJECTS, answering, assign, head, is_plural, match_words, mentions, number, plain
 
 
 def things(*texts: str) -> list[list[str]]:
@@ -40,6 +40,35 @@ def test_mentions_of_one_thing() -> None:
         ["a red car", "the red car"], ["a blue car", "the car"]
     ]  # fmt: skip
     assert things("a young man", "an old man", "A young man") == [["a young man", "A young man"], ["an old man"]]
+
+
+def test_a_plural_mentions_each_of_several_things() -> None:
+    assert things("a dog", "another dog", "the dogs") == [["a dog", "the dogs"], ["another dog", "the dogs"]]
+    assert things("a dog", "another dog", "the dogs", "a cat", "both dogs", "the dogs")[1:] == [
+        ["another dog", "the dogs", "both dogs", "the dogs"], ["a cat"]
+    ]  # fmt: skip
+    assert things("a black dog", "a white dog", "the two dogs", "the black dog") == [
+        ["a black dog", "the two dogs", "the black dog"], ["a white dog", "the two dogs"]
+    ]  # fmt: skip
+    assert things("a dog", "another dog", "the three dogs")[2] == ["the three dogs"]
+    assert things("a dog", "another dog", "the other dogs", "dogs")[2:] == [["the other dogs", "dogs"]]
+    assert things("a dog", "the dogs") == [["a dog"], ["the dogs"]]
+    assert things("a black dog", "a white dog", "the black dogs")[2] == ["the black dogs"]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "found"),
+    [
+        ("What does the adult hold?", ["The adult", "a ball"], "a ball"),
+        ("Who is beneath the adult?", ["A child", "the adult"], "A child"),
+        ("What is the adult's dog behind?", ["the dog", "The adult", "two cars"], "two cars"),
+        ("The man goes to the women and turns.", ["The man", "a woman"], "The man"),
+        ("Who runs?", [], None),
+    ],
+)
+def test_the_phrase_that_answers_a_question(question: str, answer: list[str], found: str | None) -> None:
+    phrase = answering(question, [Phrase(text, i) for i, text in enumerate(answer)])
+    assert (phrase and phrase.text) == found
 
 
 def test_tags_by_words() -> None:

@@ -31,7 +31,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def running(chat: Any, uploads: Path, *paths: Path, **flags: Any) -> Iterator[Any]:
+def running(chat: Any, uploads: Path, *paths: Path, ground: Any = None, **flags: Any) -> Iterator[Any]:
     """The started page of a chat with example videos; `address` is its URL."""
     pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'pite-engine[web]'")
     from pite.web.examples import Example
@@ -40,7 +40,8 @@ def running(chat: Any, uploads: Path, *paths: Path, **flags: Any) -> Iterator[An
     from pite.web.server import start
 
     chosen = WebFlags(model=Path("model"), port=free_port(), **flags)
-    page = Page(chat, [Example(path.resolve()) for path in paths], title="model", max_seconds=chosen.max_seconds)
+    examples = [Example(path.resolve()) for path in paths]
+    page = Page(chat, examples, title="model", max_seconds=chosen.max_seconds, ground=ground)
     blocks = start(page, chosen, uploads)
     blocks.address = f"http://127.0.0.1:{chosen.port}"
     try:
@@ -54,7 +55,7 @@ def page_of() -> Callable[..., Any]:
     return running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright, which is not here")
     if not CHROMIUM.exists():

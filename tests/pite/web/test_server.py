@@ -159,6 +159,10 @@ def test_a_port_in_use_is_named(example: Path, tmp_path: Path) -> None:
     [
         (["--port", "0"], "--port must be 1 to 65535, not 0"),
         (["--queue", "0"], "--queue must be at least 1, not 0"),
+        (
+            ["--every", "1", "--stanza", "s"],
+            "--stanza and --every: give --ground, too: without it nothing is found in the video",
+        ),
         (["--host", " "], "--host is empty: give an address, such as 127.0.0.1"),
     ],
 )

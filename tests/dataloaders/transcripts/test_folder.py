@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dataloaders.transcripts.files import Segment, write_transcript
+from dataloaders.transcripts.folder import Transcripts
 from pite.evaluate.__main__ import main
-from pite.evaluate.transcripts import Transcripts
 
 
 def test_json_is_preferred_and_each_file_is_read_once(tmp_path: Path) -> None:
@@ -26,10 +26,22 @@ def test_json_is_preferred_and_each_file_is_read_once(tmp_path: Path) -> None:
     assert transcripts.text("a") == "Hello."
 
 
+def test_the_checksum_is_of_the_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Hello.")
+    (tmp_path / ".settings.json").write_text("{}")
+    (tmp_path / "failures.jsonl").write_text("{}")
+    before = Transcripts(tmp_path).checksum()
+    (tmp_path / "a.txt").write_text("Hello.\n")
+    assert Transcripts(tmp_path).checksum() == before
+    (tmp_path / "a.txt").write_text("Hallo.")
+    assert Transcripts(tmp_path).checksum() != before
+
+
 def test_a_folder_without_the_videos_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("Hello.")
+    assert Transcripts(tmp_path).count(["b", "a"]) == (0, 2)
     with pytest.raises(ValueError, match=r"none of 2 videos has a file there, such as a\.json or \.txt"):
-        Transcripts(tmp_path).count(["b", "a"])
+        Transcripts(tmp_path).check(["b", "a"])
 
 
 def test_another_encoding_names_the_file(tmp_path: Path) -> None:

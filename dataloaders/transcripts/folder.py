@@ -1,11 +1,15 @@
-"""The transcripts of the videos of a benchmark, which the prompts of PG-Video-LLaVA quote."""
+"""A folder of videos' transcripts, which the prompts of PG-Video-LLaVA quote."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from dataloaders.transcripts import read_transcript
+from dataloaders.transcripts.files import read_transcript
+
+_SUFFIXES = (".json", ".txt")
 
 
 class Transcripts:
@@ -23,16 +27,25 @@ class Transcripts:
         return self._texts[video]
 
     def count(self, videos: Iterable[str]) -> tuple[int, int]:
-        """Videos that have a file, and all of them. Raises ValueError if none has one."""
+        """Videos that have a file, and all of them."""
         names = set(videos)
-        found = sum(self._file(name) is not None for name in names)
-        if names and not found:
+        return sum(self._file(name) is not None for name in names), len(names)
+
+    def check(self, videos: Iterable[str]) -> None:
+        """Raise ValueError if none of the videos has a file."""
+        names = set(videos)
+        if names and not self.count(names)[0]:
             raise ValueError(
                 f"--transcripts {self._folder}: none of {len(names):,} videos has a file there, such as {min(names)}.json "
                 "or .txt: check the names, or leave --transcripts out"
             )
-        return found, len(names)
+
+    def checksum(self) -> str:
+        """16 hexadecimal digits: a checksum of all texts in the folder and their videos. Raises ValueError for a damaged file."""
+        files = (file for file in self._folder.iterdir() if file.suffix in _SUFFIXES and not file.name.startswith("."))
+        texts = [(name, self.text(name)) for name in sorted({file.stem for file in files})]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
     def _file(self, video: str) -> Path | None:
-        files = (self._folder / f"{video}{suffix}" for suffix in (".json", ".txt"))
+        files = (self._folder / f"{video}{suffix}" for suffix in _SUFFIXES)
         return next((file for file in files if file.is_file()), None)
