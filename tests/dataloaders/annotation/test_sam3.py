@@ -120,7 +120,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_phrases_of_a_picture_become_masks(sam3, video) -> None:
+def test_phrases_of_a_picture_become_masks(sam3, video, tmp_path) -> None:
     image = next(frame for frame in iter_frames(video, {0}) if frame is not None)
     phrases = ["a red circle", "a blue square"]
     detector = open_detector(sam3, None, threshold=0.0)
@@ -134,6 +134,12 @@ def test_phrases_of_a_picture_become_masks(sam3, video) -> None:
         expected = max(own, key=lambda each: each[1])[2]
         assert (best == expected).all() if expected.any() else best is None
     assert detector(image, []) == []
+    # The detector in a directory of its own finds the same.
+    detector._model.save_pretrained(tmp_path)
+    detector._tokenizer.save_pretrained(tmp_path)
+    (alone,) = open_detector(tmp_path, None, threshold=0.0).find_all(image, phrases[1:])
+    for (_, score, mask), (_, other, same) in zip(found[1], alone, strict=True):
+        assert score == other and (mask == same).all()
     assert Sam3Detector(sam3, threshold=1.0)(image, phrases) == [None, None]
     with pytest.raises(ValueError, match="a SAM 3 makes masks itself; leave out --segmenter"):
         open_detector(sam3, sam3)
