@@ -78,10 +78,11 @@ def test_trajectories_are_drawn_where_they_are(tmp_path) -> None:
     trajectory = {"phrase": "A man", "points": points}
     record = {"id": "clip", "meta": {"duration": 0.4}, "trajectories": [trajectory]}
     (tmp_path / "records.jsonl").write_text(json.dumps(record) + "\n")
-    real.draw_street(tmp_path / "records.jsonl", tmp_path / "clip.mp4", tmp_path / "street.png", 0)
-    with Image.open(tmp_path / "street.png") as opened:
+    real.draw_trajectories(tmp_path / "records.jsonl", tmp_path / "clip.mp4", tmp_path / "trajectories.png", 0)
+    with Image.open(tmp_path / "trajectories.png") as opened:
         picture = np.array(opened.convert("RGB")).astype(int)
     height, width = picture.shape[:2]
+    assert (width, height) == (640, 480)  # Ten times the clip.
     near = np.abs(picture - real._COLOURS[0]).sum(-1) < 60
     assert near[height // 2, int(0.35 * width) : int(0.7 * width)].mean() > 0.9
     assert not near[: height // 4].any()
