@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.decode.video import iter_frames
+from dataloaders.annotation.tracking import frames_until
 
 SAMPLES = 24
 """Frames of which the median is taken, spread over all events of a video."""
@@ -41,13 +41,7 @@ class Background:
 def find_background(path: Path, first: int, last: int) -> Background | None:
     """The background from frame `first` to `last` of a video; None where the camera moves or cuts."""
     wanted = set(np.linspace(first, last, SAMPLES).round().astype(int).tolist())
-    frames = []
-    for index, frame in enumerate(iter_frames(path, wanted)):
-        if frame is not None:
-            frames.append(frame)
-        if index == last:
-            break
-    return background_of(frames)
+    return background_of([frame for _, frame in frames_until(path, wanted)])
 
 
 def background_of(frames: Sequence[np.ndarray]) -> Background | None:

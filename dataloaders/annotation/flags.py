@@ -33,11 +33,11 @@ class AnnotationFlags(LogFlags):
     stanza: Path | None = None
     """folder of Stanza's models, which make the phrases; spaCy's noun chunks unless given"""
     detector: Path | None = None
-    """folder of a GroundingDINO, which makes the masks; not needed if their files exist"""
+    """folder of a SAM 3 or a GroundingDINO, which makes the masks; not needed if their files exist"""
     segmenter: Path | None = None
-    """folder of a SAM; without it a mask is the detector's box"""
+    """folder of a SAM for the boxes of a GroundingDINO; without it a mask is the box"""
     tracker: Path | None = None
-    """folder of a SAM 2 video, SAM 3 tracker or EdgeTAM model, which makes the tracks; our own tracker unless given"""
+    """folder of a SAM 3, SAM 2 video or EdgeTAM model, which makes the tracks; our own tracker unless given"""
     people: bool = False
     """without --detector, find people with OpenCV's HOG detector: the phrases that name a person get masks"""
     threshold: float = 0.35

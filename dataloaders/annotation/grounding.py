@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataloaders.errors import reason
+from dataloaders.annotation.models import Found, load_model, load_processor, model_type
 
 BATCH = 8
 """Phrases per batch of the detector."""
@@ -49,9 +49,7 @@ class Grounding:
         return [mask if mask is not None and mask.any() else None for mask in found]
 
     @torch.inference_mode()
-    def find_all(
-        self, image: np.ndarray, phrases: Sequence[str]
-    ) -> list[list[tuple[np.ndarray, float, np.ndarray | None]]]:
+    def find_all(self, image: np.ndarray, phrases: Sequence[str]) -> list[list[Found]]:
         """Each phrase's boxes (4,), scores and masks (H, W) bool in an image; the masks are None without a segmenter."""
         limits = np.array(image.shape[1::-1] * 2)
         found = []
@@ -109,13 +107,5 @@ def _load(kind: Any, directory: Path, device: torch.device) -> tuple[Any, Any]:
     """Load a processor and a model. Raises ValueError with the first sentence of the library's message if it cannot."""
     from transformers import AutoProcessor
 
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory}: not a model directory in Hugging Face's format: it holds no config.json")
-    try:
-        processor = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        model = kind.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"{directory}: cannot be loaded: {reason(error)}") from None
-    return processor, model.to(device).eval()
+    model_type(directory)
+    return load_processor(AutoProcessor, directory), load_model(kind, directory, device)

@@ -7,7 +7,7 @@ Its points keep their places in it. They are as exact as its centre, some pixels
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,7 @@ from dataloaders.annotation.appearance import SCALES, Appearance, Candidates
 from dataloaders.annotation.background import Background, find_background
 from dataloaders.annotation.linking import link
 from dataloaders.annotation.steps import Masks, Tracks
-from dataloaders.annotation.tracking import Moments, opencv, track_events
-from dataloaders.decode.readable import DecodeError
-from dataloaders.decode.video import iter_frames
+from dataloaders.annotation.tracking import Moments, frames_until, opencv, track_events
 from dataloaders.records import ABSENT
 
 Key = tuple[int, int]
@@ -84,22 +82,11 @@ def follow_objects(
     if not wanted:
         return {}
     background = find_background(path, min(wanted), max(wanted))
-    for index, frame in _until(path, wanted):
+    for index, frame in frames_until(path, wanted):
         for each in objects:
             each.add_frame(index, frame, background)
     tracks = {each.key: each.tracks() for each in objects}
     return {key: track for key, track in tracks.items() if track is not None}
-
-
-def _until(path: Path, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """The frames `wanted`, with their indices."""
-    last = max(wanted)
-    for index, frame in enumerate(iter_frames(path, wanted)):
-        if frame is not None:
-            yield index, frame
-        if index == last:
-            return
-    raise DecodeError(f"{path}: ends before frame {last}, which its packets promise")
 
 
 class _Object:

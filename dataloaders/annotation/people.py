@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dataloaders.annotation.models import Found
 from dataloaders.annotation.tracking import opencv
 
 INSTALL = (
@@ -59,6 +60,11 @@ class PeopleDetector:
         people = list(dict.fromkeys(phrase.lower() for phrase in phrases if names_person(phrase)))
         boxes = dict(zip(people, self.boxes(image))) if people else {}
         return [_filled(image, boxes[p.lower()]) if p.lower() in boxes else None for p in phrases]
+
+    def find_all(self, image: np.ndarray, phrases: Sequence[str]) -> list[list[Found]]:
+        """Boxes (4,) and scores of all people for each phrase that names one; masks are None."""
+        people = [(box, float(score), None) for box, score in zip(*self.find(image))]
+        return [list(people) if names_person(phrase) else [] for phrase in phrases]
 
     def boxes(self, image: np.ndarray) -> np.ndarray:
         """People (n, 4) as left, top, right and bottom in pixels of an image (H, W, 3) uint8, the surest first."""

@@ -6,16 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dataloaders.annotation import steps
+from dataloaders.annotation.choices import open_detector, open_tracker
 from dataloaders.annotation.key_points import key_points
+from dataloaders.annotation.models import Detector, Tracker
 from dataloaders.annotation.objects import Following, track_all
 from dataloaders.annotation.people import PeopleDetector
 from dataloaders.annotation.phrases import SPACY_MODEL, SpacyPhrases, StanzaPhrases
 from dataloaders.annotation.record import Existing, pite_record, with_trajectories
 from dataloaders.annotation.report import measure
-from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, Step, step_path
+from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, Step, Tracks, step_path
 from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, first_frames
 from dataloaders.decode.readable import DecodeError
 from dataloaders.failures import Failure
@@ -23,10 +25,6 @@ from dataloaders.formats.activitynet import EventVideo
 from dataloaders.formats.pite_143k import read_pite
 from dataloaders.media import wrong_duration
 from dataloaders.records import Media
-
-if TYPE_CHECKING:
-    from dataloaders.annotation.grounding import Grounding
-    from dataloaders.annotation.video_masks import VideoSegmenter
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ class Settings:
     num_points  P key points of a trajectory
     stanza      directory of Stanza's models; None for spaCy, or if the phrases files exist
     spacy       whether spaCy makes phrases
-    detector, segmenter  directories for `Grounding`; None if the masks files exist
-    tracker     directory for `VideoSegmenter`; None for `track_all`
+    detector, segmenter  directories for `open_detector`; None if the masks files exist
+    tracker     directory for `open_tracker`; None for `track_all`
     people      whether `PeopleDetector` makes masks, where there is no detector
     threshold   minimum score of the detector
     device      where the models run
@@ -135,8 +133,8 @@ def annotate(video: Video, settings: Settings) -> None:
         return
     if not path["tracks"].exists():
         assert masks is not None
-        moments = _moments(video, settings)
-        steps.write_tracks(path["tracks"], (_tracker(settings) or track_all)(video.path, moments, masks))
+        tracker, moments = _tracker(settings), _moments(video, settings)
+        steps.write_tracks(path["tracks"], tracker(video.path, moments, masks, phrases))
     tracks = steps.read_tracks(path["tracks"], phrases)
     if last == 2:
         return
@@ -181,13 +179,13 @@ def attempt(video: Video, settings: Settings) -> Failure | None:
 
 
 def _make_masks(path: Path, video: Video, phrases: Phrases, settings: Settings) -> None:
-    grounding = _grounding(settings)
-    if grounding is None:
+    detector = _detector(settings)
+    if detector is None:
         raise ValueError(f"{path}: no such file; write it, or make it with --detector and --segmenter, or --people")
     moments = _moments(video, settings)
     frames = first_frames(video.path, [m for m, found in zip(moments, phrases) if found])
     masks: Masks = [
-        grounding(frames[each.first], [phrase.text for phrase in found]) if found else []
+        detector(frames[each.first], [phrase.text for phrase in found]) if found else []
         for each, found in zip(moments, phrases)
     ]
     steps.write_masks(path, masks)
@@ -212,29 +210,27 @@ def _parser(settings: Settings) -> Callable[[str], list[Phrase]] | None:
 
 
 @lru_cache(1)
-def _grounding(settings: Settings) -> Grounding | PeopleDetector | None:
+def _detector(settings: Settings) -> Detector | None:
     """Loaded once per process."""
     if settings.detector is None:
         return PeopleDetector() if settings.people else None
-    from dataloaders.annotation.grounding import Grounding
-
-    return Grounding(settings.detector, settings.segmenter, settings.device, settings.threshold)
+    return open_detector(settings.detector, settings.segmenter, settings.device, settings.threshold)
 
 
 @lru_cache(1)
-def _tracker(settings: Settings) -> VideoSegmenter | None:
+def _tracker(settings: Settings) -> Tracker:
     """Loaded once per process."""
-    if settings.tracker is None:
-        return None
-    from dataloaders.annotation.video_masks import VideoSegmenter
+    return _track_all if settings.tracker is None else open_tracker(settings.tracker, settings.device)
 
-    return VideoSegmenter(settings.tracker, settings.device)
+
+def _track_all(path: Path, moments: Sequence[Moments], masks: Masks, phrases: Phrases) -> Tracks:
+    return track_all(path, moments, masks)
 
 
 def load_models(settings: Settings) -> None:
     """Load the models, so that a wrong directory is an error before the first video. Raises ValueError."""
     _parser(settings)
     if settings.until != "phrases":
-        _grounding(settings)
+        _detector(settings)
     if STEPS.index(settings.until) >= STEPS.index("tracks"):
         _tracker(settings)

@@ -7,7 +7,7 @@ which PiTe used, or CoTracker) are separate code bases. To use their tracks, wri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,18 +99,21 @@ def count_frames(path: Path, clip: tuple[float, float] | None = None) -> tuple[i
     return 0, total
 
 
+def frames_until(path: Path, wanted: Collection[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """The frames `wanted`, with their indices. Raises DecodeError for a file that ends before the last of them."""
+    last = max(wanted, default=-1)
+    for index, frame in enumerate(iter_frames(path, wanted) if wanted else ()):
+        if frame is not None:
+            yield index, frame
+        if index == last:
+            return
+    if wanted:
+        raise DecodeError(f"{path}: ends before frame {last}, which its packets promise")
+
+
 def first_frames(path: Path, moments: Sequence[Moments]) -> dict[int, np.ndarray]:
     """The first frame (H, W, 3) of each event, by its index. Stops decoding after the last of them."""
-    wanted = {each.first for each in moments}
-    frames: dict[int, np.ndarray] = {}
-    if not wanted:
-        return frames
-    for index, frame in enumerate(iter_frames(path, wanted)):
-        if frame is not None:
-            frames[index] = frame
-            if len(frames) == len(wanted):
-                return frames
-    raise DecodeError(f"{path}: ends before frame {max(wanted)}, which its packets promise")
+    return dict(frames_until(path, {each.first for each in moments}))
 
 
 def track_events(path: Path, moments: Sequence[Moments], masks: Masks, settings: LucasKanade = LucasKanade()) -> Tracks:
@@ -120,16 +123,9 @@ def track_events(path: Path, moments: Sequence[Moments], masks: Masks, settings:
     video, and ValueError if OpenCV is not installed.
     """
     tracker = _Tracker(settings, moments, masks, path)
-    wanted = tracker.wanted
-    if not wanted:
-        return {}
-    last = max(wanted)
-    for index, frame in enumerate(iter_frames(path, wanted)):
-        if frame is not None:
-            tracker.add_frame(index, frame)
-        if index == last:
-            return tracker.tracks()
-    raise DecodeError(f"{path}: ends before frame {last}, which its packets promise")
+    for index, frame in frames_until(path, tracker.wanted):
+        tracker.add_frame(index, frame)
+    return tracker.tracks()
 
 
 @dataclass(eq=False)

