@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dataloaders.annotation.models import Detector, Tracker, check_type, model_type
+from dataloaders.annotation.models import Detector, check_type, model_type
+
+if TYPE_CHECKING:
+    from dataloaders.annotation.video_masks import VideoTracker
 
 
 def open_detector(directory: Path, segmenter: Path | None, device: str = "cpu", threshold: float = 0.35) -> Detector:
@@ -20,7 +24,7 @@ def open_detector(directory: Path, segmenter: Path | None, device: str = "cpu", 
     return Grounding(directory, segmenter, device, threshold)
 
 
-def open_tracker(directory: Path, device: str = "cpu") -> Tracker:
+def open_tracker(directory: Path, device: str = "cpu") -> VideoTracker:
     """A SAM 3, or one of `video_masks.KINDS`. Raises ValueError for another directory."""
     from dataloaders.annotation.video_masks import KINDS, VideoSegmenter
 

@@ -50,9 +50,14 @@ class VideoTracker:
         """Add the masks of an event's objects in its next frame (1, 3, h, w). In the first the given ones are true."""
         raise NotImplementedError
 
-    @torch.inference_mode()
     def __call__(self, path: Path, moments: Sequence[Moments], masks: Masks, phrases: Phrases) -> Tracks:
         """Tracks of the objects of all masks. Raises DecodeError for a file that cannot be decoded."""
+        events = self.carry(path, moments, masks, phrases)
+        return {key: track for event in events for key, track in event.tracks().items()}
+
+    @torch.inference_mode()
+    def carry(self, path: Path, moments: Sequence[Moments], masks: Masks, phrases: Phrases) -> list[Event]:
+        """The events with an object, with its mask at each moment in `carried`. Raises as a call."""
         events = [Event(i, *each) for i, each in enumerate(zip(moments, masks, phrases)) if objects(each[1])]
         wanted = {int(frame) for event in events for frame in event.moments.frames}
         for index, frame in frames_until(path, wanted):
@@ -60,7 +65,7 @@ class VideoTracker:
             for event in events:
                 if index in event.moments.frames:
                     self.advance(event, here, index)
-        return {key: track for event in events for key, track in event.tracks().items()}
+        return events
 
 
 class VideoSegmenter(VideoTracker):

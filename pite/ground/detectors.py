@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataloaders.annotation.choices import open_detector
 from dataloaders.annotation.people import PeopleDetector, names_person
 from dataloaders.annotation.steps import encode_mask
 from pite.ground.matching import head, plain
@@ -36,21 +37,19 @@ class People:
 
 
 class OpenVocabulary:
-    """A GroundingDINO, MM-GroundingDINO or the like, with an optional SAM for masks: looks for the phrases themselves.
+    """A detector of `dataloaders.annotation.choices`, with an optional SAM for masks: looks for the phrases themselves.
 
-    Raises ValueError as `dataloaders.annotation.grounding.Grounding`.
+    Raises ValueError as `open_detector`.
     """
 
     def __init__(self, detector: Path, segmenter: Path | None, device: str, threshold: float) -> None:
-        from dataloaders.annotation.grounding import Grounding
-
-        self._grounding = Grounding(detector, segmenter, device, threshold)
+        self._detector = open_detector(detector, segmenter, device, threshold)
 
     def tags(self, phrases: Sequence[str]) -> list[str]:
         return list(dict.fromkeys(plain(phrase) for phrase in phrases))
 
     def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
-        found = self._grounding.find_all(image, tags)
+        found = self._detector.find_all(image, tags)
         return [
             Detection(tag, box, score, None if mask is None else encode_mask(mask))
             for tag, things in zip(tags, found)

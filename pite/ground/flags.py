@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dataloaders import paths
@@ -23,8 +23,11 @@ class GrounderFlags(DeviceFlags):
     """Flags of a command that finds the things of a text in a video."""
 
     detector: Path | None = None
-    """folder of a GroundingDINO or MM-GroundingDINO, or of TensorFlow.js's coco-ssd, which finds COCO's 80 kinds of things;
-    OpenCV's people detector, which finds nothing else, unless given"""
+    """folder of a GroundingDINO, MM-GroundingDINO or SAM 3, or of TensorFlow.js's coco-ssd, which finds COCO's 80 kinds of
+    things; OpenCV's people detector, which finds nothing else, unless given"""
+    tracker: Path | None = None
+    """folder of a SAM 2, SAM 3 or EdgeTAM for videos, which carries the masks on and finds a thing again after it was
+    hidden; detections are joined by their boxes unless given"""
     threshold: float | None = None
     """minimum score of a detection of --detector, 0 to 1; 0.35 unless given"""
     stanza: Path | None = None
@@ -49,6 +52,7 @@ class GrounderFlags(DeviceFlags):
     def check_grounder(self) -> None:
         """Raise ValueError for a folder that does not exist."""
         paths.input_folder("--detector", self.detector)
+        paths.input_folder("--tracker", self.tracker)
         paths.input_folder("--stanza", self.stanza)
 
 
@@ -67,6 +71,13 @@ class MaskFlags(GrounderFlags):
     def check_grounder(self) -> None:
         super().check_grounder()
         paths.input_folder("--segmenter", self.segmenter)
+
+
+def given(flags: GrounderFlags) -> list[str]:
+    """The flags of grounding that have another value than their default."""
+    own = fields(MaskFlags if isinstance(flags, MaskFlags) else GrounderFlags)
+    others = {field.name for field in fields(DeviceFlags)}
+    return changed(flags, *(field.name for field in own if field.name not in others))
 
 
 @dataclass(frozen=True, kw_only=True)

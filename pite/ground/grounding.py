@@ -12,8 +12,10 @@ import numpy as np
 from dataloaders.annotation.appearance import object_pixels
 from dataloaders.annotation.steps import Phrase, encode_mask
 from dataloaders.annotation.tracking import count_frames, opencv
+from dataloaders.annotation.video_masks import VideoTracker
 from dataloaders.decode.readable import DecodeError
 from dataloaders.decode.video import iter_frames, probe
+from pite.ground.carrying import carry
 from pite.ground.matching import assign, match_words, mentions
 from pite.ground.objects import Detection, Detector, Object, join, same_things
 
@@ -108,11 +110,13 @@ class Grounder:
     parser    sentence -> its noun phrases
     detector  finds things
     every     seconds between two frames in which things are looked for
+    tracker   carries what was found through these frames; None: detections are joined by their boxes
     """
 
     parser: Parser
     detector: Detector
     every: float = 0.4
+    tracker: VideoTracker | None = None
 
     def __call__(self, video: Path, text: str, seconds: tuple[float, float] | None = None) -> Grounded:
         """Ground a text in a video, or in the part between two times, with a mask for each detection.
@@ -121,7 +125,7 @@ class Grounder:
         """
         footage = Footage.of(video)
         found = self.find(footage, text, footage.between(seconds))
-        return replace(found, objects=tuple(self._masked(video, found.objects)))
+        return replace(found, objects=tuple(_masked(video, found.objects)))
 
     def find(self, footage: Footage, text: str, span: tuple[int, int]) -> Grounded:
         """Ground a text in the frames of `span`, with the masks that the detector gives. Raises DecodeError."""
@@ -132,6 +136,8 @@ class Grounder:
         wanted = [tag for tag in tags if tag in matched]
         looked_at = _every(footage.times, span, self.every)
         found = join(self._detections(footage.path, looked_at, wanted)) if wanted else []
+        if found and self.tracker is not None:
+            found = carry(self.tracker, footage.path, _masked(footage.path, found, 1), sorted(looked_at))
         places = assign(names, matched, [each.tag for each in found], same_things(found))
         shown = list(dict.fromkeys(place for own in places for place in own))
         of_phrase: dict[Phrase, list[int]] = {phrase: [] for phrase in phrases}
@@ -147,15 +153,16 @@ class Grounder:
         for index, frame in frames_of(video, frames):
             yield index, self.detector(frame, tags)
 
-    def _masked(self, video: Path, objects: Sequence[Object]) -> list[Object]:
-        """The objects with a mask of each detection: the detector's, or what GrabCut finds in its box."""
-        without = {f for each in objects for f, d in each.found.items() if d.mask is None}
-        made = [Object(each.tag, dict(each.found)) for each in objects]
-        for index, frame in frames_of(video, without):
-            for each in made:
-                if index in each.found and each.found[index].mask is None:
-                    each.found[index] = _with_mask(frame, each.found[index])
-        return made
+
+def _masked(video: Path, objects: Sequence[Object], first: int | None = None) -> list[Object]:
+    """The objects with a mask of each detection, or of the `first` ones: the detector's, or what GrabCut finds in its box."""
+    without = [{f for f, d in [*each.found.items()][:first] if d.mask is None} for each in objects]
+    made = [replace(each, found=dict(each.found)) for each in objects]
+    for index, frame in frames_of(video, set().union(*without)):
+        for each, own in zip(made, without):
+            if index in own:
+                each.found[index] = _with_mask(frame, each.found[index])
+    return made
 
 
 def _with_mask(frame: np.ndarray, found: Detection) -> Detection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dataloaders.annotation.choices import open_tracker
 from dataloaders.annotation.phrases import INSTALL, SpacyPhrases, StanzaPhrases, has_spacy
 from dataloaders.files import folder_checksum
 from pite import devices
@@ -20,7 +21,8 @@ def open_grounder(flags: GrounderFlags) -> Grounder:
     if flags.stanza is None and not has_spacy():
         raise ValueError(f"noun phrases need spaCy or --stanza: {INSTALL}")
     parser = StanzaPhrases(flags.stanza, device) if flags.stanza else SpacyPhrases()
-    return Grounder(parser, open_detector(flags, device), flags.every)
+    tracker = None if flags.tracker is None else open_tracker(flags.tracker, device)
+    return Grounder(parser, open_detector(flags, device), flags.every, tracker)
 
 
 def open_detector(flags: GrounderFlags, device: str) -> Detector:
@@ -39,7 +41,7 @@ def open_detector(flags: GrounderFlags, device: str) -> Detector:
 
 def grounder_settings(flags: GrounderFlags) -> dict[str, Any]:
     """What boxes and masks depend on: the flags, and checksums of the models."""
-    names = ["detector", "stanza", *(["segmenter"] if isinstance(flags, MaskFlags) else [])]
+    names = ["detector", "tracker", "stanza", *(["segmenter"] if isinstance(flags, MaskFlags) else [])]
     folders = {name: getattr(flags, name) for name in names}
     sums = {name: None if path is None else f"{path.name} ({folder_checksum(path)})" for name, path in folders.items()}
     return {**sums, "least_score": flags.least_score, "every": flags.every}

@@ -15,7 +15,7 @@ import numpy as np
 
 from dataloaders.annotation.boxes import box_ious
 
-_SAME, _CONTINUES = 0.5, 0.1
+SAME, _CONTINUES = 0.5, 0.1
 """IoU above which two detections of a frame are one thing, and above which a detection continues an object."""
 _GAP = 4
 """Most frames of detection without one, inside an object."""
@@ -47,10 +47,14 @@ class Detector(Protocol):
 
 @dataclass(eq=False)
 class Object:
-    """One thing over time: its detections by frame, in order."""
+    """One thing over time: its detections by frame, in order.
+
+    hidden  frames in which a tracker saw nothing of it
+    """
 
     tag: str
     found: dict[int, Detection] = field(default_factory=dict)
+    hidden: tuple[int, ...] = ()
 
     @property
     def score(self) -> float:
@@ -71,12 +75,14 @@ class Object:
         return box + np.tile((moved[:2] + moved[2:]) / 2, 2) * (frame - last)
 
     def boxes(self) -> dict[int, np.ndarray]:
-        """A box (4,) of every frame from the first detection to the last."""
-        frames = list(self.found)
+        """A box (4,) of every frame from the first detection to the last, but for those between which it is hidden."""
+        frames = np.array(list(self.found))
         known = np.stack([each.box for each in self.found.values()])
         every = np.arange(frames[0], frames[-1] + 1)
         between = np.stack([np.interp(every, frames, side) for side in known.T], -1)
-        return dict(zip(every.tolist(), between))
+        gaps = np.searchsorted(frames, self.hidden)
+        shown = np.isin(every, frames) | ~np.isin(np.searchsorted(frames, every), gaps)
+        return dict(zip(every[shown].tolist(), between[shown]))
 
 
 def join(detections: Iterable[tuple[int, Sequence[Detection]]]) -> list[Object]:
@@ -108,7 +114,7 @@ def _distinct(found: Sequence[Detection]) -> list[Detection]:
     """Without the less sure of two detections of one thing (non-maximum suppression)."""
     kept: list[Detection] = []
     for new in sorted(found, key=lambda each: -each.score):
-        if all(each.tag != new.tag or box_ious(each.box[None], new.box)[0] < _SAME for each in kept):
+        if all(each.tag != new.tag or box_ious(each.box[None], new.box)[0] < SAME for each in kept):
             kept.append(new)
     return kept
 
@@ -130,4 +136,4 @@ def _overlap(one: Object, other: Object) -> bool:
     if 2 * len(frames) < min(len(one.found), len(other.found)):
         return False
     boxes, others = (np.stack([each.found[frame].box for frame in frames]) for each in (one, other))
-    return float(box_ious(boxes, others).mean()) >= _SAME
+    return float(box_ious(boxes, others).mean()) >= SAME

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders import paths
-from dataloaders.cli import at_least, changed
+from dataloaders.cli import at_least
 from pite.chat.flags import CLIP, AnswerFlags
-from pite.ground.flags import MaskFlags
+from pite.ground.flags import MaskFlags, given
 from pite.lineage import check_model_flag
 
 
@@ -45,8 +45,7 @@ class WebFlags(AnswerFlags, MaskFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "max_upload_mb", "max_seconds", "queue")
-        of_grounding = ("detector", "segmenter", "threshold", "stanza", "every")
-        if not self.ground and (unused := changed(self, *of_grounding)):
+        if not self.ground and (unused := given(self)):
             raise ValueError(f"{' and '.join(unused)}: give --ground, too: without it nothing is found in the video")
         if not 0 < self.port < 65536:
             raise ValueError(f"--port must be 1 to 65535, not {self.port}")

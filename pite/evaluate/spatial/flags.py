@@ -12,7 +12,7 @@ from pite.chat.flags import CLIP
 from pite.evaluate.flags import EvaluationFlags, check_predictions
 from pite.evaluate.protocols import Protocol
 from pite.families import Name
-from pite.ground.flags import GrounderFlags
+from pite.ground.flags import GrounderFlags, given
 from pite.lineage import check_model_flag
 
 Benchmark = Literal["vidstg", "hc_stvg"]
@@ -57,8 +57,8 @@ class SpatialFlags(EvaluationFlags, GrounderFlags):
         super().__post_init__()
         if (self.model is None) != (self.videos is None):
             raise ValueError("--model and --videos belong together: the model answers questions about these videos")
-        of_model = ("family", "clip", "skip_missing", "overwrite", "detector", "threshold", "stanza", "every")
-        if self.model is None and (unused := changed(self, *of_model)):
+        unused = changed(self, "family", "clip", "skip_missing", "overwrite") + given(self)
+        if self.model is None and unused:
             raise ValueError(f"{' and '.join(unused)}: without --model the boxes are those in --predictions")
         if (self.vidor is None) == (self.benchmark == "vidstg"):
             raise ValueError("--vidor gives the boxes of VidSTG: --benchmark vidstg needs it, and no other takes it")

@@ -28,11 +28,14 @@ from transformers.models.sam3.configuration_sam3 import Sam3ViTConfig
 
 from dataloaders.annotation import steps
 from dataloaders.annotation.__main__ import main
+from dataloaders.annotation.boxes import box_ious
 from dataloaders.annotation.choices import open_tracker
 from dataloaders.annotation.tracking import Moments
 from dataloaders.annotation.video_masks import VideoSegmenter, points_in
 from dataloaders.records import ABSENT
+from pite.ground.grounding import Grounder
 from tests.media import write_video
+from tests.pite.ground.squares import Colours, parse, place, write_squares
 
 SIZE, WIDTH = 128, 128
 
@@ -186,6 +189,13 @@ def test_masks_are_carried_through_overlapping_events(kind, request, tmp_path) -
     assert (alone[0, 0] == tracks[1, 0]).all()
     nothing: steps.Masks = [[None, None], [None]]
     assert model(tmp_path / "v.mp4", moments, nothing, phrases_of(nothing)) == {}
+
+
+def test_it_carries_what_an_answer_names(segmenter: Path, tmp_path: Path) -> None:
+    video = write_squares(tmp_path / "v.mp4", "red")
+    (red,) = Grounder(parse, Colours(), every=0.4, tracker=open_tracker(segmenter))(video, "a red square").objects
+    assert box_ious(red.found[0].box[None], place("red", 0))[0] > 0.7
+    assert red.found.keys() | set(red.hidden) == {0, 4, 8, 12, 16, 19}
 
 
 def test_an_edgetam_without_its_image_tower_names_timm(tmp_path) -> None:

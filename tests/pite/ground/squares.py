@@ -58,14 +58,14 @@ def place(colour: str, frame: int) -> np.ndarray:
     return np.array([left, top, left + SIDE, top + SIDE], float)
 
 
-def write_squares(path: Path, *colours: str) -> Path:
-    """20 frames of 128 x 96 at 10 per second."""
+def write_squares(path: Path, *colours: str, hidden: Sequence[int] = ()) -> Path:
+    """20 frames of 128 x 96 at 10 per second, with no square in the `hidden` ones."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10)
         stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
         for index in range(20):
             picture = np.full((96, 128, 3), 40, np.uint8)
-            for colour in colours:
+            for colour in colours if index not in hidden else ():
                 left, top, right, bottom = place(colour, index).astype(int)
                 picture[top:bottom, left:right] = np.eye(3)[COLOURS[colour]] * 230
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
