@@ -27,7 +27,7 @@ import torch
 
 from bench.annotation.labels import HALVES, check_clip, read_walkers
 from bench.annotation.synthetic import agreement, track_world
-from bench.annotation.walkers import METHODS, measure, total
+from bench.annotation.walkers import METHODS, OF_PEOPLE, measure, total
 from bench.measure import environment
 from dataloaders.files import write_atomically
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             parser.error(str(error))
     for method in flags.method:
-        result[method] = {"synthetic": _synthetic(method)} if method != "CSRT" else {}
+        result[method] = {"synthetic": _synthetic(method)} if method not in OF_PEOPLE else {}
         if flags.clip is not None:
             result[method] |= _walkers(flags.clip, [flags.half] if flags.half else HALVES, method)
     if flags.output is not None:

@@ -13,7 +13,9 @@ from bench.annotation.labels import Walker
 from bench.annotation.synthetic import Method
 from dataloaders.annotation.key_points import key_points
 from dataloaders.annotation.objects import track_all
-from dataloaders.annotation.steps import Masks, Tracks
+from dataloaders.annotation.people import PeopleDetector
+from dataloaders.annotation.refinding import refind
+from dataloaders.annotation.steps import Masks, Phrase, Tracks
 from dataloaders.annotation.tracking import Moments, opencv, track_events
 from dataloaders.decode.video import iter_frames
 from dataloaders.records import ABSENT
@@ -124,5 +126,19 @@ def _box(mask: np.ndarray | None) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), len(columns), len(rows)
 
 
-METHODS: dict[str, Method] = {"annotation": track_all, "Lucas-Kanade": track_events, "CSRT": _csrt}
-"""What the pipeline does, and what it is compared with."""
+def _refound(clip: Path, moments: Sequence[Moments], masks: Masks) -> Tracks:
+    """What the pipeline does with --people: lost walkers are looked for by OpenCV's people detector."""
+    phrases = [[Phrase("a person", 0) for _ in event] for event in masks]
+    return refind(clip, moments, masks, phrases, track_all(clip, moments, masks), PeopleDetector())
+
+
+METHODS: dict[str, Method] = {
+    "annotation": track_all,
+    "re-finding": _refound,
+    "Lucas-Kanade": track_events,
+    "CSRT": _csrt,
+}
+"""What the pipeline does, without and with a detector, and what it is compared with."""
+
+OF_PEOPLE = ("re-finding", "CSRT")
+"""Methods that are not measured on the synthetic world."""

@@ -89,9 +89,16 @@ def follow_objects(
     return {key: track for key, track in tracks.items() if track is not None}
 
 
+def mask_in(frame: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
+    """A mask in the size of a frame (H, W, 3): (H, W) bool; None where its object is too small to be followed."""
+    cv2 = opencv()
+    resized = cv2.resize(mask.astype(np.uint8), frame.shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0
+    large = resized.any() and min(np.ptp(axis) for axis in np.nonzero(resized)) >= _SMALLEST
+    return np.asarray(resized) if large else None
+
+
 class _Object:
     def __init__(self, key: Key, moments: Moments, mask: np.ndarray | None, following: Following) -> None:
-        assert mask is not None, "only objects with a mask are followed"
         self.key, self._moments, self._mask, self._following = key, moments, mask, following
         self.frames = _looked_at(moments, following.substeps)
         self._set = set(self.frames)
@@ -105,17 +112,14 @@ class _Object:
         if index not in self._set:
             return
         if index == self.frames[0]:
-            height, width = frame.shape[:2]
-            mask = (
-                self._cv2.resize(self._mask.astype(np.uint8), (width, height), interpolation=self._cv2.INTER_NEAREST)
-                > 0
-            )
-            if not mask.any() or min(np.ptp(axis) for axis in np.nonzero(mask)) < _SMALLEST:
+            assert self._mask is not None, "only objects with a mask are followed"
+            mask = mask_in(frame, self._mask)
+            if mask is None:
                 self._set = set()
                 return
             self._appearance = Appearance(self._cv2, frame, mask, background)
             self._candidates.append(self._appearance.first)
-            self._frame_size = np.array([width, height]) * self._appearance.shrink
+            self._frame_size = np.array(frame.shape[1::-1]) * self._appearance.shrink
         elif self._appearance is not None:
             self._candidates.append(self._appearance.find(frame))
         if self._appearance is not None and index in self._moments.frames:

@@ -16,6 +16,7 @@ from dataloaders.annotation.objects import Following, track_all
 from dataloaders.annotation.people import PeopleDetector
 from dataloaders.annotation.phrases import SPACY_MODEL, SpacyPhrases, StanzaPhrases
 from dataloaders.annotation.record import Existing, pite_record, with_trajectories
+from dataloaders.annotation.refinding import Refinding, refind
 from dataloaders.annotation.report import measure
 from dataloaders.annotation.steps import STEPS, Masks, Phrase, Phrases, Step, Tracks, step_path
 from dataloaders.annotation.tracking import LucasKanade, Moments, count_frames, first_frames
@@ -74,6 +75,8 @@ class Settings:
         elif self.people:
             made["masks"] = {"people": "HOG"}
         ours = {**asdict(LucasKanade()), "objects": asdict(Following())}
+        if "masks" in made:
+            ours["refinding"] = {**asdict(Refinding()), **made["masks"]}
         made["tracks"] = {
             "num_frames": self.num_frames,
             **({"tracker": _name(self.tracker)} if self.tracker else ours),
@@ -220,11 +223,22 @@ def _detector(settings: Settings) -> Detector | None:
 @lru_cache(1)
 def _tracker(settings: Settings) -> Tracker:
     """Loaded once per process."""
-    return _track_all if settings.tracker is None else open_tracker(settings.tracker, settings.device)
+    return (
+        _OwnTracker(_detector(settings))
+        if settings.tracker is None
+        else open_tracker(settings.tracker, settings.device)
+    )
 
 
-def _track_all(path: Path, moments: Sequence[Moments], masks: Masks, phrases: Phrases) -> Tracks:
-    return track_all(path, moments, masks)
+@dataclass(frozen=True)
+class _OwnTracker:
+    """`track_all`, then `refind` where there is a detector."""
+
+    detector: Detector | None
+
+    def __call__(self, path: Path, moments: Sequence[Moments], masks: Masks, phrases: Phrases) -> Tracks:
+        tracks = track_all(path, moments, masks)
+        return tracks if self.detector is None else refind(path, moments, masks, phrases, tracks, self.detector)
 
 
 def load_models(settings: Settings) -> None:

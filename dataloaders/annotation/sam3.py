@@ -84,7 +84,7 @@ class Sam3Tracker(VideoTracker):
     def advance(self, event: Event, frame: torch.Tensor, index: int) -> None:
         first = event.session is None
         if first:
-            event.session = self._session(event.phrases, frame)
+            event.session = self._session([event.phrases[j] for j, _ in objects(event.masks)], frame)
         session = event.session
         number = session.add_new_frame(frame)
         output = self._model(session, frame_idx=number)

@@ -91,6 +91,13 @@ def test_noun_phrases_of_the_lowest_layer(brackets, text, phrases):
     assert all(text[phrase.start :].startswith(phrase.text) for phrase in found)
 
 
+@pytest.fixture(scope="module")
+def spacy_phrases() -> SpacyPhrases:
+    if not has_spacy():
+        pytest.skip(f"spaCy and its model are not installed: {INSTALL}")
+    return SpacyPhrases()
+
+
 @pytest.mark.parametrize(
     ("sentence", "phrases"),
     [
@@ -101,10 +108,8 @@ def test_noun_phrases_of_the_lowest_layer(brackets, text, phrases):
         ("He walks away.", []),
     ],
 )
-def test_spacys_noun_chunks_without_places_and_amounts(sentence, phrases):
-    if not has_spacy():
-        pytest.skip(f"spaCy and its model are not installed: {INSTALL}")
-    found = SpacyPhrases()(sentence)
+def test_spacys_noun_chunks_without_places_and_amounts(spacy_phrases, sentence, phrases):
+    found = spacy_phrases(sentence)
     assert [phrase.text for phrase in found] == phrases
     assert all(sentence[phrase.start :].startswith(phrase.text) for phrase in found)
 
