@@ -16,12 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        *("engine.job", "torch.utils.tensorboard", "torch.distributed.fsdp", "peft"),
-        *("engine.encode.run", "pite.pooled", "pytest"),
-    ]
-)
+CONTEXT.set_forkserver_preload(["tests.engine.distributed.preloaded"])
 
 
 @dataclass(frozen=True)
