@@ -21,6 +21,7 @@ from pite.evaluate.commands import find_inputs, score_answers, score_trajectorie
 from pite.evaluate.flags import AnswerFlags, GroundingFlags, RunFlags, TrajectoriesFlags, check_inputs
 from pite.evaluate.inputs import SPLIT
 from pite.evaluate.qa.benchmarks import FILES
+from pite.evaluate.qa.command import check_judge
 from pite.evaluate.qa.flags import JudgeFlags, QaFlags
 from pite.evaluate.reports import Report
 from pite.evaluate.tables import Metrics, as_json, markdown
@@ -173,6 +174,8 @@ def _open(flags: AllFlags, path: Path, ranks: Ranks) -> Model:
         each = flags.flags_of(name, path)
         if isinstance(each, AnswerFlags):
             find_inputs(each, model)
+        if isinstance(each, QaFlags) and ranks.rank == 0:
+            check_judge(each)
     return model
 
 
