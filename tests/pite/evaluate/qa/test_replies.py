@@ -23,7 +23,7 @@ from pite.evaluate.qa.replies import Verdict, verdict
         ('{"score": 9, "pred": "yes"} or rather {"score": 5, "pred": "yes"}', Verdict(5.0, True)),
         ('{"pred": "yes", "reason": "a {set} of dogs", "score": 4}', Verdict(4.0, True)),
         ('The {form} is: {"pred": "no", "score": 1, "parts": {"dog": 0}}', Verdict(1.0, False)),
-        ("I say {'pred': 'yes', 'score': 4}, {or} so.", Verdict(4.0, True)),
+        ("So {'pred': 'yes', 'score': 4}, {or} not.", Verdict(4.0, True)),
         ('{"pred": "yes", "score": 4', None),
         ("yes, 4", None),
         ("", None),
