@@ -95,7 +95,7 @@ def test_videos_without_a_token_between_them() -> None:
     row["mm_token_type_ids"][0, start - video : start + video] = 2
     with (
         patch(model),
-        raises("2 videos stand in 1 runs of tokens, so Qwen2VLForConditionalGeneration cannot place them"),
+        raises("no token separates some of the 2 videos, so Qwen2VLForConditionalGeneration cannot"),
     ):
         model(**row)
 

@@ -60,7 +60,7 @@ def _check(batch: Mapping[str, Any]) -> None:
         value = batch.get(name)
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(f"pack_batch: {name} is a {type(value).__name__}; let the collator return tensors")
-        if value is not None and (value.is_floating_point() or value.is_complex()):
+        if value is not None and value.is_floating_point() and name != "attention_mask":
             raise ValueError(f"pack_batch: {name} must be integers, not {value.dtype}")
     shape = tuple(batch["input_ids"].shape)
     if len(shape) != 2 or 0 in shape:

@@ -72,8 +72,8 @@ def check_attention(model: Any, text: Any) -> None:
     )
     if missing:
         raise ValueError(f"patch: {name}.forward has no {' and no '.join(sorted(missing))}{LOSS_ONLY}")
-    for field in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_logit_softcapping", "cross_attention_layers",
-                  "add_cross_attention", "use_bidirectional_attention", "attention_chunk_size",
+    for field in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_logit_softcapping",
+                  "cross_attention_layers", "add_cross_attention", "use_bidirectional_attention", "attention_chunk_size",
                   "output_router_logits", "output_attentions", "layerdrop"):  # fmt: skip
         if getattr(config, field, None):
             raise ValueError(
@@ -169,8 +169,8 @@ def check_adjacent_media(model: Any, call: dict[str, Any]) -> None:
         runs = int(of_kind[:, :1].sum() + (of_kind[:, 1:] & ~of_kind[:, :-1]).sum())
         if runs < len(call[grids]):
             raise ValueError(
-                f"patch: {len(call[grids])} {kind} stand in {runs} runs of tokens, so {type(model).__name__} cannot place "
-                "them; put a token of text between two of them, also where two documents meet"
+                f"patch: no token separates some of the {len(call[grids])} {kind}, so {type(model).__name__} cannot "
+                "place them; put a token of text between two of them, also where two documents meet"
             )
 
 

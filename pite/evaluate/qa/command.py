@@ -25,9 +25,9 @@ def read_truth(flags: QaFlags) -> list[Item]:
 def check_judge(flags: QaFlags) -> None:
     """Raise ValueError if an endpoint does not reply, before a model answers for hours.
 
-    It gets one short prompt. A run that goes on has an endpoint that replied before, or all replies in the cache.
+    It gets one short prompt, unless there is a file of replies: then it has replied before, or is not needed again.
     """
-    if flags.judge_url is None or (flags.predictions is not None and flags.predictions.exists()):
+    if flags.judge_url is None or flags.cache.exists():
         return
     assert flags.judge_model is not None, "JudgeFlags requires it"
     _endpoint(flags, flags.judge_url, flags.judge_model).check(
