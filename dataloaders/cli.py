@@ -68,7 +68,7 @@ def changed(config: Any, *names: str) -> list[str]:
     return [flag_of(fields[name]) for name in names if getattr(config, name) != fields[name].default]
 
 
-def parse(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None) -> T:
+def parse(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None, about: str | None = None) -> T:
     """Build `cls` from command-line arguments, `sys.argv`'s by default.
 
     A field `num_frames: int = 100` becomes `--num-frames 100`; a string literal under a field is its help; a field
@@ -78,9 +78,11 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = No
 
     `--config FILE` sets flags by name, in groups or not; the command line overrides the file. An unknown flag, a bad
     value, a missing flag or a ValueError from `__post_init__` ends the process with status 2 after one sentence.
+
+    about  the help's first lines; by default the dataclass's docstring
     """
     prog = prog or _module_name()
-    return _build(cls, _Parser(prog, cls.__doc__), argv)
+    return _build(cls, _Parser(prog, about or cls.__doc__), argv)
 
 
 def parse_command(

@@ -24,6 +24,10 @@ CURVES = (
     ("l1", "L1 per coordinate"),
     ("tokens_per_second", "sample tokens / s"),
 )
+WIDTH, HEIGHT = 4.6, 2.3
+"""Of one plot, in inches."""
+LEFT, RIGHT, TITLE, XLABEL, GAP = 0.8, 0.15, 0.35, 0.5, 0.2
+"""Margins around all plots in inches, and the gap between two as a share of a plot."""
 
 
 def read_curves(path: Path) -> dict[str, np.ndarray]:
@@ -57,20 +61,18 @@ def plot_losses(stages: dict[str, Path], output: Path) -> None:
 
     stages  title -> metrics.jsonl with the fields step, loss, ce, l1, tokens_per_second
     """
-    # Matplotlib is imported here, because training imports this module; it draws without a window: training machines
-    # have no display.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    # Matplotlib is imported here, because training imports this module. Without pyplot it needs no display.
+    from matplotlib.figure import Figure
 
     metrics = {title: read_curves(path) for title, path in stages.items()}
     curves = [curve for curve in CURVES if any(np.isfinite(m.get(curve[0], np.nan)).any() for m in metrics.values())]
     if not curves:
         raise ValueError(f"none of {', '.join(map(str, stages.values()))} holds a loss")
-    figure, axes = plt.subplots(
-        len(curves), len(metrics), figsize=(4.6 * len(metrics), 2.5 * len(curves)), squeeze=False, sharex="col"
-    )
+    width, height = WIDTH * len(metrics), HEIGHT * len(curves) + TITLE + XLABEL
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(len(curves), len(metrics), squeeze=False, sharex="col")
+    # The margins are known, so no layout has to be found by drawing everything once more.
+    figure.subplots_adjust(LEFT / width, XLABEL / height, 1 - RIGHT / width, 1 - TITLE / height, GAP, GAP)
     for column, (title, values) in enumerate(metrics.items()):
         axes[0, column].set_title(title, fontsize=11, fontweight="bold")
         axes[-1, column].set_xlabel("optimizer step")
@@ -78,10 +80,8 @@ def plot_losses(stages: dict[str, Path], output: Path) -> None:
             axes[row, 0].set_ylabel(label)
             held_out = values.get(f"validation_{name}")
             _draw(axes[row, column], values["step"], values.get(name), held_out, f"C{row}")
-    figure.tight_layout()
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=130, format="png")
-    plt.close(figure)
 
 
 def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray | None, held_out: np.ndarray | None, color: str) -> None:

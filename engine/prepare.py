@@ -132,7 +132,7 @@ def prepare(config: TrainConfig, stage: Stage, llm: LanguageModel, world: World)
             "stage %s: dropping the last incomplete batch (%s of %s samples, different ones in each epoch)",
             stage, plan.left_over, f"{len(dataset):,}",
         )  # fmt: skip
-    layout = _layout(config, stage, model, dtype, world, int(opened.tokens.max()), lengths_of(dataset, plan))
+    layout = _layout(config, stage, model, dtype, world, opened, lengths_of(dataset, plan))
     inputs = StageInputs(stage, recipe, llm, model, dtype, store, dataset, held_out, plan, layout)
     if config.run.profile is not None and config.run.profile[0] > inputs.total:
         raise ValueError(f"--profile starts at step {config.run.profile[0]}, and stage {stage} has {inputs.total}")
@@ -189,13 +189,20 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
 
 def check_tokens(dataset: StageDataset, tokenizer: PreTrainedTokenizerBase, config: PiTeConfig) -> None:
     """Raise ValueError if a sample has a token without an embedding, or is longer than the model's context."""
-    worst, longest = int(dataset.largest_tokens.argmax()), int(dataset.tokens.max())
+    worst = int(dataset.largest_tokens.argmax())
     check_vocabulary(
         int(dataset.largest_tokens[worst]), tokenizer, config.llm.vocab_size, f"sample {dataset.ids[worst]!r}"
     )
-    if why := config.beyond_context(longest):
+    if why := config.beyond_context(int(dataset.tokens.max())):
         over = int((dataset.tokens > config.context_length).sum())
-        raise ValueError(f"{why}: --max-length {config.context_length} leaves out {over:,} such samples")
+        raise ValueError(
+            f"{_longest(dataset)}, and {why}: --max-length {config.context_length} leaves out {over:,} such samples"
+        )
+
+
+def _longest(samples: StageDataset) -> str:
+    worst = int(samples.tokens.argmax())
+    return f"the longest sample ({samples.ids[worst]!r}) has {samples.tokens[worst]:,} tokens"
 
 
 def split_held_out(samples: StageDataset, held_out: float | Path | None) -> tuple[StageDataset, StageDataset | None]:
@@ -292,11 +299,11 @@ def _layout(
     model: PiTeConfig,
     dtype: torch.dtype,
     world: World,
-    longest: int,
+    samples: StageDataset,
     batches: Sequence[Lengths],
 ) -> Layout:
     """Choose and log the layout and the attention back end. Raises ValueError if the longest sample does not fit."""
-    llm = model.llm
+    llm, longest = model.llm, int(samples.tokens.max())
     sharing = count_sharing(batches, world.size, max(config.parallel.token_budget or MAX_TOKEN_BUDGET, longest))
     layout = choose_layout(
         model,
@@ -318,7 +325,7 @@ def _layout(
     log.info("stage %s: %s, attention by %s", stage, layout.describe(llm.num_hidden_layers), attention)
     if longest > layout.token_budget:
         raise ValueError(
-            f"the longest sample has {longest:,} tokens and a micro-batch holds {layout.token_budget:,} rows: "
+            f"{_longest(samples)} and a micro-batch holds {layout.token_budget:,} rows: "
             "lower --max-length or raise --token-budget"
         )
     computed = count_sharing(batches, world.size, layout.token_budget).computed

@@ -151,14 +151,19 @@ made, {f} is a file, {d} a folder, {run} a training run's folder, which is no mo
 SUBCOMMANDS = {"pite.evaluate": "trajectories", "dataloaders.store": "merge", "engine": "chat"}
 
 RUN = """
-import importlib, json, sys
-name, heavy, *argv = sys.argv[1:]
-try:
-    status = importlib.import_module(name).main(argv)
-except SystemExit as end:
-    status = end.code or 0
-print(json.dumps([module for module in heavy.split() if module in sys.modules]))
-sys.exit(status)
+import contextlib, importlib, io, json, sys
+name, heavy, lines = sys.argv[1:]
+main, answers = importlib.import_module(name).main, []
+for argv in json.loads(lines):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(argv)
+        except SystemExit as end:
+            status = end.code or 0
+    imported = [module for module in heavy.split() if module in sys.modules]
+    answers.append((status, out.getvalue(), err.getvalue(), imported))
+print(json.dumps(answers))
 """
 
 
@@ -180,51 +185,52 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return places
 
 
-def answer(command: str, argv: list[str]) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command that must not have imported anything heavy."""
+def answers(command: str, *lines: list[str]) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of a command for each list of arguments, in one new process.
+
+    None may have imported anything heavy.
+    """
     module = command if (Path(*command.split(".")).with_suffix(".py")).exists() else f"{command}.__main__"
     done = subprocess.run(
-        [sys.executable, "-c", RUN, module, " ".join(HEAVY), *argv],
+        [sys.executable, "-c", RUN, module, " ".join(HEAVY), json.dumps(lines)],
         env={**os.environ, "PYTHONPATH": SOURCE_PATH},
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
-    *out, imported = done.stdout.splitlines() or ["none"]
-    assert imported == "[]", f"{command} {' '.join(argv)} imported {imported}: {done.stderr}"
-    return done.returncode, "\n".join(out), done.stderr
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    found = json.loads(done.stdout)
+    for argv, (*_, imported) in zip(lines, found, strict=True):
+        assert not imported, f"{command} {' '.join(argv)} imported {imported}"
+    return [tuple(each[:3]) for each in found]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(command: str) -> None:
-    status, out, err = answer(command, ["--help"])
-    assert (status, err) == (0, "") and out.startswith("usage: ")
-    if command in SUBCOMMANDS:
-        status, out, err = answer(command, [SUBCOMMANDS[command], "--help"])
-        assert (status, err) == (0, "") and "--log-level" in out
-    else:
-        assert "--log-level" in out
+    found = answers(command, ["--help"], *([[SUBCOMMANDS[command], "--help"]] if command in SUBCOMMANDS else []))
+    assert all((status, err) == (0, "") for status, _, err in found)
+    assert found[0][1].startswith("usage: ") and "--log-level" in found[-1][1]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_typo(command: str) -> None:
     subcommand = [SUBCOMMANDS[command]] if command in SUBCOMMANDS else []
-    status, out, err = answer(command, [*subcommand, "--log-levl", "info"])
+    ((status, out, err),) = answers(command, [*subcommand, "--log-levl", "info"])
     assert (status, out) == (2, "")
     assert err.endswith(": there is no flag --log-levl; did you mean --log-level?\n") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("command", "line"), [(name, line) for name in COMMANDS for line in COMMANDS[name]])
-def test_a_path_that_does_not_exist(command: str, line: str, places: dict[str, Path]) -> None:
-    argv = [word.format_map(places) for word in line.split()]
-    status, out, err = answer(command, argv)
-    assert status == (2 if "--config" in line else 1) and not out
-    program = "pite.chat" if command == "engine" else command
-    assert err.startswith(program) and err.count("\n") == 1, err
-    given = [word for word in argv if word.startswith(str(places["none"].parent))]
-    wrong = next((word for word in given if word.startswith(str(places["none"]))), given[-1])
-    assert wrong in err, "the message names the path"
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_path_that_does_not_exist(command: str, places: dict[str, Path]) -> None:
+    lines = [[word.format_map(places) for word in line.split()] for line in COMMANDS[command]]
+    for argv, (status, out, err) in zip(lines, answers(command, *lines), strict=True):
+        assert status == (2 if "--config" in argv else 1) and not out, argv
+        program = "pite.chat" if command == "engine" else command
+        assert err.startswith(program) and err.count("\n") == 1, err
+        given = [word for word in argv if word.startswith(str(places["none"].parent))]
+        wrong = next((word for word in given if word.startswith(str(places["none"]))), given[-1])
+        assert wrong in err, "the message names the path"
     assert not places["new"].exists() or not any(places["new"].iterdir()), "nothing was written"
 
 

@@ -8,6 +8,7 @@ docs/gpu.md has the plan of a session.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -20,6 +21,13 @@ from bench.gpu.session import Options, run_session
 from dataloaders.files import read_json_object
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     # Fork-safe: torch.cuda.is_available() does not start CUDA in the process from which the sections are forked.
@@ -27,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [section.name for section in SECTIONS]
     parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--budget", type=float, default=600, metavar="SECONDS", help="length of the session (600)")
+    parser.add_argument("--budget", type=_seconds, default=600, metavar="SECONDS", help="length of the session (600)")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu to try the script on tiny shapes"
     )

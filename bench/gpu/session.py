@@ -105,6 +105,7 @@ def run_session(sections: Sequence[Section], options: Options, describe: Section
 def _start(options: Options, describe: Section, preload: Sequence[str]) -> tuple[Any, dict[str, str]]:
     """The way to start processes in which the device works, and the environment."""
     options.results.mkdir(parents=True, exist_ok=True)
+    problems: list[str] = []
     for method in ("forkserver", "spawn"):
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
@@ -114,9 +115,11 @@ def _start(options: Options, describe: Section, preload: Sequence[str]) -> tuple
         if ended["state"] == "done":
             environment = read_json_object(file)["environment"]
             file.unlink()
+            for problem in problems:
+                progress(problem)
             return context, environment | ({"commit": options.commit} if options.commit else {})
         file.unlink(missing_ok=True)
-        progress(f"{method}: {ended['problem']}")
+        problems.append(f"{method}: {ended['problem']}")
     raise ValueError(f"{options.device} does not work here ({ended['problem']}): --device cpu tries the script")
 
 

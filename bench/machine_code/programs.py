@@ -22,7 +22,7 @@ from bench.machine_code.launches import Launch
 from dataloaders.files import write_atomically
 
 CACHE = Path(__file__).parents[2] / "build" / "machine_code"
-FORMAT = 3  # of the files in the cache; a new number makes old files invalid
+FORMAT = 4  # of the files in the cache; a new number makes old files invalid
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 FMA_PER_CYCLE = {80: 1024, 90: 2048, 100: 4096}
 """Dense half-precision multiply-adds of a multiprocessor's tensor cores per cycle: A100, H100 and H200, B200."""
@@ -38,8 +38,7 @@ class Program:
 
     registers per thread; stack bytes per thread, which are spilled registers; shared bytes and blocks that fit on one
     multiprocessor. Of the innermost loop on tensor cores, 0 without one, per K-step: instructions of a warp, and the
-    loads from global memory among them: asynchronous ones, and others. Of the whole program, the accesses to global
-    memory that take 16 bytes.
+    loads from global memory among them: asynchronous ones, and others.
     """
 
     capability: int
@@ -51,7 +50,6 @@ class Program:
     instructions: float = 0
     asynchronous_loads: float = 0
     other_loads: float = 0
-    wide_accesses: int = 0
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
@@ -87,11 +85,7 @@ def _measure(launch: Launch, capability: int) -> Program:
     compiled = compile_launch(launch, capability)
     warps = compiled.metadata.num_warps
     tensor_columns = getattr(compiled.metadata, "tmem_size", 0) or 0
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
+    usage = _tool("cuobjdump", "-res-usage", cubin=compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     registers, stack, shared = int(found[1]), int(found[2]), compiled.metadata.shared
@@ -101,6 +95,8 @@ def _measure(launch: Launch, capability: int) -> Program:
         THREADS // (32 * warps),
         *([TENSOR_COLUMNS // tensor_columns] if tensor_columns else []),
     ]
+    # A kernel without K-steps has no such loop, and disassembling it takes as long as compiling it.
+    code = disassembled(compiled) if fma_per_step(launch) else ""
     loop = innermost_loop(code, TENSOR_CORES[capability])
     steps = k_steps(loop, launch, warps)
     global_loads = [line for line in loop if re.search(r"\b(LDG|LDGSTS)\b", line)]
@@ -115,13 +111,26 @@ def _measure(launch: Launch, capability: int) -> Program:
         instructions=len(loop) / steps,
         asynchronous_loads=asynchronous / steps,
         other_loads=(len(global_loads) - asynchronous) / steps,
-        wide_accesses=len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.128", code)),
     )
 
 
-def _tool(name: str, *arguments: str) -> str:
+def wide_accesses(launch: Launch, capability: int) -> int:
+    """The accesses to global memory in a program that take 16 bytes."""
+    code = disassembled(compile_launch(launch, capability))
+    return len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.128", code))
+
+
+def disassembled(compiled: Any) -> str:
+    """The machine code of a compiled launch, one instruction a line."""
+    return _tool("nvdisasm", "-c", cubin=compiled.asm["cubin"])
+
+
+def _tool(name: str, option: str, *, cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def innermost_loop(code: str, instruction: str) -> list[str]:

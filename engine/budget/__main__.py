@@ -13,6 +13,10 @@ from dataloaders.cli import parse
 from dataloaders.ranks import Ranks
 from engine.config import DataConfig, TrainConfig
 
+ABOUT = """Estimate parameters, tokens, FLOPs, memory per device and hours of a training run, without starting it.
+
+The flags are those of engine.train; neither weights nor data have to be there."""
+
 
 def estimate(config: TrainConfig, program: str = "engine.budget") -> int:
     """Print the dry run; returns the exit status. The same for all ranks of torchrun: rank 0 prints it."""
@@ -35,7 +39,7 @@ def estimate(config: TrainConfig, program: str = "engine.budget") -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the same as `engine.train --dry-run`."""
-    config = parse(TrainConfig, argv, prog="python -m engine.budget")
+    config = parse(TrainConfig, argv, prog="python -m engine.budget", about=ABOUT)
     logs.configure(config.run.log_level)
     return estimate(config)
 

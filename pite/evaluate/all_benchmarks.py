@@ -21,6 +21,7 @@ from pite.evaluate.commands import find_inputs, score_answers, score_trajectorie
 from pite.evaluate.flags import AnswerFlags, GroundingFlags, RunFlags, TrajectoriesFlags, check_inputs
 from pite.evaluate.inputs import SPLIT
 from pite.evaluate.qa.benchmarks import FILES
+from pite.evaluate.qa.command import check_judge
 from pite.evaluate.qa.flags import JudgeFlags, QaFlags
 from pite.evaluate.reports import Report
 from pite.evaluate.tables import Metrics, as_json, markdown
@@ -165,15 +166,18 @@ def score_all(flags: AllFlags, ranks: Ranks) -> Report | None:
 
 
 def _open(flags: AllFlags, path: Path, ranks: Ranks) -> Model:
-    """A model whose weights are not loaded, after all questions, features and transcripts were looked up.
+    """A model whose weights are not loaded, after all questions, features and transcripts were looked up, and the judge.
 
     A benchmark may have no transcript, but not all of them.
     """
     from pite.evaluate.answering import Model
 
     model = Model(path, flags.device, flags.batch_size, ranks, flags.family, flags.transcripts)
-    every = (flags.flags_of(name, path) for name in flags.names())
+    every = [flags.flags_of(name, path) for name in flags.names()]
     model.check_transcripts([find_inputs(each, model) for each in every if isinstance(each, AnswerFlags)])
+    for each in every:
+        if isinstance(each, QaFlags) and ranks.rank == 0:
+            check_judge(each)
     return model
 
 

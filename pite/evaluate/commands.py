@@ -10,6 +10,8 @@ from pite.evaluate import grounding
 from pite.evaluate.benchmarks import benchmark_of
 from pite.evaluate.flags import AnswerFlags, TrajectoriesFlags
 from pite.evaluate.inputs import Inputs, find_features, look_up, open_store
+from pite.evaluate.qa.command import check_judge
+from pite.evaluate.qa.flags import QaFlags
 from pite.evaluate.reports import Report
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ def score_answers(flags: AnswerFlags, ranks: Ranks, model: Model | None = None) 
         model.check_transcripts([inputs])
     for line in [*inputs.left_out.lines(), *model.count_transcripts(inputs)]:
         log.info(line)
+    if isinstance(flags, QaFlags) and ranks.rank == 0:
+        check_judge(flags)
     predictions = model.answer(inputs, flags.predictions, benchmark.max_new_tokens, flags.overwrite)
     if predictions is None:
         return None

@@ -1,9 +1,19 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from engine import job
 from tests.clips import save_clip
 from tests.engine.workspace import make_pg_workspace, make_workspace
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_pictures() -> Iterator[None]:
+    """A stage ends without losses.png, which takes a third of a tiny run; test_validation.py has it drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "plot_losses", lambda stages, output: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,14 @@ def test_the_dry_run_counts_data_that_is_there(workspace, tmp_path, capsys):
     assert {int(n) for n in re.findall(r"600 rows a micro-batch, (\d+)% full", printed)} == {round(mean / 6)}
 
 
+def test_the_help_is_its_own(capsys):
+    with pytest.raises(SystemExit):
+        budget.main(["--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: python -m engine.budget ")
+    assert "Estimate parameters, tokens, FLOPs" in printed and "Train PiTe" not in printed
+
+
 def test_only_rank_0_prints_the_dry_run(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     assert budget.main(["--stage", "2"]) == 0

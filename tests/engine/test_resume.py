@@ -20,14 +20,16 @@ from engine.metrics import read_metrics
 from engine.preemption import MARKER, write_marker
 from engine.train import main
 from tests import SOURCE_PATH
+from tests.engine.distributed.ranks import train_alone
 from tests.engine.workspace import train_arguments
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = ("loss", "ce", "l1", "gradient_norm", "learning_rate", "tokens")
 
 
-def start(arguments: list[str], code: str = "from engine.train import main") -> subprocess.Popen[bytes]:
-    program = f"import sys; {code}; sys.exit(main(sys.argv[1:]))"
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """A process as users start it, with slow steps."""
+    program = f"import sys; exec({SLOWLY!r}); sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "PYTHONPATH": SOURCE_PATH, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, stderr=subprocess.PIPE)
 
@@ -41,10 +43,10 @@ from engine.train import main"""
 """Slow steps, so that a signal from outside reaches the run before it has ended."""
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+def wait_until(condition: Callable[[], bool], alive: Callable[[], bool], log: Callable[[], str]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, process.stderr.read().decode()
+        assert alive(), log()
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -148,10 +150,10 @@ checkpoint.save_stage = killing""",
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_a_chosen_moment(workspace: Path, tmp_path: Path, uninterrupted: Path, moment: str):
-    lines = f"import os, signal, torch{MOMENTS[moment]}\nfrom engine.train import main"
-    code = f"exec({lines!r})"
-    process = start(train_arguments(workspace, tmp_path, "1"), code)
-    assert process.wait(120) == -signal.SIGKILL, process.stderr.read().decode()
+    log, code = tmp_path / "log", f"import os, signal, torch{MOMENTS[moment]}"
+    process = train_alone(log, train_arguments(workspace, tmp_path, "1"), code)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
     assert not (tmp_path / "stage1" / "final").exists()
     assert main(train_arguments(workspace, tmp_path, "1")) == 0
     assert_equal_runs(tmp_path, uninterrupted)
@@ -160,18 +162,21 @@ def test_killed_at_a_chosen_moment(workspace: Path, tmp_path: Path, uninterrupte
 
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_killed_from_outside(workspace: Path, tmp_path: Path, uninterrupted: Path, step: int):
-    process = start(train_arguments(workspace, tmp_path, "1"), f"exec({SLOWLY!r})")
-    wait_until(lambda: len(numbers(tmp_path)) >= step, process)
+    log = tmp_path / "log"
+    process = train_alone(log, train_arguments(workspace, tmp_path, "1"), SLOWLY)
+    wait_until(lambda: len(numbers(tmp_path)) >= step, process.is_alive, log.read_text)
     process.kill()
-    process.wait()
+    process.join()
     assert not (tmp_path / "stage1" / "final").exists()
     assert main(train_arguments(workspace, tmp_path, "1")) == 0
     assert_equal_runs(tmp_path, uninterrupted)
 
 
 def test_preemption_saves_and_exits_cleanly(workspace: Path, tmp_path: Path, uninterrupted: Path):
-    process = start(train_arguments(workspace, tmp_path, "1", checkpoint_every=1000), f"exec({SLOWLY!r})")
-    wait_until(lambda: len(numbers(tmp_path)) >= 1, process)
+    process = start(train_arguments(workspace, tmp_path, "1", checkpoint_every=1000))
+    wait_until(
+        lambda: len(numbers(tmp_path)) >= 1, lambda: process.poll() is None, lambda: process.stderr.read().decode()
+    )
     assert not (tmp_path / MARKER).exists()
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -273,7 +274,9 @@ def test_a_stage_of_another_language_model_is_refused(trained: Path, workspace: 
 
 def test_a_budget_below_the_longest_sample_is_refused_at_once(workspace: Path, tmp_path: Path, capsys):
     assert main(train_arguments(workspace, tmp_path, "1", token_budget=20)) == 1
-    assert "raise --token-budget" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "raise --token-budget" in error
+    assert re.search(r"the longest sample \('i\d{6}:0'\) has \d+ tokens", error)
 
 
 def test_a_token_without_an_embedding_is_an_error_before_any_model(

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from dataloaders.samples.batch import collate
 from dataloaders.samples.dataset import StageDataset
 from dataloaders.store.features import FeatureStore
+from engine import job
 from engine.build import load_tokenizer
 from engine.loop import compute_losses
 from engine.metrics import read_metrics
-from engine.plots import read_curves
+from engine.plots import plot_losses, read_curves
 from engine.recipes import recipe
 from engine.train import main
 from pite.checkpoint import from_pretrained, load_heads
@@ -119,14 +120,13 @@ def test_other_held_out_samples_are_another_run(workspace: Path, tmp_path: Path,
     )
 
 
-def test_validation_is_in_the_plots(workspace: Path, tmp_path: Path):
+def test_validation_is_in_the_plots(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(job, "plot_losses", plot_losses)
     flags = {"held_out": 0.3, "validate_every": 2, "global_batch": 4}
     assert main(train_arguments(workspace, tmp_path, "1", **flags)) == 0
     curves = read_curves(tmp_path / "stage1" / "metrics.jsonl")
     assert np.isfinite(curves["validation_loss"][1::2]).all() and np.isnan(curves["validation_loss"][0])
     drawn = (tmp_path / "stage1" / "losses.png").read_bytes()
-    from engine.plots import plot_losses
-
     lines = (tmp_path / "stage1" / "metrics.jsonl").read_text().replace("validation_", "other_")
     (tmp_path / "metrics.jsonl").write_text(lines)
     plot_losses({"stage1": tmp_path / "metrics.jsonl"}, tmp_path / "without.png")

@@ -10,7 +10,7 @@ import pite_kernels.rows
 from pite_kernels import reference, rope_qkv, rope_tables, row_index
 from pite_kernels.gpu import rope, rows
 from tests.kernels.helpers import assert_as_accurate, assert_bitwise
-from tests.kernels.triton_checks import DEVICE, DTYPES
+from tests.kernels.triton_checks import DEVICE, DTYPES, assert_repeatable
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +73,8 @@ def test_rope(dtype, gathered, tokens, heads, key_heads, width, monkeypatch):
     )
     tables = rope_tables(torch.arange(tokens) * 7 % 100, width, dtype=dtype)
     inputs = (qkv, *(t.to(DEVICE) for t in tables))
-    ours, again = (rope_results(*inputs, width, key_heads, upstream, index) for _ in range(2))
-    assert_bitwise(ours, again)
+    ours = rope_results(*inputs, width, key_heads, upstream, index)
+    assert_repeatable(ours, lambda: rope_results(*inputs, width, key_heads, upstream, index))
 
     def plain(to: torch.dtype) -> list[torch.Tensor]:
         with torch.enable_grad():
@@ -105,9 +105,10 @@ def test_rope_of_strided_tables_and_of_an_output_that_was_saved_for_backward(mon
 
 
 def test_rope_in_place_addresses_far_rows_in_64_bits():
+    torch.use_deterministic_algorithms(False)  # would fill all of the memory
     stride = (1 << 31) // 3 + 16
     try:
-        far = torch.zeros(4 * stride, dtype=torch.float16, device=DEVICE).as_strided((4, 2, 32), (stride, 32, 1))
+        far = torch.empty(4 * stride, dtype=torch.float16, device=DEVICE).as_strided((4, 2, 32), (stride, 32, 1))
     except RuntimeError:
         pytest.skip("not enough memory for a tensor of more than 2^31 elements")
     near = torch.randn(4, 2, 32).to(far)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pite_kernels import patch
+from pite_kernels import pack_batch, patch
 from tests.kernels.families import TEXT, assert_gradients_equal, document, gradients, joined, llava_family
 from tests.kernels.patched import make, packed, padded, raises, small
 
@@ -84,6 +85,53 @@ def test_positions_must_not_replace_those_of_images() -> None:
         model(**row, position_ids=restarting)
 
 
+def test_videos_without_a_token_between_them() -> None:
+    """In one document, and where two documents meet in a packed row."""
+    model, documents = make("Qwen2VL")
+    row = packed(model, documents)
+    video = int((row["mm_token_type_ids"][0] == 2).sum()) // 2
+    start = 46 - 25
+    row["mm_token_type_ids"] = torch.zeros_like(row["mm_token_type_ids"])
+    row["mm_token_type_ids"][0, start - video : start + video] = 2
+    with (
+        patch(model),
+        raises("no token separates some of the 2 videos, so Qwen2VLForConditionalGeneration cannot"),
+    ):
+        model(**row)
+
+
+def test_a_trainer_that_smooths_labels_itself_is_refused(tmp_path: Path) -> None:
+    model = small("Llama")
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 50, (2, 7))]
+    options = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, label_smoothing_factor=0.1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    with patch(model), raises("as from a Trainer with label_smoothing_factor"):
+        transformers.Trainer(model, options, train_dataset=rows).train()
+
+
+WRONG_BATCHES = [
+    ({"input_ids": None}, "a mapping with input_ids"),
+    ({"input_ids": [[1, 2]]}, "input_ids is a list; let the collator return tensors"),
+    ({"input_ids": torch.ones(2, 3)}, "input_ids must be integers, not torch.float32"),
+    ({"input_ids": torch.ones(3, dtype=torch.long)}, r"input_ids must be \(B, T\) with at least one token, not \(3,\)"),
+    ({"input_ids": torch.ones(0, 3, dtype=torch.long)}, "at least one token"),
+    ({"labels": torch.ones(2, 4, dtype=torch.long)}, r"labels must be \(2, 3\) as input_ids, not \(2, 4\)"),
+    ({"labels": [[1, 2, 3]] * 2}, "labels is a list"),
+    ({"attention_mask": torch.ones(2, 1, 3, 3, dtype=torch.long)}, r"attention_mask must be \(2, 3\)"),
+    ({"position_ids": torch.zeros(2, 4, dtype=torch.long)}, r"position_ids must end in \(2, 3\)"),
+    ({"cu_seq_lens_q": [0, 3]}, "cu_seq_lens_q is a list"),
+    ({"cu_seq_lens_q": torch.tensor([0, 3])}, "the batch has 2 rows"),
+    ({"max_length_q": "3"}, "max_length_q must be an integer, not '3'"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), WRONG_BATCHES)
+def test_wrong_batches_are_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    with raises(sentence):
+        pack_batch({"input_ids": torch.ones(2, 3, dtype=torch.long)} | change)
+
+
 def test_sliding_windows() -> None:
     """A window that no document reaches has no effect; a shorter one is refused."""
     family = llava_family(
@@ -112,6 +160,11 @@ REFUSED = {
     "no position_ids": lambda: (small("Mamba"), {}),
     "output_router_logits is True": lambda: (
         small("Mixtral", output_router_logits=True, num_local_experts=2), {}),
+    "attention_probs_dropout_prob is 0.1": lambda: (small("BioGpt"), {}),
+    "NemotronDecoderLayer does not pass cu_seq_lens_q on": lambda: (small("Nemotron"), {}),
+    "StableLmDecoderLayer does not pass cu_seq_lens_q on": lambda: (small("StableLm"), {}),
+    "DogeAttention makes attention masks of its own": lambda: (small("Doge"), {}),
+    "the values of DeepseekV3Model are 128 wide": lambda: (small("DeepseekV3", n_routed_experts=2, n_group=1, topk_group=1), {}),
     "nothing would change": lambda: (small("Llama"), {"loss": False, "attention": False}),
     "not a model of transformers": lambda: (nn.Linear(2, 2), {}),
     "is_encoder_decoder": lambda: (

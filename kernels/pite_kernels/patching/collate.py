@@ -22,11 +22,12 @@ def pack_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
            Documents that share a row already stay apart, by cu_seq_lens_q or by position_ids that restart at 0
     Returns input_ids and labels (1, N), cu_seq_lens_q (S + 1,) int32, max_length_q, and with labels also rows and
     target_ids (L,). A document's first label becomes -100, because no token predicts it. transformers'
-    DataCollatorWithFlattening would drop the pixels. Raises ValueError if attention_mask is not (B, T).
+    DataCollatorWithFlattening would drop the pixels. Raises ValueError for other types and shapes, and for boundaries
+    that contradict each other.
     """
-    ids = batch["input_ids"]
+    _check(batch)
+    ids, positions = batch["input_ids"], batch.get("position_ids")
     shape = (ids.shape[0], ids.shape[1])
-    positions = batch.get("position_ids")
     documents = find_documents(
         shape,
         ids.device,
@@ -49,3 +50,27 @@ def pack_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     labels = row["labels"][0].index_fill(0, starts.long(), _IGNORED)
     rows = (labels[1:] != _IGNORED).nonzero().flatten()
     return row | {"labels": labels[None], "rows": rows, "target_ids": torch.index_select(labels, 0, rows + 1)}
+
+
+def _check(batch: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the tensors that `pack_batch` reads have the types and shapes that it documents."""
+    if not isinstance(batch, Mapping) or batch.get("input_ids") is None:
+        raise ValueError("pack_batch: takes a collator's output, a mapping with input_ids (B, T)")
+    for name in ("input_ids", "attention_mask", "labels", "position_ids", "cu_seq_lens_q"):
+        value = batch.get(name)
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"pack_batch: {name} is a {type(value).__name__}; let the collator return tensors")
+        if value is not None and value.is_floating_point() and name != "attention_mask":
+            raise ValueError(f"pack_batch: {name} must be integers, not {value.dtype}")
+    shape = tuple(batch["input_ids"].shape)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"pack_batch: input_ids must be (B, T) with at least one token, not {shape}")
+    for name in ("labels", "attention_mask"):
+        if batch.get(name) is not None and tuple(batch[name].shape) != shape:
+            raise ValueError(f"pack_batch: {name} must be {shape} as input_ids, not {tuple(batch[name].shape)}")
+    positions = batch.get("position_ids")
+    if positions is not None and tuple(positions.shape[-2:]) not in (shape, (1, shape[1])):
+        raise ValueError(f"pack_batch: position_ids must end in {shape} as input_ids, not {tuple(positions.shape)}")
+    longest = batch.get("max_length_q")
+    if longest is not None and not isinstance(longest, int | Tensor):
+        raise ValueError(f"pack_batch: max_length_q must be an integer, not {longest!r}")

@@ -117,6 +117,9 @@ def _model_forward(handle: Patch, self: nn.Module, *args: Any, **kwargs: Any) ->
         refusals.check_boundaries(handle.text, call)
     if handle.attention and (torch.is_grad_enabled() or call.get("labels") is not None):
         refusals.check_positions(self, call)
+        refusals.check_adjacent_media(self, call)
+    if handle.loss:
+        refusals.check_labels(call)
     if handle.loss and call.get("labels") is not None:
         return loss_forward(handle, self, call)
     if call.get("rows") is not None or call.get("target_ids") is not None:

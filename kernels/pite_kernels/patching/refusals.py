@@ -5,6 +5,7 @@ Each refusal is one sentence with the config's field. What only a call shows is 
 
 from __future__ import annotations
 
+import dis
 import inspect
 from importlib import import_module
 from typing import Any
@@ -71,8 +72,8 @@ def check_attention(model: Any, text: Any) -> None:
     )
     if missing:
         raise ValueError(f"patch: {name}.forward has no {' and no '.join(sorted(missing))}{LOSS_ONLY}")
-    for field in ("attention_dropout", "attn_pdrop", "attn_logit_softcapping", "cross_attention_layers",
-                  "add_cross_attention", "use_bidirectional_attention", "attention_chunk_size",
+    for field in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_logit_softcapping",
+                  "cross_attention_layers", "add_cross_attention", "use_bidirectional_attention", "attention_chunk_size",
                   "output_router_logits", "output_attentions", "layerdrop"):  # fmt: skip
         if getattr(config, field, None):
             raise ValueError(
@@ -96,6 +97,29 @@ def check_attention(model: Any, text: Any) -> None:
             raise ValueError(
                 f"patch: {type(module).__name__} makes attention masks of its own ({builds}), as for images that "
                 f"attend in both directions{LOSS_ONLY}"
+            )
+    _check_layers(text)
+
+
+def _check_layers(text: Any) -> None:
+    """Raise ValueError unless the document boundaries reach packed attention, with heads and masks that it can compute."""
+    name, config = type(text).__name__, text.config
+    width = getattr(config, "qk_head_dim", None)
+    if width is not None and getattr(config, "v_head_dim", width) != width:
+        raise ValueError(f"patch: the values of {name} are {config.v_head_dim} wide and its queries {width}{LOSS_ONLY}")
+    attention = {id(m): m for m in text.modules() if "ALL_ATTENTION_FUNCTIONS" in _globals_of(m)}
+    if len(attention) < config.num_hidden_layers:
+        raise ValueError(
+            f"patch: {len(attention)} of the {config.num_hidden_layers} layers of {name} have exchangeable attention{LOSS_ONLY}"
+        )
+    for module in attention.values():
+        if masks := next((n for n in _globals_of(module) if "mask" in n), None):
+            raise ValueError(f"patch: {type(module).__name__} makes attention masks of its own ({masks}){LOSS_ONLY}")
+    for module in text.modules():
+        inside = id(module) in attention or any(id(m) in attention for m in module.modules())
+        if inside and _has_forward(module) and not _passes_keywords(module):
+            raise ValueError(
+                f"patch: {type(module).__name__} does not pass cu_seq_lens_q on to the attention inside it{LOSS_ONLY}"
             )
 
 
@@ -133,11 +157,49 @@ def check_positions(model: Any, call: dict[str, Any]) -> None:
         )
 
 
+def check_adjacent_media(model: Any, call: dict[str, Any]) -> None:
+    """Raise ValueError for images or videos without a token between them: M-RoPE takes their tokens for those of one."""
+    types = call.get("mm_token_type_ids")
+    if types is None or call.get("position_ids") is not None or not hasattr(model.base_model, "get_rope_index"):
+        return
+    for kind, number, grids in (("images", 1, "image_grid_thw"), ("videos", 2, "video_grid_thw")):
+        if call.get(grids) is None:
+            continue
+        of_kind = types == number
+        runs = int(of_kind[:, :1].sum() + (of_kind[:, 1:] & ~of_kind[:, :-1]).sum())
+        if runs < len(call[grids]):
+            raise ValueError(
+                f"patch: no token separates some of the {len(call[grids])} {kind}, so {type(model).__name__} cannot "
+                "place them; put a token of text between two of them, also where two documents meet"
+            )
+
+
+def check_labels(call: dict[str, Any]) -> None:
+    """Raise ValueError where transformers' Trainer has taken the labels away to compute the loss itself."""
+    if call.get("labels") is None and call.get("num_items_in_batch") is not None:
+        raise ValueError(
+            "patch: num_items_in_batch came without labels, as from a Trainer with label_smoothing_factor or "
+            "compute_loss_func, which would not use the fused loss; use patch(model, label_smoothing=...) instead, or "
+            "patch(model, loss=False)"
+        )
+
+
 def _around(model: Any, text: Any) -> list[Any]:
     """The modules that contain the text model."""
     return [m for m in model.modules() if m is not text and any(part is text for part in m.modules())]
 
 
+def _has_forward(module: Any) -> bool:
+    """Not so a list of modules."""
+    return type(module).forward is not nn.Module.forward
+
+
+def _passes_keywords(module: Any) -> bool:
+    """Whether the module's forward calls something with `**kwargs`."""
+    return any(i.opname == "CALL_FUNCTION_EX" for i in dis.get_instructions(inspect.unwrap(type(module).forward)))
+
+
 def _globals_of(module: Any) -> tuple[str, ...]:
     """Names that the module's forward reads: globals and attributes."""
-    return inspect.unwrap(type(module).forward).__code__.co_names
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code.co_names if code else ()

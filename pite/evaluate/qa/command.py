@@ -12,6 +12,7 @@ from pite.evaluate.qa.cache import Cache
 from pite.evaluate.qa.endpoint import Endpoint
 from pite.evaluate.qa.flags import QaFlags
 from pite.evaluate.qa.judge import Judge
+from pite.evaluate.qa.prompts import prompts
 from pite.evaluate.qa.report import report
 from pite.evaluate.reports import Report
 
@@ -19,6 +20,19 @@ from pite.evaluate.reports import Report
 def read_truth(flags: QaFlags) -> list[Item]:
     """The benchmark's questions and correct answers. Raises ValueError in one sentence."""
     return read_items(flags.benchmark, flags.truth, flags.video_names)
+
+
+def check_judge(flags: QaFlags) -> None:
+    """Raise ValueError if an endpoint does not reply, before a model answers for hours.
+
+    It gets one short prompt, unless there is a file of replies: then it has replied before, or is not needed again.
+    """
+    if flags.judge_url is None or flags.cache.exists():
+        return
+    assert flags.judge_model is not None, "JudgeFlags requires it"
+    _endpoint(flags, flags.judge_url, flags.judge_model).check(
+        prompts(Item(0, "", ("What is shown?",), "a dog"), ["a cat"])[0]
+    )
 
 
 def evaluate(flags: QaFlags, truth: Sequence[Item], predictions: Sequence[Prediction]) -> Report:
@@ -39,18 +53,16 @@ def evaluate(flags: QaFlags, truth: Sequence[Item], predictions: Sequence[Predic
 
 def _judge(flags: QaFlags, model: str) -> Judge:
     if flags.judge_url is not None:
-        return Endpoint(
-            flags.judge_url,
-            model,
-            _key(flags.judge_key),
-            timeout=flags.timeout,
-            retries=flags.retries,
-            concurrency=flags.concurrency,
-        )
+        return _endpoint(flags, flags.judge_url, model)
     from pite import devices
     from pite.evaluate.qa.local import LocalJudge
 
     return LocalJudge(Path(model), devices.select(flags.device))
+
+
+def _endpoint(flags: QaFlags, url: str, model: str) -> Endpoint:
+    limits = {"timeout": flags.timeout, "retries": flags.retries, "concurrency": flags.concurrency}
+    return Endpoint(url, model, _key(flags.judge_key), **limits)
 
 
 def _key(variable: str) -> str | None:

@@ -84,6 +84,12 @@ class Endpoint:
         self._plainness = 0
         self._stop = threading.Event()
 
+    def check(self, prompt: Prompt) -> None:
+        """Raise ValueError unless the endpoint replies to a prompt."""
+        reply, error = self._reply(prompt)
+        if reply is None:
+            raise ValueError(f"the judge at {self._url} does not reply ({error}): check --judge-url and --judge-model")
+
     def replies(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, str | None]]:
         """(Index of a prompt, reply) as replies come; None for a prompt that failed.
 

@@ -13,6 +13,7 @@ from typing import Any
 from pite.evaluate.qa.prompts import Axis
 
 HIGHEST = 5.0
+_JSON = json.JSONDecoder()
 _BRACES = re.compile(r"\{[^{}]*\}")
 
 _YES_OR_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
@@ -32,15 +33,16 @@ def verdict(reply: str, axis: Axis) -> Verdict | None:
 
 
 def _objects(reply: str) -> Iterator[Any]:
-    """The innermost objects in a reply that are JSON or Python literals."""
-    for match in _BRACES.finditer(reply):
+    """The objects in a reply, nested ones too: JSON, or Python literals without a brace inside."""
+    for brace in re.finditer(r"\{", reply):
         try:
-            yield json.loads(match[0])
+            yield _JSON.raw_decode(reply, brace.start())[0]
         except (ValueError, RecursionError):
-            try:
-                yield ast.literal_eval(match[0])
-            except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-                continue
+            if literal := _BRACES.match(reply, brace.start()):
+                try:
+                    yield ast.literal_eval(literal[0])
+                except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+                    continue
 
 
 def _verdict(value: Any, axis: Axis) -> Verdict | None:

@@ -119,11 +119,19 @@ def test_every_section_of_the_plan_exists():
     assert all(f"| `{s.name}` |" in page and f"| {s.gpu:.0f} |" in page for s in SECTIONS)
 
 
-@pytest.mark.parametrize("option", [["--device", "tpu"], ["--only", "nothing"]])
-def test_a_wrong_flag_is_refused_before_anything_runs(option, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        (["--device", "tpu"], "invalid choice"),
+        (["--only", "nothing"], "invalid choice"),
+        (["--budget", "-5"], "-5 is not a positive number of seconds"),
+        (["--budget", "nan"], "nan is not a positive number of seconds"),
+    ],
+)
+def test_a_wrong_flag_is_refused_before_anything_runs(option, problem, tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main(["--results", str(tmp_path), *option])
-    assert "invalid choice" in capsys.readouterr().err
+    assert problem in capsys.readouterr().err
 
 
 def test_a_wrong_kernel_is_red_and_the_others_go_on(tmp_path, monkeypatch):

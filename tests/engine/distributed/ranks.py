@@ -16,12 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        *("engine.job", "torch.utils.tensorboard", "torch.distributed.fsdp", "peft"),
-        *("engine.encode.run", "pite.pooled", "pytest"),
-    ]
-)
+CONTEXT.set_forkserver_preload(["tests.engine.distributed.preloaded"])
 
 
 @dataclass(frozen=True)
@@ -74,19 +69,33 @@ def train(size: int, logs: Path, arguments: list[str], code: str = "") -> Ranks:
     return launch(size, logs, _train, arguments, code)
 
 
-def _train(arguments: list[str], code: str) -> int:
+def train_alone(log: Path, arguments: list[str], code: str = "") -> Any:
+    """Start engine.train in one process, as without torchrun and with the threads of this one; returns the process."""
+    import torch
+
+    log.touch()
+    process = CONTEXT.Process(target=_run, args=(log, _train, (arguments, code, torch.get_num_threads())))
+    process.start()
+    return process
+
+
+def _train(arguments: list[str], code: str, threads: int = 1) -> int:
     import torch
 
     from engine.train import main
 
-    torch.set_num_threads(1)
-    exec(code, {"rank": int(os.environ["RANK"])})
+    torch.set_num_threads(threads)
+    exec(code, {"rank": int(os.environ.get("RANK", "0"))})
     return main(arguments)
 
 
 def _be_rank(rank: int, size: int, port: int, log: Path, function: Callable[..., int], arguments: Any) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
+    _run(log, function, arguments)
+
+
+def _run(log: Path, function: Callable[..., int], arguments: Any) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 2)
     try:

@@ -71,6 +71,17 @@ def test_each_benchmark_gives_what_its_own_command_gives(
     assert dict(read_scores(tmp_path / "m.json").rows)["msvd_qa, items"] == "4"
 
 
+def test_a_judge_that_does_not_reply_is_found_before_the_first_answer(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*WITHOUT_JAVA, "--judge-model", "m", "--retries", "0"]
+    with running(lambda handler, _: handler.status(401)) as server:
+        assert evaluated(made, *flags, "--output", f"{tmp_path}/out", "--judge-url", server.url) == 1
+        assert len(server.bodies) == 1
+    assert "answers 401 Unauthorized: check --judge-url" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
 def test_the_tables_have_the_papers_rows_and_ours(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,6 +91,8 @@ def test_nothing_listens() -> None:
     with running(in_turn()) as server:
         url = server.url
     assert list(endpoint(url, retries=1).replies([prompt()])) == [(0, None)]
+    with pytest.raises(ValueError, match=r"does not reply \(.*refused.*\): check --judge-url"):
+        endpoint(url, retries=1).check(prompt())
 
 
 def test_an_endpoint_that_is_down_ends_the_run() -> None:
