@@ -148,6 +148,9 @@ class Tables(Report):
 def score_all(flags: AllFlags, ranks: Ranks) -> Report | None:
     """Run all benchmarks on all models; the report holds the tables. None in all processes but the first."""
     models = {label: _open(flags, model, ranks) for label, model in flags.labels()}
+    if ranks.rank == 0:
+        runs = (flags.flags_of(name, model) for _, model in flags.labels() for name in flags.names())
+        check_judge(*(each for each in runs if isinstance(each, QaFlags)))
     metrics: dict[str, Metrics] = {}
     for label, model in flags.labels():
         found: dict[str, dict[str, str | float]] = {}
@@ -174,8 +177,6 @@ def _open(flags: AllFlags, path: Path, ranks: Ranks) -> Model:
         each = flags.flags_of(name, path)
         if isinstance(each, AnswerFlags):
             find_inputs(each, model)
-        if isinstance(each, QaFlags) and ranks.rank == 0:
-            check_judge(each)
     return model
 
 

@@ -29,6 +29,8 @@ def score_answers(flags: AnswerFlags, ranks: Ranks, model: Model | None = None) 
     """
     if flags.model is None:
         return None if ranks.rank else _score_file(flags)
+    if model is None and isinstance(flags, QaFlags) and ranks.rank == 0:
+        check_judge(flags)
     model = model or open_model(flags, ranks)
     if flags.given_frames not in (None, model.num_frames):
         raise ValueError(
@@ -37,8 +39,6 @@ def score_answers(flags: AnswerFlags, ranks: Ranks, model: Model | None = None) 
     benchmark, inputs = benchmark_of(flags), find_inputs(flags, model)
     for line in [*inputs.left_out.lines(), *model.count_transcripts(inputs)]:
         log.info(line)
-    if isinstance(flags, QaFlags) and ranks.rank == 0:
-        check_judge(flags)
     predictions = model.answer(inputs, flags.predictions, benchmark.max_new_tokens, flags.overwrite)
     if predictions is None:
         return None
