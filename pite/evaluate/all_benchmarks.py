@@ -148,6 +148,9 @@ class Tables(Report):
 def score_all(flags: AllFlags, ranks: Ranks) -> Report | None:
     """Run all benchmarks on all models; the report holds the tables. None in all processes but the first."""
     models = {label: _open(flags, model, ranks) for label, model in flags.labels()}
+    if ranks.rank == 0:
+        runs = (flags.flags_of(name, model) for _, model in flags.labels() for name in flags.names())
+        check_judge(*(each for each in runs if isinstance(each, QaFlags)))
     metrics: dict[str, Metrics] = {}
     for label, model in flags.labels():
         found: dict[str, dict[str, str | float]] = {}
@@ -166,18 +169,15 @@ def score_all(flags: AllFlags, ranks: Ranks) -> Report | None:
 
 
 def _open(flags: AllFlags, path: Path, ranks: Ranks) -> Model:
-    """A model whose weights are not loaded, after all questions, features and transcripts were looked up, and the judge.
+    """A model whose weights are not loaded, after all questions, features and transcripts were looked up.
 
     A benchmark may have no transcript, but not all of them.
     """
     from pite.evaluate.answering import Model
 
     model = Model(path, flags.device, flags.batch_size, ranks, flags.family, flags.transcripts)
-    every = [flags.flags_of(name, path) for name in flags.names()]
+    every = (flags.flags_of(name, path) for name in flags.names())
     model.check_transcripts([find_inputs(each, model) for each in every if isinstance(each, AnswerFlags)])
-    for each in every:
-        if isinstance(each, QaFlags) and ranks.rank == 0:
-            check_judge(each)
     return model
 
 

@@ -29,7 +29,10 @@ def score_answers(flags: AnswerFlags, ranks: Ranks, model: Model | None = None) 
     """
     if flags.model is None:
         return None if ranks.rank else _score_file(flags)
-    alone, model = model is None, model or open_model(flags, ranks)
+    alone = model is None
+    if alone and isinstance(flags, QaFlags) and ranks.rank == 0:
+        check_judge(flags)
+    model = model or open_model(flags, ranks)
     if flags.given_frames not in (None, model.num_frames):
         raise ValueError(
             f"--num-frames {flags.given_frames}: {flags.model} has {model.num_frames} frames; leave --num-frames out"
@@ -39,8 +42,6 @@ def score_answers(flags: AnswerFlags, ranks: Ranks, model: Model | None = None) 
         model.check_transcripts([inputs])
     for line in [*inputs.left_out.lines(), *model.count_transcripts(inputs)]:
         log.info(line)
-    if isinstance(flags, QaFlags) and ranks.rank == 0:
-        check_judge(flags)
     predictions = model.answer(inputs, flags.predictions, benchmark.max_new_tokens, flags.overwrite)
     if predictions is None:
         return None

@@ -22,14 +22,15 @@ def read_truth(flags: QaFlags) -> list[Item]:
     return read_items(flags.benchmark, flags.truth, flags.video_names)
 
 
-def check_judge(flags: QaFlags) -> None:
-    """Raise ValueError if an endpoint does not reply, before a model answers for hours.
+def check_judge(*runs: QaFlags) -> None:
+    """Raise ValueError if the endpoint of some runs does not reply, before a model answers for hours.
 
-    It gets one short prompt, unless there is a file of replies: then it has replied before, or is not needed again.
+    It gets one short prompt, unless all runs have a file of replies: then it has replied before, or is not needed again.
     """
-    if flags.judge_url is None or flags.cache.exists():
+    flags = next((each for each in runs if each.judge_url is not None and not each.cache.exists()), None)
+    if flags is None:
         return
-    assert flags.judge_model is not None, "JudgeFlags requires it"
+    assert flags.judge_url is not None and flags.judge_model is not None, "JudgeFlags requires both"
     _endpoint(flags, flags.judge_url, flags.judge_model).check(
         prompts(Item(0, "", ("What is shown?",), "a dog"), ["a cat"])[0]
     )
