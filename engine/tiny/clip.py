@@ -26,6 +26,7 @@ from dataloaders.decode.preprocess import CLIP_MEAN, CLIP_STD
 from dataloaders.synthetic.render import draw
 from dataloaders.synthetic.scene import COLOURS, SHAPES, Scene, sample_still, sample_things
 from engine.tiny.code import FIELDS, PRESENCE, SHAPE, X, encode
+from engine.tiny.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +115,11 @@ def build() -> CLIPVisionModelWithProjection:
     return model
 
 
-def train(steps: int, seed: int, stop: int | None = None) -> CLIPVisionModelWithProjection:
-    """Train for `steps` optimizer steps, or the first `stop` of them; as `vicuna.train`, reproducible on one thread."""
+def train(steps: int, seed: int, progress: Progress, stop: int | None = None) -> CLIPVisionModelWithProjection:
+    """Train for `steps` optimizer steps, or the first `stop` of them, from where `progress` is.
+
+    As `vicuna.train`, reproducible on one thread.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 10])
     model = build().train()
@@ -123,7 +127,8 @@ def train(steps: int, seed: int, stop: int | None = None) -> CLIPVisionModelWith
     weights = code_weights()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    for step in range(steps if stop is None else min(stop, steps)):
+    done = progress.resume(model, optimizer, schedule, rng)
+    for step in range(done, steps if stop is None else min(stop, steps)):
         scenes = sample_scenes(rng, BATCH)
         with torch.autocast("cpu", torch.bfloat16):
             embeds = model(pixel_values=pixels(scenes)).image_embeds
@@ -136,6 +141,7 @@ def train(steps: int, seed: int, stop: int | None = None) -> CLIPVisionModelWith
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        progress.keep(step + 1)
         if step % 100 == 0 or step == steps - 1:
             log.info("clip step %d/%d: loss %.3f, shapes %.3f", step + 1, steps, loss.item(), named.item())
     return model.eval()

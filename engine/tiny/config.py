@@ -39,7 +39,10 @@ class TinyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TinyFlags(LogFlags):
-    """Train the demo's two initial models, OUTPUT/clip and OUTPUT/vicuna in Hugging Face format."""
+    """Train the demo's two initial models, OUTPUT/clip and OUTPUT/vicuna in Hugging Face format.
+
+    The same command continues a training that was killed, to the same weights.
+    """
 
     output: Path = flag(positional=True)
     """output folder; models that it already holds are kept"""

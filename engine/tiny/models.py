@@ -7,7 +7,6 @@ always sums in the same order, so the same seed gives the same weights on the sa
 from __future__ import annotations
 
 import json
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -24,6 +23,7 @@ from dataloaders.logs import LogLevel
 from engine.tiny import clip, probes, vicuna
 from engine.tiny.config import TinyConfig
 from engine.tiny.prefix import machine, measure_clip, measure_vicuna
+from engine.tiny.progress import Progress
 from engine.tiny.tokenizer import build_tokenizer
 
 VERSION = 6
@@ -40,13 +40,14 @@ HEADS = "heads/heads.safetensors"
 def make_clip(directory: Path, config: TinyConfig) -> str:
     """Train, probe and write the tiny CLIP; return one line with the probes' results."""
     torch.set_num_threads(1)
-    prefix, started = measure_clip(config), time.process_time()
-    model = clip.train(config.clip_steps, config.seed)
-    seconds = time.process_time() - started
+    prefix, progress = measure_clip(config), _progress(directory, config)
+    model = clip.train(config.clip_steps, config.seed, progress)
+    seconds = progress.seconds
     results = probe_clip(model)
     with directory_written_atomically(directory) as unfinished:
         clip.save(model, unfinished)
         _write_manifest(unfinished, _identity("clip", config), seconds, results, prefix)
+    progress.remove()
     return f"clip: {_shown(results)}"
 
 
@@ -54,15 +55,16 @@ def make_vicuna(directory: Path, config: TinyConfig) -> str:
     """Train, probe and write the tiny Vicuna; return one line with the probes' results."""
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
-    prefix, started = measure_vicuna(config, tokenizer), time.process_time()
-    trainer = vicuna.train(tokenizer, config)
-    seconds = time.process_time() - started
+    prefix, progress = measure_vicuna(config, tokenizer), _progress(directory, config)
+    trainer = vicuna.train(tokenizer, config, progress)
+    seconds = progress.seconds
     results = probe_vicuna(trainer, tokenizer, config.frames)
     with directory_written_atomically(directory) as unfinished:
         vicuna.save(trainer.model, tokenizer, unfinished)
         (unfinished / HEADS).parent.mkdir()
         write_tensors(unfinished / HEADS, _heads(trainer))
         _write_manifest(unfinished, _identity("vicuna", config), seconds, results, prefix)
+    progress.remove()
     return f"vicuna: {_shown(results)}"
 
 
@@ -113,6 +115,11 @@ def _shown(results: dict[str, float]) -> str:
 
 def _identity(name: str, config: TinyConfig) -> dict[str, Any]:
     return {"version": VERSION, **{field: getattr(config, field) for field in SETTINGS[name]}}
+
+
+def _progress(directory: Path, config: TinyConfig) -> Progress:
+    """The state of the unfinished training of a model, next to its folder."""
+    return Progress(directory.with_name(f"{directory.name}.unfinished.pt"), _identity(directory.name, config))
 
 
 def _write_manifest(

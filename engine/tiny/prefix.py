@@ -20,13 +20,14 @@ from engine.tiny import clip, vicuna
 from engine.tiny.batch import make_batch
 from engine.tiny.config import TinyConfig
 from engine.tiny.dialogues import sample_dialogue
+from engine.tiny.progress import Progress
 
 STEPS = 3
 
 
 def measure_clip(config: TinyConfig) -> dict[str, Any]:
     """The tiny CLIP after the first steps; the number is the mean absolute feature of fresh stills."""
-    model = clip.train(config.clip_steps, config.seed, stop=STEPS)
+    model = clip.train(config.clip_steps, config.seed, Progress(), stop=STEPS)
     with torch.no_grad():
         features = model(pixel_values=clip.pixels(clip.sample_scenes(np.random.default_rng(0), 64))).image_embeds
     return {"steps": STEPS, "sha256": weights_sha256(model), "value": float(features.abs().mean())}
@@ -34,7 +35,7 @@ def measure_clip(config: TinyConfig) -> dict[str, Any]:
 
 def measure_vicuna(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """The tiny Vicuna after the first steps; the number is the loss of the answers of fresh dialogues."""
-    trainer = vicuna.train(tokenizer, config, stop=STEPS)
+    trainer = vicuna.train(tokenizer, config, Progress(), stop=STEPS)
     rng = np.random.default_rng(0)
     batch = make_batch([sample_dialogue(rng, config.frames) for _ in range(64)], tokenizer, rng)
     with torch.no_grad():

@@ -35,6 +35,7 @@ from engine.tiny.batch import Batch, Coordinates, colour_ids, make_batch, word_i
 from engine.tiny.code import FIELDS, PRESENCE, SHAPE, SHAPE_SCALE
 from engine.tiny.config import TinyConfig
 from engine.tiny.dialogues import sample_dialogue
+from engine.tiny.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -168,8 +169,10 @@ def _mean(values: Tensor) -> Tensor:
     return values.sum() / max(1, values.numel())
 
 
-def train(tokenizer: PreTrainedTokenizerFast, config: TinyConfig, stop: int | None = None) -> Trainer:
-    """Train for `config.vicuna_steps` optimizer steps, or the first `stop` of them.
+def train(
+    tokenizer: PreTrainedTokenizerFast, config: TinyConfig, progress: Progress, stop: int | None = None
+) -> Trainer:
+    """Train for `config.vicuna_steps` optimizer steps, or the first `stop` of them, from where `progress` is.
 
     On one thread the same seed gives the same bits on the same kind of CPU with the same version of PyTorch. The layers
     compute in bfloat16 (autocast), and each kind of CPU sums in its own order.
@@ -183,7 +186,8 @@ def train(tokenizer: PreTrainedTokenizerFast, config: TinyConfig, stop: int | No
         trainer.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
-    for step in range(steps if stop is None else min(stop, steps)):
+    done = progress.resume(trainer, optimizer, schedule, rng)
+    for step in range(done, steps if stop is None else min(stop, steps)):
         batch = make_batch([sample_dialogue(rng, config.frames) for _ in range(BATCH)], tokenizer, rng)
         losses = trainer.losses(batch)
         optimizer.zero_grad()
@@ -191,6 +195,7 @@ def train(tokenizer: PreTrainedTokenizerFast, config: TinyConfig, stop: int | No
         nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        progress.keep(step + 1)
         if step % 50 == 0 or step == steps - 1:
             shown = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
             log.info("vicuna step %d/%d: loss %s", step + 1, steps, shown)
