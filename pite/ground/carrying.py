@@ -20,23 +20,25 @@ from dataloaders.annotation.video_masks import VideoTracker
 from pite.ground.objects import SAME, Detection, Object
 
 
-def carry(tracker: VideoTracker, video: Path, objects: Sequence[Object], frames: Sequence[int]) -> list[Object]:
-    """The objects with the tracker's masks and boxes in `frames`, those that are one object joined.
+def carry(
+    tracker: VideoTracker, video: Path, objects: Sequence[Object], chosen: Sequence[Object], frames: Sequence[int]
+) -> list[Object]:
+    """The objects, the chosen ones with the tracker's masks and boxes in `frames`, and those that are one object joined.
 
-    objects  each with a mask in its first frame, or as it is, without one
+    chosen  some of the objects, each with a mask in its first frame, or left as it is
     A frame has the score of its detection, or 0 where the detector found nothing. Raises DecodeError.
     """
-    starts = sorted({next(iter(each.found)) for each in objects})
-    groups = [[each for each in objects if next(iter(each.found)) == start] for start in starts]
+    starts = sorted({each.first for each in chosen})
+    groups = [[each for each in chosen if each.first == start] for start in starts]
     moments = [Moments(np.array([frame for frame in frames if frame >= start])) for start in starts]
-    masks = [[_mask(next(iter(each.found.values()))) for each in group] for group in groups]
+    masks = [[_mask(each.found[each.first]) for each in group] for group in groups]
     phrases = [[Phrase(each.tag, 0) for each in group] for group in groups]
-    carried = {
-        id(groups[event.number][j]): _carried(groups[event.number][j], event.moments, small)
-        for event in tracker.carry(video, moments, masks, phrases)
-        for j, small in event.carried.items()
-    }
-    return _joined([carried.get(id(each), each) for each in objects])
+    carried = {each: replace(each, hidden=()) for each in chosen}
+    for event in tracker.carry(video, moments, masks, phrases):
+        for j, small in event.carried.items():
+            each = groups[event.number][j]
+            carried[each] = _carried(each, event.moments, small)
+    return _joined([carried.get(each, each) for each in objects])
 
 
 def _mask(found: Detection) -> np.ndarray | None:
@@ -44,37 +46,52 @@ def _mask(found: Detection) -> np.ndarray | None:
 
 
 def _carried(each: Object, moments: Moments, masks: Sequence[np.ndarray]) -> Object:
-    """An object with a detection for each of its masks (h, w) that is not empty."""
-    first = next(iter(each.found.values()))
-    assert first.mask is not None, "it was carried"
-    size = first.mask["size"]
+    """An object with a detection for each of its masks (h, w) that is not empty, else with what the detector found."""
+    mask = each.found[each.first].mask
+    assert mask is not None, "it was carried"
     made, hidden = {}, []
     for frame, small in zip(moments.frames.tolist(), masks):
-        mask = interpolate(torch.from_numpy(small)[None, None].float(), size, mode="bilinear")[0, 0].numpy() >= 0.5
-        if not mask.any():
+        seen = _enlarged(small, mask["size"])
+        detected = each.found.get(frame)
+        if seen.any():
+            rows, columns = np.nonzero(seen.any(1))[0], np.nonzero(seen.any(0))[0]
+            box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
+            made[frame] = Detection(each.tag, box, detected.score if detected else 0.0, encode_mask(seen))
+        elif detected:
+            made[frame] = detected
+        else:
             hidden.append(frame)
-            continue
-        rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
-        box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
-        score = each.found[frame].score if frame in each.found else 0.0
-        made[frame] = Detection(each.tag, box, score, encode_mask(mask))
-    return replace(each, found=made, hidden=tuple(hidden)) if made else each
+    return replace(each, found=made, hidden=tuple(hidden))
+
+
+def _enlarged(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """A mask (h, w) bool in another size (H, W)."""
+    given = torch.from_numpy(mask)[None, None].float()
+    return np.asarray(interpolate(given, tuple(size), mode="bilinear")[0, 0].numpy() >= 0.5)
 
 
 def _joined(objects: Sequence[Object]) -> list[Object]:
-    """Without the objects that begin where an earlier one of the same tag is; that one gets their scores."""
+    """Objects that begin where an earlier one of the same tag is are that one. The surest of each tag comes first."""
     kept: list[Object] = []
-    for new in sorted(objects, key=lambda each: next(iter(each.found))):
-        start, first = next(iter(new.found.items()))
-        old = next((each for each in kept if each.tag == new.tag and _is_at(each, start, first.box)), None)
+    for new in sorted(objects, key=lambda each: each.first):
+        start, first = new.first, new.found[new.first]
+        old = next((n for n, each in enumerate(kept) if each.tag == new.tag and _is_at(each, start, first.box)), None)
         if old is None:
             kept.append(new)
-            continue
-        for frame, own in new.found.items():
-            if frame in old.found and not old.found[frame].score:
-                old.found[frame] = replace(old.found[frame], score=own.score)
+        else:
+            kept[old] = _continued(kept[old], new)
     return sorted(kept, key=lambda each: (each.tag, -each.score))
 
 
 def _is_at(each: Object, frame: int, box: np.ndarray) -> bool:
     return frame in each.found and bool(box_ious(each.found[frame].box[None], box)[0] >= SAME)
+
+
+def _continued(old: Object, new: Object) -> Object:
+    """An object with the detections of its later part where it has none, and their scores."""
+    found = dict(old.found)
+    for frame, own in new.found.items():
+        known = found.get(frame, own)
+        found[frame] = replace(known, score=max(known.score, own.score))
+    hidden = None if old.hidden is None else tuple(frame for frame in old.hidden if frame not in found)
+    return replace(old, found=dict(sorted(found.items())), hidden=hidden)

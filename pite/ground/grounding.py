@@ -136,9 +136,7 @@ class Grounder:
         wanted = [tag for tag in tags if tag in matched]
         looked_at = _every(footage.times, span, self.every)
         found = join(self._detections(footage.path, looked_at, wanted)) if wanted else []
-        if found and self.tracker is not None:
-            found = carry(self.tracker, footage.path, _masked(footage.path, found, 1), sorted(looked_at))
-        places = assign(names, matched, [each.tag for each in found], same_things(found))
+        found, places = self._assigned(footage.path, names, matched, found, sorted(looked_at))
         shown = list(dict.fromkeys(place for own in places for place in own))
         of_phrase: dict[Phrase, list[int]] = {phrase: [] for phrase in phrases}
         for thing, own in zip(things, places):
@@ -148,6 +146,20 @@ class Grounder:
         return Grounded(
             text, footage.size, _rate(footage.times), span, tuple((p, tuple(of_phrase[p])) for p in phrases), objects
         )
+
+    def _assigned(
+        self, video: Path, names: Sequence[str], tags: Sequence[str | None], found: list[Object], frames: Sequence[int]
+    ) -> tuple[list[Object], list[list[int]]]:
+        """The objects, with those that a name has carried on by the tracker, and the numbers of each name's objects."""
+        while True:
+            places = assign(names, tags, [each.tag for each in found], same_things(found))
+            new = [each for i, each in enumerate(found) if each.hidden is None and any(i in own for own in places)]
+            if self.tracker is None or not new:
+                return found, places
+            chosen = _masked(video, new, 1)
+            # What was two objects may be one afterwards, and another takes its place.
+            rest = [each for each in found if each not in new]
+            found = carry(self.tracker, video, [*rest, *chosen], chosen, frames)
 
     def _detections(self, video: Path, frames: set[int], tags: Sequence[str]) -> Iterator[tuple[int, list[Detection]]]:
         for index, frame in frames_of(video, frames):

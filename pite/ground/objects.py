@@ -49,17 +49,21 @@ class Detector(Protocol):
 class Object:
     """One thing over time: its detections by frame, in order.
 
-    hidden  frames in which a tracker saw nothing of it
+    hidden  frames in which neither a tracker nor the detector sees it; None: no tracker carried it
     """
 
     tag: str
     found: dict[int, Detection] = field(default_factory=dict)
-    hidden: tuple[int, ...] = ()
+    hidden: tuple[int, ...] | None = None
 
     @property
     def score(self) -> float:
         """Sum of the scores: a thing that is seen for long counts more."""
         return sum(each.score for each in self.found.values())
+
+    @property
+    def first(self) -> int:
+        return next(iter(self.found))
 
     @property
     def last(self) -> int:
@@ -80,7 +84,7 @@ class Object:
         known = np.stack([each.box for each in self.found.values()])
         every = np.arange(frames[0], frames[-1] + 1)
         between = np.stack([np.interp(every, frames, side) for side in known.T], -1)
-        gaps = np.searchsorted(frames, self.hidden)
+        gaps = np.searchsorted(frames, self.hidden or ())
         shown = np.isin(every, frames) | ~np.isin(np.searchsorted(frames, every), gaps)
         return dict(zip(every[shown].tolist(), between[shown]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from dataloaders.annotation.steps import decode_mask
 from dataloaders.annotation.video_masks import HALVES, Event, VideoTracker, objects
 from pite.ground.grounding import Grounder
 from pite.ground.objects import Detection, Object
-from tests.pite.ground.squares import Colours, parse, place, write_squares
+from tests.pite.ground.squares import Colours, Squares, parse, place, write_squares
 
 HIDDEN = range(6, 14)
 
@@ -57,6 +58,36 @@ def test_only_frames_looked_at_are_carried_and_those_between_two_masks_have_a_bo
     (red,) = Grounder(parse, Colours(masked=False), every=0.2, tracker=ByColour())(video, "a red square").objects
     assert list(red.found) == [0, 2, 4, 14, 16, 18, 19]
     assert list(red.boxes()) == [0, 1, 2, 3, 4, *range(14, 20)]
+
+
+class Forgetful(ByColour):
+    """Loses everything after the first frame."""
+
+    def advance(self, event: Event, frame: torch.Tensor, index: int) -> None:
+        for j, mask in objects(event.masks):
+            event.add(j, index, mask if event.session is None else np.zeros((96, 128), bool))
+        event.session = True
+
+
+def test_what_the_detector_sees_is_kept_where_the_tracker_loses_it(video: Path) -> None:
+    (red,) = Grounder(parse, Colours(), every=0.1, tracker=Forgetful())(video, "a red square").objects
+    assert list(red.found) == list(red.boxes()) == list(range(6))
+    assert red.hidden == tuple(range(6, 20)), "another square begins at 14"
+
+
+def test_only_what_a_phrase_has_is_carried(video: Path) -> None:
+    """Of the squares, two before they were hidden and two after it, "a square" is one."""
+    carried: list[int] = []
+
+    class Counting(ByColour):
+        def carry(self, *arguments: Any) -> list[Event]:
+            events = super().carry(*arguments)
+            carried.append(sum(len(event.carried) for event in events))
+            return events
+
+    (square,) = Grounder(parse, Squares(), every=0.1, tracker=Counting())(video, "a square").objects
+    assert carried == [1] and list(square.boxes()) == [*range(6), *range(14, 20)]
+    assert len(Grounder(parse, Squares(), every=0.1, tracker=Counting())(video, "two squares").objects) == 2
 
 
 def test_boxes_of_a_hidden_object() -> None:
