@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from dataloaders.files import sha256
 from dataloaders.transcripts.files import read_transcript
 
 _SUFFIXES = (".json", ".txt")
@@ -41,10 +42,10 @@ class Transcripts:
             )
 
     def checksum(self) -> str:
-        """16 hexadecimal digits: a checksum of all texts in the folder and their videos. Raises ValueError for a damaged file."""
-        files = (file for file in self._folder.iterdir() if file.suffix in _SUFFIXES and not file.name.startswith("."))
-        texts = [(name, self.text(name)) for name in sorted({file.stem for file in files})]
-        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+        """16 hexadecimal digits: a checksum of the files of transcripts in the folder, whatever else it holds."""
+        files = (each for each in self._folder.iterdir() if each.suffix in _SUFFIXES and not each.name.startswith("."))
+        sums = [(file.name, sha256(file)) for file in sorted(files) if file.is_file()]
+        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
     def _file(self, video: str) -> Path | None:
         files = (self._folder / f"{video}{suffix}" for suffix in _SUFFIXES)

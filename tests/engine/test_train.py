@@ -213,7 +213,6 @@ def test_the_garbage_collector_is_frozen_during_training(trained: Path, workspac
     monkeypatch.setattr(loop, "compute_losses", lambda *rest: calls.append("compute") or compute(*rest))
     assert main(train_arguments(workspace, tmp_path, "1", max_steps=1)) == 0
     assert calls == ["freeze", "compute", "unfreeze"]
-    assert gc.get_freeze_count() > 100_000, "at least the objects of the imports"
 
 
 @pytest.mark.parametrize(

@@ -25,15 +25,20 @@ def read_truth(flags: QaFlags) -> list[Item]:
 def check_judge(*runs: QaFlags) -> None:
     """Raise ValueError if the endpoint of some runs does not reply, before a model answers for hours.
 
-    It gets one short prompt, unless all runs have a file of replies: then it has replied before, or is not needed again.
+    It gets one short prompt, unless all runs have a file with replies: then it has replied before, or is not needed again.
     """
-    flags = next((each for each in runs if each.judge_url is not None and not each.cache.exists()), None)
+    flags = next((each for each in runs if each.judge_url is not None and not _has_replies(each.cache)), None)
     if flags is None:
         return
     assert flags.judge_url is not None and flags.judge_model is not None, "JudgeFlags requires both"
     _endpoint(flags, flags.judge_url, flags.judge_model).check(
         prompts(Item(0, "", ("What is shown?",), "a dog"), ["a cat"])[0]
     )
+
+
+def _has_replies(cache: Path) -> bool:
+    """Whether a file holds a reply; a run that ended before the first one leaves an empty file."""
+    return cache.exists() and cache.stat().st_size > 0
 
 
 def evaluate(flags: QaFlags, truth: Sequence[Item], predictions: Sequence[Prediction]) -> Report:

@@ -21,6 +21,7 @@ from typing import Any
 
 from dataloaders.errors import reason
 from pite.evaluate.qa.prompts import Prompt
+from pite.evaluate.qa.replies import verdict
 
 LONGEST_WAIT = 120.0
 """Seconds; no Retry-After and no back-off takes longer."""
@@ -85,10 +86,12 @@ class Endpoint:
         self._stop = threading.Event()
 
     def check(self, prompt: Prompt) -> None:
-        """Raise ValueError unless the endpoint replies to a prompt."""
+        """Raise ValueError unless the endpoint replies to a prompt; warn if the reply is no verdict."""
         reply, error = self._reply(prompt)
         if reply is None:
             raise ValueError(f"the judge at {self._url} does not reply ({error}): check --judge-url and --judge-model")
+        if verdict(reply, prompt.axis) is None:
+            log.warning("the judge at %s gives no verdict on a trial question, but %r", self._url, reply[:200])
 
     def replies(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, str | None]]:
         """(Index of a prompt, reply) as replies come; None for a prompt that failed.

@@ -26,13 +26,16 @@ def test_json_is_preferred_and_each_file_is_read_once(tmp_path: Path) -> None:
     assert transcripts.text("a") == "Hello."
 
 
-def test_the_checksum_is_of_the_texts(tmp_path: Path) -> None:
+def test_the_checksum_is_of_the_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Hello.")
+    before = Transcripts(tmp_path).checksum()
     (tmp_path / ".settings.json").write_text("{}")
     (tmp_path / "failures.jsonl").write_text("{}")
-    before = Transcripts(tmp_path).checksum()
-    (tmp_path / "a.txt").write_text("Hello.\n")
+    (tmp_path / "more.json").mkdir()
     assert Transcripts(tmp_path).checksum() == before
+    (tmp_path / "notes.json").write_text("[no transcript")
+    assert Transcripts(tmp_path).checksum() != before, "it is hashed, not read"
+    (tmp_path / "notes.json").unlink()
     (tmp_path / "a.txt").write_text("Hallo.")
     assert Transcripts(tmp_path).checksum() != before
 

@@ -95,6 +95,12 @@ def test_nothing_listens() -> None:
         endpoint(url, retries=1).check(prompt())
 
 
+def test_a_judge_without_a_verdict_is_named_before_the_answers(caplog: pytest.LogCaptureFixture) -> None:
+    with running(lambda handler, _: handler.complete("I cannot judge.")) as server:
+        endpoint(server.url).check(prompt())
+    assert "gives no verdict on a trial question, but 'I cannot judge.'" in caplog.text
+
+
 def test_an_endpoint_that_is_down_ends_the_run() -> None:
     with (
         running(lambda handler, _: handler.status(503)) as server,
