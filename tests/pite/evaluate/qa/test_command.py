@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from dataloaders.cli import parse
 from pite.evaluate.__main__ import main
+from pite.evaluate.qa.command import check_judge
+from pite.evaluate.qa.flags import QaFlags
 from tests import SOURCE_PATH
 from tests.commands import status_of
 from tests.pite.evaluate.qa.server import Handler, in_turn, running
@@ -170,3 +173,18 @@ def test_query_ids_may_be_texts(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({**line, "query_id": str(line["query_id"])}) + "\n" for line in lines))
     assert main(argv) == 0
     assert json.loads((tmp_path / "m.json").read_text())["msvd_qa"]["exact match"] == pytest.approx(400 / 6)
+
+
+def test_a_judge_is_contacted_until_it_has_replied(tmp_path: Path) -> None:
+    with running(grade) as server:
+        flags = parse(
+            QaFlags,
+            ["--benchmark", "msvd_qa", *files(tmp_path), "--judge-url", server.url, "--judge-model", "m"],
+        )
+        check_judge(flags)
+        flags.cache.touch()
+        check_judge(flags)
+        assert len(server.bodies) == 2, "the run before ended without a reply"
+        flags.cache.write_text("{}\n")
+        check_judge(flags)
+        assert len(server.bodies) == 2
