@@ -11,6 +11,7 @@ import numpy as np
 
 from bench.annotation.labels import Walker
 from bench.annotation.synthetic import Method
+from dataloaders.annotation.boxes import filled
 from dataloaders.annotation.key_points import key_points
 from dataloaders.annotation.objects import track_all
 from dataloaders.annotation.people import PeopleDetector
@@ -45,7 +46,7 @@ class Outcome:
 def measure(clip: Path, walkers: Sequence[Walker], method: Method) -> list[Outcome]:
     """Annotate the walkers of a clip from their first boxes."""
     frame = next(frame for frame in iter_frames(clip, {0}) if frame is not None)
-    masks: Masks = [[box_mask(walker.boxes[0], frame.shape[:2])] for walker in walkers]
+    masks: Masks = [[filled(walker.boxes[0], frame.shape)] for walker in walkers]
     tracks = method(clip, [Moments(walker.frames) for walker in walkers], masks)
     size = np.array(frame.shape[1::-1])
     return [outcome(walker, tracks.get((i, 0)), size) for i, walker in enumerate(walkers)]
@@ -84,13 +85,6 @@ def total(outcomes: Sequence[Outcome]) -> dict[str, float]:
     }
 
 
-def box_mask(box: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    mask = np.zeros(shape, bool)
-    left, top, right, bottom = box.astype(int)
-    mask[top:bottom, left:right] = True
-    return mask
-
-
 def _csrt(clip: Path, moments: Sequence[Moments], masks: Masks) -> Tracks:
     """Points on a grid in the box of opencv-contrib's CSRT, for comparison. It never reports a walker as absent."""
     cv2 = opencv()
@@ -127,7 +121,7 @@ def _box(mask: np.ndarray | None) -> tuple[int, int, int, int]:
 
 
 def _refound(clip: Path, moments: Sequence[Moments], masks: Masks) -> Tracks:
-    """What the pipeline does with --people: lost walkers are looked for by OpenCV's people detector."""
+    """What the pipeline does with --people --refind: lost walkers are looked for by OpenCV's people detector."""
     phrases = [[Phrase("a person", 0) for _ in event] for event in masks]
     return refind(clip, moments, masks, phrases, track_all(clip, moments, masks), PeopleDetector())
 
@@ -138,7 +132,7 @@ METHODS: dict[str, Method] = {
     "Lucas-Kanade": track_events,
     "CSRT": _csrt,
 }
-"""What the pipeline does, without and with a detector, and what it is compared with."""
+"""What the pipeline does, without and with --refind, and what it is compared with."""
 
 OF_PEOPLE = ("re-finding", "CSRT")
 """Methods that are not measured on the synthetic world."""

@@ -1,6 +1,8 @@
-"""Overlap of boxes."""
+"""Boxes [left, top, right, bottom] in pixels: their overlap, and their masks."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,3 +13,11 @@ def box_ious(boxes: np.ndarray, true: np.ndarray) -> np.ndarray:
     shared = np.maximum(high - low, 0).prod(1)
     area, other = (np.maximum(each[..., 2:] - each[..., :2], 0).prod(-1) for each in (boxes, true))
     return np.asarray(shared / np.maximum(area + other - shared, 1e-9))
+
+
+def filled(box: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """The mask (H, W) bool of a box (4,) in an image of size (H, W, ...)."""
+    mask = np.zeros(tuple(size[:2]), bool)
+    left, top, right, bottom = box.round().astype(int)
+    mask[top:bottom, left:right] = True
+    return mask

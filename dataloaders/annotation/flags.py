@@ -40,6 +40,8 @@ class AnnotationFlags(LogFlags):
     """folder of a SAM 3, SAM 2 video or EdgeTAM model, which makes the tracks; our own tracker unless given"""
     people: bool = False
     """without --detector, find people with OpenCV's HOG detector: the phrases that name a person get masks"""
+    refind: bool = False
+    """look for lost objects on later frames with --detector or --people, which takes up to six detections for each"""
     threshold: float = 0.35
     """minimum score of the --detector's detections"""
     device: str = "cpu"
@@ -70,6 +72,8 @@ class AnnotationFlags(LogFlags):
             raise ValueError("give one of --detector and --people: what makes the masks")
         if self.segmenter and not self.detector:
             raise ValueError("--segmenter needs the boxes of a detector; give --detector, too")
+        if self.refind and self.tracker:
+            raise ValueError("--refind goes on from the tracks of our own tracker; leave out --tracker, or --refind")
         Part.parse(self.part)
         at_least(self, 0, "workers")
         at_least(self, 0, "sheets")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataloaders.annotation.boxes import filled
 from dataloaders.annotation.models import Found, load_model, load_processor, model_type
 
 BATCH = 8
@@ -82,7 +83,7 @@ class Grounding:
         if not boxes:
             return []
         if self._segmenter is None:
-            return [_filled(image, box) for box in boxes]
+            return [filled(box, image.shape) for box in boxes]
         given = [[box.tolist() for box in boxes]]
         inputs = self._sam_processor(images=image, input_boxes=given, return_tensors="pt")
         outputs = self._segmenter(
@@ -94,13 +95,6 @@ class Grounding:
             outputs.pred_masks.cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"]
         )
         return list(masks[0][:, 0].numpy())
-
-
-def _filled(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    mask = np.zeros(image.shape[:2], bool)
-    left, top, right, bottom = box.round().astype(int)
-    mask[top:bottom, left:right] = True
-    return mask
 
 
 def _load(kind: Any, directory: Path, device: torch.device) -> tuple[Any, Any]:

@@ -17,11 +17,9 @@ import numpy as np
 from dataloaders.annotation.appearance import SCALES, Appearance, Candidates
 from dataloaders.annotation.background import Background, find_background
 from dataloaders.annotation.linking import link
-from dataloaders.annotation.steps import Masks, Tracks
+from dataloaders.annotation.steps import Key, Masks, Tracks
 from dataloaders.annotation.tracking import Moments, frames_until, opencv, track_events
 from dataloaders.records import ABSENT
-
-Key = tuple[int, int]
 
 _REACH = 4
 """Pixels by which a place may be off."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dataloaders.annotation.boxes import filled
 from dataloaders.annotation.models import Found
 from dataloaders.annotation.tracking import opencv
 
@@ -59,7 +60,7 @@ class PeopleDetector:
         """
         people = list(dict.fromkeys(phrase.lower() for phrase in phrases if names_person(phrase)))
         boxes = dict(zip(people, self.boxes(image))) if people else {}
-        return [_filled(image, boxes[p.lower()]) if p.lower() in boxes else None for p in phrases]
+        return [filled(boxes[p.lower()], image.shape) if p.lower() in boxes else None for p in phrases]
 
     def find_all(self, image: np.ndarray, phrases: Sequence[str]) -> list[list[Found]]:
         """Boxes (4,) and scores of all people for each phrase that names one; masks are None."""
@@ -92,10 +93,3 @@ def names_person(phrase: str) -> bool:
     """Whether the last word of a noun phrase is a noun for a person."""
     words = re.findall(r"[a-z]+", phrase.lower())
     return bool(words) and words[-1] in WORDS
-
-
-def _filled(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    mask = np.zeros(image.shape[:2], bool)
-    left, top, right, bottom = box.round().astype(int)
-    mask[top:bottom, left:right] = True
-    return mask

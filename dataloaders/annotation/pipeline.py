@@ -40,6 +40,7 @@ class Settings:
     detector, segmenter  directories for `open_detector`; None if the masks files exist
     tracker     directory for `open_tracker`; None for `track_all`
     people      whether `PeopleDetector` makes masks, where there is no detector
+    refind      whether lost objects are looked for with the detector, after `track_all`
     threshold   minimum score of the detector
     device      where the models run
     lost        share of its moments below which a trajectory is lost
@@ -56,6 +57,7 @@ class Settings:
     segmenter: Path | None = None
     tracker: Path | None = None
     people: bool = False
+    refind: bool = False
     threshold: float = 0.35
     device: str = "cpu"
     lost: float = 0.3
@@ -75,8 +77,8 @@ class Settings:
         elif self.people:
             made["masks"] = {"people": "HOG"}
         ours = {**asdict(LucasKanade()), "objects": asdict(Following())}
-        if "masks" in made:
-            ours["refinding"] = {**asdict(Refinding()), **made["masks"]}
+        if self.refind:
+            ours["refinding"] = asdict(Refinding())
         made["tracks"] = {
             "num_frames": self.num_frames,
             **({"tracker": _name(self.tracker)} if self.tracker else ours),
@@ -136,8 +138,7 @@ def annotate(video: Video, settings: Settings) -> None:
         return
     if not path["tracks"].exists():
         assert masks is not None
-        tracker, moments = _tracker(settings), _moments(video, settings)
-        steps.write_tracks(path["tracks"], tracker(video.path, moments, masks, phrases))
+        _make_tracks(path["tracks"], video, masks, phrases, settings)
     tracks = steps.read_tracks(path["tracks"], phrases)
     if last == 2:
         return
@@ -194,6 +195,15 @@ def _make_masks(path: Path, video: Video, phrases: Phrases, settings: Settings) 
     steps.write_masks(path, masks)
 
 
+def _make_tracks(path: Path, video: Video, masks: Masks, phrases: Phrases, settings: Settings) -> None:
+    if settings.refind and _detector(settings) is None:
+        raise ValueError(
+            f"{path}: no such file; write it, or make it with --detector or --people, which --refind needs"
+        )
+    tracker, moments = _tracker(settings), _moments(video, settings)
+    steps.write_tracks(path, tracker(video.path, moments, masks, phrases))
+
+
 def _moments(video: Video, settings: Settings) -> Sequence[Moments]:
     """Moments of each event. Raises DecodeError if the file's duration is not that of its captions."""
     reason = wrong_duration(replace(video.media, duration=video.captions.duration))
@@ -223,11 +233,9 @@ def _detector(settings: Settings) -> Detector | None:
 @lru_cache(1)
 def _tracker(settings: Settings) -> Tracker:
     """Loaded once per process."""
-    return (
-        _OwnTracker(_detector(settings))
-        if settings.tracker is None
-        else open_tracker(settings.tracker, settings.device)
-    )
+    if settings.tracker is not None:
+        return open_tracker(settings.tracker, settings.device)
+    return _OwnTracker(_detector(settings) if settings.refind else None)
 
 
 @dataclass(frozen=True)

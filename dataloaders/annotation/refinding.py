@@ -16,13 +16,12 @@ import numpy as np
 
 from dataloaders.annotation.appearance import SCALES, Appearance
 from dataloaders.annotation.background import find_background
+from dataloaders.annotation.boxes import filled
 from dataloaders.annotation.models import Detector, Found
 from dataloaders.annotation.objects import mask_in, track_all
-from dataloaders.annotation.steps import Masks, Phrases, Tracks
+from dataloaders.annotation.steps import Key, Masks, Phrases, Tracks
 from dataloaders.annotation.tracking import Moments, frames_until, opencv
 from dataloaders.records import ABSENT
-
-Key = tuple[int, int]
 
 _MIDDLE = (0.3, 0.2)
 """How far the place of the object's colours may be from the middle of what was detected, in its width and height."""
@@ -118,7 +117,7 @@ class _Lost:
         if elsewhere.any() and alike[elsewhere].max() > alike[best] - self._settings.margin:
             return
         mask = found[best][2]
-        self.again, self.at = _filled(frame, boxes[best]) if mask is None else mask, self.looks[index]
+        self.again, self.at = filled(boxes[best], frame.shape) if mask is None else mask, self.looks[index]
 
     def _likeness(self, frame: np.ndarray, boxes: np.ndarray) -> np.ndarray:
         """How much each box (n, 4) has the object's colours: the best score of a place in its middle and of its size."""
@@ -172,10 +171,3 @@ def _apart(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
     """Which boxes are other things than one of them: their centre is outside of it."""
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     return np.asarray(((centres < box[:2]) | (centres > box[2:])).any(1))
-
-
-def _filled(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
-    mask = np.zeros(frame.shape[:2], bool)
-    left, top, right, bottom = box.round().astype(int)
-    mask[top:bottom, left:right] = True
-    return mask

@@ -88,10 +88,7 @@ def check_models(videos: Sequence[Video], settings: Settings, allowed: float) ->
     ):
         if model is not None or STEPS.index(step) > last:
             continue
-        files = [
-            step_path(settings.work, step, v.name) for v in videos if not _is_done(settings.work, settings.until, v)
-        ]
-        lacking = [file for file in files if not file.exists()]
+        lacking = _lacking(videos, settings, step)
         if step == "masks" and settings.until != "masks":  # tracks of another tool need no masks
             lacking = [f for f in lacking if not step_path(settings.work, "tracks", f.stem).exists()]
         if len(lacking) > allowed:
@@ -100,6 +97,19 @@ def check_models(videos: Sequence[Video], settings: Settings, allowed: float) ->
                 f"videos have no file of {step}, such as {lacking[0]}; or write these files with another program"
                 + (f", or use spaCy: {INSTALL}" if step == "phrases" else ", or find people with --people")
             )
+    if settings.refind and not settings.detector and not settings.people and last >= STEPS.index("tracks"):
+        lacking = _lacking(videos, settings, "tracks")
+        if len(lacking) > allowed:
+            raise ValueError(
+                f"--refind needs --detector or --people: {len(lacking):,} of {len(videos):,} videos have no file of tracks, "
+                f"such as {lacking[0]}"
+            )
+
+
+def _lacking(videos: Sequence[Video], settings: Settings, step: str) -> list[Path]:
+    """The files of a step that are missing, of videos that are not done."""
+    files = [step_path(settings.work, step, v.name) for v in videos if not _is_done(settings.work, settings.until, v)]
+    return [file for file in files if not file.exists()]
 
 
 def run(flags: AnnotationFlags) -> None:
@@ -164,6 +174,7 @@ def _settings(flags: AnnotationFlags, ranks: Ranks) -> Settings:
         detector=flags.detector,
         segmenter=flags.segmenter,
         people=flags.people,
+        refind=flags.refind,
         tracker=flags.tracker,
         threshold=flags.threshold,
         device=f"cuda:{ranks.local}" if flags.device == "cuda" else flags.device,

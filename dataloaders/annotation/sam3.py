@@ -2,13 +2,16 @@
 
 `Sam3Detector` makes the masks of an event's first frame, as `Grounding` does. `Sam3Tracker` looks for the phrases in the
 frame of every moment and carries what it found along, so an object is the same one after it was hidden, and a mask that
-drifts is corrected by the detector. Both read one copy of the weights. transformers would fetch code for two operations
-on masks from the hub; they are computed here instead.
+drifts is corrected by the detector. Both read one copy of the weights. The tracker encodes a frame once for each event,
+because transformers' SAM 3 takes no features. transformers would fetch code for two operations on masks from the hub;
+they are computed here instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from torch.nn.functional import interpolate
 from dataloaders.annotation.models import check_type, load_model, load_processor
 from dataloaders.annotation.steps import Phrase
 from dataloaders.annotation.tracking import opencv
-from dataloaders.annotation.video_masks import HALVES, Event, VideoTracker, objects, prepared, shrunk
+from dataloaders.annotation.video_masks import HALVES, Event, VideoTracker, forget, objects, prepared, shrunk
 
 KINDS = ("sam3_video", "sam3")
 """`model_type` of SAM 3 as it is published, and of its detector alone."""
@@ -71,6 +74,14 @@ class Sam3Detector:
             yield scores[kept], output.pred_boxes[0, kept], output.pred_masks[0, kept]
 
 
+@dataclass
+class _Clip:
+    """A session of transformers, and by phrase the object in it that is meant."""
+
+    session: Any
+    meant: dict[int, int | None] = field(default_factory=dict)
+
+
 class Sam3Tracker(VideoTracker):
     """Phrases and a clip to masks with identities. Raises ValueError if the directory holds no SAM 3 for videos.
 
@@ -84,11 +95,13 @@ class Sam3Tracker(VideoTracker):
     def advance(self, event: Event, frame: torch.Tensor, index: int) -> None:
         first = event.session is None
         if first:
-            event.session = self._session([event.phrases[j] for j, _ in objects(event.masks)], frame)
-        session = event.session
+            event.session = _Clip(self._session([event.phrases[j] for j, _ in objects(event.masks)], frame))
+        session, meant = event.session.session, event.session.meant
         number = session.add_new_frame(frame)
-        output = self._model(session, frame_idx=number)
+        with _mask_operations():
+            output = self._model(session, frame_idx=number)
         session.processed_frames[number] = frame.new_empty(0)
+        forget(session, self._model.tracker_model)
         # SAM 3 withdraws an object that its detector does not confirm soon after the start.
         hidden = output.removed_obj_ids | output.suppressed_obj_ids
         found = {
@@ -100,10 +113,10 @@ class Sam3Tracker(VideoTracker):
                 given = shrunk(given, size)
                 prompt = session.add_prompt(event.phrases[j].text)
                 own = {each: mask for each, mask in found.items() if session.obj_id_to_prompt_id[each] == prompt}
-                session.meant[j] = _most_alike(own, given)
+                meant[j] = _most_alike(own, given)
                 event.add(j, index, given)
             else:
-                event.add(j, index, found.get(session.meant[j], np.zeros(size, bool)))
+                event.add(j, index, found.get(meant[j], np.zeros(size, bool)))
 
     def _session(self, phrases: Sequence[Phrase], frame: torch.Tensor) -> Any:
         from transformers.models.sam3_video.modeling_sam3_video import Sam3VideoInferenceSession
@@ -114,7 +127,6 @@ class Sam3Tracker(VideoTracker):
             video_storage_device=self.device,
             dtype=frame.dtype,
         )
-        session.meant = {}
         for phrase in phrases:
             tokens = _tokens(self._tokenizer, phrase.text, self._model.detector_model, self.device)
             prompt = session.add_prompt(phrase.text)
@@ -144,11 +156,22 @@ def _tokens(tokenizer: Any, phrase: str, detector: Any, device: torch.device) ->
 def _load(directory: Path, device: str, kind: str) -> tuple[Any, Any]:
     """The model of a kind and its tokenizer; the detector and the tracker of one directory share them."""
     from transformers import AutoTokenizer, Sam3Model, Sam3VideoModel
-    from transformers.models.sam3_video import modeling_sam3_video
 
-    modeling_sam3_video.cv_utils_kernel = _MaskOperations()
     model = load_model(Sam3VideoModel if kind == KINDS[0] else Sam3Model, directory, torch.device(device))
     return model, load_processor(AutoTokenizer, directory)
+
+
+@contextmanager
+def _mask_operations() -> Iterator[None]:
+    """Lets transformers' SAM 3 take its operations on masks from `_MaskOperations`."""
+    from transformers.models.sam3_video import modeling_sam3_video
+
+    before = modeling_sam3_video.cv_utils_kernel
+    modeling_sam3_video.cv_utils_kernel = _MaskOperations()
+    try:
+        yield
+    finally:
+        modeling_sam3_video.cv_utils_kernel = before
 
 
 class _MaskOperations:

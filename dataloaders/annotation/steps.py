@@ -45,7 +45,10 @@ Phrases = list[list[Phrase]]
 Masks = list[list[np.ndarray | None]]
 """(H, W) bool for each event and phrase, in the event's first frame; None where the object was not found."""
 
-Tracks = dict[tuple[int, int], np.ndarray]
+Key = tuple[int, int]
+"""Numbers of an event and of a phrase in it."""
+
+Tracks = dict[Key, np.ndarray]
 """(M, K, 2) float32 by event and phrase: M points at K moments evenly spaced over the event, both ends included. x and
 y are fractions of the frame, (-1, -1) where a point is absent. A phrase without an entry was not tracked."""
 

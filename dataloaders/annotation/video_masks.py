@@ -2,7 +2,8 @@
 
 Such a model remembers an object, so it finds it again after it was hidden. Its masks are not points: each of up to 64
 points keeps its place relative to the box of the mask, moved to the nearest pixel of the mask, and is absent where the
-mask is empty. One frame per moment is looked at, and only the models' own memory is kept of it.
+mask is empty. One frame per moment is looked at, and only the models' own memory is kept of it: transformers' sessions
+keep all outputs of all frames, so `forget` drops what later frames do not read. A frame is encoded once for all events.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ POINTS = 64
 _LEAST = 4
 """Most points of an object; pixels of the model's small mask below which the object is absent."""
 
+_FEATURES = {"maskmem_features", "maskmem_pos_enc"}
+"""What a frame's memory is made of in a session, besides its object pointer."""
+
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 """Mean and standard deviation of the colours, by the models' image processors: SAM 3 has halves."""
@@ -46,8 +50,12 @@ class VideoTracker:
     size: tuple[int, int]
     colours: tuple[tuple[float, ...], tuple[float, ...]]
 
-    def advance(self, event: Event, frame: torch.Tensor, index: int) -> None:
-        """Add the masks of an event's objects in its next frame (1, 3, h, w). In the first the given ones are true."""
+    def encode(self, frame: torch.Tensor) -> Any:
+        """What `advance` takes of a frame (1, 3, h, w), computed once for all events: here the frame itself."""
+        return frame
+
+    def advance(self, event: Event, frame: Any, index: int) -> None:
+        """Add the masks of an event's objects in its next frame, from `encode`. In the first the given ones are true."""
         raise NotImplementedError
 
     def __call__(self, path: Path, moments: Sequence[Moments], masks: Masks, phrases: Phrases) -> Tracks:
@@ -61,10 +69,12 @@ class VideoTracker:
         events = [Event(i, *each) for i, each in enumerate(zip(moments, masks, phrases)) if objects(each[1])]
         wanted = {int(frame) for event in events for frame in event.moments.frames}
         for index, frame in frames_until(path, wanted):
-            here = prepared(frame, self.size, self.colours, self.device)
+            encoded = self.encode(prepared(frame, self.size, self.colours, self.device))
             for event in events:
                 if index in event.moments.frames:
-                    self.advance(event, here, index)
+                    self.advance(event, encoded, index)
+                if index == event.moments.last:
+                    event.session = None
         return events
 
 
@@ -84,22 +94,54 @@ class VideoSegmenter(VideoTracker):
         size = self._model.config.image_size
         self.size = (size, size) if isinstance(size, int) else tuple(size)
 
-    def advance(self, event: Event, frame: torch.Tensor, index: int) -> None:
+    def encode(self, frame: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+        """The features of a frame, by the names under which a session caches them."""
+        seen = self._model.get_image_features(frame, return_dict=True)
+        return {"vision_feats": seen.fpn_hidden_states, "vision_pos_embeds": seen.fpn_position_encoding}
+
+    def advance(self, event: Event, frame: dict[str, list[torch.Tensor]], index: int) -> None:
         if event.session is None:
             event.session = self._session(
-                video_height=self.size[0], video_width=self.size[1], inference_device=self.device, dtype=frame.dtype
+                video_height=self.size[0],
+                video_width=self.size[1],
+                inference_device=self.device,
+                inference_state_device=self.device,
+                dtype=torch.float32,
             )
             for j, mask in objects(event.masks):
-                given = torch.from_numpy(mask).to(frame)[None, None]
+                given = torch.from_numpy(mask).to(self.device)[None, None].float()
                 resized = interpolate(given, self.size, mode="bilinear", antialias=True)
-                event.session.add_mask_inputs(event.session.obj_id_to_idx(j), 0, (resized >= 0.5).to(frame))
+                event.session.add_mask_inputs(event.session.obj_id_to_idx(j), 0, (resized >= 0.5).float())
                 event.session.obj_with_new_inputs.append(j)
-        output = self._model(event.session, frame=frame)
-        event.session.processed_frames[output.frame_idx] = frame.new_empty(0)  # Its features are in the memory.
+        event.session.cache.cache_vision_features(event.session.num_frames or 0, frame)
+        output = self._model(event.session, frame=torch.empty(0))  # Only its features are read.
+        forget(event.session, self._model)
         size = output.pred_masks.shape[-2:]
         for row, (j, mask) in enumerate(objects(event.masks)):
             first = output.frame_idx == 0
             event.add(j, index, shrunk(mask, size) if first else (output.pred_masks[row, 0] > 0).cpu().numpy())
+
+
+def forget(session: Any, model: Any) -> None:
+    """Drop what a SAM 2, EdgeTAM or SAM 3 tracker does not read in later frames. Their masks stay the same, bit by bit.
+
+    session  of transformers, after a frame
+    It reads the features of the last frames and of the given masks, and the pointers of these and of more frames.
+    """
+    now, config = session.num_frames, model.config
+    featured = now - config.num_maskmem
+    pointed = now - max(config.num_maskmem, config.max_object_pointers_in_encoder)
+    for outputs in session.output_dict_per_obj.values():
+        given, tracked = outputs["cond_frame_outputs"], outputs["non_cond_frame_outputs"]
+        for frame in [frame for frame in tracked if frame <= pointed]:
+            del tracked[frame]
+        closest = sorted(given)[-config.max_cond_frame_num :] if config.max_cond_frame_num > 0 else list(given)
+        for frame, output in (*given.items(), *tracked.items()):
+            kept = _FEATURES if frame > featured or frame in closest else set()
+            for name in output.keys() - kept - {"object_pointer"}:
+                del output[name]
+    for masks in session.mask_inputs_per_obj.values():
+        masks.clear()
 
 
 def prepared(

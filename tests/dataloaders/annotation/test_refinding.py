@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataloaders.annotation import steps
+from dataloaders.annotation.__main__ import main
 from dataloaders.annotation.models import Found
 from dataloaders.annotation.objects import track_all
 from dataloaders.annotation.refinding import refind
@@ -16,6 +20,7 @@ from dataloaders.annotation.steps import Masks, Phrase
 from dataloaders.annotation.tracking import Moments
 from dataloaders.records import ABSENT
 from dataloaders.synthetic.render import write_mp4
+from tests.commands import status_of
 from tests.dataloaders.annotation.test_objects import COAT, HEIGHT, RNG, STRANGER, TROUSERS, WIDTH, walker
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-contrib-python-headless")
@@ -94,3 +99,37 @@ def test_nothing_is_looked_for_while_all_objects_are_present(tmp_path) -> None:
     detector = Difference(np.zeros((4, 4, 3)))
     found = refind(tmp_path / "none.mp4", [Moments(np.arange(5))], masks, [[Phrase("a", 0)]], tracks, detector)
     assert found is tracks
+
+
+def test_the_command_refinds_on_request_and_repeats_without_the_detector(tmp_path, monkeypatch, capsys) -> None:
+    background = street(tmp_path / "v0.mp4", twin=False)
+    captions = {"v0": {"duration": 4.9, "timestamps": [[0, 4.9]], "sentences": ["A walker leaves."]}}
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[40:80, 124:140] = True
+    work = tmp_path / "out.steps"
+    event = {"sentence": "A walker leaves.", "phrases": [{"phrase": "A walker", "start": 0}]}
+    steps.write_json(steps.step_path(work, "phrases", "v0"), {"events": [event]})
+    steps.write_masks(steps.step_path(work, "masks", "v0"), [[mask]])
+    for module in ("pipeline", "run"):
+        monkeypatch.setattr(f"dataloaders.annotation.{module}.PeopleDetector", lambda: Difference(background))
+
+    def run(*flags: object) -> int:
+        paths = ["--captions", tmp_path / "captions.json", "--videos", tmp_path, "--output", tmp_path / "out.jsonl"]
+        return status_of(main, [*map(str, [*paths, "--num-frames", LAST + 1, "--workers", 0, "--sheets", 0, *flags])])
+
+    assert run("--refind", "--tracker", tmp_path) == 2
+    assert "leave out --tracker, or --refind" in capsys.readouterr().err
+    assert run("--refind") == 1
+    assert "--refind needs --detector or --people: 1 of 1 videos have no file of tracks" in capsys.readouterr().err
+    assert run("--refind", "--people") == 0
+    track = steps.read_tracks(steps.step_path(work, "tracks", "v0"), [[Phrase("A walker", 0)]])[0, 0]
+    assert (track[:, BACK + 6 :] != ABSENT).any()
+    assert run("--refind") == run("--refind", "--people") == 0
+    assert run("--people") == 1
+    assert "'refinding': {'looks': 6" in capsys.readouterr().err, "these tracks were made otherwise"
+    shutil.rmtree(work / "tracks")
+    shutil.rmtree(work / "records")
+    assert run("--people") == run() == 0
+    track = steps.read_tracks(steps.step_path(work, "tracks", "v0"), [[Phrase("A walker", 0)]])[0, 0]
+    assert (track[:, BACK + 6 :] == ABSENT).all(), "it is off by default"

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, Sam3Config, Sam3VideoConfig, Sam3VideoModel
+from transformers.models.sam3_video import modeling_sam3_video
 
 from dataloaders.annotation import steps
 from dataloaders.annotation.__main__ import main
@@ -21,6 +22,7 @@ from dataloaders.annotation.tracking import Moments
 from dataloaders.annotation.video_masks import points_in
 from dataloaders.decode.video import iter_frames
 from dataloaders.records import ABSENT
+from tests.dataloaders.annotation.session_memory import check_forgetting
 from tests.media import write_video
 
 SIDE, WIDTH, SMALL = 112, 128, 32
@@ -169,6 +171,21 @@ def test_an_object_of_a_clip_keeps_its_identity(sam3, video) -> None:
     # Nothing that SAM 3 finds is like the corner, so it is in its first moment only.
     assert (tracks[1, 1][:, 0] != ABSENT).all() and (tracks[1, 1][:, 1] == ABSENT).all()
     assert set(tracks) == {(0, 0), (1, 1)}
+
+
+def test_what_later_frames_do_not_read_is_forgotten(sam3, tmp_path, monkeypatch) -> None:
+    tracker = open_tracker(sam3)
+    assert isinstance(tracker, Sam3Tracker)
+    # Every other frame becomes one with a given mask, of which the memory reads the last four.
+    for name, value in {"recondition_every_nth_frame": 2, "high_conf_thresh": 0, "high_iou_thresh": 0}.items():
+        monkeypatch.setattr(tracker._model, name, value)
+    monkeypatch.setattr(tracker._model, "max_num_objects", 2)
+    mask = np.zeros((48, 64), bool)
+    mask[10:30, 10:30] = True
+    sizes = check_forgetting(tracker, tracker._model.tracker_model, tmp_path, [[mask]], monkeypatch)
+    pointer = 4 * WIDTH
+    assert set(np.diff(sizes[16:])) == {0, pointer}, "of each frame with a given mask the pointer is kept"
+    assert modeling_sam3_video.cv_utils_kernel is None, "what transformers does elsewhere is as before"
 
 
 def test_an_object_that_was_hidden_is_absent_meanwhile() -> None:

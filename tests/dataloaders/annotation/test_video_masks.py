@@ -34,6 +34,7 @@ from dataloaders.annotation.tracking import Moments
 from dataloaders.annotation.video_masks import VideoSegmenter, points_in
 from dataloaders.records import ABSENT
 from pite.ground.grounding import Grounder
+from tests.dataloaders.annotation.session_memory import check_forgetting
 from tests.media import write_video
 from tests.pite.ground.squares import Colours, parse, place, write_squares
 
@@ -189,6 +190,38 @@ def test_masks_are_carried_through_overlapping_events(kind, request, tmp_path) -
     assert (alone[0, 0] == tracks[1, 0]).all()
     nothing: steps.Masks = [[None, None], [None]]
     assert model(tmp_path / "v.mp4", moments, nothing, phrases_of(nothing)) == {}
+
+
+@pytest.mark.parametrize("kind", ["segmenter", "edgetam"])
+def test_what_later_frames_do_not_read_is_forgotten(kind, request, tmp_path, monkeypatch) -> None:
+    model = VideoSegmenter(request.getfixturevalue(kind))
+    masks: steps.Masks = [[mask_of(slice(10, 30), slice(10, 30))]]
+    sizes = check_forgetting(model, model._model, tmp_path, masks, monkeypatch)
+    assert len(set(sizes[model._model.config.max_object_pointers_in_encoder :])) == 1
+
+
+@pytest.mark.parametrize("kind", ["segmenter", "edgetam", "sam3"])
+def test_events_share_the_encoded_frame(kind, request, tmp_path) -> None:
+    write_video(tmp_path / "v.mp4", 4)
+    model = VideoSegmenter(request.getfixturevalue(kind))
+    moments = [Moments(np.arange(start, 4)) for start in (0, 1, 1)]
+    masks: steps.Masks = [[mask_of(slice(10, 30), slice(10 + i, 30))] for i in range(3)]
+    encoded: list[int] = []
+    logits: list[torch.Tensor] = []
+    model._model.vision_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    model._model.register_forward_hook(lambda _, given, output: logits.append(output.pred_masks.clone()))
+
+    def logits_of(events: slice) -> list[torch.Tensor]:
+        logits.clear()
+        model.carry(tmp_path / "v.mp4", moments[events], masks[events], phrases_of(masks[events]))
+        return list(logits)
+
+    together = logits_of(slice(3))
+    assert len(encoded) == 4
+    alone = [logits_of(slice(i, i + 1)) for i in range(3)]
+    assert len(encoded) == 4 + 4 + 3 + 3
+    expected = [alone[i].pop(0) for frame in range(4) for i in range(3) if frame in moments[i].frames]
+    assert all(torch.equal(*pair) for pair in zip(together, expected, strict=True))
 
 
 def test_it_carries_what_an_answer_names(segmenter: Path, tmp_path: Path) -> None:
