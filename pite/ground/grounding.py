@@ -16,7 +16,7 @@ from dataloaders.annotation.video_masks import VideoTracker
 from dataloaders.decode.readable import DecodeError
 from dataloaders.decode.video import iter_frames, probe
 from pite.ground.carrying import carry
-from pite.ground.matching import assign, match_words, mentions
+from pite.ground.matching import assign, match_words, mentions, names_picture
 from pite.ground.objects import Detection, Detector, Object, join, same_things
 
 Parser = Callable[[str], list[Phrase]]
@@ -129,7 +129,7 @@ class Grounder:
 
     def find(self, footage: Footage, text: str, span: tuple[int, int]) -> Grounded:
         """Ground a text in the frames of `span`, with the masks that the detector gives. Raises DecodeError."""
-        phrases = self.parser(text)
+        phrases = [phrase for phrase in self.parser(text) if not names_picture(phrase)]
         things = mentions(phrases)
         names = [thing[0].text for thing in things]
         matched = match_words(names, tags := self.detector.tags(names))

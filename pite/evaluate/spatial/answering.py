@@ -1,8 +1,8 @@
 """Boxes of a model's answers to a benchmark's questions: the answer, its phrase, and the object of that phrase.
 
 The model sees the frames of the interval that a question is about, and the answer is grounded in them, as in the published
-evaluation of PG-Video-LLaVA. That one lets a language model cut one phrase out of the answer; here it is the first noun
-phrase with a noun that is not in the question.
+evaluation of PG-Video-LLaVA. That one lets a language model cut one phrase out of the answer; here it is that of
+`pite.ground.matching.answering`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Answerer:
         except ValueError as error:
             why = sentence(error).replace(str(video), video.name)
             return Prediction.of(_question(tube), "", **known, size=tube.size, boxes={}, error=why)
-        phrase = answering(tube.question, [each for each, _ in grounded.phrases])
+        phrase = answering(tube.question, grounded.phrases)
         own = dict(grounded.phrases)[phrase] if phrase is not None else ()
         boxes = grounded.objects[own[0]].boxes() if own else {}
         listed = {str(frame): [np.round(box, 1).tolist()] for frame, box in boxes.items()}

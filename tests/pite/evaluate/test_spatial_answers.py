@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="module")
 def grounder() -> Iterator[None]:
     """Random weights name nothing, so the phrases do not depend on the answer, which is short."""
-    phrases = [Phrase("a red square", 0), Phrase("a green square", 20)]
+    phrases = [Phrase("The image", 0), Phrase("a red square", 20)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answering, "MAX_NEW_TOKENS", 4)
         patch.setattr(answering, "open_grounder", lambda flags: Grounder(lambda text: phrases, Colours()))
