@@ -126,6 +126,33 @@ def test_a_killed_run_is_continued_to_the_same_file(
     assert "over 3 questions; 2 without a box" in printed and "1 of them failed, such as 3_c: 3_c.mp4" in printed
 
 
+def test_a_fault_of_the_machine_is_no_answer(made: Path, whole: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def missing(self: Colours, *rest: Any) -> Any:
+        raise ValueError("install OpenCV's people detector")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Colours, "__call__", missing)
+        assert run(made, tmp_path / "p.jsonl") == 1
+    assert "install OpenCV's people detector" in capsys.readouterr().err
+    assert (tmp_path / "p.jsonl").read_text() == ""
+    assert run(made, tmp_path / "p.jsonl") == 0
+    assert (tmp_path / "p.jsonl").read_bytes() == whole.read_bytes()
+
+
+def test_a_question_that_failed_is_answered_again(made: Path, whole: Path, tmp_path: Path, monkeypatch) -> None:
+    for file in whole.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    shutil.copytree(made / "videos", tmp_path / "videos")
+    write_squares(tmp_path / "videos/3_c.mp4", "red")
+    answer, calls = answering.Answerer.__call__, []
+    monkeypatch.setattr(answering.Answerer, "__call__", lambda *rest: calls.append(rest) or answer(*rest))
+    assert run(made, tmp_path / "p.jsonl", "--videos", f"{tmp_path / 'videos'}") == 0
+    assert len(calls) == 1
+    before, after = lines(whole), lines(tmp_path / "p.jsonl")
+    assert after["3_c"]["info"]["boxes"] and "error" not in after["3_c"]["info"]
+    assert list(before) == list(after) and all(before[name] == after[name] for name in ("1_a", "2_b"))
+
+
 def test_answers_of_other_settings_or_videos_are_refused(made: Path, whole: Path, tmp_path: Path, capsys) -> None:
     for file in whole.parent.iterdir():
         shutil.copy(file, tmp_path)
