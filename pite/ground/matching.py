@@ -25,24 +25,27 @@ _NUMBERS = {"no": 0, "one": 1, "both": 2} | {
 _STARTS = frozenset(["a", "an", "some", "several", "many", "all", "my", "our", "your", *_POINTING, *_NEW, *_NUMBERS])
 _SHOWS = frozenset(["video", "image", "scene", "footage"])
 _MAY_SHOW = frozenset(["picture", "photo", "photograph", "frame", "clip"])
+"""Nouns for what shows the things, and those of them that name a thing as well."""
 _INTERROGATIVES = frozenset(["who", "whom", "whose", "what", "which", "where", "when", "why", "how"])
-_PLURALS = {
-    **{"people": "person", "men": "man", "women": "woman", "children": "child", "policemen": "policeman"},
-    **{"firemen": "fireman", "mice": "mouse", "geese": "goose", "feet": "foot", "teeth": "tooth", "tvs": "tv"},
-    **{"knives": "knife", "wives": "wife", "leaves": "leaf", "shelves": "shelf", "wolves": "wolf", "calves": "calf"},
-    **{"halves": "half", "loaves": "loaf", "scarves": "scarf", "thieves": "thief", "skis": "ski", "taxis": "taxi"},
-    **{"movies": "movie", "cookies": "cookie", "hoodies": "hoodie", "shoes": "shoe", "canoes": "canoe", "toes": "toe"},
-}
-_ENDINGS = {
-    **{"ouses": "ouse", "uses": "us", "sses": "ss", "shes": "sh", "ches": "ch", "xes": "x", "oes": "o", "ies": "y"},
-    **{"ss": "ss", "us": "us", "is": "is", "s": ""},
-}
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """The text a/b, c/d as {a: b, c: d}."""
+    return dict(pair.strip().split("/") for pair in text.replace("\n", ",").split(","))
+
+
+_PLURALS = _pairs(
+    """people/person, men/man, women/woman, children/child, policemen/policeman, firemen/fireman, mice/mouse, geese/goose
+    feet/foot, teeth/tooth, tvs/tv, knives/knife, wives/wife, leaves/leaf, shelves/shelf, wolves/wolf, calves/calf, halves/half
+    loaves/loaf, scarves/scarf, thieves/thief, skis/ski, taxis/taxi, movies/movie, cookies/cookie, hoodies/hoodie, shoes/shoe
+    canoes/canoe, toes/toe"""
+)
+_ENDINGS = _pairs("ouses/ouse, uses/us, sses/ss, shes/sh, ches/ch, xes/x, oes/o, ies/y, ss/ss, us/us, is/is, s/")
 """Endings of plurals, and of words that are none, to those of the singular; the first that fits counts."""
-_SYNONYMS = {
-    **{"bike": "bicycle", "motorbike": "motorcycle", "plane": "airplane", "aeroplane": "airplane", "sofa": "couch"},
-    **{"television": "tv", "cellphone": "cell phone", "smartphone": "cell phone", "fridge": "refrigerator"},
-    **{"doughnut": "donut", "dryer": "drier", "puppy": "dog", "kitten": "cat", "purse": "handbag", "mug": "cup"},
-}
+_SYNONYMS = _pairs(
+    """bike/bicycle, motorbike/motorcycle, plane/airplane, aeroplane/airplane, sofa/couch, television/tv, cellphone/cell phone
+    smartphone/cell phone, fridge/refrigerator, doughnut/donut, dryer/drier, puppy/dog, kitten/cat, purse/handbag, mug/cup"""
+)
 """Nouns of answers -> COCO's for the same things."""
 
 

@@ -27,7 +27,7 @@ def save_overlay(path: Path, video: Path, grounded: Grounded, check: Check = go_
     A mask is shown in the frame of its detection and up to the next one, moved with the box.
     """
     wanted = frames_every(grounded.times, grounded.span, 1 / _MOST_FPS)
-    start = grounded.times[grounded.span[0]]
+    start, before = grounded.times[grounded.span[0]], -1
     width = min(grounded.size[0], _WIDTH) // 2 * 2
     height = round(grounded.size[1] * width / grounded.size[0]) // 2 * 2
     boxes = [each.boxes() for each in grounded.objects]
@@ -39,7 +39,9 @@ def save_overlay(path: Path, video: Path, grounded: Grounded, check: Check = go_
         stream.options = {"crf": "20", "preset": "veryfast", "threads": "1"}
         for index, frame in checked_frames(video, wanted, check):
             picture = av.VideoFrame.from_image(_drawn(frame, index, grounded, boxes).resize((width, height)))
-            picture.pts, picture.time_base = round((grounded.times[index] - start) / _CLOCK), _CLOCK
+            # The times of a damaged file may be equal, and an encoder takes none twice.
+            before = max(before + 1, round((grounded.times[index] - start) / _CLOCK))
+            picture.pts, picture.time_base = before, _CLOCK
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
 

@@ -256,8 +256,10 @@ class Page:
         # Gradio sends what a generator gave last once more at its end.
         shown = nothing = gr.skip(), gr.skip()
         try:
-            visit.grounded = GroundedAnswer(self._ground, video, reply.text, Path(get_upload_folder()), check)
-            shown = gr.Button(_FIND, visible=False), visit.grounded.html()
+            found = GroundedAnswer(self._ground, video, reply.text, Path(get_upload_folder()), check)
+            visit.forget_grounded()
+            visit.grounded = found
+            shown = gr.Button(_FIND, visible=False), found.html()
         except _NotShown:
             pass
         except Exception as error:

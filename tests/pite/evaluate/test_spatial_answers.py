@@ -16,6 +16,7 @@ from dataloaders.annotation.steps import Phrase
 from pite.chat.session import Model
 from pite.evaluate.__main__ import main
 from pite.evaluate.spatial import answering
+from pite.evaluate.spatial.truth import Tube
 from pite.ground.grounding import Footage, Grounder
 from tests.commands import status_of
 from tests.held_out import CHANNELS, save_clip, save_model
@@ -137,6 +138,18 @@ def test_a_fault_of_the_machine_is_no_answer(made: Path, whole: Path, tmp_path: 
     assert (tmp_path / "p.jsonl").read_text() == ""
     assert run(made, tmp_path / "p.jsonl") == 0
     assert (tmp_path / "p.jsonl").read_bytes() == whole.read_bytes()
+
+
+def test_a_videos_packets_are_read_once_for_its_questions(made: Path, monkeypatch) -> None:
+    read, of = [], Footage.of
+    monkeypatch.setattr(answering.Footage, "of", lambda path: read.append(path.name) or of(path))
+    model = Model(made / "model", f"{made}/clip", "cpu", 1)
+    answerer = answering.Answerer(model, Grounder(lambda text: [], Colours()))
+    for name, span in (("0/1_a", (0, 5)), ("0/1_a", (5, 9)), ("2_b", (0, 5)), ("2_b", (20, 25))):
+        tube = Tube(name, 0, "Who moves?", (128, 96), 10, span, {})
+        line = answerer(tube, made / "videos" / f"{name}.mp4")
+    assert read == ["1_a.mp4", "2_b.mp4"]
+    assert line.info["error"] == "2_b.mp4: has 20 frames, and the question is about frames 20 to 24"
 
 
 def test_a_question_that_failed_is_answered_again(made: Path, whole: Path, tmp_path: Path, monkeypatch) -> None:

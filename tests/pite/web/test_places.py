@@ -64,6 +64,12 @@ def test_what_is_found_is_shown(visit: Visit, uploads: Path) -> None:
     assert not folder.exists()
 
 
+def test_a_second_click_replaces_the_files(visit: Visit, uploads: Path) -> None:
+    clicks = [places(visit, go_on) for _ in range(2)]
+    assert all(shown for click in clicks for shown in click)
+    assert len(list(uploads.iterdir())) == 1
+
+
 @pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), ValueError("a.mp4: ends")])
 def test_any_fault_leaves_the_button_and_a_notice(visit: Visit, uploads: Path, caplog, error: Exception) -> None:
     def fail() -> None:
