@@ -22,9 +22,9 @@ import numpy as np
 
 from bench.annotation.labels import Walker, check_clip, read_walkers
 from dataloaders.annotation.boxes import box_ious
+from dataloaders.annotation.tracking import frames_until
 from pite.ground.detectors import CocoThings, People
 from pite.ground.flags import THRESHOLD
-from pite.ground.grounding import frames_of
 from pite.ground.matching import match_words
 from pite.ground.objects import Detector, Object, join
 
@@ -38,7 +38,7 @@ def find(detector: Detector, clip: Path, span: tuple[int, int], phrase: str) -> 
     if tag is None:
         return []
     wanted = set(range(*span, STEP))
-    return join((index, detector(frame, [tag])) for index, frame in frames_of(clip, wanted))
+    return join((index, detector(frame, [tag])) for index, frame in frames_until(clip, wanted))
 
 
 def overlap(objects: Sequence[Object], walker: Walker) -> float:

@@ -7,7 +7,7 @@ which PiTe used, or CoTracker) are separate code bases. To use their tracks, wri
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ def opencv() -> Any:
         raise ValueError("tracking needs OpenCV: pip install opencv-contrib-python-headless") from None
     cv2.setNumThreads(1)
     return cv2
+
+
+Check = Callable[[], None]
+"""Called before each frame that is looked at; what it raises ends the work."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,19 @@ def count_frames(path: Path, clip: tuple[float, float] | None = None) -> tuple[i
     return 0, total
 
 
-def frames_until(path: Path, wanted: Collection[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """The frames `wanted`, with their indices. Raises DecodeError for a file that ends before the last of them."""
+def go_on() -> None:
+    """The check of work that nothing ends."""
+
+
+def frames_until(path: Path, wanted: Collection[int], check: Check = go_on) -> Iterator[tuple[int, np.ndarray]]:
+    """The frames `wanted`, with their indices.
+
+    Raises DecodeError for a file that ends before the last of them, and what `check` raises.
+    """
     last = max(wanted, default=-1)
     for index, frame in enumerate(iter_frames(path, wanted) if wanted else ()):
         if frame is not None:
+            check()
             yield index, frame
         if index == last:
             return

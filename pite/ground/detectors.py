@@ -10,7 +10,7 @@ import numpy as np
 from dataloaders.annotation.choices import open_detector
 from dataloaders.annotation.people import PeopleDetector, names_person
 from dataloaders.annotation.steps import encode_mask
-from pite.ground.matching import head, plain
+from pite.ground.matching import match_words, plain
 from pite.ground.objects import Detection
 
 PERSON = "person"
@@ -66,9 +66,8 @@ class CocoThings:
         self._ssd, self._numbers, self._threshold = CocoSsd(folder, device), NUMBERS, threshold
 
     def tags(self, phrases: Sequence[str]) -> list[str]:
-        heads = {head(phrase) for phrase in phrases}
-        people = any(names_person(phrase) for phrase in phrases)
-        return [name for name in self._numbers if head(name) in heads or (name == PERSON and people)]
+        matched = match_words(phrases, [*self._numbers])
+        return [name for name in self._numbers if name in matched]
 
     def __call__(self, image: np.ndarray, tags: Sequence[str]) -> list[Detection]:
         boxes, scores = self._ssd(image)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,11 @@ import numpy as np
 
 from dataloaders.annotation.appearance import object_pixels
 from dataloaders.annotation.steps import Phrase, encode_mask
-from dataloaders.annotation.tracking import count_frames, opencv
+from dataloaders.annotation.tracking import Check, count_frames, frames_until, go_on, opencv
 from dataloaders.annotation.video_masks import VideoTracker
-from dataloaders.decode.readable import DecodeError
-from dataloaders.decode.video import iter_frames, probe
+from dataloaders.decode.video import probe
 from pite.ground.carrying import carry
-from pite.ground.matching import assign, match_words, mentions
+from pite.ground.matching import assign, match_words, mentions, names_picture
 from pite.ground.objects import Detection, Detector, Object, join, same_things
 
 Parser = Callable[[str], list[Phrase]]
@@ -24,12 +23,12 @@ _ROUNDING = 1e-6
 """Seconds by which the time of a frame may be rounded."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grounded:
     """A text and the objects of its phrases in a video.
 
     size     width and height of the frames
-    fps      frames per second; 10 for a file without times
+    times    (n,) seconds at which each frame of the file is shown; ten frames a second for a file without times
     span     first frame looked at, and the frame after the last
     phrases  the noun phrases, each with the numbers of its objects
     objects  all objects that a phrase has, with their masks in the frames of their detections
@@ -37,18 +36,22 @@ class Grounded:
 
     text: str
     size: tuple[int, int]
-    fps: float
+    times: np.ndarray
     span: tuple[int, int]
     phrases: tuple[tuple[Phrase, tuple[int, ...]], ...]
     objects: tuple[Object, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: boxes in pixels, right and bottom edges outside; masks in COCO's uncompressed run lengths."""
+        """For JSON: boxes in pixels, right and bottom edges outside; masks in COCO's uncompressed run lengths.
+
+        `fps` is the mean, and `times` are those of the frames in `frames`, the first and the one after the last.
+        """
         return {
             "answer": self.text,
             "size": list(self.size),
-            "fps": round(self.fps, 3),
+            "fps": round(_rate(self.times), 3),
             "frames": list(self.span),
+            "times": np.round(self.times[slice(*self.span)], 3).tolist(),
             "phrases": [{"phrase": p.text, "start": p.start, "objects": list(o)} for p, o in self.phrases],
             "objects": [
                 {
@@ -75,11 +78,11 @@ class Footage:
     @staticmethod
     def of(path: Path) -> Footage:
         """Read a file; one without times has 10 frames per second. Raises DecodeError."""
-        _, total = count_frames(path)
-        packets = probe(path).packets
-        known = len(packets.times) == total
-        times, end = (packets.times, packets.end) if known else (np.arange(total) / 10.0, total / 10.0)
-        _, frame = next(frames_of(path, {0}))
+        found = probe(path)
+        total = found.total if found.regular else count_frames(path)[1]
+        known = len(found.packets.times) == total
+        times, end = (found.packets.times, found.packets.end) if known else (np.arange(total) / 10.0, total / 10.0)
+        _, frame = next(frames_until(path, {0}))
         return Footage(path, (frame.shape[1], frame.shape[0]), times, end)
 
     def between(self, seconds: tuple[float, float] | None) -> tuple[int, int]:
@@ -118,25 +121,28 @@ class Grounder:
     every: float = 0.4
     tracker: VideoTracker | None = None
 
-    def __call__(self, video: Path, text: str, seconds: tuple[float, float] | None = None) -> Grounded:
+    def __call__(
+        self, video: Path, text: str, seconds: tuple[float, float] | None = None, check: Check = go_on
+    ) -> Grounded:
         """Ground a text in a video, or in the part between two times, with a mask for each detection.
 
         Raises DecodeError, and ValueError where no frame is between the times.
         """
         footage = Footage.of(video)
-        found = self.find(footage, text, footage.between(seconds))
-        return replace(found, objects=tuple(_masked(video, found.objects)))
+        found = self.find(footage, text, footage.between(seconds), check)
+        return replace(found, objects=tuple(_masked(video, found.objects, check)))
 
-    def find(self, footage: Footage, text: str, span: tuple[int, int]) -> Grounded:
+    def find(self, footage: Footage, text: str, span: tuple[int, int], check: Check = go_on) -> Grounded:
         """Ground a text in the frames of `span`, with the masks that the detector gives. Raises DecodeError."""
-        phrases = self.parser(text)
+        phrases = [phrase for phrase in self.parser(text) if not names_picture(phrase)]
         things = mentions(phrases)
         names = [thing[0].text for thing in things]
         matched = match_words(names, tags := self.detector.tags(names))
         wanted = [tag for tag in tags if tag in matched]
-        looked_at = _every(footage.times, span, self.every)
-        found = join(self._detections(footage.path, looked_at, wanted)) if wanted else []
-        found, places = self._assigned(footage.path, names, matched, found, sorted(looked_at))
+        looked_at = frames_every(footage.times, span, self.every)
+        frames = frames_until(footage.path, looked_at if wanted else set(), check)
+        found = join((index, self.detector(frame, wanted)) for index, frame in frames)
+        found, places = self._assigned(footage.path, names, matched, found, sorted(looked_at), check)
         shown = list(dict.fromkeys(place for own in places for place in own))
         of_phrase: dict[Phrase, list[int]] = {phrase: [] for phrase in phrases}
         for thing, own in zip(things, places):
@@ -144,11 +150,17 @@ class Grounder:
                 of_phrase[phrase] += [shown.index(place) for place in own]
         objects = tuple(found[place] for place in shown)
         return Grounded(
-            text, footage.size, _rate(footage.times), span, tuple((p, tuple(of_phrase[p])) for p in phrases), objects
+            text, footage.size, footage.times, span, tuple((p, tuple(of_phrase[p])) for p in phrases), objects
         )
 
     def _assigned(
-        self, video: Path, names: Sequence[str], tags: Sequence[str | None], found: list[Object], frames: Sequence[int]
+        self,
+        video: Path,
+        names: Sequence[str],
+        tags: Sequence[str | None],
+        found: list[Object],
+        frames: Sequence[int],
+        check: Check,
     ) -> tuple[list[Object], list[list[int]]]:
         """The objects, with those that a name has carried on by the tracker, and the numbers of each name's objects."""
         while True:
@@ -156,21 +168,17 @@ class Grounder:
             new = [each for i, each in enumerate(found) if each.hidden is None and any(i in own for own in places)]
             if self.tracker is None or not new:
                 return found, places
-            chosen = _masked(video, new, 1)
+            chosen = _masked(video, new, check, 1)
             # What was two objects may be one afterwards, and another takes its place.
             rest = [each for each in found if each not in new]
-            found = carry(self.tracker, video, [*rest, *chosen], chosen, frames)
-
-    def _detections(self, video: Path, frames: set[int], tags: Sequence[str]) -> Iterator[tuple[int, list[Detection]]]:
-        for index, frame in frames_of(video, frames):
-            yield index, self.detector(frame, tags)
+            found = carry(self.tracker, video, [*rest, *chosen], chosen, frames, check)
 
 
-def _masked(video: Path, objects: Sequence[Object], first: int | None = None) -> list[Object]:
+def _masked(video: Path, objects: Sequence[Object], check: Check, first: int | None = None) -> list[Object]:
     """The objects with a mask of each detection, or of the `first` ones: the detector's, or what GrabCut finds in its box."""
     without = [{f for f, d in [*each.found.items()][:first] if d.mask is None} for each in objects]
     made = [replace(each, found=dict(each.found)) for each in objects]
-    for index, frame in frames_of(video, set().union(*without)):
+    for index, frame in frames_until(video, set().union(*without), check):
         for each, own in zip(made, without):
             if index in own:
                 each.found[index] = _with_mask(frame, each.found[index])
@@ -185,7 +193,7 @@ def _with_mask(frame: np.ndarray, found: Detection) -> Detection:
     return Detection(found.tag, found.box, found.score, mask)
 
 
-def _every(times: np.ndarray, span: tuple[int, int], step: float) -> set[int]:
+def frames_every(times: np.ndarray, span: tuple[int, int], step: float) -> set[int]:
     """The frames shown at or after each `step` seconds of a span, beginning with its first, and its last."""
     own = times[slice(*span)]
     moments = np.arange(own[0], own[-1] + _ROUNDING / 2, max(step, 0.001))
@@ -195,15 +203,3 @@ def _every(times: np.ndarray, span: tuple[int, int], step: float) -> set[int]:
 def _rate(times: np.ndarray) -> float:
     """Frames per second on average; 10 for a single frame."""
     return float((len(times) - 1) / (times[-1] - times[0])) if times[-1] > times[0] else 10.0
-
-
-def frames_of(video: Path, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """The frames `wanted` of a video with their indices. Raises DecodeError where the file ends before."""
-    last = max(wanted, default=-1)
-    for index, frame in enumerate(iter_frames(video, wanted) if wanted else ()):
-        if frame is not None:
-            yield index, frame
-        if index == last:
-            return
-    if wanted:
-        raise DecodeError(f"{video}: ends before frame {last}, which its packets promise")

@@ -23,7 +23,30 @@ _NUMBERS = {"no": 0, "one": 1, "both": 2} | {
     for number, word in enumerate(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 2)
 }
 _STARTS = frozenset(["a", "an", "some", "several", "many", "all", "my", "our", "your", *_POINTING, *_NEW, *_NUMBERS])
-_PLURALS = {"people": "person", "men": "man", "women": "woman", "children": "child", "ladies": "lady"}
+_SHOWS = frozenset(["video", "image", "scene", "footage"])
+_MAY_SHOW = frozenset(["picture", "photo", "photograph", "frame", "clip"])
+"""Nouns for what shows the things, and those of them that name a thing as well."""
+_INTERROGATIVES = frozenset(["who", "whom", "whose", "what", "which", "where", "when", "why", "how"])
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """The text a/b, c/d as {a: b, c: d}."""
+    return dict(pair.strip().split("/") for pair in text.replace("\n", ",").split(","))
+
+
+_PLURALS = _pairs(
+    """people/person, men/man, women/woman, children/child, policemen/policeman, firemen/fireman, mice/mouse, geese/goose
+    feet/foot, teeth/tooth, tvs/tv, knives/knife, wives/wife, leaves/leaf, shelves/shelf, wolves/wolf, calves/calf, halves/half
+    loaves/loaf, scarves/scarf, thieves/thief, skis/ski, taxis/taxi, movies/movie, cookies/cookie, hoodies/hoodie, shoes/shoe
+    canoes/canoe, toes/toe"""
+)
+_ENDINGS = _pairs("ouses/ouse, uses/us, sses/ss, shes/sh, ches/ch, xes/x, oes/o, ies/y, ss/ss, us/us, is/is, s/")
+"""Endings of plurals, and of words that are none, to those of the singular; the first that fits counts."""
+_SYNONYMS = _pairs(
+    """bike/bicycle, motorbike/motorcycle, plane/airplane, aeroplane/airplane, sofa/couch, television/tv, cellphone/cell phone
+    smartphone/cell phone, fridge/refrigerator, doughnut/donut, dryer/drier, puppy/dog, kitten/cat, purse/handbag, mug/cup"""
+)
+"""Nouns of answers -> COCO's for the same things."""
 
 
 def _words(phrase: str) -> tuple[list[str], list[str]]:
@@ -40,17 +63,36 @@ def plain(phrase: str) -> str:
     return " ".join(_words(phrase)[1])
 
 
-def head(phrase: str) -> str:
-    """The last word of a phrase, in the singular."""
-    word = plain(phrase).rpartition(" ")[2]
+def _singular(word: str) -> str:
     if word in _PLURALS:
         return _PLURALS[word]
-    return word[:-1] if is_plural(phrase) else word
+    if len(word) <= 3:
+        return word
+    if len(word) == 4 and word.endswith("ies"):
+        return word[:-1]
+    end = next((end for end in _ENDINGS if word.endswith(end)), "")
+    return word.removesuffix(end) + _ENDINGS.get(end, "")
+
+
+def head(phrase: str) -> str:
+    """The last word of a phrase, in the singular."""
+    return _singular(plain(phrase).rpartition(" ")[2])
 
 
 def is_plural(phrase: str) -> bool:
-    word = plain(phrase).rpartition(" ")[2]
-    return word in _PLURALS or (len(word) > 3 and word.endswith("s") and not word.endswith("ss"))
+    return head(phrase) != plain(phrase).rpartition(" ")[2]
+
+
+def names_picture(phrase: Phrase) -> bool:
+    """Whether a phrase names what shows the things, as in "This video shows a dog" and "A picture of a dog".
+
+    "He hangs a picture" and "the hair clip" name things.
+    """
+    if head(phrase.text) in _SHOWS:
+        return True
+    starts, words = _words(phrase.text)
+    opens = phrase.start == 0 or not _POINTING.isdisjoint(starts)
+    return opens and {_singular(word) for word in words} <= _SHOWS | _MAY_SHOW
 
 
 def number(phrase: str) -> int | None:
@@ -105,24 +147,50 @@ def _may_be(phrase: str, earlier: Sequence[str]) -> bool:
     return head(phrase) == head(earlier[0]) and (known <= own or known >= own)
 
 
-def answering(question: str, phrases: Sequence[Phrase]) -> Phrase | None:
-    """The phrase that answers a question: the first whose noun is not in the question, else the first.
+def answering(question: str, phrases: Sequence[tuple[Phrase, Sequence[int]]]) -> Phrase | None:
+    """The phrase that answers a question.
 
-    To "What does the adult hold?", "The adult holds a ball." has the answer "a ball".
+    phrases  each with the numbers of its objects
+    To "What does the adult hold?", "The adult holds a ball." has the answer "a ball": phrases whose noun is in the question
+    are left out, where others remain. Of a text that is no question, such as a caption, all nouns may be in the answer.
+    The first phrase that has an object counts, or without one the first.
     """
-    known = {head(word) for word in re.findall(r"[\w-]+", question)}
-    return next((phrase for phrase in phrases if head(phrase.text) not in known), next(iter(phrases), None))
+    words = re.findall(r"[\w-]+", question.lower())
+    is_question = "?" in question or not _INTERROGATIVES.isdisjoint(words[:1])
+    known = {head(word) for word in words} if is_question else set()
+    chosen = [each for each in phrases if head(each[0].text) not in known] or phrases
+    return next((phrase for phrase, own in chosen if own), chosen[0][0] if chosen else None)
 
 
 def match_words(phrases: Sequence[str], tags: Sequence[str]) -> list[str | None]:
-    """The tag of each phrase, if it has one: the phrase itself, its last word, or "person" for a word for one."""
-    found: list[str | None] = []
-    for phrase in phrases:
-        same = [tag for tag in tags if tag == plain(phrase)]
-        same += [tag for tag in tags if head(tag) == head(phrase)]
-        same += [tag for tag in tags if tag == "person" and names_person(phrase)]
-        found.append(same[0] if same else None)
-    return found
+    """The tag of each phrase, if it has one.
+
+    It is the phrase itself; else the longest tag that the phrase ends with ("a big hot dog" is a hot dog, and no dog); else
+    one with the same noun ("the racket" is a tennis racket); else "person" for a word for one. Singular and plural are
+    the same, and so are a few synonyms ("a bike" is a bicycle).
+    """
+    same = {_canonical(tag): tag for tag in reversed(tags)}
+    nouns = {canonical.rpartition(" ")[2]: tag for canonical, tag in same.items()}
+    return [_tag(phrase, tags, same, nouns) for phrase in phrases]
+
+
+def _tag(phrase: str, tags: Sequence[str], same: Mapping[str, str], nouns: Mapping[str, str]) -> str | None:
+    if plain(phrase) in tags:
+        return plain(phrase)
+    words = _canonical(phrase).split()
+    for start in range(len(words)):
+        if (tag := same.get(" ".join(words[start:]))) is not None:
+            return tag
+    if words and words[-1] in nouns:
+        return nouns[words[-1]]
+    return "person" if "person" in tags and names_person(phrase) else None
+
+
+def _canonical(phrase: str) -> str:
+    """The words of a phrase with the last one in the singular, and as COCO names it."""
+    *others, _ = plain(phrase).split() or [""]
+    noun = head(phrase)
+    return " ".join([*others, _SYNONYMS.get(noun, noun)])
 
 
 def assign(

@@ -22,10 +22,10 @@ def open_grounder(flags: GrounderFlags) -> Grounder:
         raise ValueError(f"noun phrases need spaCy or --stanza: {INSTALL}")
     parser = StanzaPhrases(flags.stanza, device) if flags.stanza else SpacyPhrases()
     tracker = None if flags.tracker is None else open_tracker(flags.tracker, device)
-    return Grounder(parser, open_detector(flags, device), flags.every, tracker)
+    return Grounder(parser, detector_of(flags, device), flags.every, tracker)
 
 
-def open_detector(flags: GrounderFlags, device: str) -> Detector:
+def detector_of(flags: GrounderFlags, device: str) -> Detector:
     """What the files in the folder of --detector are, or OpenCV's people detector. Raises ValueError as `open_grounder`."""
     if flags.detector is None:
         return People()

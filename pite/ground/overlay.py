@@ -10,33 +10,40 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dataloaders.annotation.steps import decode_mask
+from dataloaders.annotation.tracking import Check, frames_until, go_on
 from dataloaders.files import file_written_atomically
 from pite.draw import COLORS
-from pite.ground.grounding import Grounded, frames_of
+from pite.ground.grounding import Grounded, frames_every
 
-_MOST_FPS, _WIDTH = 10.0, 960
+_MOST_FPS, _WIDTH = 10, 960
 """Frames per second, and largest width, of the drawing."""
+_CLOCK = Fraction(1, 90_000)
+"""Unit of the drawing's times, in seconds."""
 _TINT = 0.45
 
 
-def save_overlay(path: Path, video: Path, grounded: Grounded) -> None:
-    """Write an H.264 MP4 of the frames looked at, atomically. Raises DecodeError.
+def save_overlay(path: Path, video: Path, grounded: Grounded, check: Check = go_on) -> None:
+    """Write an H.264 MP4 of the span, with the frames' own times from its first on, atomically. Raises DecodeError.
 
     A mask is shown in the frame of its detection and up to the next one, moved with the box.
     """
-    step = max(1, round(grounded.fps / _MOST_FPS))
-    wanted = set(range(*grounded.span, step))
+    wanted = frames_every(grounded.times, grounded.span, 1 / _MOST_FPS)
+    start, before = grounded.times[grounded.span[0]], -1
     width = min(grounded.size[0], _WIDTH) // 2 * 2
     height = round(grounded.size[1] * width / grounded.size[0]) // 2 * 2
     boxes = [each.boxes() for each in grounded.objects]
     with file_written_atomically(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(grounded.fps / step).limit_denominator(1000))
+        stream = container.add_stream("libx264", rate=_MOST_FPS)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.time_base = _CLOCK
         # With several threads the file would depend on their number.
         stream.options = {"crf": "20", "preset": "veryfast", "threads": "1"}
-        for index, frame in frames_of(video, wanted):
-            picture = _drawn(frame, index, grounded, boxes).resize((width, height))
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        for index, frame in frames_until(video, wanted, check):
+            picture = av.VideoFrame.from_image(_drawn(frame, index, grounded, boxes).resize((width, height)))
+            # The times of a damaged file may be equal, and an encoder takes none twice.
+            before = max(before + 1, round((grounded.times[index] - start) / _CLOCK))
+            picture.pts, picture.time_base = before, _CLOCK
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
 

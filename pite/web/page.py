@@ -6,6 +6,7 @@ of a video, except that of its own upload, which Gradio checks.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from pite.web.examples import MOST, QUESTIONS, Example, thumbnail
 from pite.web.grounded import Ground, GroundedAnswer
 from pite.web.scene import heading, notice, player, scene
 from pite.web.upload import RefusedVideo, accept
+
+log = logging.getLogger(__name__)
 
 _BUTTONS = 3
 _FIND = "Find what the answer names in the video"
@@ -48,7 +51,10 @@ class Chat(Protocol):
 
 @dataclass
 class Visit:
-    """One visitor's conversation: the video, the last answer while it is shown, and where what it names is."""
+    """One visitor's conversation: the video, the last answer while it is shown, and where what it names is.
+
+    A visitor who is gone has no answer, so that one which is still grounded is dropped like that of an earlier question.
+    """
 
     chat: Chat
     video: Path | None = None
@@ -60,6 +66,15 @@ class Visit:
         if self.grounded is not None:
             self.grounded.remove()
             self.grounded = None
+
+    def end(self) -> None:
+        """The visitor is gone: remove the files, and those of an answer that is still grounded."""
+        self.reply = None
+        self.forget_grounded()
+
+
+class _NotShown(Exception):
+    """The answer that is grounded is not shown any more."""
 
 
 def upload_box() -> gr.File:
@@ -107,7 +122,7 @@ class Page:
         with gr.Blocks(
             title="PiTe", analytics_enabled=False, delete_cache=(_FORGOTTEN_AFTER, _FORGOTTEN_AFTER), fill_width=True
         ) as blocks:
-            self._visit = gr.State(None, time_to_live=_FORGOTTEN_AFTER, delete_callback=_forget_files)
+            self._visit = gr.State(None, time_to_live=_FORGOTTEN_AFTER, delete_callback=_end)
             gr.HTML(heading(self._title))
             with gr.Row(equal_height=False):
                 with gr.Column(scale=7):
@@ -227,26 +242,32 @@ class Page:
         return [gr.Button(_FIND, visible=can_find, interactive=True), ""]
 
     def _show_places(self, visit: Visit | None) -> Iterator[tuple[Any, ...]]:
-        """Find what the last answer names. A result for an answer that is not shown any more is dropped."""
+        """Find what the last answer names. The work for an answer that is not shown any more ends, or its result is dropped."""
         visit = self._visitor(visit)
-        reply, video, found = visit.reply, visit.video, None
+        reply, video = visit.reply, visit.video
         if self._ground is None or reply is None or video is None:
             return
         yield gr.Button(_FIND, interactive=False), notice("Looking for the things that the answer names ...")
+
+        def check() -> None:
+            if visit.reply is not reply:
+                raise _NotShown
+
+        # Gradio sends what a generator gave last once more at its end.
+        shown = nothing = gr.skip(), gr.skip()
         try:
-            found = GroundedAnswer(self._ground, video, reply.text, Path(get_upload_folder()))
-            shown = gr.Button(_FIND, visible=False), found.html()
-        except ValueError as error:
-            why = sentence(error).replace(str(video), video.name)
-            shown = gr.Button(_FIND, interactive=True), notice(f"{why[:1].upper()}{why[1:]}.", "error")
-        if visit.reply is reply:
+            found = GroundedAnswer(self._ground, video, reply.text, Path(get_upload_folder()), check)
+            visit.forget_grounded()
             visit.grounded = found
-            yield shown
-        else:
-            if found is not None:
-                found.remove()
-            # Gradio sends what a generator gave last once more at its end.
-            yield gr.skip(), gr.skip()
+            shown = gr.Button(_FIND, visible=False), found.html()
+        except _NotShown:
+            pass
+        except Exception as error:
+            shown = gr.Button(_FIND, interactive=True), _reason(error, video)
+        if visit.reply is not reply:
+            visit.forget_grounded()
+            shown = nothing
+        yield shown
 
     def _receive(self, visit: Visit | None, file: str | None) -> list[Any]:
         """A visitor's upload; one that cannot be used changes nothing but the notice."""
@@ -272,18 +293,26 @@ class Page:
             for piece in visit.chat.stream(visit.video, question, **self._options):
                 text += piece
                 yield visit, gr.skip(), [*talk, _message("assistant", text)], "", gr.skip(), *same
-        except ValueError as error:
-            why = sentence(error).replace(str(visit.video), visit.video.name)
-            yield visit, gr.skip(), history, notice(f"{why[:1].upper()}{why[1:]}.", "error"), question, *same
+        except Exception as error:
+            yield visit, gr.skip(), history, _reason(error, visit.video), question, *same
             return
         places = self._no_places(visit, visit.chat.last)
         text = text or "(no answer)"
         yield visit, scene(visit.chat.last), [*talk, _message("assistant", text)], "", gr.skip(), *places
 
 
-def _forget_files(visit: Visit | None) -> None:
+def _end(visit: Visit | None) -> None:
     if visit is not None:
-        visit.forget_grounded()
+        visit.end()
+
+
+def _reason(error: Exception, video: Path) -> str:
+    """A notice of an error without the video's path on the server. What is no ValueError is no sentence for users: it is logged."""
+    why = sentence(error).replace(str(video), video.name)
+    if not isinstance(error, ValueError):
+        log.error("%s", video.name, exc_info=error)
+        why = "this failed; the server's log has the reason"
+    return notice(f"{why[:1].upper()}{why[1:]}.", "error")
 
 
 def _message(role: str, text: str) -> dict[str, str]:

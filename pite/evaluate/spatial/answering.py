@@ -1,8 +1,8 @@
 """Boxes of a model's answers to a benchmark's questions: the answer, its phrase, and the object of that phrase.
 
 The model sees the frames of the interval that a question is about, and the answer is grounded in them, as in the published
-evaluation of PG-Video-LLaVA. That one lets a language model cut one phrase out of the answer; here it is the first noun
-phrase with a noun that is not in the question.
+evaluation of PG-Video-LLaVA. That one lets a language model cut one phrase out of the answer; here it is that of
+`pite.ground.matching.answering`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dataloaders.decode.readable import DecodeError
 from dataloaders.errors import sentence
 from dataloaders.formats.fields import VIDEO_SUFFIXES
 from dataloaders.ranks import Ranks
@@ -43,13 +44,16 @@ def answer_questions(flags: SpatialFlags, tubes: Sequence[Tube], ranks: Ranks) -
     """Answer the questions that the file of --predictions does not hold yet; it is in their order when all are there.
 
     A question fails whose video cannot be decoded, or whose answer names nothing that is found: its line has no box, and in
-    the first case an `error`. Raises ValueError for videos that are not there, and for a file of other answers.
+    the first case an `error`, with which it counts as not answered the next time. Raises ValueError for videos that are not
+    there, for a file of other answers, and for whatever else keeps a question from being answered.
     """
     assert flags.model is not None and flags.videos is not None, "SpatialFlags requires both"
     files = find_videos(flags.videos, {tube.video for tube in tubes}, flags.skip_missing)
     of_number = {tube.query_id: tube for tube in tubes if tube.video in files}
     questions = [_question(tube) for tube in of_number.values()]
-    answers = AnswerLog(flags.predictions, TASK, _settings(flags, tubes), ranks, flags.overwrite)
+    # The first process compares the settings: the others need not read the models for their checksums.
+    settings = {} if ranks.rank else _settings(flags, tubes)
+    answers = AnswerLog(flags.predictions, TASK, settings, ranks, flags.overwrite)
     for prediction in answers.answers.values():
         _check_same_video(prediction, files)
     todo = [each for each in share_of(questions, ranks.rank, ranks.size) if each.key not in answers.answers]
@@ -62,34 +66,40 @@ def answer_questions(flags: SpatialFlags, tubes: Sequence[Tube], ranks: Ranks) -
 
 
 class Answerer:
-    """Answers questions. Nothing of one question is kept for the next, but the last video's features."""
+    """Answers questions. Nothing of one question is kept for the next, but the last video's features and times."""
 
     def __init__(self, model: Model, grounder: Grounder) -> None:
         self._model, self._grounder = model, grounder
+        self._last: Footage | None = None
 
     def __call__(self, tube: Tube, video: Path) -> Prediction:
-        """The line of a question: one box in each frame that has one."""
+        """The line of a question: one box in each frame that has one, or the error of a video that cannot be decoded."""
         known = {"bytes": video.stat().st_size}
         try:
-            footage = Footage.of(video)
+            footage = self._footage(video)
             span = tube.span[0], min(tube.span[1], len(footage.times))
             if span[0] >= span[1]:
-                raise ValueError(
+                raise DecodeError(
                     f"{video}: has {len(footage.times):,} frames, and the question is about frames {tube.span[0]:,} to "
                     f"{tube.span[1] - 1:,}"
                 )
             features = self._model.videos.get(video, footage.seconds(span)).features
             (answer,) = self._model.generator.answer([tube.question], [features], max_new_tokens=MAX_NEW_TOKENS)
             grounded = self._grounder.find(footage, answer.text, span)
-        except ValueError as error:
+        except DecodeError as error:
             why = sentence(error).replace(str(video), video.name)
             return Prediction.of(_question(tube), "", **known, size=tube.size, boxes={}, error=why)
-        phrase = answering(tube.question, [each for each, _ in grounded.phrases])
+        phrase = answering(tube.question, grounded.phrases)
         own = dict(grounded.phrases)[phrase] if phrase is not None else ()
         boxes = grounded.objects[own[0]].boxes() if own else {}
         listed = {str(frame): [np.round(box, 1).tolist()] for frame, box in boxes.items()}
         name = None if phrase is None else phrase.text
         return Prediction.of(_question(tube), answer.text, **known, size=footage.size, phrase=name, boxes=listed)
+
+    def _footage(self, video: Path) -> Footage:
+        if self._last is None or self._last.path != video:
+            self._last = Footage.of(video)
+        return self._last
 
 
 def find_videos(folder: Path, names: set[str], skip_missing: bool = False) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from dataloaders.annotation.steps import Phrase
 from pite.chat.session import Model
 from pite.evaluate.__main__ import main
 from pite.evaluate.spatial import answering
+from pite.evaluate.spatial.truth import Tube
 from pite.ground.grounding import Footage, Grounder
 from tests.commands import status_of
 from tests.held_out import CHANNELS, save_clip, save_model
@@ -41,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="module")
 def grounder() -> Iterator[None]:
     """Random weights name nothing, so the phrases do not depend on the answer, which is short."""
-    phrases = [Phrase("a red square", 0), Phrase("a green square", 20)]
+    phrases = [Phrase("The image", 0), Phrase("a red square", 20)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answering, "MAX_NEW_TOKENS", 4)
         patch.setattr(answering, "open_grounder", lambda flags: Grounder(lambda text: phrases, Colours()))
@@ -124,6 +125,45 @@ def test_a_killed_run_is_continued_to_the_same_file(
     assert (tmp_path / "p.jsonl").read_bytes() == whole.read_bytes()
     printed = capsys.readouterr().out
     assert "over 3 questions; 2 without a box" in printed and "1 of them failed, such as 3_c: 3_c.mp4" in printed
+
+
+def test_a_fault_of_the_machine_is_no_answer(made: Path, whole: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def missing(self: Colours, *rest: Any) -> Any:
+        raise ValueError("install OpenCV's people detector")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Colours, "__call__", missing)
+        assert run(made, tmp_path / "p.jsonl") == 1
+    assert "install OpenCV's people detector" in capsys.readouterr().err
+    assert (tmp_path / "p.jsonl").read_text() == ""
+    assert run(made, tmp_path / "p.jsonl") == 0
+    assert (tmp_path / "p.jsonl").read_bytes() == whole.read_bytes()
+
+
+def test_a_videos_packets_are_read_once_for_its_questions(made: Path, monkeypatch) -> None:
+    read, of = [], Footage.of
+    monkeypatch.setattr(answering.Footage, "of", lambda path: read.append(path.name) or of(path))
+    model = Model(made / "model", f"{made}/clip", "cpu", 1)
+    answerer = answering.Answerer(model, Grounder(lambda text: [], Colours()))
+    for name, span in (("0/1_a", (0, 5)), ("0/1_a", (5, 9)), ("2_b", (0, 5)), ("2_b", (20, 25))):
+        tube = Tube(name, 0, "Who moves?", (128, 96), 10, span, {})
+        line = answerer(tube, made / "videos" / f"{name}.mp4")
+    assert read == ["1_a.mp4", "2_b.mp4"]
+    assert line.info["error"] == "2_b.mp4: has 20 frames, and the question is about frames 20 to 24"
+
+
+def test_a_question_that_failed_is_answered_again(made: Path, whole: Path, tmp_path: Path, monkeypatch) -> None:
+    for file in whole.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    shutil.copytree(made / "videos", tmp_path / "videos")
+    write_squares(tmp_path / "videos/3_c.mp4", "red")
+    answer, calls = answering.Answerer.__call__, []
+    monkeypatch.setattr(answering.Answerer, "__call__", lambda *rest: calls.append(rest) or answer(*rest))
+    assert run(made, tmp_path / "p.jsonl", "--videos", f"{tmp_path / 'videos'}") == 0
+    assert len(calls) == 1
+    before, after = lines(whole), lines(tmp_path / "p.jsonl")
+    assert after["3_c"]["info"]["boxes"] and "error" not in after["3_c"]["info"]
+    assert list(before) == list(after) and all(before[name] == after[name] for name in ("1_a", "2_b"))
 
 
 def test_answers_of_other_settings_or_videos_are_refused(made: Path, whole: Path, tmp_path: Path, capsys) -> None:

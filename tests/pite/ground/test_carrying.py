@@ -90,6 +90,19 @@ def test_only_what_a_phrase_has_is_carried(video: Path) -> None:
     assert len(Grounder(parse, Squares(), every=0.1, tracker=Counting())(video, "two squares").objects) == 2
 
 
+def test_a_check_ends_the_work_while_objects_are_carried(video: Path) -> None:
+    frames: list[None] = []
+
+    def check() -> None:
+        frames.append(None)
+        if len(frames) == 25:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        Grounder(parse, Colours(), every=0.1, tracker=ByColour())(video, "a red square", check=check)
+    assert len(frames) == 25, "20 are looked at by the detector"
+
+
 def test_boxes_of_a_hidden_object() -> None:
     found = {frame: Detection("dog", np.full(4, float(frame)), 0.5) for frame in (2, 4, 8, 10)}
     assert list(Object("dog", found).boxes()) == list(range(2, 11))

@@ -15,10 +15,11 @@ import pytest
 
 from dataloaders.annotation.boxes import box_ious
 from dataloaders.annotation.steps import Phrase, decode_mask
+from dataloaders.annotation.tracking import frames_until
 from pite.ground import command
 from pite.ground.__main__ import main
 from pite.ground.flags import GroundFlags
-from pite.ground.grounding import Grounder, frames_of
+from pite.ground.grounding import Grounder
 from pite.ground.matching import plain
 from pite.ground.objects import Detection, Object, join
 from pite.ground.overlay import _moved
@@ -162,7 +163,7 @@ def test_a_killed_run_is_continued_to_the_same_files(videos, tmp_path, monkeypat
     assert whole.keys() == {"a.json", "a.mp4", "b.json", "b.mp4"}
     assert {file.name: file.read_bytes() for file in (tmp_path / "cut").iterdir()} == whole
     assert json.loads(whole["a.json"])["phrases"][2] == {"phrase": "the red square", "start": 40, "objects": [0]}
-    assert sum(1 for _ in frames_of(tmp_path / "whole" / "a.mp4", set(range(20)))) == 20
+    assert sum(1 for _ in frames_until(tmp_path / "whole" / "a.mp4", set(range(20)))) == 20
     (tmp_path / "cut" / "a.mp4").unlink()
     assert run(tmp_path / "cut") == 0
     assert {file.name: file.read_bytes() for file in (tmp_path / "cut").iterdir()} == whole

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import pytest
 
+from dataloaders.annotation.phrases import INSTALL, SpacyPhrases, has_spacy
 from dataloaders.annotation.steps import Phrase
-from pite.ground.matching import MAX_OBJECTS, answering, assign, head, is_plural, match_words, mentions, number, plain
+from pite.ground.coco_ssd import NUMBERS
+from pite.ground.grounding import Parser
+from pite.ground.matching import (
+    MAX_OBJECTS,
+    answering,
+    assign,
+    head,
+    is_plural,
+    match_words,
+    mentions,
+    names_picture,
+    number,
+    plain,
+)
 
 
 def things(*texts: str) -> list[list[str]]:
@@ -59,21 +73,108 @@ def test_a_plural_mentions_each_of_several_things() -> None:
 @pytest.mark.parametrize(
     ("question", "answer", "found"),
     [
-        ("What does the adult hold?", ["The adult", "a ball"], "a ball"),
-        ("Who is beneath the adult?", ["A child", "the adult"], "A child"),
-        ("What is the adult's dog behind?", ["the dog", "The adult", "two cars"], "two cars"),
+        ("What does the adult hold?", ["The adult+", "a ball+"], "a ball"),
+        ("What does the adult hold?", ["The adult+", "a hand", "a ball+"], "a ball"),
+        ("What does the adult hold?", ["The adult+", "a ball"], "a ball"),
+        ("what does the adult hold", ["The adult+", "a ball+"], "a ball"),
+        ("Who is beneath the adult?", ["A child+", "the adult+"], "A child"),
+        ("What is the adult's dog behind?", ["the dog+", "The adult+", "two cars+"], "two cars"),
+        ("Where are the buses?", ["the bus+", "a street+"], "a street"),
+        ("Where is the man?", ["The man+"], "The man"),
+        ("The man goes to the women and turns.", ["The man+", "a door+"], "The man"),
+        ("The man goes to the women and turns.", ["The stranger", "a woman+"], "a woman"),
         ("The man goes to the women and turns.", ["The man", "a woman"], "The man"),
         ("Who runs?", [], None),
     ],
 )
 def test_the_phrase_that_answers_a_question(question: str, answer: list[str], found: str | None) -> None:
-    phrase = answering(question, [Phrase(text, i) for i, text in enumerate(answer)])
+    """A phrase with a plus has an object."""
+    phrase = answering(
+        question, [(Phrase(text.rstrip("+"), i), (0,) * text.count("+")) for i, text in enumerate(answer)]
+    )
     assert (phrase and phrase.text) == found
+
+
+def test_what_shows_the_things_is_no_thing() -> None:
+    opening = ["The video", "This clip", "A picture", "a frame", "the video clip", "two scenes", "The photo"]
+    assert [text for text in opening if not names_picture(Phrase(text, 0))] == []
+    assert names_picture(Phrase("the picture", 9)) and names_picture(Phrase("the footage", 9))
+    things = ["a picture", "the hair clip", "the window frame", "a video game"]
+    assert not any(names_picture(Phrase(text, 9)) for text in things)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "found"),
+    [
+        ("What does the adult hold?", "In this video, the adult holds a ball.", "a ball"),
+        ("Who is walking the dog?", "The image shows a woman walking a dog.", "a woman"),
+        ("Who is walking the dog?", "The scene is set in a park. A woman is walking a dog.", "A woman"),
+        ("What is in the man's hand?", "In the footage, we can see a man with a knife in his hand.", "a knife"),
+        ("What hangs on the wall?", "The frame shows that a picture hangs on the wall.", "a picture"),
+        ("The man walks to the woman.", "A clip of a man who walks to the woman in a kitchen.", "a man"),
+    ],
+)
+def test_openings_of_answers_name_no_thing(spacy: Parser, question: str, answer: str, found: str) -> None:
+    """Everything but places is found, as by a detector of things."""
+    phrases = [(phrase, () if head(phrase.text) == "park" else (0,)) for phrase in objects(spacy, answer)]
+    phrase = answering(question, phrases)
+    assert phrase is not None and phrase.text == found
+
+
+def objects(parser: Parser, text: str) -> list[Phrase]:
+    return [phrase for phrase in parser(text) if not names_picture(phrase)]
+
+
+@pytest.fixture(scope="module")
+def spacy() -> Parser:
+    if not has_spacy():
+        pytest.skip(f"spaCy and its English model are not installed: {INSTALL}")
+    return SpacyPhrases()
 
 
 def test_tags_by_words() -> None:
     found = match_words(["A man", "a red car", "the street", "a dog"], ["person", "red car", "dog", "car"])
     assert found == ["person", "red car", None, "dog"]
+    assert match_words(["a hot dog", "a big dog", "dogs", "..."], ["hot dog", "dog"]) == ["hot dog", "dog", "dog", None]
+    assert match_words(["a racket", "a woman"], ["tennis racket", "table racket"]) == ["tennis racket", None]
+
+
+IRREGULAR = {"person": "people", "knife": "knives", "mouse": "mice"}
+UNCHANGED = ("sheep", "skis", "scissors", "broccoli")
+
+
+def plural(name: str) -> str:
+    if name in UNCHANGED:
+        return name
+    return IRREGULAR.get(name, name + ("es" if name.endswith(("s", "sh", "ch", "x")) else "s"))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_each_of_cocos_names_has_its_tag_in_singular_and_plural(name: str) -> None:
+    every = [*NUMBERS]
+    phrases = [f"the {name}", f"A big {name}", f"two {plural(name)}", f"big {plural(name)}", name.upper()]
+    assert len(every) == 80 and match_words(phrases, every) == [name] * len(phrases)
+    if name not in UNCHANGED:
+        assert (number(f"the {name}"), is_plural(name), number(plural(name))) == (1, False, None)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "tag"),
+    [
+        ("a bike", "bicycle"),
+        ("two sofas", "couch"),
+        ("the plane", "airplane"),
+        ("a hair dryer", "hair drier"),
+        ("his phone", "cell phone"),
+        ("two motorbikes", "motorcycle"),
+        ("the television", "tv"),
+        ("an orange shirt", None),
+        ("the boxes", None),
+        ("gloves", "baseball glove"),
+    ],
+)
+def test_other_words_for_cocos_things(phrase: str, tag: str | None) -> None:
+    assert match_words([phrase], [*NUMBERS]) == [tag]
 
 
 def test_no_two_things_share_an_object() -> None:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from dataloaders.annotation.steps import Phrase
-from pite.ground.grounding import Grounded, Grounder
+from pite.ground.grounding import Check, Grounded, Grounder
 from tests.pite.ground.squares import Colours, write_squares
 from tests.pite.web.conftest import Visitor, running
 from tests.pite.web.fakes import TEXT, FakeChat
@@ -26,12 +26,12 @@ class Ground:
         self.gate, self.texts = threading.Event(), list[str]()
         self._grounder = Grounder(lambda text: PHRASES, Colours())
 
-    def __call__(self, video: Path, text: str) -> Grounded:
+    def __call__(self, video: Path, text: str, *, check: Check) -> Grounded:
         self.texts.append(text)
         assert self.gate.wait(60)
         if "damaged" in text:
             raise ValueError(f"{video}: ends before frame 3")
-        return self._grounder(video, text)
+        return self._grounder(video, text, check=check)
 
 
 @pytest.fixture(scope="module")
