@@ -39,6 +39,7 @@ from tests.media import write_video
 from tests.pite.ground.squares import Colours, parse, place, write_squares
 
 SIZE, WIDTH = 128, 128
+DECODER = {"hidden_size": WIDTH, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": WIDTH}
 
 
 def hiera() -> Sam2VisionConfig:
@@ -94,12 +95,7 @@ def edgetam(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = EdgeTamVideoConfig(
         vision_config=hiera(),
         prompt_encoder_config={"hidden_size": WIDTH, "image_size": SIZE, "mask_input_channels": 4},
-        mask_decoder_config={
-            "hidden_size": WIDTH,
-            "mlp_dim": 64,
-            "num_attention_heads": 2,
-            "iou_head_hidden_dim": WIDTH,
-        },
+        mask_decoder_config=DECODER,
         image_size=SIZE,
         memory_attention_hidden_size=WIDTH,
         memory_attention_num_layers=1,
@@ -139,12 +135,7 @@ def sam3(tmp_path_factory: pytest.TempPathFactory) -> Path:
             backbone_config=backbone, fpn_hidden_size=WIDTH, backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]]
         ),
         prompt_encoder_config={"hidden_size": WIDTH, "image_size": side, "mask_input_channels": 4},
-        mask_decoder_config={
-            "hidden_size": WIDTH,
-            "mlp_dim": 64,
-            "num_attention_heads": 2,
-            "iou_head_hidden_dim": WIDTH,
-        },
+        mask_decoder_config=DECODER,
         image_size=side,
         memory_attention_hidden_size=WIDTH,
         memory_attention_num_layers=1,
