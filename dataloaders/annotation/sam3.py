@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 from dataloaders.annotation.models import check_type, load_model, load_processor
 from dataloaders.annotation.steps import Phrase
 from dataloaders.annotation.tracking import opencv
-from dataloaders.annotation.video_masks import HALVES, Event, VideoTracker, forget, objects, prepared, shrunk
+from dataloaders.annotation.video_masks import HALVES, Event, VideoTracker, forget, objects, prepared, resized_mask
 
 KINDS = ("sam3_video", "sam3")
 """`model_type` of SAM 3 as it is published, and of its detector alone."""
@@ -110,7 +110,7 @@ class Sam3Tracker(VideoTracker):
         size = (self._model.low_res_mask_size,) * 2
         for j, given in objects(event.masks):
             if first:
-                given = shrunk(given, size)
+                given = resized_mask(given, size)
                 prompt = session.add_prompt(event.phrases[j].text)
                 own = {each: mask for each, mask in found.items() if session.obj_id_to_prompt_id[each] == prompt}
                 meant[j] = _most_alike(own, given)

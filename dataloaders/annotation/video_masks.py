@@ -121,7 +121,7 @@ class VideoSegmenter(VideoTracker):
         size = output.pred_masks.shape[-2:]
         for row, (j, mask) in enumerate(objects(event.masks)):
             first = output.frame_idx == 0
-            event.add(j, index, shrunk(mask, size) if first else (output.pred_masks[row, 0] > 0).cpu().numpy())
+            event.add(j, index, resized_mask(mask, size) if first else (output.pred_masks[row, 0] > 0).cpu().numpy())
 
 
 def forget(session: Any, model: Any) -> None:
@@ -156,7 +156,7 @@ def prepared(
     return (resized - mean) / deviation
 
 
-def shrunk(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
+def resized_mask(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """A mask (H, W) bool in another size (h, w)."""
     given = torch.from_numpy(mask)[None, None].float()
     return np.asarray(interpolate(given, tuple(size), mode="bilinear", antialias=True)[0, 0].numpy() >= 0.5)

@@ -10,13 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.nn.functional import interpolate
 
 from dataloaders.annotation.boxes import box_ious
 from dataloaders.annotation.steps import Phrase, decode_mask, encode_mask
 from dataloaders.annotation.tracking import Check, Moments, go_on
-from dataloaders.annotation.video_masks import VideoTracker
+from dataloaders.annotation.video_masks import VideoTracker, resized_mask
 from pite.ground.objects import SAME, Detection, Object
 
 
@@ -56,7 +54,7 @@ def _carried(each: Object, moments: Moments, masks: Sequence[np.ndarray]) -> Obj
     assert mask is not None, "it was carried"
     made, hidden = {}, []
     for frame, small in zip(moments.frames.tolist(), masks):
-        seen = _enlarged(small, mask["size"])
+        seen = resized_mask(small, mask["size"])
         detected = each.found.get(frame)
         if seen.any():
             rows, columns = np.nonzero(seen.any(1))[0], np.nonzero(seen.any(0))[0]
@@ -67,12 +65,6 @@ def _carried(each: Object, moments: Moments, masks: Sequence[np.ndarray]) -> Obj
         else:
             hidden.append(frame)
     return replace(each, found=made, hidden=tuple(hidden))
-
-
-def _enlarged(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """A mask (h, w) bool in another size (H, W)."""
-    given = torch.from_numpy(mask)[None, None].float()
-    return np.asarray(interpolate(given, tuple(size), mode="bilinear")[0, 0].numpy() >= 0.5)
 
 
 def _joined(objects: Sequence[Object]) -> list[Object]:

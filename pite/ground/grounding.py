@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dataloaders.annotation.appearance import object_pixels
+from dataloaders.annotation.boxes import filled
 from dataloaders.annotation.steps import Phrase, encode_mask
 from dataloaders.annotation.tracking import Check, count_frames, frames_until, go_on, opencv
 from dataloaders.annotation.video_masks import VideoTracker
@@ -186,9 +187,7 @@ def _masked(video: Path, objects: Sequence[Object], check: Check, first: int | N
 
 
 def _with_mask(frame: np.ndarray, found: Detection) -> Detection:
-    box = np.zeros(frame.shape[:2], bool)
-    left, top, right, bottom = found.box.round().astype(int)
-    box[max(top, 0) : bottom, max(left, 0) : right] = True
+    box = filled(found.box.clip(0), frame.shape)
     mask = encode_mask(object_pixels(opencv(), frame, box)) if box.any() else None
     return Detection(found.tag, found.box, found.score, mask)
 
